@@ -32,6 +32,7 @@ __all__ = [
     "foresee_split",
     "logits_use_bf16",
     "record_teacher_logits",
+    "rejection",
     "run_logits",
     "samples_except",
     "split_samples",
@@ -169,6 +170,23 @@ def divergence(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
         return (distance / batch.likelihoods.square().sum(-1).clamp_min(_LEAST)).mean()
     found: torch.Tensor = _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-untyped-call]
     return found
+
+
+def rejection(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
+    """Mean probability that speculative decoding rejects a token drafted by logits ``(batch, positions, classes)``.
+
+    It is ``1 - sum min(p, q)`` of the probabilities of both models, over the classes that :func:`divergence` is taken
+    over, and never exceeds that over all classes. Outputs that are no scores of classes are refused.
+
+    Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192),
+    theorem 3.5.
+    """
+    if not batch.classes.shape[-1]:
+        remedy = "Tune by the divergence: objective=divergence"
+        raise PassError("the model gives no scores of classes, and drafts no tokens", where="model", remedy=remedy)
+    likely = logits.float().softmax(-1).gather(-1, batch.classes)
+    drafted = torch.cat((likely, (1 - likely.sum(-1, keepdim=True)).clamp_min(0)), dim=-1)
+    return 1 - torch.minimum(drafted, batch.likelihoods.exp()).sum(-1).mean()
 
 
 class _Divergence(torch.autograd.Function):

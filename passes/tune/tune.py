@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ from fxprune.masking.compare import TOLERANCE, Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
-from fxprune.masking.teacher import TeacherBatch, divergence, run_logits, teacher_batches
+from fxprune.masking.teacher import TeacherBatch, divergence, rejection, run_logits, teacher_batches
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import write_values
 from fxprune.offload.prefetch import autocast, free_bytes, use_bf16
@@ -376,12 +376,13 @@ class Training:
         self.adam = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         tries = bool(settings.truth) and broadcast_object(self._predicts_next(self.batches[0]))
         self.truth = settings.truth if tries else 0.0
+        self._error = {"divergence": divergence, "acceptance": rejection}[settings.objective]
         self.steps = max(1, round(settings.epochs * len(self.batches)))
         self.parts = self._parts()
         self.bf16 = use_bf16(
             settings.precision,
             graph_module,
-            lambda: divergence(self._logits(self.batches[0]), self.batches[0]),
+            lambda: self._error(self._logits(self.batches[0]), self.batches[0]),
             settings.name,
         )
 
@@ -468,15 +469,15 @@ class Training:
     def _loss(self, batch: TeacherBatch) -> torch.Tensor:
         """What the samples of this process add to the loss of a whole batch."""
         logits = self._logits(batch)
-        loss = batch.share * divergence(logits, batch)
+        loss = batch.share * self._error(logits, batch)
         if not self.truth or not batch.counted:
             return loss
         return loss + self.truth * batch.counted * next_token_loss(logits, batch.labels)
 
     def _measure(self) -> float:
-        """The divergence on held-out samples, in nats per position, in the precision of a step."""
+        """The error on held-out samples, a mean over positions, in the precision of a step."""
         with torch.no_grad(), autocast(self.device, self.bf16):
-            found = [float(divergence(self._logits(batch), batch)) * batch.positions for batch in self.heldout]
+            found = [float(self._error(self._logits(batch), batch)) * batch.positions for batch in self.heldout]
         return sum(gathered(found)) / self.measured
 
     def _predicts_next(self, batch: TeacherBatch) -> bool:
@@ -518,7 +519,7 @@ class TunePass(Pass):
     With ``truth``, the next tokens of the text itself count beside the dense model's distribution: perplexity on plain
     text falls further, by what the slim model learns of such text and no longer has from the dense one.
 
-    Now and then the divergence is measured on held-out samples. The best parameters there are folded in, so that the
+    Now and then the error is measured on held-out samples. The best parameters there are folded in, so that the
     model is never worse on them than it was; after ``patience`` measurements without improvement, it stops.
 
     The verification of the removal stays valid: it was that removing equals masking, and the sizes are the same.
@@ -564,6 +565,11 @@ class TunePass(Pass):
         """Weight of the cross-entropy of the samples' own next tokens beside the divergence; ignored for a model that
         does not predict next tokens, which is tried on a batch: its output must not depend on later tokens.""",
         least=0,
+    )
+    objective: Literal["divergence", "acceptance"] = argument(
+        "divergence",
+        """Aim of training and of early stopping: ``divergence``, predictions like the dense model's; ``acceptance``, a
+        draft of which speculative decoding accepts as many tokens as can be.""",
     )
     precision: Precision = argument(
         "auto",
@@ -618,8 +624,11 @@ class TunePass(Pass):
                 for name, value in trained.folded(progress.kept, graph_module):
                     write_values(graph_module, name, value)
         unit = "nats per token" if gives_classes(graph_module) else "of the square of its outputs"
-        change = f"from {progress.first:.3f} to {progress.best:.3f} {unit} on {teacher.heldout_from}"
-        outcome = f"divergence from the dense model {change}" if better else "nothing was better than no change"
+        measure, first, best = "divergence from the dense model", f"{progress.first:.3f}", f"{progress.best:.3f} {unit}"
+        if self.objective == "acceptance":
+            measure, first, best = "tokens accepted as a draft", f"{1 - progress.first:.1%}", f"{1 - progress.best:.1%}"
+        change = f"{measure} from {first} to {best} on {teacher.heldout_from}"
+        outcome = change if better else "nothing was better than no change"
         if training.truth < self.truth:
             add_note(graph_module, "the text itself was not counted in tuning: the model does not predict next tokens")
         add_note(graph_module, f"tuned: {trained.count:,} numbers, {len(teacher.train)} samples; {outcome}")

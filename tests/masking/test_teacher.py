@@ -9,7 +9,14 @@ from torch import nn
 from fxprune.data.calibration import Sample
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun
-from fxprune.masking.teacher import TeacherBatch, divergence, record_teacher_logits, run_logits, teacher_batches
+from fxprune.masking.teacher import (
+    TeacherBatch,
+    divergence,
+    record_teacher_logits,
+    rejection,
+    run_logits,
+    teacher_batches,
+)
 from tests.oracle import Net, discover
 
 SAMPLES = [Sample({"x": torch.randn(1, n, 3)}, torch.zeros(1, n)) for n in (4, 5, 4)]
@@ -55,6 +62,28 @@ def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
     by_formula = (batch.likelihoods.exp() * (batch.likelihoods - torch.cat((said, others), dim=-1))).sum(-1).mean()
     torch.testing.assert_close(found, by_formula)
     torch.testing.assert_close(gradient, torch.autograd.grad(3 * by_formula, logits)[0])
+
+
+def test_rejection_is_what_two_distributions_do_not_share() -> None:
+    """All classes kept, it is half of the sum of absolute differences; few kept, it is less."""
+    torch.manual_seed(0)
+    wanted, logits = torch.randn(2, 3, 9).log_softmax(-1), torch.randn(2, 3, 9)
+    found = []
+    for kept in (9, 3):
+        likely, classes = wanted.topk(kept, dim=-1)
+        others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(0).log()
+        batch = TeacherBatch({}, classes, torch.cat((likely, others), dim=-1), classes[..., 0])
+        assert rejection(wanted, batch) == pytest.approx(0, abs=1e-6)
+        found.append(float(rejection(logits, batch)))
+    apart = (wanted.exp() - logits.softmax(-1)).abs().sum(-1).mean() / 2
+    assert found[0] == pytest.approx(float(apart), rel=1e-5)
+    assert 0 < found[1] < found[0]
+
+
+def test_outputs_that_are_no_classes_draft_nothing() -> None:
+    batch = TeacherBatch({}, torch.empty(2, 1, 0, dtype=torch.long), torch.randn(2, 1, 4), torch.zeros(2, 1))
+    with pytest.raises(PassError, match="drafts no tokens"):
+        rejection(torch.randn(2, 1, 4), batch)
 
 
 def test_a_model_without_logits_for_each_position_is_refused() -> None:

@@ -25,7 +25,7 @@ from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
-from fxprune.masking.teacher import TeacherLogits, divergence, run_logits, teacher_batches
+from fxprune.masking.teacher import TeacherLogits, divergence, rejection, run_logits, teacher_batches
 from fxprune.pipeline.arguments import MEMORY
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
@@ -94,11 +94,11 @@ def tune(graph_module: fx.GraphModule, seen: list[int], stop: int = -1, **settin
         return TunePass(**settings)(graph_module).graph_module
 
 
-def heldout(graph_module: fx.GraphModule, lessons: fx.GraphModule) -> float:
-    """The divergence of a graph on what was held out, without any vectors."""
+def heldout(graph_module: fx.GraphModule, lessons: fx.GraphModule, error: Any = divergence) -> float:
+    """The error of a graph on what was held out, without any vectors."""
     (batch,) = teacher_batches(facts_of(lessons)[Teacher].heldout, lessons, 64)
     with torch.no_grad():
-        return float(divergence(run_logits(UntouchedRun(graph_module), batch.inputs), batch))
+        return float(error(run_logits(UntouchedRun(graph_module), batch.inputs), batch))
 
 
 def test_what_the_dense_model_said_is_its_likeliest_classes(slim: fx.GraphModule) -> None:
@@ -227,6 +227,16 @@ def test_a_tuned_model_is_nearer_to_the_dense_one_and_has_its_shapes(slim: fx.Gr
     note = facts_of(tuned)[Notes].lines[-1]
     assert re.match(r"tuned: \d+ numbers, 11 samples; divergence from the dense model from 0.0\d+ to", note)
     assert all(w.grad is None for _, w in weights(tuned))
+
+
+def test_a_draft_is_tuned_for_the_tokens_that_are_accepted(slim: fx.GraphModule) -> None:
+    tuned = TunePass(epochs=20, rate=0.02, objective="acceptance", precision="float32")(slim).graph_module
+    before, after = heldout(slim, slim, rejection), heldout(tuned, slim, rejection)
+    assert after < 0.95 * before
+    said = re.search(r"tokens accepted as a draft from ([\d.]+)% to ([\d.]+)%", facts_of(tuned)[Notes].lines[-1])
+    assert said and [float(one) for one in said.groups()] == pytest.approx(
+        [100 - 100 * before, 100 - 100 * after], abs=0.1
+    )
 
 
 @pytest.fixture(scope="module")
