@@ -35,6 +35,13 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     context: Annotated[int, typer.Option(min=16, help="Tokens of a request and its answer, all together.")] = 4096,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Smaller model with the same tokens, such as MODEL pruned: it drafts tokens, and MODEL accepts those "
+            "that it says itself."
+        ),
+    ] = None,
     quantization: flags.Quantization = None,
     quiet: flags.Quiet = False,
 ) -> None:
@@ -45,18 +52,21 @@ def serve(
     if find_spec(engine["server"]) is None:
         what = f"{engine['name']} serves it, and is not installed"
         raise FxpruneError(what, where="serve", remedy=engine["install"])
-    if is_gguf(model) and quantization is not None:
+    given = [one for one in (model, draft) if one is not None]
+    if quantization is not None and all(map(is_gguf, given)):
         remedy = "Leave it out; `fxprune export` writes a file of another type"
         raise ArgumentError(f"{model} has its own", where="--quantization", remedy=remedy)
-    if not is_gguf(model):
-        check_model(model, with_weights=True)
-        check_quantization(quantization, Path("served.gguf"))
+    for one in given:
+        if not is_gguf(one):
+            check_model(one, with_weights=True)
+            check_quantization(quantization, Path("served.gguf"))
     with _exit_at_once(), tempfile.TemporaryDirectory() as folder:
-        path = Path(model).expanduser()
-        if not is_gguf(model):
-            path = _exported(model, Path(folder) / f"{Path(model).name}.gguf", quantization)
+        paths = [
+            Path(one).expanduser() if is_gguf(one) else _exported(one, Path(folder, role), quantization)
+            for role, one in zip(("model", "draft"), given, strict=False)
+        ]
         with working(f"starting {engine['name']}"):
-            start = partial(start_server, engine["server"], path, host=host, port=port, context=context)
+            start = partial(start_server, engine["server"], *paths, host=host, port=port, context=context)
             server = ThreadPoolExecutor(1).submit(start).result()  # in a thread, so that signals are heard meanwhile
         print_lines([f"serving {model} at {server.listening_address}/v1; stop it with Ctrl-C"])
         wait()
@@ -73,16 +83,20 @@ def _exit_at_once() -> Iterator[None]:
         os._exit(int(str(stopped.code)))
 
 
-def _exported(model: str, path: Path, quantization: str | None) -> Path:
-    """A model written as a GGUF file to serve."""
+def _exported(model: str, folder: Path, quantization: str | None) -> Path:
+    """A model written into a new folder as a GGUF file of its name, to serve."""
+    folder.mkdir()
     tokenizer = load_words(model)
     loaded = load(model)
     with working("writing a GGUF file"), warnings_as_notes():
+        path = folder / f"{Path(model).name}.gguf"
         return fxprune.export_model(loaded, path, **gguf_options(model, tokenizer, quantization))
 
 
-def start_server(package: str, path: Path, *, host: str, port: int, context: int) -> Any:
+def start_server(package: str, path: Path, draft: Path | None = None, *, host: str, port: int, context: int) -> Any:
     """Start the server of a package in threads of this process; it stops with the object that is returned.
+
+    A ``draft`` is the file of a smaller model that drafts tokens for the other to accept.
 
     Raises:
         FxpruneError: it cannot load the file, or cannot listen there.
@@ -91,6 +105,9 @@ def start_server(package: str, path: Path, *, host: str, port: int, context: int
     settings = engine.CommonParams()
     settings.model.path, settings.n_ctx = str(path), context
     settings.hostnames, settings.port, settings.verbosity = [host], port, 0
+    if draft is not None:
+        settings.speculative.types = [engine.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+        settings.speculative.draft.mparams.path = str(draft)
     try:
         return engine.Server(settings)
     except RuntimeError as error:

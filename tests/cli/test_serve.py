@@ -21,8 +21,9 @@ from fxprune.cli import serve
 from tests.cli.running import COMMAND, refused, run
 
 
-def test_a_slim_folder_is_served_by_the_openai_api(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as the file that is exported of it."""
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Answers of servers, each asked one question as soon as it has started, and then stopped."""
     answers: list[Any] = []
     start = serve.start_server
 
@@ -38,10 +39,27 @@ def test_a_slim_folder_is_served_by_the_openai_api(models: Path, monkeypatch: py
 
     monkeypatch.setattr(serve, "start_server", ask)
     monkeypatch.setattr(serve, "wait", lambda: None)
+    return answers
+
+
+def test_a_slim_folder_is_served_by_the_openai_api(models: Path, answers: list[Any]) -> None:
+    """The same as the file that is exported of it."""
     code, output, line = run("serve", models / "slim", "--port", 0, "--context", 128)
     assert code == 0 and "/v1; stop it with Ctrl-C" in output, line
     (answer,) = answers
     assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
+
+
+def test_a_draft_changes_no_token(models: Path, answers: list[Any]) -> None:
+    """The dense model answers the same, and takes tokens from the slim one."""
+    for more in ((), ("--draft", models / "slim"), ("--draft", models / "dense")):
+        code, _, line = run("serve", models / "dense", "--port", 0, "--context", 128, *more)
+        assert code == 0, line
+    alone, slim, dense = answers
+    texts = {answer["choices"][0]["message"]["content"] for answer in answers}
+    assert len(texts) == 1 and "draft_n" not in alone["timings"]
+    assert slim["timings"]["draft_n"] > 0
+    assert dense["timings"]["draft_n_accepted"] == dense["timings"]["draft_n"] > 0
 
 
 def test_a_file_that_cannot_be_served_and_a_missing_engine_are_told(
