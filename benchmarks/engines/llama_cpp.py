@@ -52,6 +52,8 @@ class LlamaServer:
         narrow: Keep the cache in half precision, else in float32.
         threads: Number of threads.
         gpu: Run all layers on a GPU.
+        draft: File of a model that drafts tokens; None for none.
+        drafted: Tokens that are drafted at once.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class LlamaServer:
         narrow: bool = False,
         threads: int = 1,
         gpu: bool = False,
+        draft: Path | None = None,
+        drafted: int = 3,
     ) -> None:
         import xllamacpp
 
@@ -75,6 +79,11 @@ class LlamaServer:
         settings.n_gpu_layers = 999 if gpu else 0
         settings.warmup = settings.fit_params = False
         settings.verbosity = 0
+        if draft is not None:
+            settings.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+            settings.speculative.draft.mparams.path, settings.speculative.draft.n_max = str(draft), drafted
+            settings.speculative.draft.cpuparams.n_threads = threads
+            settings.speculative.draft.cpuparams_batch.n_threads = threads
         if batch is not None:
             settings.n_batch = settings.n_ubatch = batch
         attention = xllamacpp.llama_flash_attn_type
