@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 from typing import Any, ClassVar
 
 import torch
@@ -76,6 +77,13 @@ class CalibratePass(Pass):
         whose weights stay in files, gets built-in text only.""",
         least=0,
     )
+    added: int = argument(
+        0,
+        """Number of samples that the model generates, in all kinds of text it knows, and that are added to those given:
+        a text alone makes a model good at such text and worse at others. At most half as many as are given; none for a
+        model that cannot generate, or reads more than token ids, or whose weights stay in files.""",
+        least=0,
+    )
     seed: int = argument(0, "Random seed of the generated samples.", check=as_seed)
 
     @property
@@ -96,7 +104,8 @@ class CalibratePass(Pass):
 
     def cost(self, samples: int) -> PassCost:
         """Each sample that the model generates, token by token, takes as long as three forward runs."""
-        return PassCost(runs=3.0 * self.generated, batch=1)
+        generated = self.generated if self.substitutes else min(self.added, samples // 2)
+        return PassCost(runs=3.0 * generated, batch=1)
 
     def check_arguments(self) -> None:
         if is_text(self.data):
@@ -134,6 +143,9 @@ class CalibratePass(Pass):
         shift = shift if DECODER in {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"} else None
         samples = spread(read_calibration(data, graph_module, next_token=next_token, shift=shift), self.samples)
         self._check_opening(graph_module, samples)
+        if self.added and next_token and not self.substitutes:
+            samples, written = self._with_added(graph_module, samples)
+            source += " and text that the model wrote" if written else ""
         facts_of(graph_module).put(Calibration(samples, source, written))
         facts_of(graph_module).put(Objective(next_token, self._own_loss(graph_module, samples), shift))
         return PassResult(graph_module, False)
@@ -174,15 +186,34 @@ class CalibratePass(Pass):
         if not self.substitutes:
             return built_in(min(filter(None, (self.samples, self.built_in)), default=None))
         text = built_in_samples(tokenizer, self.tokens, self._from_text, beyond=False)
-        found = self._generate(graph_module, self.substitutes - len(text))
+        found = self._generate(graph_module, self.substitutes - len(text), self.tokens)
         if isinstance(found, str):
             return built_in(min(self.substitutes, self.built_in or self.substitutes), f" ({found})")
         made = f"{len(found):,} samples that the model generated, and {len(text):,} of built-in text"
         add_note(graph_module, f"calibrated on {made}, for want of other samples; {_ADVICE}")
-        samples = torch.cat([text, found])
-        return samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed))], len(found)
+        return torch.cat([text, found])[self._shuffled(self.substitutes)], len(found)
 
-    def _generate(self, graph_module: fx.GraphModule, count: int) -> torch.Tensor | str:
+    def _with_added(self, graph_module: fx.GraphModule, given: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], int]:
+        """Samples given and samples that the model generated, shuffled, and the number of the latter."""
+        name, count = token_input(graph_module), min(self.added, len(given) // 2)
+        taken = {key for sample in given for key, value in sample.inputs.items() if isinstance(value, torch.Tensor)}
+        if not count or taken != {name} or any(sample.own is not None for sample in given):
+            return given, 0
+        length = int(median_low(sample.inputs[name].shape[-1] for sample in given))
+        found = broadcast_object(self._generate(graph_module, count, min(length, self.tokens), chats=False))
+        if isinstance(found, str):
+            return given, 0
+        add_note(graph_module, f"{len(found):,} samples that the model generated were added to {len(given):,} given")
+        every = (*given, *read_calibration(found, graph_module))
+        return tuple(every[i] for i in self._shuffled(len(every))), len(found)
+
+    def _shuffled(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+
+    def _generate(
+        self, graph_module: fx.GraphModule, count: int, tokens: int, *, chats: bool = True
+    ) -> torch.Tensor | str:
+        """Token ids ``(count, tokens)`` that the model generates, or the reason why it does not."""
         source, name = facts_of(graph_module).get(Source), token_input(graph_module)
         if source is None or name is None or not can_generate(source.model):
             return "the model cannot generate text"
@@ -194,7 +225,8 @@ class CalibratePass(Pass):
         vocabulary = vocabulary if len(vocabulary) else torch.arange(rows)
         written = written_parameters(source.model, {name: torch.zeros(1, 2, dtype=torch.long)})
         model = alias_twin(source.model, written) if written else source.model
-        found = attempt(generated_samples, model, self.tokenizer, vocabulary, count, self.tokens, self.seed, tracked)
+        settings = {"tokens": tokens, "seed": self.seed, "track": tracked, "chats": chats}
+        found = attempt(generated_samples, model, self.tokenizer, vocabulary, count, **settings)
         return f"the model generated none: {found}" if isinstance(found, Refusal) else found
 
 

@@ -197,12 +197,19 @@ def generate_samples(
 
 
 def generated_samples(
-    model: Any, tokenizer: Any, vocabulary: torch.Tensor, samples: int, tokens: int, seed: int, track: Track
+    model: Any,
+    tokenizer: Any,
+    vocabulary: torch.Tensor,
+    samples: int,
+    tokens: int,
+    seed: int,
+    track: Track,
+    chats: bool = True,
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
-    Each sample begins as the tokenizer begins a text, with one token drawn from the vocabulary; if the tokenizer has a
-    chat template, half of them begin as a chat does, up to the user's message.
+    Each sample begins as the tokenizer begins a text, with one token drawn from the vocabulary; with ``chats``, if the
+    tokenizer has a chat template, half of them begin as a chat does, up to the user's message.
 
     Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (arXiv 2305.17888),
     for the token; Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing"
@@ -214,10 +221,10 @@ def generated_samples(
     """
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
-    chats = samples // 2 if chat else 0
-    drawn = vocabulary[torch.randint(len(vocabulary), (samples - chats,), generator=draw)][:, None]
+    talks = samples // 2 if chat and chats else 0
+    drawn = vocabulary[torch.randint(len(vocabulary), (samples - talks,), generator=draw)][:, None]
     starts = torch.cat([torch.tensor(opening_tokens(tokenizer), dtype=torch.long).expand(len(drawn), -1), drawn], dim=1)
-    kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), chats))
+    kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), talks))
     written = [generate_samples(model, begun, n, tokens, seed, track, what) for what, begun, n in kinds if n]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]
 

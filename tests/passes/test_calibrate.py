@@ -88,6 +88,33 @@ def test_the_model_generates_a_third_of_the_substitutes(
     assert CalibratePass(data=token_ids(9, 8), written=5).substitutes == 0, "there are others"
 
 
+def test_generated_samples_are_added_to_those_given(graph_module: fx.GraphModule, tmp_path: Path) -> None:
+    """Half as many at most, as long as those, and shuffled; the same with the same seed."""
+    given = token_ids(9, 8)
+    step = CalibratePass(data=given, tokenizer=character_tokenizer(), added=4)
+    facts = facts_of(step(fork(graph_module)).graph_module)
+    found = facts[Calibration]
+    assert (len(found.samples), found.written, found.source) == (
+        13,
+        4,
+        "the samples passed and text that the model wrote",
+    )
+    ids = torch.cat([sample.inputs["input_ids"] for sample in found.samples])
+    assert ids.shape == (13, 8) and not torch.equal(ids[:9], given)
+    assert sorted(row.tolist() for row in given) == sorted(row for row in ids.tolist() if row in given.tolist())
+    assert "4 samples that the model generated were added to 9 given" in facts[Notes].lines
+    again = facts_of(step(fork(graph_module)).graph_module)[Calibration].samples
+    assert all(
+        torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
+        for one, other in zip(found.samples, again, strict=True)
+    )
+    many = CalibratePass(data=given, tokenizer=character_tokenizer(), added=99, samples=6)
+    assert facts_of(many(fork(graph_module)).graph_module)[Calibration].written == 3
+    assert many.cost(6).runs == 9 and CalibratePass(added=4, written=9).cost(0).runs == 9
+    with offload_to(tmp_path):
+        assert facts_of(step(fork(graph_module)).graph_module)[Calibration].written == 0
+
+
 def test_more_is_generated_if_there_is_too_little_built_in_text() -> None:
     general = general_samples(128)
     counts = [(written, CalibratePass(written=written).generated) for written in (3, 288, 1024)]
