@@ -38,6 +38,9 @@ WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 def _by_wanda(name: str, samples: int) -> str:
     """A recipe with the scores that it had before."""
     recipe = read_recipe(name)
+    recipe["prepare"] = f"calibrate{{written={1024 if name == 'best' else 288}}}"
+    if name == "balanced":
+        recipe["teach"] = "record-teacher{samples=288}"
     recipe["importance"] = f"wanda{{samples={samples}}}"
     recipe["select"] = "select-by-ratio{protect=[0.07, 0.04], first=[mlp]}"
     return str(recipe)
@@ -54,6 +57,7 @@ FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
+GIVEN = str(read_recipe("balanced")).replace(", added=144", "")
 BEST = _by_wanda("best", 128)
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (
@@ -69,6 +73,7 @@ ENTRIES = (
     Entry("fast", {"recipe": "fast"}),
     Entry("fast, uniform", {"recipe": "fast", "uniform": True}),
     Entry("balanced", {}),
+    Entry("balanced, on the given text alone", {"recipe": GIVEN}),
     Entry("best", {"recipe": "best"}),
     Entry("fast, random units", {"recipe": "fast", "importance": "random"}),
     Entry("balanced, random units", {"importance": "random"}),

@@ -29,7 +29,7 @@ from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import TeacherBatch, divergence, rejection, run_logits, teacher_batches
 from fxprune.offload.atomic import atomic_path
-from fxprune.offload.files import write_values
+from fxprune.offload.files import is_offloading, write_values
 from fxprune.offload.prefetch import autocast, free_bytes, use_bf16
 from fxprune.offload.ranks import (
     all_reduce,
@@ -41,7 +41,7 @@ from fxprune.offload.ranks import (
     gathered,
     is_first,
 )
-from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty
+from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal, Removed
 from fxprune.rules.products import LoneProduct, lone_products
@@ -78,6 +78,7 @@ class TrainedVectors:
         units: for each product the change of each element of its weight by a number of 1 in both factors.
     """
 
+    rate: ClassVar[float] = 0.005
     products: Mapping[str, LoneProduct]
     sizes: Mapping[tuple[str, str], int]
     rank: int = 0
@@ -225,6 +226,7 @@ def _single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
 class TrainedWeights:
     """Weights that are trained themselves, in float32: of each, by name, the number of its numbers."""
 
+    rate: ClassVar[float] = 0.008
     sizes: dict[str, int]
 
     @classmethod
@@ -371,7 +373,8 @@ class Training:
         self.heldout, self.measured = deal(heldout), sum(batch.positions for batch in heldout)
         self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch, in_shards=True))
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
-        self.rates = [settings.rate * rate for rate in trained.rates(graph_module)]
+        highest = settings.rate or trained.rate
+        self.rates = [highest * rate for rate in trained.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         tries = bool(settings.truth) and broadcast_object(self._predicts_next(self.batches[0]))
@@ -507,6 +510,17 @@ class Training:
         return run_logits(self.trained.run(self.graph_module, self.numbers), batch.inputs, parts)
 
 
+_KEPT = 5.0
+"""Tensors in float32 for each trained weight: its gradient, two moments, itself and the best so far."""
+
+
+def _flag_or_auto(name: str, value: Any) -> bool | str:
+    """A flag, or the word ``auto``."""
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise refuse(name, value, "True, False or 'auto'")
+
+
 @dataclass(frozen=True, eq=False)
 class TunePass(Pass):
     """Trains a few vectors in the slim model until its outputs match the dense ones as nearly as they can.
@@ -536,9 +550,10 @@ class TunePass(Pass):
     keeps: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 
     epochs: float = argument(2.0, "Epochs over the samples.", above=0)
-    rate: float = argument(
-        0.005,
-        "Highest learning rate of Adam: it rises over the first tenth of the steps and falls to 0 along a cosine.",
+    rate: float | None = argument(
+        None,
+        """Highest learning rate of Adam: it rises over the first tenth of the steps and falls to 0 along a cosine. None
+        for 0.008 for weights, and 0.005 for vectors.""",
         above=0,
     )
     batch: int = argument(4, "Samples in a step.", least=1)
@@ -553,12 +568,14 @@ class TunePass(Pass):
         It learns more from much text, and overfits to little text sooner.""",
         least=0,
     )
-    weights: bool = argument(
+    weights: bool | Literal["auto"] = argument(
         False,
         """Train the weights of these products themselves, and the parameters of one axis, in place of scales. It learns
         the most, and takes five times the memory of these weights beside them: gradients, two moments, themselves and
-        the best so far. Each moves by a fraction of its root mean square, so that a rate means the same for models of
-        all sizes.""",
+        the best so far. ``auto`` for weights if that fits into half the free memory and they are not in files, else
+        scales and low-rank updates. Each moves by a fraction of its root mean square, so that a rate means the same for
+        models of all sizes.""",
+        check=_flag_or_auto,
     )
     truth: float = argument(
         0.0,
@@ -593,7 +610,7 @@ class TunePass(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights and self.rank:
+        if self.weights is True and self.rank:
             raise ArgumentError(
                 "weights that are trained themselves take no low-rank update",
                 where="rank",
@@ -605,16 +622,14 @@ class TunePass(Pass):
     def cost(self, samples: int) -> PassCost:
         """Three runs of each recorded sample an epoch; trained weights with gradients, moments and the best so far."""
         runs = (4.0 if self.memory == "low" else 3.0) * self.epochs * samples + HELDOUT * (self.measurements + 1)
-        kept = 5.0 if self.weights else 0.0
+        kept = _KEPT if self.weights is True else 0.0
         return PassCost(runs=runs, batch=min(self.batch, samples), backward=True, outputs=3, weights=kept)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
         teacher, removal = facts[Teacher], facts[Removed].removal
-        trained: Trained
-        if self.weights:
-            trained = TrainedWeights.of(graph_module, removal, self.everywhere)
-        else:
+        trained: Trained = TrainedWeights.of(graph_module, removal, self.everywhere)
+        if not broadcast_object(self._trains_weights(trained, device_of(graph_module))):
             trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
         training = Training(self, graph_module, trained, teacher)
         progress = training.run().of_first(training.numbers)
@@ -631,5 +646,11 @@ class TunePass(Pass):
         outcome = change if better else "nothing was better than no change"
         if training.truth < self.truth:
             add_note(graph_module, "the text itself was not counted in tuning: the model does not predict next tokens")
-        add_note(graph_module, f"tuned: {trained.count:,} numbers, {len(teacher.train)} samples; {outcome}")
+        what = "weights" if isinstance(trained, TrainedWeights) else "numbers"
+        add_note(graph_module, f"tuned: {trained.count:,} {what}, {len(teacher.train)} samples; {outcome}")
         return PassResult(graph_module, better)
+
+    def _trains_weights(self, trained: TrainedWeights, device: torch.device) -> bool:
+        if self.weights != "auto":
+            return bool(self.weights)
+        return not is_offloading() and 2 * _KEPT * 4 * trained.count <= free_bytes(device)

@@ -26,6 +26,7 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import TeacherLogits, divergence, rejection, run_logits, teacher_batches
+from fxprune.offload.files import offload_to
 from fxprune.pipeline.arguments import MEMORY
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
@@ -273,6 +274,26 @@ def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) 
 
 
 @pytest.mark.slow
+def test_weights_are_trained_where_there_is_room(
+    slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Twice their gradients, moments, selves and best so far; else, and where weights are in files, vectors are."""
+    step = TunePass(epochs=0.1, weights="auto", rank=2)
+    count = sum(TrainedWeights.of(slim, facts_of(slim)[Removed].removal, True).sizes.values())
+
+    def trained(free: int) -> str:
+        monkeypatch.setattr("fxprune.passes.tune.tune.free_bytes", lambda device: free)
+        return facts_of(step(slim).graph_module)[Notes].lines[-1].split(",")[0]
+
+    assert trained(2 * 5 * 4 * count) == f"tuned: {count} weights"
+    assert re.fullmatch(r"tuned: \d+ numbers", trained(2 * 5 * 4 * count - 1))
+    with offload_to(tmp_path):
+        assert re.fullmatch(r"tuned: \d+ numbers", trained(1 << 60))
+    assert (TrainedWeights.rate, TrainedVectors.rate) == (0.008, 0.005)
+    with pytest.raises(ArgumentError, match="Pass True, False or 'auto'"):
+        TunePass(weights="car")  # type: ignore[arg-type]
+
+
 def test_steps_in_bfloat16_learn_as_well(slim: fx.GraphModule) -> None:
     settings: dict[str, Any] = {"epochs": 20, "rate": 0.02, "patience": 8, "weights": True}
     narrow = TunePass(**settings, precision="bf16")(slim).graph_module
