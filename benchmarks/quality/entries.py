@@ -57,7 +57,7 @@ FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
-GIVEN = str(read_recipe("balanced")).replace(", added=144", "")
+GIVEN = str(read_recipe("balanced")).replace(", added=144", "").replace("weights=auto, ", "")
 BEST = _by_wanda("best", 128)
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (
@@ -73,7 +73,7 @@ ENTRIES = (
     Entry("fast", {"recipe": "fast"}),
     Entry("fast, uniform", {"recipe": "fast", "uniform": True}),
     Entry("balanced", {}),
-    Entry("balanced, on the given text alone", {"recipe": GIVEN}),
+    Entry("balanced, by updates of rank 8 on the given text", {"recipe": GIVEN}),
     Entry("best", {"recipe": "best"}),
     Entry("fast, random units", {"recipe": "fast", "importance": "random"}),
     Entry("balanced, random units", {"importance": "random"}),
