@@ -36,11 +36,11 @@ WHOLE = "select-by-ratio{first=[mlp], protect=[], ratio=%s}"
 
 
 def _by_wanda(name: str, samples: int) -> str:
-    """A recipe with the scores that it had before."""
+    """A recipe with the scores, the samples and, for the default, the tuning that it had before."""
     recipe = read_recipe(name)
     recipe["prepare"] = f"calibrate{{written={1024 if name == 'best' else 288}}}"
     if name == "balanced":
-        recipe["teach"] = "record-teacher{samples=288}"
+        recipe["teach"], recipe["tune"] = "record-teacher{samples=288}", f"{TUNE}, rank=8, truth=0.2}}"
     recipe["importance"] = f"wanda{{samples={samples}}}"
     recipe["select"] = "select-by-ratio{protect=[0.07, 0.04], first=[mlp]}"
     return str(recipe)
