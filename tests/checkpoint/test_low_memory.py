@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import fxprune
-from benchmarks.common import memory_bytes, watch_memory
 from fxprune.checkpoint import low_memory
 from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_folder, unpack_gguf
 from fxprune.checkpoint.read import require_all_weights
@@ -283,29 +282,3 @@ def test_experts_that_lie_one_by_one_in_files_are_put_together_in_files(tmp_path
         assert not any(parameter.untyped_storage().resizable() for parameter in large.values()), "memory of a process"
         for (_, found), (_, wanted) in zip(mapped.named_parameters(), model.named_parameters(), strict=True):
             assert torch.equal(found, wanted)
-
-
-@pytest.mark.slow
-def test_a_mixture_of_many_experts_takes_a_quarter_of_its_weights(tmp_path: Path) -> None:
-    """One tensor an expert in the folder, 128 experts in 16 layers, pruned by expert and within experts, and fitted."""
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    many = {"num_experts": 128, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "num_hidden_layers": 16}
-    source, out = tmp_path / "dense", tmp_path / "slim"
-    model = tiny("qwen3_moe", **sizes, **many)
-    model.save_pretrained(source, max_shard_size="20MB")
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    del model
-
-    def prune(_: int) -> tuple[float, dict[str, tuple[int, int]], float | None]:
-        fit = {"compensate": "least-squares", "recipe": "llm-pruner"}
-        before = memory_bytes("RssAnon")
-        with watch_memory() as peak:
-            result = fxprune.prune_checkpoint(
-                source, out, token_ids(3, 8), ratio=0.2, kinds=["expert", "mlp"], importance="wanda", **fit
-            )
-        return peak[0] - before, dict(result.report.widths), result.report.verification_error
-
-    ((taken, widths, error),) = in_processes(prune, 1, tmp_path)
-    assert taken <= whole / 4, f"{taken / whole:.2f} of the weights"
-    assert all(after < before for before, after in (widths["experts"], widths["MLP channels"]))
-    assert error is not None and error < 1e-4
