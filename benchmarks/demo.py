@@ -23,7 +23,7 @@ from fxprune.evaluation import perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.recipes import as_recipe
 
-__all__ = ["app", "demo_table", "in_small_steps"]
+__all__ = ["app", "demo_samples", "demo_table", "in_small_steps"]
 
 PROMPT = "What is the capital of France?"
 app = typer.Typer(add_completion=False)
@@ -68,6 +68,14 @@ def in_small_steps(recipe: str) -> str:
     return "\n".join(str(replace(step, batch=2) if step.name == "tune" else step) for step in passes)
 
 
+def demo_samples(tokenizer: Any, samples: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids to calibrate on, `(samples, 128)`, a third of them chats, and held-out ones, `(windows, 256)`."""
+    front, back = split_calibration_heldout(offline_text())
+    chats = token_windows(tokenizer, general_chats(tokenizer), 128, limit=max(1, samples // 3))
+    text = token_windows(tokenizer, front, 128, limit=max(1, samples - len(chats)))
+    return torch.cat([text, chats]), token_windows(tokenizer, back, 256, limit=windows)
+
+
 def _answer(model: Any, tokenizer: Any) -> str:
     """Answer of an instruct model to `PROMPT`, asked as a chat."""
     chat = [{"role": "user", "content": PROMPT}]
@@ -93,11 +101,7 @@ def main(
     begin = time.perf_counter()
     console.print("loading SmolLM2-135M-Instruct ...")
     dense, tokenizer = load_demo_model()
-    front, back = split_calibration_heldout(offline_text())
-    chats = token_windows(tokenizer, general_chats(tokenizer), 128, limit=max(1, samples // 3))
-    text = token_windows(tokenizer, front, 128, limit=max(1, samples - len(chats)))
-    calibration = torch.cat([text, chats])
-    heldout = token_windows(tokenizer, back, 256, limit=windows)
+    calibration, heldout = demo_samples(tokenizer, samples, windows)
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
     passes = in_small_steps(recipe or "balanced")
     result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=passes, track=track, eval=False)

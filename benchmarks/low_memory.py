@@ -3,6 +3,9 @@
 The model is a random Llama of a given shape, written shard by shard. A process prunes it with Taylor scores and least
 squares under a limit that the kernel enforces, in a memory cgroup of its own, which takes root. Prints the peak that
 the kernel recorded, page cache included.
+
+`--demo` takes the demo model and the default recipe, tuning included: once in memory, and once with the weights in
+files and half the memory of them beside that of Python and its packages. Prints the perplexity of both.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from benchmarks.common import Shape, load_demo_model, write_random
+from benchmarks.demo import demo_samples
+from fxprune.evaluation import perplexity
 
 __all__ = ["app"]
 
@@ -39,6 +44,23 @@ result = fxprune.prune_checkpoint(source, out, ids, recipe="llm-pruner", **optio
 seconds = time.perf_counter() - begin
 print(f"pruned in {seconds:.0f} s: {result.report.parameters[0]:,} to {result.report.parameters[1]:,} parameters")
 print(f"verified: masked and slim outputs differ by at most {result.report.verification_error:.1e}")
+"""
+
+_DEMO_CHILD = """
+import sys, time, fxprune
+from benchmarks.common import memory_bytes
+from benchmarks.demo import demo_samples, in_small_steps
+from fxprune.checkpoint.read import load_tokenizer
+source, out, samples = sys.argv[1], sys.argv[2], int(sys.argv[3])
+calibration, _ = demo_samples(load_tokenizer(source), samples, 1)
+options = {"ratio": 0.2, "recipe": in_small_steps("balanced"), "tune": "tune{epochs=1, rank=8, truth=0.2, batch=1}"}
+begin = time.perf_counter()
+if "--in-memory" in sys.argv:
+    result = fxprune.prune(source, calibration, eval=False, **options)
+    result.save_pretrained(out)
+else:
+    result = fxprune.prune_checkpoint(source, out, calibration, **options)
+print(f"pruned in {time.perf_counter() - begin:.0f} s, {result.report.notes[-1]}")
 """
 
 
@@ -73,6 +95,35 @@ def _memory_limit(limit: int) -> Iterator[tuple[list[str], Path]]:
         group.rmdir()
 
 
+def _compare_demo(share: float, samples: int, folder: Path | None) -> None:
+    """Prune the demo model in memory and in files, and print the perplexity of both."""
+    model, tokenizer = load_demo_model()
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    imported = (
+        "import fxprune, transformers.models.auto; from benchmarks.common import memory_bytes as m; print(m('RssAnon'))"
+    )
+    python = float(subprocess.check_output([sys.executable, "-c", imported], text=True))
+    limit = int(python + share * total)
+    _, heldout = demo_samples(tokenizer, 1, 20)
+    print(f"weights: {total / 1e9:.2f} GB; Python and packages: {python / 1e9:.2f} GB", flush=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        source, outs = Path(place) / "dense", [Path(place) / "in-files", Path(place) / "in-memory"]
+        model.save_pretrained(source, max_shard_size="50MB")
+        tokenizer.save_pretrained(source)
+        del model
+        for out in outs:
+            command = [sys.executable, "-c", _DEMO_CHILD, str(source), str(out), str(samples), f"--{out.name}"]
+            if out.name == "in-memory":
+                subprocess.run(command, check=True)
+            else:
+                with _memory_limit(limit) as (prefix, peak_file):
+                    print(f"memory allowed: {limit / 1e9:.2f} GB", flush=True)
+                    subprocess.run([*prefix, *command], check=True)
+                    print(f"peak, page cache included: {int(peak_file.read_text()) / 1e9:.2f} GB")
+            slim = fxprune.from_pretrained(out)
+            print(f"perplexity, {out.name}: {perplexity(slim, heldout):.3f}", flush=True)
+
+
 @app.command()
 def main(
     hidden: Annotated[int, typer.Option(help="Width.")] = 2048,
@@ -82,9 +133,13 @@ def main(
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
     gguf: Annotated[bool, typer.Option("--gguf", help="Prune from a GGUF file in half precision.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="The demo model, tuned, in memory and in files.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Folder with room for both models; else a temporary one.")] = None,
 ) -> None:
     """Write a model, prune it with half the memory of its weights, and load the result."""
+    if demo:
+        _compare_demo(share, samples, folder)
+        return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, out = Path(place) / "dense", Path(place) / "slim"
         config = Shape.of_width(hidden, ffn, layers).config()

@@ -29,11 +29,12 @@ from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.evaluation.comparison import graph_predictor, measure_quality, window_of
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
-from fxprune.graph.tensors import device_of, has_meta_weights
-from fxprune.offload.files import finish_writes, is_offloading
+from fxprune.graph.tensors import device_of, has_meta_weights, weights
+from fxprune.offload.files import finish_writes, is_offloading, release_freed
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
+from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import has_vocab, refuse
-from fxprune.pipeline.contract import STAGES, no_progress
+from fxprune.pipeline.contract import STAGES, digest_of, no_progress
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import run_bar
 from fxprune.pipeline.registry import load_pass
@@ -129,10 +130,11 @@ def prune_checkpoint(
 ) -> Result:
     """Prune a model from folder to folder with its weights on disk: :func:`prune` with ``offload``, and saved.
 
-    Memory holds one part of the model and the activations of the samples; weights that transformers builds from several
-    tensors of a file, such as those of experts, are held whole. A killed run resumes when it is repeated with the same
-    arguments and files; until it is done, intermediate results are in ``<out>.unfinished``. Tuning reads all weights
-    twice a step, so there is none unless ``tune`` asks for it. The weights of the result are in unlinked files.
+    Memory holds one part of the model and the activations of the samples. Weights that transformers builds from several
+    tensors of a file, such as those of experts, are built one at a time, into files. A killed run resumes when it is
+    repeated with the same arguments and files; until it is done, intermediate results are in ``<out>.unfinished``.
+    Where memory does not hold the weights, each step of tuning reads them three times; ``tune="none"`` leaves it out.
+    The weights of the result are in unlinked files.
 
     Args:
         source: a folder of safetensors that transformers loads, or the hub id of one; or a GGUF file, which is
@@ -465,7 +467,7 @@ def _prune_offloaded(
     source: Any, folder: Path, calibration: Any, options: Any, finish: Callable[[Result], None], *, force: bool = False
 ) -> Result:
     """Prune with weights on disk; ``finish`` is called while the intermediate results are still there."""
-    values = resolve({"memory": "low", "tune": NONE, **_given(options)})
+    values = resolve({"memory": "low", **_given(options)})
     if has_vocab(values):
         check_alone({**values, "offload": folder})
     pipeline = _pipeline(calibration, values)
@@ -536,10 +538,13 @@ def _run_passes(
     start = time.perf_counter()
     if graph_module is None:
         graph_module = trace(model, values["example_inputs"]).graph_module
+        release_freed()
         _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
         with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
             result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
+            if not has_meta_weights(result.graph_module):
+                check_same(lambda: {"the slim weights": _digests(result.graph_module)}, where="the end of the prune")
             begin("quality")
             return _with_quality(result, graph_predictor(graph_module, shared=True), model, values)
     except BaseException:  # an interrupt too: the model must not be left half cut
@@ -547,6 +552,11 @@ def _run_passes(
         if source is not None and source.cut:
             restore_cut(source)
         raise
+
+
+def _digests(graph_module: fx.GraphModule) -> list[tuple[str, str]]:
+    """Digests of all weights: processes that loaded others, or round in another way, end with different ones."""
+    return [(name, digest_of(tensor)) for name, tensor in weights(graph_module)]
 
 
 def _with_quality(result: Result, dense: Callable[..., Any], model: nn.Module, values: Mapping[str, Any]) -> Result:

@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import FxpruneError
-from fxprune.offload import files
 
 __all__ = ["Fault", "Snapshot", "contents", "disk", "full_disk", "in_child", "ops", "put_back", "spread"]
 
@@ -222,7 +220,6 @@ def in_child(act: Callable[[], object]) -> str:
         for stream in (1, 2):
             os.dup2(silent, stream)
         torch.set_num_threads(1)
-        files._writers = ThreadPoolExecutor(8)  # threads are not forked
         said = ""
         try:
             act()

@@ -31,7 +31,10 @@ __all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "pr
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, seconds, target."""
+    """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, seconds, target.
+
+    ``read`` are the bytes that tuning reads from disk if memory holds none of the weights; 0 if they are in memory.
+    """
 
     parameters: tuple[int, int]
     widths: dict[str, tuple[int, int]]
@@ -41,6 +44,7 @@ class Estimate:
     memory: float
     seconds: float
     reached: str = ""
+    read: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ def _lines(found: Estimate) -> Iterator[str]:
         minutes = found.seconds / 60
         duration = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
     yield f"time: about {duration} with nothing else running (within a factor of two)"
+    if found.read:
+        yield f"disk: tuning reads up to {found.read / 1e9:,.0f} GB beside it if memory holds none of the weights"
     yield "no weight was read, and nothing was written; with real scores widths may be distributed differently"
 
 
@@ -171,6 +177,7 @@ def estimate(
         memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory),
         reached="" if report.reached is None else str(report.reached),
         seconds=flops / _flops(),
+        read=sum(slim * cost.runs / cost.batch for step, cost in costs if low_memory and step.stage == "tune"),
     )
 
 

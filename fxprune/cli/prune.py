@@ -81,7 +81,7 @@ def prune(
     as_device(device)
     if calibration is not None:
         options = {"eval_text": calibration, **options}
-    effective = {"memory": "low", "tune": "none", **options} if low_memory else options
+    effective = {"memory": "low", **options} if low_memory else options
     needs_tokenizer = (to_gguf and not is_gguf(model)) or has_vocab(options)
     prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)
     if dry_run:

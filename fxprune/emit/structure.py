@@ -232,8 +232,9 @@ def _parameters_on_meta() -> Iterator[None]:
         def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             register(module, name, parameter)
             if parameter is not None and threading.get_ident() == thread:
-                empty = torch.empty_like(parameter, device="meta")
-                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                empty._is_hf_initialized = True  # type: ignore[attr-defined]  # random numbers take time on meta too
+                module._parameters[name] = empty
 
         nn.Module.register_parameter = on_meta  # type: ignore[assignment]
         try:

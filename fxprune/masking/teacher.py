@@ -14,10 +14,11 @@ from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices
 from fxprune.data.samples import is_in_memory
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import Fact, facts_of, fork
+from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes, read_heldout
-from fxprune.masking.parts import Part, run_in_parts
-from fxprune.offload.files import no_resume
+from fxprune.masking.parts import Part, output_numel, run_in_parts
+from fxprune.offload.files import is_offloading, no_resume
 from fxprune.offload.prefetch import autocast, compute_device, use_bf16
 from fxprune.offload.ranks import batch_for_all, deal, gathered
 from fxprune.pipeline.contract import Pass
@@ -38,6 +39,9 @@ __all__ = [
     "split_samples",
     "teacher_batches",
 ]
+
+_LARGEST_LOGITS = 0.05
+"""Logits of a batch beside the bytes of weights in files: three copies of them are as much as a part of the model."""
 
 _LEAST = 1e-7
 """Floor of a probability: a step of float32 at 1, below which a sum of probabilities is not resolved."""
@@ -114,7 +118,7 @@ def record_teacher_logits(
     """
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     classes_given = gives_classes(graph_module)
-    size = batch_for_all(batch, len(samples)) if classes_given else 1
+    size = _batch_size(graph_module, samples, batch) if classes_given else 1
     batches = list(batch_indices(samples, graph_module, size))
     mine = deal(batches)
     with torch.no_grad():
@@ -132,6 +136,19 @@ def record_teacher_logits(
     every = gathered([[found[i] for i in numbers] for numbers in mine])
     whole = {i: one for numbers, row in zip(batches, every, strict=True) for i, one in zip(numbers, row, strict=True)}
     return tuple(TeacherLogits(sample, *whole[i]) for i, sample in enumerate(samples))
+
+
+def _batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: int) -> int:
+    """Samples that run at once: fewer than ``batch`` if their logits are large beside weights that are in files."""
+    size = batch_for_all(batch, len(samples))
+    if not is_offloading():
+        return size
+    nodes = graph_module.graph.nodes
+    traced = max(output_numel(node) for node in nodes if node.op == "placeholder")
+    outputs = max(output_numel(node) for node in graph_module.graph.output_node().all_input_nodes)
+    given = max(value.numel() for value in samples[0].inputs.values() if isinstance(value, torch.Tensor))
+    most = _LARGEST_LOGITS * sum(tensor.nbytes for _, tensor in weights(graph_module))
+    return max(1, min(size, int(most / (4 * outputs * given / traced))))
 
 
 def teacher_batches(
@@ -261,7 +278,7 @@ class DivergenceJudge:
         self.bf16 = logits_use_bf16("auto", graph_module, samples[0], "judge")
         with autocast(self.device, self.bf16):
             teacher = record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
-        batches = tuple(teacher_batches(teacher, graph_module, batch_for_all(batch, len(samples))))
+        batches = tuple(teacher_batches(teacher, graph_module, _batch_size(graph_module, samples, batch)))
         self.batches, self.positions = deal(batches), sum(batch.positions for batch in batches)
 
     def divergence(self, removal: Removal) -> float:

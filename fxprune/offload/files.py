@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ __all__ = [
     "no_resume",
     "offload_to",
     "offloaded",
+    "release_freed",
     "resume_scope",
     "sync_writes",
     "uncache",
@@ -132,7 +135,22 @@ def uncache(name: str) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-_writers = ThreadPoolExecutor(8, thread_name_prefix="fxprune-write")
+def release_freed() -> None:
+    """Give memory that was freed back to the system, inside :func:`offload_to` and where the allocator can.
+
+    glibc keeps what tensors of up to 32 MB took, such as the gradients of a trace: as much as all weights.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if is_offloading() and os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _writers(process: int) -> ThreadPoolExecutor:
+    """The threads that write, of one process: they do not live on in one that is forked."""
+    return ThreadPoolExecutor(8, thread_name_prefix="fxprune-write")
+
+
 _writes: deque[tuple[Future[None], int]] = deque()
 """Files on their way to the disk, with their bytes."""
 
@@ -159,7 +177,7 @@ def offloaded(tensor: torch.Tensor) -> torch.Tensor:
         raise
     finally:
         os.unlink(name)
-    _writes.append((_writers.submit(_write_and_close, handle), tensor.nbytes))
+    _writes.append((_writers(os.getpid()).submit(_write_and_close, handle), tensor.nbytes))
     _wait_for_writes(_UNWRITTEN)
     return mapped
 

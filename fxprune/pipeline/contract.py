@@ -28,7 +28,7 @@ from fxprune.errors import PassError
 from fxprune.graph.context import default_modes, wrap_errors
 from fxprune.graph.facts import Change, Fact, Notes, Source, add_note, facts_of, fork, reading, unshare
 from fxprune.graph.tensors import comparable, weights
-from fxprune.offload.files import is_caching
+from fxprune.offload.files import is_caching, release_freed
 from fxprune.offload.prefetch import use_prefetcher
 from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import Arguments, flag, function, spell
@@ -223,6 +223,7 @@ class Pass(Arguments, PassBase):
         held = {type(fact): fact for fact in facts_of(graph_module)}
         with reading(self.name, (*self.needs, *self.wants, *self.gives, *self.drops)):
             result = self.call(graph_module)
+        release_freed()
         changed = before.compare(result.graph_module)
         self._check(changed, result.modified)
         facts = facts_of(result.graph_module)

@@ -108,17 +108,20 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of what makes plans equal, the same after a trip through JSON."""
-        data = {**json.loads(self.to_json()), "sizes": {}}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps({**self._data(), "sizes": {}}, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
+        return json.dumps(self._data())
+
+    def _data(self) -> dict[str, Any]:
+        """The plan as JSON values."""
         kept, sizes = (
             {name: {str(axis): value for axis, value in axes.items()} for name, axes in held.items()}
             for held in (self.kept, self.sizes)
         )
         blocks = list(self.removed_blocks)
         data = {"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm}
-        return json.dumps(data | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {}))
+        return data | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

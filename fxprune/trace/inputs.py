@@ -20,9 +20,9 @@ from torch import fx, nn
 from fxprune.data.calibration import check_names
 from fxprune.data.samples import DECODER
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
-from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map
+from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, fake_mode, tree_leaves, tree_map
 from fxprune.graph.context import Refusal, attempt, quiet
-from fxprune.graph.tensors import as_parameter, computed_tensors
+from fxprune.graph.tensors import as_parameter, computed_tensors, map_tensors
 from fxprune.offload.ranks import check_one_device, check_unsharded
 from fxprune.pipeline.arguments import format_value, refuse
 from fxprune.rules.registry import written_arguments
@@ -233,15 +233,24 @@ def alias_twin(model: M, written: Container[str] = ()) -> M:
 
 
 def written_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the parameters that ``forward`` writes to, found on ``meta``; all of them if it does not run there."""
-    twin = meta_twin(model).eval()
-    twins = {parameter.untyped_storage()._cdata: name for name, parameter in twin.named_parameters()}
-    on_meta = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, dict(inputs))
-    with _Writes() as writes, torch.no_grad(), quiet():
-        ran = not isinstance(attempt(twin, **(without_cache(twin) | on_meta)), Refusal)
-    if not ran:
-        return frozenset(name for name, _ in model.named_parameters())
-    return frozenset(name for storage, name in twins.items() if storage in writes.storages)
+    """Names of the parameters that ``forward`` writes to, found without storage; all of them if it does not run so.
+
+    Code that branches on values may do so on ``meta``, where there are none, and not on fake tensors, which stand for a
+    trace: as of transformers 5 the masks of most models do.
+    """
+    mode = fake_mode(fixed=True)
+    faked = partial(fake_twin, mode=mode, native=torch.float32, dtype=torch.float32)
+    for make, device, context in ((meta_twin, "meta", nullcontext()), (faked, "cpu", mode)):
+        twin = make(model).eval()
+        twins = {parameter.untyped_storage()._cdata: name for name, parameter in twin.named_parameters()}
+        empty = partial(torch.empty_like, device=device)
+        with context, torch.no_grad(), quiet():
+            given = {name: map_tensors(value, empty) for name, value in inputs.items()}
+            with _Writes() as writes:
+                ran = attempt(twin, **(without_cache(twin) | given))
+        if not isinstance(ran, Refusal):
+            return frozenset(name for storage, name in twins.items() if storage in writes.storages)
+    return frozenset(name for name, _ in model.named_parameters())
 
 
 class _Writes(TorchDispatchMode):

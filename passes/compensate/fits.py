@@ -13,6 +13,7 @@ from torch import fx
 from fxprune.errors import CalibrationError
 from fxprune.graph.tensors import get_tensor
 from fxprune.masking.compare import PairedRuns
+from fxprune.offload.files import offloaded
 from fxprune.offload.ranks import all_reduce, broadcast_dealt, deal, gathered
 from fxprune.pipeline.arguments import argument
 
@@ -112,8 +113,15 @@ class StackedMoments:
 
     @classmethod
     def empty(cls, weights: torch.Tensor, free: bool = False) -> StackedMoments:
-        """Zeros for weights ``(matrices, out, in)``, with a constant beside their inputs if ``free``."""
-        return cls(tuple(FitMoments.empty(weight, free) for weight in weights))
+        """Zeros for weights ``(matrices, out, in)``, with a constant beside their inputs if ``free``.
+
+        They are in files if the weights are: of many matrices they take several times the bytes of these.
+        """
+        matrices, rows, columns = weights.shape
+        sizes = ((matrices, columns + free, size) for size in (columns + free, rows))
+        squares, products = (offloaded(weights.new_zeros(size, dtype=torch.float64)) for size in sizes)
+        pairs = zip(squares.unbind(), products.unbind(), strict=True)
+        return cls(tuple(FitMoments(square, product, free) for square, product in pairs))
 
     def all_reduce(self) -> None:
         all_reduce(tensor for moments in self.of_each for tensor in (moments.square, moments.product))

@@ -266,3 +266,19 @@ def test_a_gguf_file_is_read_a_block_at_a_time(file: Path, tmp_path: Path, monke
     with pytest.raises(SafetensorError):
         unpack_gguf(file, tmp_path / "none")
     assert gguf.GGUFReader is true_reader
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 56, "num_hidden_layers": 2}
+
+
+def test_experts_that_lie_one_by_one_in_files_are_put_together_in_files(tmp_path: Path) -> None:
+    """They were held in memory whole."""
+    model = tiny("qwen3_moe", **EXPERTS)
+    model.save_pretrained(tmp_path / "dense", max_shard_size="200KB")
+    with resumable_folder(tmp_path / "slim") as work:
+        mapped = load_mapped(tmp_path / "dense", work)
+        large = {name: p for name, p in mapped.named_parameters() if p.nbytes > 1 << 16}
+        assert {name.rpartition(".")[2] for name in large} >= {"gate_up_proj", "down_proj"}
+        assert not any(parameter.untyped_storage().resizable() for parameter in large.values()), "memory of a process"
+        for (_, found), (_, wanted) in zip(mapped.named_parameters(), model.named_parameters(), strict=True):
+            assert torch.equal(found, wanted)

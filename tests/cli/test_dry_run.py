@@ -62,6 +62,16 @@ def test_it_prints_an_estimate_of_the_default(config: Path) -> None:
     assert not (config.parent / "slim").exists()
 
 
+@pytest.mark.slow
+def test_it_says_how_much_tuning_reads_of_weights_on_disk(config: Path) -> None:
+    """There was no tuning, and nobody could know what it would take."""
+    options = ("prune", config, "--out", config.parent / "slim", "--dry-run", "--json")
+    tuned, plain = (
+        json.loads(invoked(*options, "--low-memory", *more).stdout)["read"] for more in ((), ("--tune", "none"))
+    )
+    assert tuned > 3 * 4 * 57_000 * 50 and plain == 0, "three times in each of its steps"
+
+
 def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any, ...], int, int]:
     """The passes of a prune, the number of samples, and the tokens of one."""
 

@@ -12,6 +12,7 @@ import torch
 
 from fxprune.offload import files
 from fxprune.offload.files import offload_to, offloaded, sync_writes
+from tests.forked import in_processes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -77,3 +78,14 @@ def test_files_of_others_are_synced_as_they_grow(tmp_path: Path, monkeypatch: py
     threads = threading.active_count()
     with sync_writes(tmp_path):
         assert threading.active_count() == threads, "in memory there is nothing to do"
+
+
+def test_a_process_that_is_forked_writes_with_threads_of_its_own(tmp_path: Path) -> None:
+    """Those of the first process are not there after a fork, and what they should have written was waited for."""
+    value = torch.randn(200, 100)
+
+    def write(_: int = 0) -> bool:
+        with offload_to(tmp_path):
+            return torch.equal(offloaded(value), value)
+
+    assert write() and in_processes(write, 1, tmp_path) == [True]

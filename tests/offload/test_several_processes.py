@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.offload.files import cached, caching, offload_to, uncache
 from fxprune.offload.ranks import all_reduce, barrier, check_same, decide_on_first, run_on_first
 from tests.forked import in_processes
+from tests.models import tiny
 
 
 def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -> None:
@@ -83,3 +85,20 @@ def test_the_first_process_says_what_is_done(tmp_path: Path) -> None:
             return [before, seen and seen.read_text(), own, (tmp_path / "parts").exists()]
 
     assert in_processes(work, 2, tmp_path) == [[None, "0", [True, True, False], False]] * 2
+
+
+def test_processes_that_end_with_other_weights_all_raise_it(tmp_path: Path) -> None:
+    """On several GPUs, or from other files, each went on with weights of its own, and those of the first were saved."""
+    models = [tiny("llama"), tiny("llama")]
+    with torch.no_grad():
+        models[1].lm_head.weight[0, 0] += 1
+
+    def work(rank: int) -> str:
+        try:
+            fxprune.prune(models[rank], importance="l2", ratio=0.2, kinds="mlp", protect=(), verify=False)
+        except FxpruneError as error:
+            return str(error)
+        return ""
+
+    said = in_processes(work, 2, tmp_path)
+    assert said[0] == said[1] and "process 1 and the first process differ in the slim weights" in said[0]

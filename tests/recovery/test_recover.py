@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -295,6 +298,13 @@ def test_two_processes_train_what_one_does(
         spread = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert spread["held_out"] == pytest.approx(alone.held_out, rel=1e-2)
         assert spread["steps"] == alone.steps and spread["merge_error"] < 1e-4
+
+
+def test_accelerate_has_the_options_that_the_documentation_gives_it() -> None:
+    launch: Any = importlib.import_module("accelerate.commands.launch")
+    (command,) = re.findall(r"`accelerate launch (.*?)`", (ROOT / "docs/scale.md").read_text(encoding="utf-8"))
+    chosen = launch.launch_command_parser().parse_args(shlex.split(command))
+    assert chosen.use_fsdp and chosen.fsdp_version == "2" and chosen.training_script == "train.py"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils import weight_norm
 
 import fxprune
@@ -23,6 +24,7 @@ from fxprune.trace.inputs import (
     is_hugging_face,
     meta_twin,
     shifted_right,
+    written_parameters,
 )
 from tests.architectures.library import LIBRARY
 from tests.models import tiny, token_ids
@@ -104,6 +106,27 @@ def test_a_twin_to_run_has_the_weights_and_buffers_and_gradients_of_its_own() ->
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(twin.buffers(), model.buffers(), strict=True))
     twin(torch.randn(5, 3)).sum().backward()
     assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in twin.parameters())
+
+
+class WritesWhereValuesAsk(nn.Module):
+    """Branches on values, which ``meta`` has none of, unless it is traced; and writes to one of two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.read = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_fake(x) and bool(x.sum() < 0):
+            return x
+        with torch.no_grad():
+            self.written.add_(1)
+        return x * self.written * self.read
+
+
+def test_parameters_are_written_to_where_code_branches_on_values() -> None:
+    """A copy of all weights was made for each run of a trace: masks of transformers branch on values on ``meta``."""
+    assert written_parameters(WritesWhereValuesAsk(), {"x": torch.ones(3)}) == {"written"}
+    assert written_parameters(tiny("llama"), {"input_ids": token_ids(2)}) == frozenset()
 
 
 def test_hooks_of_a_user_are_left_out_and_those_of_torch_are_not() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +103,6 @@ def test_another_number_of_processes_resumes(
     dense: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: int
 ) -> None:
     """Gradients at a cut were kept by the place of a sample in its process, in a folder of each process."""
-    monkeypatch.setattr(files, "_writers", ThreadPoolExecutor(2))  # threads do not survive a fork
     want = scored(dense, order="mix", memory="fast")
     cache = tmp_path / "cache"
     save, parts = taylor._GradientSweep._save, list[int]()
