@@ -12,6 +12,7 @@ import copy
 import itertools
 import json
 import multiprocessing
+import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -47,7 +48,7 @@ _TIMM = (
 )
 NAMES = (*(f"torchvision/{name}" for name in _TORCHVISION.split()), *(f"timm/{name}" for name in _TIMM.split()))
 
-_RATIO, _CHANNELS, _SECONDS = 0.3, 0.16, 300  # of parameters; of channels; at most for one prune
+_RATIO, _CHANNELS, _SECONDS = 0.3, 0.16, 45  # of parameters; of channels; of processor time for one prune
 _FIXED = (
     "vit",
     "swin",
@@ -98,8 +99,8 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
     if library == "timm":
         import timm
 
-        model: nn.Module = timm.create_model(kind, pretrained=False)
-        side = model.default_cfg["input_size"][-1] if any(part in kind for part in _FIXED) else 64
+        model: Any = timm.create_model(kind, pretrained=False)
+        side: int = model.default_cfg["input_size"][-1] if any(part in kind for part in _FIXED) else 64
     else:
         import torchvision
 
@@ -144,10 +145,14 @@ def theirs(name: str) -> VisionRow:
     start = time.process_time()
     importance = tp.importance.MagnitudeImportance(p=2)
     pruner = tp.pruner.MetaPruner(model, x, importance, pruning_ratio=_CHANNELS, ignored_layers=heads)
+    left: dict[nn.Module, list[int]] = {}  # of each layer that is cut, several times where channels lie side by side
     for group in pruner.step(interactive=True):
         for dependency, indices in group:
-            if pruner.DG.is_out_channel_pruning_fn(dependency.handler):
-                _zero(twins.get(dependency.target.module), indices)
+            layer = dependency.target.module
+            if layer in twins and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                own = left.setdefault(layer, list(range(pruner.DG.get_out_channels(layer))))
+                _zero(twins[layer], [own[i] for i in indices])
+                left[layer] = [unit for i, unit in enumerate(own) if i not in set(indices)]
         group.prune()
     spent = time.process_time() - start
     with torch.no_grad():
@@ -157,7 +162,7 @@ def theirs(name: str) -> VisionRow:
     return VisionRow(name, "theirs", "", error <= TOLERANCE, after / before, round(spent, 1), round(forward, 2))
 
 
-def _zero(layer: nn.Module | None, indices: list[int]) -> None:
+def _zero(layer: nn.Module, indices: list[int]) -> None:
     """Zero the weights and biases of channels that a layer gives."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
@@ -195,11 +200,22 @@ def _work(name: str, tool: str) -> VisionRow:
 
 def _apart(name: str, tool: str) -> VisionRow:
     """One prune in a process of its own, which may crash or hang."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        try:
-            return pool.apply_async(_work, (name, tool)).get(_SECONDS)
-        except multiprocessing.TimeoutError:
-            return VisionRow(name, tool, f"not done after {_SECONDS} s, or crashed")
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+        sender.send(_work(name, tool))
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run)
+    process.start()
+    sender.close()
+    try:
+        row: VisionRow = receiver.recv()
+    except EOFError:
+        row = VisionRow(name, tool, f"crashed, or not done after {_SECONDS} s of processor time")
+    process.join()
+    return row
 
 
 @app.command()

@@ -86,6 +86,8 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
         {"source": IDS, "target": IDS[:, :4]},
         {"channel~": [16], "head": [4, 4, 4], "head_dim": [4, 4, 4], "mlp": [20, 20]},
     ),
+    "recurrent": (partial(modules.Recurrent, nn.LSTM), TEXT, {"mlp": [6, 5]}),
+    "recurrent-gated": (partial(modules.Recurrent, nn.GRU), TEXT, {"mlp": [6, 5]}),
     "reader": (modules.Reader, TEXT, {"mlp": [10, 12, 4, 12], "head~": [3], "head_dim": [4]}),
 }
 """Networks written from scratch: how to make one, what it takes, and the sizes of its groups."""
