@@ -53,7 +53,16 @@ def results_page(folder: Path = RESULTS) -> str:
     Args:
         folder: Folder with the JSON files that the benchmarks wrote; sections without a file are left out.
     """
-    names = ("reference", "recovery", "discovery", "discovery_scaling", "score_memory", "equal_bytes", "drafts")
+    names = (
+        "reference",
+        "recovery",
+        "discovery",
+        "discovery_scaling",
+        "score_memory",
+        "equal_bytes",
+        "drafts",
+        "vision",
+    )
     files = {name: folder / f"{name}.json" for name in names}
     data = {name: json.loads(path.read_text()) if path.exists() else None for name, path in files.items()}
     criteria = [json.loads(path.read_text()) for path in sorted(folder.glob("criteria*.json"))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median_low
@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from transformers.utils.generic import find_labels
 
 from fxprune.data.built_in import built_in_samples, can_generate, general_samples, generated_samples
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
-from fxprune.data.samples import DECODER, check_samples, read_calibration, read_token_rows
+from fxprune.data.samples import DECODER, LABELS, check_samples, read_calibration, read_token_rows
 from fxprune.data.text import check_tokenizer, is_text, opening_tokens, text_samples
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
@@ -27,7 +28,7 @@ from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal, Scores
-from fxprune.trace.inputs import alias_twin, shifted_right, written_parameters
+from fxprune.trace.inputs import alias_twin, is_hugging_face, shifted_right, written_parameters
 
 __all__ = ["CalibratePass", "FindGroupsPass"]
 
@@ -141,13 +142,16 @@ class CalibratePass(Pass):
         next_token, found = predicts_next(graph_module), facts_of(graph_module).get(Source)
         shift = None if found is None else partial(shifted_right, found.model)
         shift = shift if DECODER in {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"} else None
-        samples = spread(read_calibration(data, graph_module, next_token=next_token, shift=shift), self.samples)
+        others = () if found is None or not is_hugging_face(found.model) else find_labels(type(found.model))
+        form = Objective(next_token, None, shift, tuple(dict.fromkeys((LABELS, *others))))
+        read = read_calibration(data, graph_module, next_token=next_token, shift=shift, named=form.named)
+        samples = spread(read, self.samples)
         self._check_opening(graph_module, samples)
         if self.added and next_token and not self.substitutes:
             samples, written = self._with_added(graph_module, samples)
             source += " and text that the model wrote" if written else ""
         facts_of(graph_module).put(Calibration(samples, source, written))
-        facts_of(graph_module).put(Objective(next_token, self._own_loss(graph_module, samples), shift))
+        facts_of(graph_module).put(replace(form, own=self._own_loss(graph_module, samples)))
         return PassResult(graph_module, False)
 
     def _own_loss(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> OwnLoss | None:

@@ -106,6 +106,7 @@ def told(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {(lines or ['no message'])[0]} ({frame.filename}:{frame.lineno})"
+    text = re.sub(r"/\S*/(?=[\w.]+\.json)", "", text)  # of a temporary folder
     return re.sub(r"/\S*/(site-packages|fxprune|passes|tests)/", _shortened, text)[:300]
 
 

@@ -62,26 +62,43 @@ _LISTS: dict[str, tuple[int, ...]] = {
 _DEMANDS: dict[str, dict[str, Any]] = {
     "beit": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "data2vec-vision": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
-    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [2, 2, 4], "depth": [1, 1, 1]},
+    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [2, 2, 4], "depth": [1, 2, 3]},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "donut-swin": {"patch_size": 2},
     "convbert": {"num_attention_heads": 6, "head_ratio": 2},
     "dinat": {"embed_dim": 16},
     "efficientnet": {
         **{"width_coefficient": 1.0, "depth_coefficient": 1.0, "depth_divisor": 4, "kernel_sizes": [3, 3, 5]},
-        **{"in_channels": [8, 12, 16], "out_channels": [12, 16, 20], "strides": [1, 2, 2], "hidden_dim": 20},
+        **{"in_channels": [32, 12, 16], "out_channels": [12, 16, 20], "strides": [1, 2, 2], "hidden_dim": 1280},
         **{"num_block_repeats": [1, 1, 1], "expand_ratios": [1, 2, 2], "depthwise_padding": []},
     },
     "funnel": {"block_sizes": [1, 1], "d_head": 8, "n_head": 6, "block_repeats": None, "num_decoder_layers": 1},
     "hgnet_v2": {
         **{"stem_channels": [3, 8, 12], "stage_in_channels": [12, 16, 20, 24], "stage_mid_channels": [8, 10, 12, 14]},
-        **{"stage_out_channels": [16, 20, 24, 28], "stage_num_blocks": [1] * 4, "stage_numb_of_layers": [1] * 4},
+        **{
+            "hidden_sizes": [16, 20, 24, 28],
+            "stage_out_channels": [16, 20, 24, 28],
+            "stage_num_blocks": [1] * 4,
+            "stage_numb_of_layers": [1] * 4,
+        },
     },
-    "levit": {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "key_dim": [4, 4, 4], "patch_size": 16},
+    "hiera": {"patch_size": [7, 7]},
+    "levit": {
+        "hidden_sizes": [16, 24, 32],
+        "num_attention_heads": [2, 3, 4],
+        "key_dim": [4, 4, 4],
+        "patch_size": 16,
+        "image_size": 128,
+    },
     "mobilebert": {"true_hidden_size": 24, "intra_bottleneck_size": 24, "embedding_size": 48},
     "mobilenet_v1": {"depth_multiplier": 0.25, "min_depth": 4},
     "mobilenet_v2": {"depth_multiplier": 0.25, "min_depth": 4, "depth_divisible_by": 4},
     "mobilevit": {"hidden_sizes": [24, 32, 40], "num_attention_heads": 4, "patch_size": 2, "image_size": 64},
-    "mobilevitv2": {"width_multiplier": 0.25, "patch_size": 2},
-    "perceiver": {"num_latents": 8, "d_latents": 48, "num_self_attends_per_block": 1},
+    "mobilevitv2": {"width_multiplier": 0.25, "patch_size": 2, "image_size": 64},
+    "perceiver": {
+        **{"num_latents": 8, "d_latents": 48, "num_self_attends_per_block": 1, "num_cross_attention_heads": 4},
+        **{"num_self_attention_heads": 4, "image_size": 32},
+    },
     "gemma3": {"mm_tokens_per_image": 16},
     "mpnet": {"relative_attention_num_buckets": 32},
     "pvt_v2": {"image_size": SIDE},
@@ -99,9 +116,23 @@ _DEMANDS: dict[str, dict[str, Any]] = {
 }
 
 
-_RESNET = {"model_type": "resnet", "out_features": ["stage4"]}
-_ATTENDING = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 64, "backbone_config": _RESNET}
-_DEMANDS |= dict.fromkeys(("detr", "conditional_detr", "table-transformer", "dab-detr"), _ATTENDING)
+_FOUR = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False}
+_ABOUT_DEPTH = {"backbone_config": {"model_type": "dinov2", **_FOUR}, "reassemble_hidden_size": 48}
+_STAGES = {"hidden_sizes": [16, 24, 32, 40], "depths": [1] * 4}
+_RESNET = {"model_type": "resnet", "out_features": [f"stage{i}" for i in range(1, 5)]}
+_WIDTHS = {"d_model": 64, "encoder_attention_heads": 8, "decoder_attention_heads": 8}
+_LEVELS = {"model_type": "rt_detr_resnet", **_STAGES, "out_features": ["stage2", "stage3", "stage4"]}
+_REAL_TIME = {
+    **{**_WIDTHS, "encoder_hidden_dim": 64, "encoder_in_channels": [24, 32, 40], "decoder_in_channels": [64] * 3},
+    **{"backbone_config": _LEVELS, "feat_strides": [8, 16, 32], "decoder_n_points": 2},
+}
+for _name in ("detr", "conditional_detr", "table-transformer", "dab-detr"):
+    _DEMANDS[_name] = {**_WIDTHS, "backbone_config": _RESNET}
+_DEMANDS |= {
+    **{"depth_anything": _ABOUT_DEPTH, "prompt_depth_anything": _ABOUT_DEPTH, "upernet": {"backbone_config": _RESNET}},
+    "zoedepth": {"backbone_config": {"model_type": "beit", "patch_size": 8, **_FOUR}},
+    **{"rt_detr": _REAL_TIME, "rt_detr_v2": _REAL_TIME},
+}
 
 _SIZES = Sizes(
     FIELDS | {name: size for size, names in _MORE.items() for name in names.split()}, DEMANDS | _DEMANDS, _LISTS
@@ -126,6 +157,9 @@ def tiny_model_of(auto_class: str, model_type: str) -> PreTrainedModel:
     """
     config = make_config(model_type, {}, sizes=_SIZES)
     auto: Any = getattr(transformers, auto_class)
+    several = auto._model_mapping[type(config)]
+    if isinstance(several, tuple):  # the class is told by its name
+        config.architectures = [several[0].__name__]
     torch.manual_seed(0)
     return spread(auto.from_config(config, dtype=torch.float32))
 

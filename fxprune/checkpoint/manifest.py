@@ -19,7 +19,7 @@ from torch import nn
 from fxprune.emit.emitted import outputs_agree
 from fxprune.emit.layout import stock_class
 from fxprune.emit.snapshot import configs_of
-from fxprune.errors import CheckpointError, PlanError
+from fxprune.errors import CheckpointError, PlanError, TraceError
 from fxprune.graph.context import Refusal, attempt, default_modes, eval_mode, preserve_rng, quiet
 from fxprune.graph.tensors import computed_tensors, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
@@ -28,7 +28,7 @@ from fxprune.offload.ranks import input_device
 from fxprune.pipeline.arguments import MANIFEST
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report, package_versions
-from fxprune.trace.inputs import hooks_left_out, without_cache
+from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,6 +106,12 @@ def _candidates(model: PreTrainedModel) -> Iterator[Shapes]:
     if model.main_input_name == "pixel_values" and type(channels) is int:
         sides = list(size) if isinstance(size, list | tuple) else [size, size]
         yield {"pixel_values": {"shape": [_BATCH, channels, *sides]}}
+    made = attempt(default_inputs, model, None, refusals=(TraceError,))
+    if not isinstance(made, Refusal):
+        below = getattr(model.config.get_text_config(), "vocab_size", None) or 2
+        whole = {name for name, value in made.items() if not value.is_floating_point()}
+        shapes: dict[str, dict[str, Any]] = {name: {"shape": list(value.shape)} for name, value in made.items()}
+        yield {name: {**entry, **({"below": below} if name in whole else {})} for name, entry in shapes.items()}
 
 
 def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:

@@ -175,7 +175,7 @@ _ATTEMPTS = 20
 def from_pretrained(
     folder: str | os.PathLike[str],
     *,
-    verify: bool = False,
+    verify: bool | None = None,
     model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -186,15 +186,19 @@ def from_pretrained(
 
     Args:
         folder: what :func:`fxprune.save_pretrained` wrote, or the id of such a repository on the hub.
-        verify: compare every byte of the weights with the manifest, else only sizes, names and shapes; and what the
-            model computes on a few tokens with what the saved one did, unless another dtype is asked for.
+        verify: compare every byte of the weights with the manifest, else only sizes, names and shapes. Without a word,
+            what the model computes on a few tokens, or an image or a sound, is compared with what the saved one did,
+            as with True; with False it is not run, nor where another dtype or weights left on disk are asked for.
         model_class: the class, if it is not one of transformers' own.
         options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
     """
-    name, verify = as_path("folder", folder, error=CheckpointError), flag("verify", verify)
+    name, verify = (
+        as_path("folder", folder, error=CheckpointError),
+        verify if verify is None else flag("verify", verify),
+    )
     chosen: Any = model_class
     if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
@@ -222,18 +226,19 @@ def from_pretrained(
 
 
 def _load(
-    path: Path, verify: bool, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
+    path: Path, verify: bool | None, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
 ) -> PreTrainedModel:
     """Load the model in a folder that nobody replaces meanwhile."""
     manifest = read_manifest(path)
-    check_weights(path, manifest.weights, digests=verify)
+    check_weights(path, manifest.weights, digests=verify is True)
     check_files(path, manifest)
     stock, config = _classes(path, model_class)
     _check_plan(path, pruned_class(stock, type(config)), manifest)
     model = read_model(path, model_class, options)
     if manifest.plan_digest is not None:
         vars(model)[PLAN_DIGEST] = manifest.plan_digest
-    if verify and manifest.forward is not None:
+    is_dispatched = any("_hf_hook" in vars(module) for module in model.modules())
+    if manifest.forward is not None and (verify or (verify is None and not is_dispatched)):
         check_loaded(model, manifest.forward, str(path))
     return model
 

@@ -56,12 +56,12 @@ class Sample:
         inputs: keyword inputs of the graph, in its order: tensors of a batch of one, other inputs as traced.
         labels: the token at each position of the input, ``(1, tokens)``; the loss shifts them by one. For a model that
             predicts no next tokens all are ignored, and there are none if it reads no tokens.
-        own: labels in the form that such a model takes; None without labels.
+        own: labels in the form that such a model takes, by the name that it has for them; None without labels.
     """
 
     inputs: Mapping[str, Any]
     labels: torch.Tensor
-    own: torch.Tensor | None = None
+    own: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

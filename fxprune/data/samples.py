@@ -22,6 +22,7 @@ from fxprune.pipeline.arguments import format_value
 
 __all__ = [
     "DECODER",
+    "LABELS",
     "FileSamples",
     "check_samples",
     "check_tokens",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, torch.Tensor]
+
+LABELS = "labels"
+"""The name that most models have for their labels."""
 
 DECODER = "decoder_input_ids"
 """The input of transformers' encoder-decoders that is made from labels."""
@@ -73,11 +77,13 @@ def read_calibration(
     *,
     next_token: bool = True,
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    named: Sequence[str] = (LABELS,),
 ) -> tuple[Sample, ...]:
     """Samples of calibration data: one for each row, without padding.
 
     Args:
         next_token: whether labels are those of next tokens; if not, they may have any form.
+        named: the names that labels of any form may have.
         shift: makes the tokens that a decoder reads, if a sample has none, from its labels, or from its tokens.
         data: token ids ``(samples, tokens)``; a batch by name of the input, as tokenizers return it; a list of
             tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
@@ -92,7 +98,7 @@ def read_calibration(
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     return tuple(
         Sample({name: values[name] if name in values else others[name] for name in names}, labels, own)
-        for values, labels, own in _read(data, inputs, next_token, shift)
+        for values, labels, own in _read(data, inputs, next_token, shift, named)
     )
 
 
@@ -119,13 +125,14 @@ def _read(
     inputs: Sequence[_Input],
     next_token: bool,
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]]:
+    named: Sequence[str] = (LABELS,),
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor] | None]]:
     """Yield the tensors of each sample by name, its labels of next tokens, and its labels of another form."""
     check_samples("calibration", data)
     number = 0
-    for batch in _batches(data, inputs[0]):
-        for row in _rows(batch, inputs, number):
-            yield _sample(row, inputs, f"calibration sample {number}", next_token, shift)
+    for batch in _batches(data, inputs[0], named):
+        for row in _rows(batch, inputs, number, named):
+            yield _sample(row, inputs, f"calibration sample {number}", next_token, shift, named)
             number += 1
     if not number:
         raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
@@ -175,14 +182,14 @@ def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> Cali
     return CalibrationError(what, where=where, remedy=remedy)
 
 
-def _batches(data: Any, first: _Input) -> Iterator[Tensors]:
+def _batches(data: Any, first: _Input, named: Sequence[str]) -> Iterator[Tensors]:
     if isinstance(data, torch.Tensor | np.ndarray):
         yield {first.name: _tensor(first.name, data, "calibration")}
         return
     number = 0
     try:
         for item in [data] if isinstance(data, Mapping) else data:
-            yield _as_batch(item, first, f"calibration item {number}")
+            yield _as_batch(item, first, f"calibration item {number}", named)
             number += 1
     except FxpruneError:
         raise
@@ -190,7 +197,7 @@ def _batches(data: Any, first: _Input) -> Iterator[Tensors]:
         raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
 
 
-def _as_batch(item: Any, known: _Input, where: str) -> Tensors:
+def _as_batch(item: Any, known: _Input, where: str, named: Sequence[str]) -> Tensors:
     """Tensors of a batch by name; a single sample becomes a batch of one."""
     name = known.name
     if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
@@ -205,7 +212,7 @@ def _as_batch(item: Any, known: _Input, where: str) -> Tensors:
     tensors = {
         str(key): _tensor(key, value, where)
         for key, value in fields.items()
-        if key == name or (value is not None and (key in ("labels", "attention_mask") or _is_numbers(value)))
+        if key == name or (value is not None and (key in (*named, "attention_mask") or _is_numbers(value)))
     }
     first = tensors[name]
     if not first.dim():
@@ -257,10 +264,12 @@ def _is_whole(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
     return kind.kind in "iu"
 
 
-def _rows(batch: Tensors, inputs: Sequence[_Input], number: int) -> Iterator[dict[str, torch.Tensor]]:
+def _rows(
+    batch: Tensors, inputs: Sequence[_Input], number: int, named: Sequence[str]
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the rows of a batch, without padding."""
     names = [known.name for known in inputs]
-    batch = {key: value for key, value in batch.items() if key in (*names, "attention_mask", "labels")}
+    batch = {key: value for key, value in batch.items() if key in (*names, "attention_mask", *named)}
     size = len(batch[names[0]])
     mask_input = next((known for known in inputs if known.name == "attention_mask"), None)
     # if the graph takes the mask too, padding can be cut off only if it also takes fewer tokens
@@ -297,9 +306,10 @@ def _sample(
     where: str,
     next_token: bool,
     shift: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    named: Sequence[str],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor] | None]:
     """The checked tensors of a row by name, its labels of next tokens, and its labels of another form."""
-    tokens = row.get("labels", row[inputs[0].name] if inputs[0].whole else None)
+    tokens = row.get(LABELS, row[inputs[0].name] if inputs[0].whole else None)
     if shift is not None and tokens is not None and tokens.dim() == 2:
         row.setdefault(DECODER, shift(tokens))
     for known in inputs:
@@ -307,13 +317,13 @@ def _sample(
             raise _error(f"a sample without {known.name!r}, which the model takes", where)
     values = {known.name: _checked(row[known.name], known, where) for known in inputs}
     first = inputs[0]
-    if not next_token or ("labels" not in row and not first.whole):
+    if not next_token or (LABELS not in row and not first.whole):
         read = values[first.name]
         none = torch.full_like(read, IGNORED) if first.whole and read.dim() == 2 else torch.zeros(1, 0)
-        return values, none.long(), row.get("labels")
-    labels = row.get("labels", values[first.name])
+        return values, none.long(), {name: row[name] for name in named if name in row} or None
+    labels = row.get(LABELS, values[first.name])
     mask = values.get("attention_mask")
-    if "labels" not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
+    if LABELS not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
         labels = labels.masked_fill(mask == 0, IGNORED)
     if labels.dim() != 2 or not _is_whole(labels):
         remedy = f"Pass labels (samples, tokens), {IGNORED} to ignore one"

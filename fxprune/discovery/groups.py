@@ -49,8 +49,8 @@ __all__ = [
     "units_at",
 ]
 
-DEFAULT_KINDS = ("mlp", "head")
-"""Kinds to prune by default: those of the paper, which every language model has."""
+DEFAULT_KINDS = ("mlp", "head", "conv")
+"""Kinds to prune by default: those of the paper, and channels of convolutional networks, which have no others."""
 
 
 def as_kinds(name: str, kinds: Any) -> tuple[str, ...]:
@@ -213,10 +213,11 @@ def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]
     block = next(iter(owners)) if len(owners) == 1 else None
     roles = _roles(axes, factor, members)
     named: tuple[tuple[str, Kind], ...] = ((Role.EXPERT, "expert"), (Role.HEAD, "head"), (Role.HEAD_DIM, "head_dim"))
-    fallback: Kind = "channel" if len(owners) > 1 else "mlp"
-    kind: Kind = next((kind for role, kind in named if role in roles), fallback)
     renormalised = axes.renormalised.get(factor, ())
-    outer = None if renormalised or axes.keeps_norm_over(factor) else _outer_factor(axes, factor, reached)
+    is_normed = bool(renormalised) or axes.keeps_norm_over(factor)
+    shared: Kind = "conv" if Role.CONVOLVED in roles and not is_normed else "channel"
+    kind: Kind = next((kind for role, kind in named if role in roles), "mlp" if len(owners) == 1 else shared)
+    outer = None if is_normed else _outer_factor(axes, factor, reached)
     least = axes.least.get(factor, 1)
     return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger, least)
 

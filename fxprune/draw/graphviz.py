@@ -25,6 +25,7 @@ LINE = "#8a8a8a"
 
 _HUES = {
     "channel": 0.58,
+    "conv": 0.66,
     "mlp": 0.08,
     "head": 0.36,
     "query_head": 0.36,

@@ -248,19 +248,25 @@ class Resized:
 def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequence[Resized]) -> Iterator[Patches]:
     """Yield attributes of a model whose tensors are resized, found by their values where its classes set none.
 
-    Those of torch's modules follow from their tensors. Those of others change if they hold a number that changes within
-    their scope: at first all of these, then all but one of a name, then all but two.
+    Those of torch's modules follow from their tensors. Those of others change if they hold a size of a tensor of their
+    own, or a number that changes within their scope: at first all of these, then all but one of a name, then all but
+    two.
 
     Args:
         model: with its dense attributes.
         wanted: shapes by name.
         resized: where numbers change, and which.
     """
-    leaves = leaf_patches(model, wanted)
+    leaves: Patches = {}
     found: dict[str, dict[str, tuple[int, int]]] = {}
+    for path, own in leaf_patches(model, wanted).items():
+        is_guessed = not _is_of_torch(model.get_submodule(path))
+        numbers = {name: value for name, value in own.items() if is_guessed and type(value) is int}
+        found[path] = {name: (vars(model.get_submodule(path))[name], value) for name, value in numbers.items()}
+        leaves[path] = {name: value for name, value in own.items() if name not in numbers}
     for one in resized:
         for path, module in model.get_submodule(one.scope).named_modules(prefix=one.scope):
-            if type(module).__module__.startswith("torch.nn."):
+            if _is_of_torch(module):
                 continue
             for name, value in vars(module).items():
                 if type(value) is int and value in one.sizes and not name.startswith("_"):
@@ -273,6 +279,10 @@ def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequ
             for path, own in found.items()
         }
         yield {path: own for path, own in merged(leaves, changed).items() if own}
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 _MOST_BY_HAND = 32

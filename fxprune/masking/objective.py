@@ -19,7 +19,7 @@ from fxprune.data.calibration import (
     require_logits,
     token_input,
 )
-from fxprune.data.samples import read_calibration
+from fxprune.data.samples import LABELS, read_calibration
 from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
@@ -43,7 +43,7 @@ __all__ = [
     "sample_loss",
 ]
 
-_LABELS, _LOSS = "labels", "loss"
+_LOSS = "loss"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class OwnLoss:
 
     def __call__(self, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
         """The loss of one sample, given the output for it; it is taken twice, as a graph may not hold for one."""
-        given = {**sample.inputs, **output, _LABELS: sample.own}
+        given = {**sample.inputs, **output, **(sample.own or {})}
         wanted = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "placeholder"]
         device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
         twice = [
@@ -73,6 +73,7 @@ class Objective(Fact):
         next_token: whether the model predicts next tokens.
         own: the model's own loss; None if samples have no labels, or the loss cannot be read from the model.
         shift: makes what a decoder reads from labels; None if the graph reads no such input.
+        named: the names that the model has for labels.
     """
 
     open: ClassVar[bool] = True
@@ -80,6 +81,7 @@ class Objective(Fact):
     next_token: bool = True
     own: OwnLoss | None = None
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None
+    named: tuple[str, ...] = (LABELS,)
 
 
 def predicts_next(graph_module: fx.GraphModule) -> bool:
@@ -121,7 +123,7 @@ _TOLERANCE = 1e-3
 def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
     """Held-out samples, with labels of the form that the calibration samples have."""
     form = facts_of(graph_module).get(Objective) or Objective()
-    return read_calibration(data, graph_module, next_token=form.next_token, shift=form.shift)
+    return read_calibration(data, graph_module, next_token=form.next_token, shift=form.shift, named=form.named)
 
 
 def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
@@ -133,7 +135,7 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
         PassError: it has no such loss.
         TraceError: it cannot be traced with labels.
     """
-    values = {**sample.inputs, _LABELS: sample.own}
+    values = {**sample.inputs, **(sample.own or {})}
     inputs = {
         name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value for name, value in values.items()
     }
@@ -215,7 +217,7 @@ def sample_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
     """
     objective = facts_of(graph_module).get(Objective) or Objective()
     if objective.own is not None and sample.own is not None:
-        with clear_sample_errors({_LABELS: sample.own}):
+        with clear_sample_errors(sample.own):
             return objective.own(output, sample)
     if objective.next_token and sample.labels.numel():
         outputs = output_tensors(output)

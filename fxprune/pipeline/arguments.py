@@ -70,7 +70,7 @@ __all__ = [
     "whole_number",
 ]
 
-Kind = Literal["mlp", "head", "channel", "head_dim", "expert", "layer"]
+Kind = Literal["mlp", "head", "conv", "channel", "head_dim", "expert", "layer"]
 Norm = Literal["sliced", "masked"]
 Order = Literal["vector", "first", "second", "mix"]  # of the Taylor expansion of the loss
 Ranking = Literal["local", "global", "auto"]  # scores are compared inside a group, over the whole model, or as measured

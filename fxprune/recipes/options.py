@@ -178,9 +178,9 @@ class Options(ApplyOptions, total=False):
     kinds: Annotated[
         str | Sequence[str] | None,
         _what_goes(
-            "Kinds of structures that may go: `mlp`, `head`, `channel`, `head_dim`, `expert`, `layer`, and `vocab`, "
-            "tokens with their rows of embedding and head. `exact-` in front of one, as in `exact-mlp`, leaves out its "
-            "groups that a norm runs over."
+            "Kinds of structures that may go: `mlp`, `head`, `conv`, `channel`, `head_dim`, `expert`, `layer`, and "
+            "`vocab`, tokens with their rows of embedding and head. `exact-` in front of one, as in `exact-mlp`, "
+            "leaves out its groups that a norm runs over."
         ),
     ]
     importance: Annotated[

@@ -55,6 +55,7 @@ _MOST_ALIKE = 4
 _UNITS = {
     "mlp": "MLP channels",
     "head": "attention heads",
+    "conv": "channels of convolutions",
     "channel": "channels of the residual stream",
     "head_dim": "channels of heads",
     "expert": "experts",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxprune.axes import new_factor, product
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
-from fxprune.rules.statements import TensorAxes
+from fxprune.rules.statements import Role, TensorAxes
 
 __all__ = ()  # importing the module registers its rules
 
@@ -33,6 +33,9 @@ def convolution(op: OpSite) -> None:
     op.equate(product(groups, new_factor(weight.sizes[0] // groups.size)), weight.axes[0])
     op.link(weight, 1, *whole)
     op.add_up((weight, 0 if transposed else 1), (x, channel))
+    if weight.sizes[0 if transposed else 1] > 1:
+        op.tag(x, channel, Role.CONVOLVED)
+        op.tag(op.out, channel, Role.CONVOLVED)
     if groups.size > 1:
         op.link(x, channel, op.out, channel)
         op.link(weight, 0, *whole)

@@ -45,6 +45,8 @@ class Role(StrEnum):
     """A batch axis of weights: each unit has a matrix of its own."""
     EXPERT = "expert"
     """Units are picked by positions that an op computed, as a router does."""
+    CONVOLVED = "convolved"
+    """Made or summed over by a convolution that mixes channels."""
 
 
 class Axis(NamedTuple):

@@ -45,7 +45,7 @@ __all__ = [
     "normalised",
 ]
 
-_INSIDE_BLOCKS = frozenset({"mlp", "head", "head_dim", "expert", "layer"})
+_INSIDE_BLOCKS = frozenset({"mlp", "head", "conv", "head_dim", "expert", "layer"})
 """Kinds of structures that embedding and output have no part in."""
 
 

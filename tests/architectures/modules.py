@@ -52,3 +52,16 @@ class Reader(nn.Module):
         x = self.embedding(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
         out, weights = self.attention(self.queries.expand(ids.shape[0], -1, -1), x, x)
         return self.out(out), weights
+
+
+class Recurrent(nn.Module):
+    """Two layers of states that run both ways, of `nn.LSTM` or `nn.GRU`."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(31, 6)
+        self.states = kind(6, 5, num_layers=2, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(10, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.states(self.embedding(ids))[0])

@@ -127,3 +127,22 @@ def test_buffers_that_the_model_added_are_added() -> None:
     carry_over(dense, slim)
     assert slim[0].kept.is_meta and slim[0].kept.shape == (3,)
     assert slim[0]._non_persistent_buffers_set == {"made"}
+
+
+def test_a_number_that_equals_a_size_of_a_table_may_be_another() -> None:
+    """Heads of a window attention, as many as a window has places: its class took the number of places for heads."""
+
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.window_area = 4
+            self.table = nn.Parameter(torch.zeros(9, 4))
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_heads, self.bias = 4, Bias()
+
+    found = list(patches_by_hand(Attention(), {"bias.table": (9, 3)}, [Resized("", {4: 3})]))
+    assert {"": {"num_heads": 3}, "bias": {"window_area": 3}} in found
+    assert {"": {"num_heads": 3}} in found

@@ -45,8 +45,8 @@ FROM_LIBRARY: dict[str, Kinds] = {
     "vit": {"channel~": [24], "head": [4], "head_dim": [6, 6], "mlp": [26]},
     "swin": {"channel~": [12], "head": [3, 3], "head_dim": [4] * 4, "mlp": [48, 48]},
     "convnext": {"channel~": [6, 10], "mlp": [24, 40]},
-    "resnet": {"channel": [6, 8, 12], "mlp": [8, 12]},
-    "regnet": {"channel": [6, 8, 12], "mlp": [2, 4, 4, 2, 3, 4, 4, 2]},
+    "resnet": {"conv": [6, 8, 12], "mlp": [8, 12]},
+    "regnet": {"conv": [6, 8, 12], "mlp": [2, 4, 4, 2, 3, 4, 4, 2]},
     "wav2vec2": {"mlp": [24, 6, 26], "mlp~": [8], "channel~": [2, 12], "head": [4], "head_dim": [6, 6]},
     "clip": {"head": [4, 4], "head_dim": [4, 4, 6, 6], "mlp": [22, 26]},
 }
@@ -86,6 +86,8 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Inputs, Kinds]] = {
         {"source": IDS, "target": IDS[:, :4]},
         {"channel~": [16], "head": [4, 4, 4], "head_dim": [4, 4, 4], "mlp": [20, 20]},
     ),
+    "recurrent": (partial(modules.Recurrent, nn.LSTM), TEXT, {"mlp": [6, 5]}),
+    "recurrent-gated": (partial(modules.Recurrent, nn.GRU), TEXT, {"mlp": [6, 5]}),
     "reader": (modules.Reader, TEXT, {"mlp": [10, 12, 4, 12], "head~": [3], "head_dim": [4]}),
 }
 """Networks written from scratch: how to make one, what it takes, and the sizes of its groups."""
@@ -101,6 +103,31 @@ def test_models_of_transformers_that_are_no_causal_ones(name: str) -> None:
 def test_plain_modules(name: str) -> None:
     make, inputs, kinds = PLAIN[name]
     check_kinds_remove_exactly(stirred(make()), inputs, kinds)
+
+
+def test_default_kinds_take_channels_of_convolutions_and_leave_the_stream_under_norms() -> None:
+    """Of a convolutional network without blocks nothing went, and of one with residual stages, their insides alone."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inside, self.out = nn.Conv2d(width, 7, 3, padding=1), nn.Conv2d(7, width, 1)
+            self.norm = nn.BatchNorm2d(width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.norm(self.out(self.inside(x).relu()))).relu()
+
+    parts = {"first": nn.Conv2d(3, 9, 3), "blocks": nn.Sequential(Block(9), Block(9)), "out": nn.Linear(9, 4)}
+    network = stirred(Net(lambda m, x: m.out(m.blocks(m.first(x)).mean((-1, -2))), **parts))
+    image = {"x": images(3, 8)}
+    check_kinds_remove_exactly(network, image, {"conv": [9], "mlp": [7, 7]})
+    options = {"recipe": "llm-pruner", "importance": "l2", "protect": (), "example_inputs": image}
+    result = fxprune.prune(network, None, ratio=0.3, ranking="local", **options)
+    assert result.report.achieved == pytest.approx(0.3, abs=0.03)
+    assert all(group.after < group.before for group in result.report.groups), result.report.groups
+    model, inputs = LIBRARY["convnext"]()
+    kinds = {group.kind for group in groups_of(discover(stirred(model), inputs))}
+    assert kinds == {"mlp", "channel", "layer"}, "a norm runs over the stream of its stages"
 
 
 def test_each_group_of_a_convolutional_network_alone() -> None:

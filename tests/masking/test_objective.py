@@ -35,19 +35,20 @@ def test_a_model_predicts_next_tokens_if_no_output_reads_later_ones(bert: fx.Gra
 def test_labels_of_another_form_stay_as_they_are(bert: fx.GraphModule) -> None:
     labels = IDS.masked_fill(torch.arange(6) % 2 == 0, IGNORED)
     rows = read_calibration({"input_ids": IDS, "labels": labels}, bert, next_token=False)
-    assert all(
-        torch.equal(row.own, label[None]) for row, label in zip(rows, labels, strict=True) if row.own is not None
-    )
+    assert all(torch.equal(row.own["labels"], label[None]) for row, label in zip(rows, labels, strict=True) if row.own)
     assert all(row.own is not None and bool((row.labels == IGNORED).all()) for row in rows)
     (row,) = read_calibration([{"input_ids": IDS[0], "labels": 1}], bert, next_token=False)
-    assert row.own is not None and row.own.tolist() == [1]
+    assert row.own is not None and row.own["labels"].tolist() == [1]
+    named = ("start_positions", "end_positions")
+    (row,) = read_calibration([{"input_ids": IDS[0], named[0]: 1, "offsets": [4]}], bert, next_token=False, named=named)
+    assert row.own is not None and {key: value.tolist() for key, value in row.own.items()} == {named[0]: [1]}
     assert read_calibration(IDS, bert, next_token=False)[0].own is None
 
 
 def test_the_loss_on_labels_is_the_models_own(bert: fx.GraphModule) -> None:
     model, _ = LIBRARY["bert"]()
     labels = IDS[:1].masked_fill(torch.arange(6) % 2 == 0, IGNORED)
-    sample = Sample({"input_ids": IDS[:1]}, torch.full_like(labels, IGNORED), labels)
+    sample = Sample({"input_ids": IDS[:1]}, torch.full_like(labels, IGNORED), {"labels": labels})
     wanted: Any = stirred(model)(input_ids=IDS[:1], labels=labels)
     facts_of(bert).put(Objective(False, own_loss(model, sample)))
     found = sample_loss(bert, bert(IDS[:1]), sample, 0, "taylor")
@@ -57,7 +58,7 @@ def test_the_loss_on_labels_is_the_models_own(bert: fx.GraphModule) -> None:
 
 def test_a_model_without_a_loss_on_labels_is_told() -> None:
     model, inputs = LIBRARY["clip"]()
-    sample = Sample({name: value[:1] for name, value in inputs.items()}, torch.zeros(1, 0), torch.ones(1))
+    sample = Sample({name: value[:1] for name, value in inputs.items()}, torch.zeros(1, 0), {"labels": torch.ones(1)})
     with pytest.raises(FxpruneError, match="labels"):
         own_loss(model, sample)
 

@@ -117,6 +117,13 @@ def b(*shape: int) -> torch.Tensor:
     return x(*shape) > 0
 
 
+def _recurrent(gates: int, width: int, hidden: int, layers: int, directions: int) -> list[torch.Tensor]:
+    """The weights and biases of the layers and directions of a recurrent op."""
+    sizes = [width if i < directions else hidden * directions for i in range(layers * directions)]
+    rows = gates * hidden
+    return [one for size in sizes for one in (x(rows, size), x(rows, hidden), x(rows), x(rows))]
+
+
 def _pool(name: str) -> Sample:
     space = int(next(sign for sign in reversed(name) if sign.isdigit()))
     image, ones, twos = x(2, 3, *(4, 6, 8)[:space]), [1] * space, [2] * space
@@ -168,6 +175,36 @@ _PRODUCTS: dict[str, list[Sample]] = {
         call(aten.conv1d.default, x(6, 9), x(4, 6, 1)),
     ],
     "conv2d": [call(aten.conv2d.default, x(2, 3, 5, 6), x(4, 3, 2, 2), x(4))],
+    "gru": [
+        call(aten.gru.input, x(2, 5, 6), x(1, 2, 4), _recurrent(3, 6, 4, 1, 1), True, 1, 0.0, False, False, True),
+        call(aten.gru.input, x(5, 2, 6), x(4, 2, 3), _recurrent(3, 6, 3, 2, 2), True, 2, 0.0, False, True, False),
+    ],
+    "lstm": [
+        call(
+            aten.lstm.input,
+            x(5, 2, 6),
+            [x(1, 2, 4), x(1, 2, 4)],
+            _recurrent(4, 6, 4, 1, 1),
+            True,
+            1,
+            0.0,
+            False,
+            False,
+            False,
+        ),
+        call(
+            aten.lstm.input,
+            x(2, 5, 6),
+            [x(4, 2, 3), x(4, 2, 3)],
+            _recurrent(4, 6, 3, 2, 2),
+            True,
+            2,
+            0.0,
+            False,
+            True,
+            True,
+        ),
+    ],
     "conv3d": [call(aten.conv3d.default, x(2, 3, 4, 5, 6), x(4, 3, 2, 2, 2), x(4))],
     "convolution": [
         call(aten.convolution.default, x(2, 6, 9), x(4, 3, 3), x(4), [1], [0], [1], False, [0], 2),
