@@ -202,6 +202,7 @@ class LeastSquaresPass(FitPass):
     """
 
     name: ClassVar[str] = "least-squares"
+    reads_targets_alone: ClassVar[bool] = True
 
     damping: float | None = argument(
         None,
@@ -260,6 +261,7 @@ class RotationPass(FitPass):
     """
 
     name: ClassVar[str] = "rotation"
+    reads_targets_alone: ClassVar[bool] = True
 
     damping: float = argument(
         0.1,
