@@ -16,9 +16,18 @@ from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
 from benchmarks.quality.tables import Section, sections, task_rows, type_error
 from fxprune.cli.demo import demo_name
 
-__all__ = ["draw_latency", "draw_quality", "latency_page", "quality_page", "results_page", "vocabulary_page"]
+__all__ = [
+    "draw_latency",
+    "draw_quality",
+    "latency_page",
+    "quality_page",
+    "results_page",
+    "uniform_price",
+    "vocabulary_page",
+]
 
 DOCS = ROOT / "docs"
+DEMO = ROOT / "fxprune" / "cli" / "demo.json"
 RECIPES = (
     *("llm-pruner", "FLAP", "fast", "balanced", "best", "fast, random units", "balanced, random units"),
     *("fast by forward passes", "balanced by local ranking"),
@@ -26,6 +35,8 @@ RECIPES = (
 )
 _DRAWN_AS = {"balanced by wanda": ("balanced, MLPs of multiples of 32",)}
 """Entries that are drawn as a recipe, since they differ from it only in widths that suit engines."""
+
+_ENGLISH = ("c4_sample.jsonl, kept back", "wiki_sample.txt", "wikitext2/test.txt")
 
 _FIT_POINTS = 3
 """Fewest models to fit a line through."""
@@ -148,6 +159,25 @@ def vocabulary_page(files: Sequence[Mapping[str, Any]]) -> str:
     return _render("vocabulary", files=files)
 
 
+def uniform_price(data: Mapping[str, Any]) -> str:
+    """The perplexity that uniform layers cost beside layers of their own widths, in words.
+
+    Args:
+        data: Results of `benchmarks.quality` on texts.
+    """
+    section = sections(data)[0]
+    values = {}
+    for entry in ("fast", "fast, uniform"):
+        rows = [row.at(section.protocol.lengths[0]) for row in section.rows if row.entry == entry]
+        values[entry] = [fmean(row[text].value for row in rows) for text in _ENGLISH]
+    pairs = zip(values["fast, uniform"], values["fast"], strict=True)
+    more = [100 * (uniform / own - 1) for uniform, own in pairs]
+    ratio = section.ratios[0]
+    return (
+        f"{min(more):.0f} to {max(more):.0f}% more perplexity on English text, at {ratio:.0%} of the demo model by fast"
+    )
+
+
 def _pyplot() -> Any:
     """Import pyplot, set to draw without a display and to write the same file each time."""
     import matplotlib
@@ -252,6 +282,8 @@ def main() -> None:
         found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quality-*.json"))]
         (DOCS / "quality.md").write_text(quality_page(data, asked, found), encoding="utf-8")
         draw_quality(data, DOCS / "quality.svg")
+        entry = json.loads(DEMO.read_text(encoding="utf-8")) | {"uniform": uniform_price(data)}
+        DEMO.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

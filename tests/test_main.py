@@ -42,7 +42,7 @@ def test_threads_wait_without_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_needs_nothing_heavy() -> None:
     heavy = "[m for m in ('torch', 'transformers', 'networkx', 'numpy', 'peft') if m in sys.modules]"
-    done = python("-c", f"import sys, fxprune.cli; print({heavy})")
+    done = python("-c", f"import sys, fxprune.cli; fxprune.cli.app; print({heavy})")
     assert done.stdout.strip() == "[]", done.stderr
 
 

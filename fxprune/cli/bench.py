@@ -14,10 +14,6 @@ from fxprune.cli import options as flags
 from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress, working
 from fxprune.cli.models import check_models, load
 from fxprune.errors import ArgumentError, EvaluationError, RatioError
-from fxprune.evaluation.speed import times_file
-from fxprune.graph.counting import count_parameters
-from fxprune.graph.facts import fork
-from fxprune.graph.tensors import device_of
 
 if TYPE_CHECKING:
     from fxprune.evaluation.speed import Speed
@@ -33,6 +29,11 @@ def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
     Raises:
         EvaluationError: there is no slim model to time.
     """
+    from fxprune.evaluation.speed import times_file
+    from fxprune.graph.counting import count_parameters
+    from fxprune.graph.facts import fork
+    from fxprune.graph.tensors import device_of
+
     found: dict[str, Any] = {}
     with working("tracing the model"):
         graph_module = fxprune.trace(model).graph_module

@@ -17,7 +17,7 @@ from typing import Any
 
 from fxprune.errors import FxpruneError
 
-__all__ = ["DEMO", "demo_checkpoint", "demo_gguf", "demo_name", "load_gguf"]
+__all__ = ["DEMO", "demo_checkpoint", "demo_gguf", "demo_name", "load_gguf", "uniform_price"]
 
 DEMO = "demo"
 
@@ -66,6 +66,11 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     for mark in ("quantization_config", "_is_quantized"):
         model.config.__dict__.pop(mark, None)
     return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
+
+
+def uniform_price() -> str:
+    """The price of the same widths in all layers, in words, as `python -m benchmarks.pages` writes it."""
+    return _entry()["uniform"]
 
 
 @cache

@@ -17,9 +17,9 @@ import fxprune
 from fxprune.checkpoint.read import load_config_only
 from fxprune.cli.console import console, print_json, print_lines, working
 from fxprune.cli.models import locate_model
-from fxprune.cli.preparation import TOKENS, CalibrationText, Prepared, reader_of
+from fxprune.cli.preparation import CalibrationText, Prepared, reader_of
 from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
-from fxprune.data.text import MOST_SAMPLES, calibration_text
+from fxprune.data.text import MOST_SAMPLES, TOKENS, calibration_text
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.comparison import WINDOW, WINDOWS

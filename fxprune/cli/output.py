@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.config import run_file
 from fxprune.cli.console import console, notes, print_json, print_lines, warnings_as_notes, working
+from fxprune.cli.demo import uniform_price
 from fxprune.cli.models import is_gguf
 from fxprune.errors import ArgumentError, CheckpointError, ExportError, FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
@@ -243,7 +244,7 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
     if loading == OURS and report.widths:
-        price = "for 8 to 18% more perplexity on English text (demo model, 20% off by fast; docs/quality.md)"
+        price = f"for {uniform_price()} (docs/quality.md)"
         yield f"with --uniform, layers have the same widths and any transformers loads it, {price}"
 
 

@@ -13,10 +13,7 @@ import fxprune
 from fxprune.cli.models import is_config_alone, load_words
 from fxprune.errors import ArgumentError
 
-__all__ = ["TOKENS", "CalibrationText", "Prepared", "prepare", "reader_of"]
-
-TOKENS = 128
-"""Tokens of a sample by default."""
+__all__ = ["CalibrationText", "Prepared", "prepare", "reader_of"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class CalibrationText:
 
     def read(self, tokenizer: Any, most: int | None = None) -> Any:
         """The samples and their source, at most ``most`` unless a number was given; None if there is no text."""
-        from fxprune.data.text import text_samples
+        from fxprune.data.text import TOKENS, text_samples
 
         if self.source is None:
             return None

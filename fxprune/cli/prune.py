@@ -29,7 +29,6 @@ from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options
-from fxprune.removal.target import parse_target
 
 __all__ = ["prune"]
 
@@ -125,6 +124,8 @@ def prune(
 
 def _quantization(target: str | None, given: str | None) -> str | None:
     """The type of a GGUF file: the one given, or that in which a target counts its bytes."""
+    from fxprune.removal.target import parse_target
+
     budget = "" if target is None else parse_target(target).budget
     counted = budget.removeprefix("bytes@") if budget.startswith("bytes@") else None
     if given is not None and counted is not None and given.lower() != counted:

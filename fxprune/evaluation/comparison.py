@@ -39,7 +39,8 @@ from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.parts import PartwiseModel
 from fxprune.masking.teacher import run_logits
 from fxprune.pipeline.arguments import flag, instance, numbers, one_of, refuse, whole_number
-from fxprune.pipeline.contract import Track, check_track, no_progress, shared_tensor
+from fxprune.pipeline.contract import Track, check_track, no_progress
+from fxprune.pipeline.contract import shared as shared_finding
 from fxprune.report.quality import GreedyAnswer, Quality, TextQuality
 from fxprune.trace import trace
 from fxprune.trace.inputs import alias_twin, written_parameters
@@ -498,7 +499,7 @@ def graph_predictor(graph_module: fx.GraphModule, *, shared: bool = False) -> Ca
     def predict(input_ids: Tensor) -> Tensor:
         if not shared:
             return run(input_ids)
-        return shared_tensor((id(graph_module), tuple(input_ids.flatten().tolist())), lambda: run(input_ids))
+        return shared_finding(graph_module, ("logits", *input_ids.flatten().tolist()), lambda: run(input_ids))
 
     def run(input_ids: Tensor) -> Tensor:
         inputs = batched(read_calibration(input_ids, graph_module), graph_module)
@@ -610,12 +611,13 @@ def _answers(dense: tuple[Any, Any], slim: tuple[Any, Any]) -> tuple[GreedyAnswe
     """
     if not (can_generate(dense[0]) and can_generate(slim[0])):
         return ()
-    found = []
-    for model, tokenizer in (dense, slim):
+
+    def answers(model: Any, tokenizer: Any) -> Answers:
         written = written_parameters(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
         twin: Any = alias_twin(model, written)
-        found.append(answer_questions(twin, tokenizer, plain_questions()[:1], tokens=ANSWER))
-    return _first_answer(*found)
+        return answer_questions(twin, tokenizer, plain_questions()[:1], tokens=ANSWER)
+
+    return _first_answer(shared_finding(None, ("answers", *dense), lambda: answers(*dense)), answers(*slim))
 
 
 def _first_answer(dense: Answers, slim: Answers) -> tuple[GreedyAnswer, ...]:

@@ -8,8 +8,9 @@ since others may share the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,8 @@ class PairedRuns:
 
     Args:
         places: for each batch, the places of its samples in the batch of a single process, and the size of that one.
+        known: values of the dense run that are known, by node and batch; nodes that only these depend on are not run.
+        read: nodes whose dense values are read, where some are known.
     """
 
     def __init__(
@@ -62,8 +65,11 @@ class PairedRuns:
         removed_blocks: Sequence[str],
         batches: Sequence[Inputs],
         places: Sequence[tuple[Sequence[int], int]] = (),
+        known: Mapping[fx.Node, Sequence[Any]] = MappingProxyType({}),
+        read: Iterable[fx.Node] = (),
     ) -> None:
-        self.graph, self.places = graph_module.graph, places
+        self.graph, self.places, self.known = graph_module.graph, places, known
+        self.unread = _unread(self.graph, known, read) if known else frozenset[fx.Node]()
         self.dense = [PreciseRun(graph_module) for _ in batches]
         self.masked = [MaskedRun(graph_module, axes, keep, removed_blocks) for _ in batches]
         for runs in (self.dense, self.masked):
@@ -73,12 +79,16 @@ class PairedRuns:
     def __iter__(self) -> Iterator[fx.Node]:
         """Yield each node, after its dense values and before its masked ones are computed."""
         for node in self.graph.nodes:
-            self._step(self.dense, node)
+            if node in self.known:
+                for run, value in zip(self.dense, self.known[node], strict=True):
+                    run.env[node] = value
+            elif node not in self.unread:
+                self._step(self.dense, node)
             yield node
             self._step(self.masked, node)
             for run in (*self.dense, *self.masked):
-                for value in run.user_to_last_uses.get(node, ()):
-                    del run.env[value]
+                for used in run.user_to_last_uses.get(node, ()):
+                    run.env.pop(used, None)  # it may not have been run
 
     def values(self, node: fx.Node) -> Iterator[tuple[Any, Any]]:
         """Yield the dense and the masked value of ``node``, which must still be in use, for each batch."""
@@ -103,6 +113,17 @@ class PairedRuns:
         value = runs[0].run_node(node) if shared else None  # weights are read and masked once for all batches
         for run in runs:
             run.env[node] = value if shared else run.run_node(node)
+
+
+def _unread(graph: fx.Graph, known: Collection[fx.Node], read: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    """Nodes that nothing in ``read`` depends on other than by what is known; inputs are taken in any case."""
+    needed, todo = set[fx.Node](), [node for node in read if node not in known]
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += [source for source in node.all_input_nodes if source not in known]
+    return frozenset(node for node in graph.nodes if node.op != "placeholder" and node not in needed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from fxprune.masking.parts import Part, output_numel, run_in_parts
 from fxprune.offload.files import is_offloading, no_resume
 from fxprune.offload.prefetch import autocast, compute_device, use_bf16
 from fxprune.offload.ranks import batch_for_all, deal, gathered
-from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.contract import Pass, shared
 from fxprune.removal.removal import Removal
 
 __all__ = [
@@ -276,8 +276,12 @@ class DivergenceJudge:
         self.fit, self.fit_samples = fit, tuple(fit_samples)
         self.device = compute_device(graph_module)
         self.bf16 = logits_use_bf16("auto", graph_module, samples[0], "judge")
-        with autocast(self.device, self.bf16):
-            teacher = record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
+
+        def record() -> tuple[TeacherLogits, ...]:
+            with autocast(self.device, self.bf16):
+                return record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
+
+        teacher = shared(graph_module, ("judge", batch, *samples), record)
         batches = tuple(teacher_batches(teacher, graph_module, _batch_size(graph_module, samples, batch)))
         self.batches, self.positions = deal(batches), sum(batch.positions for batch in batches)
 

@@ -23,8 +23,6 @@ from fractions import Fraction
 from functools import cache, partial
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from torch.fx.passes.infra.pass_base import PassBase
-
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 
 __all__ = [
@@ -511,7 +509,7 @@ def spell(name: str, made: object) -> str:
 def _has_spelling(value: Any, default: Any) -> bool:
     if isinstance(value, tuple | list):
         return value != default and all(_has_spelling(item, ...) for item in value)
-    return (value is None or isinstance(value, str | int | float | PassBase)) and value != default
+    return (value is None or isinstance(value, str | int | float | Arguments)) and value != default
 
 
 def spelled_value(value: Any) -> str | None:
@@ -520,7 +518,7 @@ def spelled_value(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, PassBase):
+    if isinstance(value, Arguments):
         return str(value)
     if isinstance(value, str):
         bare = _BARE.fullmatch(value) and value not in ("True", "False", "None")

@@ -18,18 +18,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from functools import partial
 from operator import attrgetter, is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxprune.errors import PassError
+from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import default_modes, wrap_errors
 from fxprune.graph.facts import Change, Fact, Notes, Source, add_note, facts_of, fork, reading, unshare
-from fxprune.graph.tensors import comparable, weights
+from fxprune.graph.tensors import comparable, device_of, weights
 from fxprune.offload.files import is_caching, release_freed
-from fxprune.offload.prefetch import use_prefetcher
+from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import Arguments, flag, function, spell
 
@@ -40,11 +41,12 @@ __all__ = [
     "PassResult",
     "Track",
     "check_track",
+    "claim",
     "digest_of",
     "no_progress",
     "remembered",
     "run_apart",
-    "shared_tensor",
+    "shared",
     "sharing",
     "tracked",
     "tracking",
@@ -92,6 +94,8 @@ _LOGGER = logging.getLogger("fxprune")
 """Logs the duration of each pass, at level ``INFO``."""
 
 Kinds = tuple[type[Fact], ...]
+
+T = TypeVar("T")
 
 _REPORT = "This is a defect of the pass"
 
@@ -340,23 +344,24 @@ _SHARED = ("prepare", "discover", "importance", "teach")
 """Stages that cost much, and find out about the dense model what selections of all sizes need."""
 
 
-_MOST = 1 << 30
-"""Bytes of tensors that are kept."""
-
-
 @dataclass
 class _Findings:
-    """What passes gave, by the pass, the facts that it read, and the weights; with all that the keys are made of."""
+    """What was found out, by the pass or the key, what it read, and the weights; with all that the keys are made of."""
 
     given: dict[Any, tuple[tuple[Fact, ...], tuple[str, ...], Any]] = field(default_factory=dict)
-    tensors: dict[Any, torch.Tensor] = field(default_factory=dict)
+    shared: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    bytes: int = 0
     digests: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = field(default_factory=dict)
 
     def key(self, step: Any, graph_module: fx.GraphModule) -> tuple[Any, ...]:
         facts = facts_of(graph_module)
         read = tuple(_identity(facts.get(kind)) for kind in (*step.needs, *step.wants))
+        return _identity(step), read, *self.graph_key(graph_module)
+
+    def graph_key(self, graph_module: fx.GraphModule) -> tuple[Any, ...]:
+        """What tells graphs apart that compute something else."""
         nodes = hash(tuple(node.name for node in graph_module.graph.nodes))
-        return _identity(step), read, nodes, tuple(self._digest(tensor) for _, tensor in weights(graph_module))
+        return nodes, tuple(self._digest(tensor) for _, tensor in weights(graph_module))
 
     def _digest(self, tensor: torch.Tensor) -> str:
         """The digest of a tensor, worked out once while it stays as it is."""
@@ -406,22 +411,38 @@ def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_mod
     return result
 
 
-def shared_tensor(key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A tensor that is made once inside :func:`sharing`, as far as all of them fit into a gigabyte.
+def shared(graph_module: fx.GraphModule | None, key: Any, make: Callable[[], T]) -> T:
+    """A finding about a dense model that is made once inside :func:`sharing`.
 
     Args:
-        key: what tells it from others for as long as that context lasts.
-        make: makes it.
+        graph_module: its graph, for which another one with the same nodes and weights may stand; None if it is about
+            the objects in ``key`` alone.
+        key: what else tells it from other findings: values and objects, these by identity, in tuples.
+        make: makes it, of tensors and tuples of them where it is large.
     """
     findings = _FINDINGS.get()
     if findings is None:
         return make()
-    value = findings.tensors.get(key)
-    if value is None:
-        value = make()
-        if value.nbytes + sum(one.nbytes for one in findings.tensors.values()) <= _MOST:
-            findings.tensors[key] = value
+    with reading("", None):
+        place = _identity(key), None if graph_module is None else findings.graph_key(graph_module)
+    if place in findings.shared:
+        known: T = findings.shared[place][0]
+        return known
+    value = make()
+    if claim(value, torch.device("cpu") if graph_module is None else device_of(graph_module)):
+        findings.shared[place] = value, key
     return value
+
+
+def claim(value: Any, device: torch.device) -> bool:
+    """Whether a finding may be kept for later: all of them take at most a quarter of the memory of the device."""
+    findings = _FINDINGS.get()
+    if findings is None:
+        return False
+    size = sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    fits = findings.bytes + size <= (free_bytes(device) + findings.bytes) / 4
+    findings.bytes += size if fits else 0
+    return fits
 
 
 def digest_of(tensor: torch.Tensor) -> str:

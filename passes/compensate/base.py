@@ -26,7 +26,7 @@ from fxprune.offload.files import cached, caching, write_values
 from fxprune.offload.prefetch import compute_device, to_device
 from fxprune.offload.ranks import check_enough, deal
 from fxprune.pipeline.arguments import Reach, argument
-from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, claim, shared, tracked
 from fxprune.removal.removal import Removal, Scores
 from fxprune.rules.products import (
     LoneProduct,
@@ -37,7 +37,7 @@ from fxprune.rules.products import (
     lone_sliding_products,
     lone_stacked_products,
 )
-from fxprune.rules.registry import is_sum
+from fxprune.rules.registry import is_sum, writes
 
 __all__ = ["FitPass", "FitSite", "find_sites", "fit_data"]
 
@@ -81,6 +81,12 @@ class FitSite:
     @property
     def picked(self) -> PickedMatrices | None:
         return self.product.picked if isinstance(self.product, StackedProduct) else None
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        """The nodes whose dense values :func:`fit_data` reads."""
+        index = None if self.picked is None else self.picked.index
+        return tuple(node for node in (self.product.node, self.other, self.added, index) if node is not None)
 
     @property
     def kept(self) -> torch.Tensor:
@@ -235,6 +241,8 @@ class FitPass(Pass):
     wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Scores,)
     prefetches: ClassVar[bool] = True
+    reads_targets_alone: ClassVar[bool] = False
+    """Whether of the dense run a fit reads :attr:`FitSite.reads` and nothing else, so that a sweep runs it once."""
 
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
     batch: int = argument(16, "Samples that run at once.", least=1)
@@ -256,8 +264,19 @@ class FitPass(Pass):
         sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
         if not sites:
             return PassResult(graph_module, False)
-        batches, places = self._share(graph_module, spread(facts[Calibration].samples, self.samples))
-        run = PairedRuns(graph_module, removal.axes, removal.keep, removal.removed_blocks, batches, places)
+        samples = spread(facts[Calibration].samples, self.samples)
+        batches, places = self._share(graph_module, samples)
+        known = self._known(graph_module, samples)
+        run = PairedRuns(
+            graph_module,
+            removal.axes,
+            removal.keep,
+            removal.removed_blocks,
+            batches,
+            places,
+            known={node: known[node.name] for node in sites if known and node.name in known},
+            read=[node for site in sites.values() for node in site.reads],
+        )
         for node, site in sites.items():
             if site.picked is not None:  # the fit reads these, although the product itself does not
                 run.keep_until(site.picked.weight, node)
@@ -266,6 +285,10 @@ class FitPass(Pass):
             # no more than the number of sites, so that the graph does not run on after the last weight
             reached = islice((sites[node] for node in run if node in sites), len(sites))
             for site in tracked(reached, self.name, len(sites)):
+                outputs = [one.env[site.product.node] for one in run.dense]
+                name = site.product.node.name
+                if known is not None and name not in known and claim(outputs, device_of(graph_module)):
+                    known[name] = outputs
                 for node, value in self._fit_or_resume(graph_module, site, run).items():
                     write_values(graph_module, str(node.target), value)
                     run.rerun_masked(node)
@@ -273,6 +296,15 @@ class FitPass(Pass):
                     run.rerun_masked(site.picked.node)
         add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
         return PassResult(graph_module, True)
+
+    def _known(self, graph_module: fx.GraphModule, samples: Sequence[Sample]) -> dict[str, list[torch.Tensor]] | None:
+        """Outputs of the products of the dense run, by node, as far as another prune of a sweep left them.
+
+        None if they cannot be left for others: a fit reads more, or an op writes to them.
+        """
+        if not self.reads_targets_alone or any(map(writes, graph_module.graph.nodes)):
+            return None
+        return shared(graph_module, ("products", self.batch, *samples), dict[str, list[torch.Tensor]])
 
     def _share(
         self, graph_module: fx.GraphModule, samples: Sequence[Sample]

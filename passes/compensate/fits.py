@@ -210,6 +210,7 @@ class LeastSquaresPass(FitPass):
     """
 
     name: ClassVar[str] = "least-squares"
+    reads_targets_alone: ClassVar[bool] = True
 
     damping: float | None = argument(
         None,
@@ -268,6 +269,7 @@ class RotationPass(FitPass):
     """
 
     name: ClassVar[str] = "rotation"
+    reads_targets_alone: ClassVar[bool] = True
 
     damping: float = argument(
         0.1,

@@ -388,7 +388,8 @@ class SelectPass(Pass):
         accepts, whole = self._accepts(graph_module), dict[str, str]()
         with _unruled_ops_named(graph_module):
             while True:
-                selection = self._selection(graph_module, scores, accepts)
+                notes: list[str] = []  # those of the last round
+                selection = replace(self._selection(graph_module, scores, accepts), note=notes.append)
                 removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
                 refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
                 if not refused:
@@ -396,7 +397,7 @@ class SelectPass(Pass):
                 whole |= refused
                 scores = Scores({name: row for name, row in scores.units.items() if name not in refused}, scores.source)
             facts.put(replace(removal, reached=self.reached(selection, removal)))
-        for line in _left_whole(whole):
+        for line in (*notes, *_left_whole(whole)):
             add_note(graph_module, line)
         return PassResult(graph_module, False)
 

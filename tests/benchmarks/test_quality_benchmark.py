@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fxprune
-from benchmarks.pages import draw_quality, quality_page
+from benchmarks.pages import draw_quality, quality_page, uniform_price
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import entries as entries_module
 from benchmarks.quality import texts as texts_module
@@ -21,6 +21,7 @@ from benchmarks.quality.measure import trained_by, with_ratio
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare, read_rows
 from benchmarks.quality.texts import beginning, python_code, read_texts
+from fxprune.cli import demo
 from fxprune.evaluation import Divergence, Perplexity
 from tests.models import tiny
 from tests.tokens import character_tokenizer
@@ -301,3 +302,7 @@ def test_the_beginning_of_a_text_has_the_tokens_asked_for() -> None:
     assert beginning(tokenizer, "abcdef", 4) == "abcd" and beginning(tokenizer, "abcdef", None) == "abcdef"
     assert beginning(tokenizer, "abc", 4) == "abc"
     assert len(python_code()) > 100_000
+
+
+def test_the_command_line_says_the_price_that_was_measured() -> None:
+    assert demo.uniform_price() == uniform_price(json.loads(quality.RESULTS.read_text()))

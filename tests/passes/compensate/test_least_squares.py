@@ -16,7 +16,8 @@ from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, weights
-from fxprune.pipeline.contract import Pass
+from fxprune.masking.masked_run import PreciseRun
+from fxprune.pipeline.contract import Pass, sharing
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal, Removed
@@ -307,3 +308,30 @@ def test_a_solution_leaves_what_is_known_of_the_tokens_as_it_was() -> None:
         known.solve(Damping(0.3))
     known.square[0, 0] = square[0, 0]
     assert torch.equal(known.square, square)
+
+
+def test_prunes_of_a_sweep_run_the_dense_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are bit for bit those of a fit of its own."""
+    ran: list[str] = []
+    call = PreciseRun.call_function
+
+    def counted(run: PreciseRun, target: Any, args: Any, kwargs: Any) -> Any:
+        ran.extend([str(target)] if type(run) is PreciseRun else [])
+        return call(run, target, args, kwargs)
+
+    monkeypatch.setattr(PreciseRun, "call_function", counted)
+    dense, plans = planned(deep(), {"input": X}, 9), []
+    for stay in (9, 5):
+        factors = [group.factor for group in groups_of(dense) if group.factor is not None and group.size == 12]
+        plans.append(Keep({factor: np.arange(factor.size) < stay for factor in factors}))
+
+    def fits() -> list[fx.GraphModule]:
+        return [LeastSquaresPass()(dense).graph_module for plan in plans if decide(dense, plan)]
+
+    alone = fits()
+    before = len(ran)
+    with sharing():
+        for found, expected in zip(fits(), alone, strict=True):
+            for (name, value), (_, other) in zip(weights(found), weights(expected), strict=True):
+                assert torch.equal(value, other), name
+    assert before // 2 < len(ran) - before < 0.8 * before, "only the sums of the stream are worked out again"
