@@ -201,7 +201,7 @@ class CalibratePass(Pass):
         """Samples given and samples that the model generated, shuffled, and the number of the latter."""
         name, count = token_input(graph_module), min(self.added, len(given) // 2)
         taken = {key for sample in given for key, value in sample.inputs.items() if isinstance(value, torch.Tensor)}
-        if not count or taken != {name} or any(sample.own is not None for sample in given):
+        if not count or name is None or taken != {name} or any(sample.own is not None for sample in given):
             return given, 0
         length = int(median_low(sample.inputs[name].shape[-1] for sample in given))
         found = broadcast_object(self._generate(graph_module, count, min(length, self.tokens), chats=False))
@@ -229,8 +229,8 @@ class CalibratePass(Pass):
         vocabulary = vocabulary if len(vocabulary) else torch.arange(rows)
         written = written_parameters(source.model, {name: torch.zeros(1, 2, dtype=torch.long)})
         model = alias_twin(source.model, written) if written else source.model
-        settings = {"tokens": tokens, "seed": self.seed, "track": tracked, "chats": chats}
-        found = attempt(generated_samples, model, self.tokenizer, vocabulary, count, **settings)
+        generate = partial(generated_samples, tokens=tokens, seed=self.seed, track=tracked, chats=chats)
+        found = attempt(generate, model, self.tokenizer, vocabulary, count)
         return f"the model generated none: {found}" if isinstance(found, Refusal) else found
 
 

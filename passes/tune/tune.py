@@ -516,8 +516,10 @@ _KEPT = 5.0
 
 def _flag_or_auto(name: str, value: Any) -> bool | str:
     """A flag, or the word ``auto``."""
-    if isinstance(value, bool) or value == "auto":
+    if isinstance(value, bool):
         return value
+    if value == "auto":
+        return "auto"
     raise refuse(name, value, "True, False or 'auto'")
 
 
@@ -628,8 +630,9 @@ class TunePass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
         teacher, removal = facts[Teacher], facts[Removed].removal
-        trained: Trained = TrainedWeights.of(graph_module, removal, self.everywhere)
-        if not broadcast_object(self._trains_weights(trained, device_of(graph_module))):
+        own = TrainedWeights.of(graph_module, removal, self.everywhere)
+        trained: Trained = own
+        if not broadcast_object(self._trains_weights(own, device_of(graph_module))):
             trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
         training = Training(self, graph_module, trained, teacher)
         progress = training.run().of_first(training.numbers)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fxprune.vocabulary.prune import Use, choose_tokens
+from fxprune.vocabulary.prune import Use, best_order, choose_tokens, measure_use
 from fxprune.vocabulary.tokenizer import Tokens, read_tokens
 
 
@@ -105,3 +105,35 @@ def test_a_used_character_is_not_free_where_one_byte_writes_it() -> None:
     tokens = tokens_of({**model, "unk_token": "<unk>"})
     assert set(choose_tokens(tokens, Use({257: 5}), 258, tokens.needed)) - tokens.needed == {257}
     assert 257 in choose_tokens(tokens, Use({257: 5}), 0, tokens.needed, free=True)
+
+
+def test_the_order_is_taken_that_costs_held_out_text_least() -> None:
+    tokens = merged("a b", "b c", "c d")
+    ab, cd = tokens.ids["ab"], tokens.ids["cd"]
+
+    def taken(use: Use, *, free: bool = False) -> Use:
+        return best_order(tokens, use, 5, tokens.needed, free=free)
+
+    told = Use({cd: 7}, heldout=({cd: 3}, {cd: 3}))
+    assert taken(told) == Use({cd: 7}), "the rest of the corpus uses it, too"
+    assert taken(Use({ab: 6, cd: 1}, heldout=({ab: 3}, {ab: 3}))) == Use({}), "it does not, and the first merges win"
+    assert taken(Use({ab: 1, cd: 7}, heldout=({cd: 6}, {ab: 1}))) == Use({}), "the parts differ by more than the orders"
+    misled = Use({ab: 6}, {cd: 1.0}, ({ab: 3}, {ab: 3}))
+    assert taken(misled, free=True) == Use({ab: 6}), "the model expects another one"
+    helped = Use({cd: 6}, {cd: 1.0}, ({cd: 3}, {cd: 3}))
+    assert taken(helped) is helped, "the model expects what the rest has not"
+    assert taken(Use({ab: 3, cd: 1})) == Use({ab: 3, cd: 1}), "nothing is held out"
+
+
+def test_a_fifth_of_the_corpus_is_held_out_in_long_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the model expects is read off the rest."""
+    read: list[int] = []
+    monkeypatch.setattr(
+        "fxprune.vocabulary.prune.expected_use", lambda _, rows: read.extend(int(row[1]) for row in rows) or {}
+    )
+    rows = [[part] * 128 for part in range(50) for _ in range(4)]
+    model: Any = None
+    use = measure_use(model, rows, [99])
+    assert set(use.counts) == set(range(50)) and use.heldout == tuple({part: 512} for part in range(2, 50, 5))
+    assert read and not {part % 5 for part in read} & {2}
+    assert measure_use(model, [[1, 2, 3]]).heldout == (), "it is too short to be divided"
