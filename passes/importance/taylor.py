@@ -238,7 +238,10 @@ class TaylorImportancePass(ImportancePass):
         tokens = count_tokens(samples)
         costs, recorded = self._costs(graph_module, axes, tokens)
         parts = parts_within(self.memory, graph_module, costs, tokens)
-        return _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
+        found = _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
+        tensors = dict(weights(graph_module))  # of one that no loss reads, as of a layer behind the one that is used
+        unread = [(name, axis) for name, axis in wanted if (name, axis) not in found]
+        return {**found, **{(name, axis): torch.zeros(tensors[name].shape[axis]) for name, axis in unread}}
 
     def _costs(
         self, graph_module: fx.GraphModule, axes: Axes, tokens: int
