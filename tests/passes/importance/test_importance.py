@@ -223,6 +223,27 @@ def test_scores_from_activations_are_those_from_gradients(
             np.testing.assert_allclose(found.units[group], row, rtol=1e-5, atol=1e-6 * row.max())
 
 
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_units_that_no_loss_reads_score_zero(memory: str) -> None:
+    """As those of a tower whose output the loss leaves out."""
+
+    class Aside(Cut):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beside, self.back = nn.Linear(6, 12), nn.Linear(12, 6)
+
+        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            x = self.embed(ids)
+            return self.head(self.down(self.up(x))), self.back(self.beside(x).tanh())
+
+    dense = discover(Aside().eval(), {"ids": token_ids() % 30})
+    calibrate(dense, token_ids(3) % 30)
+    found = scores_of(dense, "taylor", order="mix", memory=memory)
+    aside = [row for group, row in found.units.items() if len(row) == 12]
+    assert len(aside) == 1 and not aside[0].any()
+    assert all(row.any() for row in found.units.values() if len(row) != 12)
+
+
 def test_a_graph_that_writes_to_values_has_no_product_to_record() -> None:
     class Writes(Cut):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
