@@ -81,8 +81,9 @@ class CalibratePass(Pass):
     added: int = argument(
         0,
         """Number of samples that the model generates, in all kinds of text it knows, and that are added to those given:
-        a text alone makes a model good at such text and worse at others. At most half as many as are given; none for a
-        model that cannot generate, or reads more than token ids, or whose weights stay in files.""",
+        a text alone makes a model good at such text and worse at others. Of those given at most twice as many are
+        taken, evenly spread, and half as many as are taken are generated; none by a model that cannot generate, or
+        reads more than token ids, or whose weights stay in files.""",
         least=0,
     )
     seed: int = argument(0, "Random seed of the generated samples.", check=as_seed)
@@ -105,8 +106,11 @@ class CalibratePass(Pass):
 
     def cost(self, samples: int) -> PassCost:
         """Each sample that the model generates, token by token, takes as long as three forward runs."""
-        generated = self.generated if self.substitutes else min(self.added, samples // 2)
-        return PassCost(runs=3.0 * generated, batch=1)
+        if self.substitutes:
+            return PassCost(runs=3.0 * self.generated, batch=1)
+        taken = min(samples, 2 * self.added) if self.added else samples
+        generated = min(self.added, taken // 2)
+        return PassCost(runs=3.0 * generated, batch=1, given=taken + generated)
 
     def check_arguments(self) -> None:
         if is_text(self.data):
@@ -149,7 +153,6 @@ class CalibratePass(Pass):
         self._check_opening(graph_module, samples)
         if self.added and next_token and not self.substitutes:
             samples, written = self._with_added(graph_module, samples)
-            source += " and text that the model wrote" if written else ""
         facts_of(graph_module).put(Calibration(samples, source, written))
         facts_of(graph_module).put(replace(form, own=self._own_loss(graph_module, samples)))
         return PassResult(graph_module, False)
@@ -197,19 +200,20 @@ class CalibratePass(Pass):
         add_note(graph_module, f"calibrated on {made}, for want of other samples; {_ADVICE}")
         return torch.cat([text, found])[self._shuffled(self.substitutes)], len(found)
 
-    def _with_added(self, graph_module: fx.GraphModule, given: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], int]:
+    def _with_added(self, graph_module: fx.GraphModule, every: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], int]:
         """Samples given and samples that the model generated, shuffled, and the number of the latter."""
-        name, count = token_input(graph_module), min(self.added, len(given) // 2)
-        taken = {key for sample in given for key, value in sample.inputs.items() if isinstance(value, torch.Tensor)}
-        if not count or name is None or taken != {name} or any(sample.own is not None for sample in given):
-            return given, 0
+        name, given = token_input(graph_module), spread(every, 2 * self.added)
+        read = {key for sample in given for key, value in sample.inputs.items() if isinstance(value, torch.Tensor)}
+        if len(given) < 2 or name is None or read != {name} or any(sample.own is not None for sample in given):
+            return every, 0
         length = int(median_low(sample.inputs[name].shape[-1] for sample in given))
+        count = min(self.added, len(given) // 2)
         found = broadcast_object(self._generate(graph_module, count, min(length, self.tokens), chats=False))
         if isinstance(found, str):
-            return given, 0
+            return every, 0
         add_note(graph_module, f"{len(found):,} samples that the model generated were added to {len(given):,} given")
-        every = (*given, *read_calibration(found, graph_module))
-        return tuple(every[i] for i in self._shuffled(len(every))), len(found)
+        both = (*given, *read_calibration(found, graph_module))
+        return tuple(both[i] for i in self._shuffled(len(both))), len(found)
 
     def _shuffled(self, count: int) -> list[int]:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()

@@ -166,8 +166,8 @@ def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]
     what, recorded, read = "", 0, 0.0
     for step in pipeline.leaves():
         known: Any = step  # the suite of passes is found by name, not imported
-        if step.stage == "prepare" and not samples:
-            samples = getattr(known, "substitutes", 0)
+        if step.stage == "prepare":
+            samples = step.cost(samples).given or samples or getattr(known, "substitutes", 0)
         elif step.stage == "teach":
             recorded = step.cost(samples).recorded
         elif step.stage == "tune":

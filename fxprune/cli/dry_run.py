@@ -65,7 +65,7 @@ def costs_of(passes: Sequence[Any], samples: int, *, on_disk: bool = False) -> l
     found, recorded = [], samples
     for step in passes:
         cost = step.cost(recorded if step.stage == "tune" else samples)
-        recorded = cost.recorded or recorded
+        recorded, samples = cost.recorded or recorded, cost.given or samples
         if not (on_disk and step.stage == "prepare"):
             found.append((step, cost))
     return found

@@ -148,7 +148,7 @@ def _batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: 
     outputs = max(output_numel(node) for node in graph_module.graph.output_node().all_input_nodes)
     given = max(value.numel() for value in samples[0].inputs.values() if isinstance(value, torch.Tensor))
     most = _LARGEST_LOGITS * sum(tensor.nbytes for _, tensor in weights(graph_module))
-    return max(1, min(size, int(most / (4 * outputs * given / traced))))
+    return max(1, min(size, int(most * traced / max(1, 4 * outputs * given))))
 
 
 def teacher_batches(

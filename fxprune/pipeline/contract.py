@@ -113,6 +113,7 @@ class PassCost:
         outputs: copies of the model's outputs for these samples: logits, log-probabilities, their gradient.
         weights: memory kept for each weight, as a fraction of the bytes of the weights.
         recorded: samples that it records for training by a later pass.
+        given: samples that it gives to later passes; 0 for those that there were.
     """
 
     runs: float = 0.0
@@ -121,6 +122,7 @@ class PassCost:
     outputs: int = 1
     weights: float = 0.0
     recorded: int = 0
+    given: int = 0
 
 
 class Pass(Arguments, PassBase):

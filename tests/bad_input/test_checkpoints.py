@@ -112,7 +112,7 @@ def test_damaged_checkpoints(saved: Path, tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_options_of_loading(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    bad = {"verify": ("yes", None), "model_class": (3, "LlamaForCausalLM", Net), "dtype": ("nonsense",)}
+    bad = {"verify": ("yes", 3), "model_class": (3, "LlamaForCausalLM", Net), "dtype": ("nonsense",)}
     bad |= {"device_map": (3.5,), "attn_implementation": ("nonsense",)}
     rows = [({name: value}, ".") for name, values in bad.items() for value in values]
     check_table(lambda options: fxprune.from_pretrained(saved, **options), rows, capfd)

@@ -54,7 +54,7 @@ for options in (
 ):
     options |= dict(recipe="llm-pruner", ratio=0.2)
     require_same(fxprune.prune(experts, ids, **options), fxprune.prune(experts, ids, device=device, **options))
-dense, default = tiny("llama"), str(read_recipe("balanced"))
+dense, default = tiny("llama"), str(read_recipe("balanced")).replace("weights=auto, ", "")  # which rounding moves more
 for name in ("record-teacher", "tune"):  # some CPUs have bfloat16, and this device has not
     default = default.replace(name + "{", name + "{precision=float32, ")
 ids, options = token_ids(12), dict(recipe=default)

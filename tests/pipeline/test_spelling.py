@@ -87,7 +87,7 @@ def test_a_pipeline_is_read_back_from_its_text() -> None:
     text = "find-groups\nl2{kinds=[mlp, head]}\n# a comment\n(select-by-ratio{ratio=0.3}, shrink)"
     pipeline = Pipeline(text)
     assert [step.name for step in pipeline.steps] == ["find-groups", "l2", "pipeline"]
-    assert str(pipeline) == "find-groups\nl2\n(select-by-ratio{ratio=0.3}, shrink)"
+    assert str(pipeline) == "find-groups\nl2{kinds=[mlp, head]}\n(select-by-ratio{ratio=0.3}, shrink)"
     assert str(Pipeline(str(pipeline))) == str(pipeline)
     assert str(Pipeline("find-groups, l2, shrink")) == "find-groups\nl2\nshrink"
     assert str(Pipeline([Pipeline("l1"), "l2"])) == "(l1)\nl2"
