@@ -150,6 +150,8 @@ class _ElementSums:
     def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
         found: Positions = {}
         for name, axes in self.axes.items():
+            if name not in self.gradients:  # no loss reads it
+                continue
             saliency = self._saliency(name, values[name].detach().float())
             found.update({(name, axis): axis_sums(saliency, axis) for axis in axes})
         return found
