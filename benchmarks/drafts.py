@@ -109,14 +109,20 @@ def draft_of(dense: Any, tokenizer: Any, rows: Sequence[str], ratio: float, obje
     if not folder.is_dir():
         recipe = read_recipe("balanced")
         recipe["tune"] = str(recipe["tune"][0]).replace("tune{", f"tune{{objective={objective}, ")
-        result = fxprune.prune(dense, list(rows), tokenizer=tokenizer, recipe=recipe, ratio=ratio, eval=False)
+        options = {
+            "recipe": recipe,
+            "ratio": ratio,
+            "round_to": {"mlp": 32},
+            "eval": False,
+        }  # blocks of quantised types
+        result = fxprune.prune(dense, list(rows), tokenizer=tokenizer, **options)
         result.save_pretrained(folder, tokenizer)
     return fxprune.from_pretrained(folder)
 
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with c4_sample.jsonl and wikitext2.")] = Path("data"),
-    ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove; default 0.6 and 0.75.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove; default 0.6.")] = None,
     objective: Annotated[list[str] | None, typer.Option(help="Aims of tuning; default both.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Beginnings of each text.")] = 6,
     kind: Annotated[str, typer.Option(help="Type of the weights in llama.cpp.")] = "q8_0",
@@ -130,7 +136,7 @@ def main(
     texts = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
     texts["wikitext2/test.txt"] = load_corpus(data / "wikitext2" / "test.txt")
     kept = Path(tempfile.mkdtemp()) if keep is None else keep
-    wanted = itertools.product(ratio or (0.6, 0.75), objective or ("divergence", "acceptance"))
+    wanted = itertools.product(ratio or (0.6,), objective or ("divergence", "acceptance"))
     drafts = {
         f"{part:.0%} off, tuned by {aim}": draft_of(
             dense, tokenizer, rows[:counted], part, aim, kept / f"{part:g}-{aim}"
