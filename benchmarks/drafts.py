@@ -109,13 +109,8 @@ def draft_of(dense: Any, tokenizer: Any, rows: Sequence[str], ratio: float, obje
     if not folder.is_dir():
         recipe = read_recipe("balanced")
         recipe["tune"] = str(recipe["tune"][0]).replace("tune{", f"tune{{objective={objective}, ")
-        options = {
-            "recipe": recipe,
-            "ratio": ratio,
-            "round_to": {"mlp": 32},
-            "eval": False,
-        }  # blocks of quantised types
-        result = fxprune.prune(dense, list(rows), tokenizer=tokenizer, **options)
+        wide: dict[str, Any] = {"recipe": recipe, "ratio": ratio, "round_to": {"mlp": 32}}  # blocks of quantised types
+        result = fxprune.prune(dense, list(rows), tokenizer=tokenizer, eval=False, **wide)
         result.save_pretrained(folder, tokenizer)
     return fxprune.from_pretrained(folder)
 
