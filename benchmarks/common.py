@@ -27,7 +27,9 @@ from transformers import (
 
 from fxprune.cli.demo import demo_checkpoint, demo_name, load_gguf
 from fxprune.data.rows import json_lines
+from fxprune.data.text import calibration_texts
 from fxprune.evaluation import LocalTask
+from fxprune.evaluation.perplexity import load_corpus
 
 __all__ = [
     "RESULTS",
@@ -42,6 +44,7 @@ __all__ = [
     "memory_bytes",
     "reset_peak_memory",
     "run_worker",
+    "split_corpus",
     "watch_memory",
     "write_random",
     "write_results",
@@ -150,6 +153,19 @@ def write_random(folder: Path, config: LlamaConfig, shard_bytes: int = 500_000_0
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     return total
+
+
+def split_corpus(data: Path, others: Iterable[str] = ("wikitext2/test.txt",)) -> tuple[list[str], dict[str, str]]:
+    """Four fifths of the rows of c4_sample.jsonl, to calibrate on; and by name the rest and other texts, to measure on.
+
+    Args:
+        data: Folder of the texts.
+        others: Files of it.
+    """
+    rows = calibration_texts(data / "c4_sample.jsonl")
+    counted = 4 * len(rows) // 5
+    texts = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
+    return rows[:counted], texts | {name: load_corpus(data / name) for name in others}
 
 
 def environment() -> dict[str, str | int]:

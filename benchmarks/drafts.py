@@ -19,11 +19,10 @@ import torch
 import typer
 
 import fxprune
-from benchmarks.common import RESULTS, load_demo_model, write_results
+from benchmarks.common import RESULTS, load_demo_model, split_corpus, write_results
 from benchmarks.engines.llama_cpp import LlamaServer
-from fxprune.data.text import calibration_texts, token_windows
+from fxprune.data.text import token_windows
 from fxprune.evaluation import text_perplexity
-from fxprune.evaluation.perplexity import load_corpus
 from fxprune.recipes import read_recipe
 
 __all__ = ["Continued", "accepted_on", "by_llama_cpp", "by_transformers", "draft_of", "main", "summary"]
@@ -37,7 +36,7 @@ _WINDOWS = 60
 
 @dataclass(frozen=True)
 class Continued:
-    """One continuation: what was said, the seconds that it took, and the drafted and accepted tokens.
+    """Continuation of a prompt, with its time and its counts of drafted and accepted tokens.
 
     Attributes:
         said: Generated token ids, or text.
@@ -126,16 +125,11 @@ def main(
 ) -> None:
     """Write results/drafts.json."""
     dense, tokenizer = load_demo_model()
-    rows = calibration_texts(data / "c4_sample.jsonl")
-    counted = 4 * len(rows) // 5
-    texts = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
-    texts["wikitext2/test.txt"] = load_corpus(data / "wikitext2" / "test.txt")
+    rows, texts = split_corpus(data)
     kept = Path(tempfile.mkdtemp()) if keep is None else keep
     wanted = itertools.product(ratio or (0.6,), objective or ("divergence", "acceptance"))
     drafts = {
-        f"{part:.0%} off, tuned by {aim}": draft_of(
-            dense, tokenizer, rows[:counted], part, aim, kept / f"{part:g}-{aim}"
-        )
+        f"{part:.0%} off, tuned by {aim}": draft_of(dense, tokenizer, rows, part, aim, kept / f"{part:g}-{aim}")
         for part, aim in wanted
     }
     beginnings = [

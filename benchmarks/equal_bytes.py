@@ -19,11 +19,9 @@ import typer
 from transformers import AutoTokenizer
 
 import fxprune
-from benchmarks.common import RESULTS, load_demo_model, write_results
+from benchmarks.common import RESULTS, load_demo_model, split_corpus, write_results
 from benchmarks.engines.llama_cpp import LlamaServer
 from benchmarks.vocabulary import pieces_of, ratio_of
-from fxprune.data.text import calibration_texts
-from fxprune.evaluation.perplexity import load_corpus
 
 __all__ = ["Measured", "main", "measure", "rows_of"]
 
@@ -96,16 +94,13 @@ def main(
 ) -> None:
     """Write results/equal_bytes.json."""
     dense, tokenizer = load_demo_model()
-    rows = calibration_texts(data / "c4_sample.jsonl")
-    counted = 4 * len(rows) // 5
-    given = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
-    given["wikitext2/test.txt"] = load_corpus(data / "wikitext2" / "test.txt")
+    rows, given = split_corpus(data)
     pieces = {name: pieces_of(text, characters) for name, text in given.items()}
     texts = {name: tokenizer(each, verbose=False)["input_ids"] for name, each in pieces.items()}
     models: dict[str, Any] = {"dense": dense}
     for part in () if slim else (ratio or [0.2]):
         options: dict[str, Any] = {"recipe": recipe, "ratio": part, "round_to": {"mlp": 256}, "eval": False}
-        result = fxprune.prune(dense, rows[:counted], tokenizer=tokenizer, **options)
+        result = fxprune.prune(dense, rows, tokenizer=tokenizer, **options)
         models[f"{result.report.achieved:.0%} off by {recipe}"] = result.model
     for folder in slim or ():
         models[folder.name] = fxprune.from_pretrained(folder)

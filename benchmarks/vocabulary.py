@@ -15,9 +15,8 @@ import typer
 from torch.nn.functional import cross_entropy
 
 import fxprune
-from benchmarks.common import RESULTS, load_named, write_results
-from fxprune.data.text import calibration_texts, opening_tokens
-from fxprune.evaluation.perplexity import load_corpus
+from benchmarks.common import RESULTS, load_named, split_corpus, write_results
+from fxprune.data.text import opening_tokens
 from fxprune.pipeline.arguments import VOCAB
 from fxprune.recipes import Recipe
 from fxprune.recipes.recipe import read_recipe
@@ -76,12 +75,9 @@ def main(
     """Prune the vocabulary of a model by each ratio, and write results/vocabulary-NAME.json."""
     dense, tokenizer, name = load_named(model)
     dense.to(getattr(torch, dtype))
-    rows = calibration_texts(data / "c4_sample.jsonl")
-    counted = 4 * len(rows) // 5
-    texts = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
-    texts |= {place: load_corpus(data / place) for place in ("wiki_sample.txt", "wikitext2/test.txt")}
+    rows, texts = split_corpus(data, ("wiki_sample.txt", "wikitext2/test.txt"))
     pieces = {place: pieces_of(text, characters) for place, text in texts.items()}
-    use = measure_use(dense, text_ids(tokenizer, ["\n\n".join(rows[:counted])]), opening_tokens(tokenizer))
+    use = measure_use(dense, text_ids(tokenizer, ["\n\n".join(rows)]), opening_tokens(tokenizer))
     settings = {"model": name, "dtype": dtype, "piece": PIECE, "counted": sum(use.counts.values())}
     settings |= {"samples": samples if tune else 0}
     settings |= {"pieces": {place: len(each) for place, each in pieces.items()}}
@@ -93,7 +89,7 @@ def main(
         slim, words, count = dense, tokenizer, sum(one.numel() for one in dense.parameters())
         if tuned_by:
             options: dict[str, Any] = {"kinds": VOCAB, "ratio": part, "tokenizer": tokenizer, "tune": tuned_by}
-            pruned = fxprune.prune(dense, rows[:counted], recipe=tuned_on(samples), eval=False, **options)
+            pruned = fxprune.prune(dense, rows, recipe=tuned_on(samples), eval=False, **options)
             slim, words, count = pruned.model, pruned.tokenizer, pruned.report.parameters[1]
         elif part:
             found = trim(dense, tokenizer, use, size_after(dense, part), share=True)

@@ -195,10 +195,8 @@ def from_pretrained(
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
     """
-    name, verify = (
-        as_path("folder", folder, error=CheckpointError),
-        verify if verify is None else flag("verify", verify),
-    )
+    name = as_path("folder", folder, error=CheckpointError)
+    verify = None if verify is None else flag("verify", verify)
     chosen: Any = model_class
     if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)

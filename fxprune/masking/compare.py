@@ -116,7 +116,7 @@ class PairedRuns:
 
 
 def _unread(graph: fx.Graph, known: Collection[fx.Node], read: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """Nodes that nothing in ``read`` depends on other than by what is known; inputs are taken in any case."""
+    """Nodes that no value in ``read`` needs, given the known ones; inputs are not among them."""
     needed, todo = set[fx.Node](), [node for node in read if node not in known]
     while todo:
         node = todo.pop()

@@ -348,7 +348,7 @@ _SHARED = ("prepare", "discover", "importance", "teach")
 
 @dataclass
 class _Findings:
-    """What was found out, by the pass or the key, what it read, and the weights; with all that the keys are made of."""
+    """Results of passes by their keys (pass, facts read, weights), and the digests that keys are made of."""
 
     given: dict[Any, tuple[tuple[Fact, ...], tuple[str, ...], Any]] = field(default_factory=dict)
     shared: dict[Any, tuple[Any, Any]] = field(default_factory=dict)

@@ -52,7 +52,7 @@ def recurrent(op: OpSite) -> None:
 
 
 def _read(op: OpSite, weight: TensorAxes, taken: TensorAxes) -> None:
-    """State that a weight sums over what a layer takes: its input, the output of another, or its own last state."""
+    """State the product of a weight and the input of its layer: data, output of the layer before, or last state."""
     if weight.axes[1].size == taken.axes[2].size:
         op.equate(weight.axes[1], taken.axes[2])
     op.link(weight, 1, taken, 2)
