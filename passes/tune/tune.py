@@ -530,8 +530,8 @@ class TunePass(Pass):
     Unless ``weights`` are trained, all are frozen. The trained parameters are then a scale ``1 + 0.5 tanh(t)`` for each
     input and output of each product with a weight, and offsets of parameters of one axis, such as those of norms and
     biases, by Adam on the Kullback-Leibler divergence from the dense model. No gradient of a weight is needed, so
-    memory is that of the activations of a batch. In the end all of it is folded into the weights: classes, names and sizes
-    stay the same.
+    memory is that of the activations of a batch. In the end all of it is folded into the weights: classes, names and
+    sizes stay the same.
 
     With ``truth``, the next tokens of the text itself count beside the dense model's distribution: perplexity on plain
     text falls further, by what the slim model learns of such text and no longer has from the dense one.
