@@ -31,25 +31,6 @@ from fxprune.data.text import calibration_texts
 from fxprune.evaluation import LocalTask
 from fxprune.evaluation.perplexity import load_corpus
 
-__all__ = [
-    "RESULTS",
-    "ROOT",
-    "SHAPES",
-    "Shape",
-    "cpu_name",
-    "environment",
-    "load_demo_model",
-    "load_named",
-    "local_tasks",
-    "memory_bytes",
-    "reset_peak_memory",
-    "run_worker",
-    "split_corpus",
-    "watch_memory",
-    "write_random",
-    "write_results",
-]
-
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,8 +25,6 @@ from fxprune.evaluation import perplexity
 from fxprune.graph.tensors import get_tensor
 from fxprune.removal.removal import PositionScores, unit_scores
 
-__all__ = ["CRITERIA", "CriterionRow", "app", "criterion_rows", "prune_without_groups"]
-
 RESULTS = common.RESULTS / "criteria.json"
 CRITERIA: tuple[tuple[str, dict[str, Any]], ...] = (
     ("random", {"importance": "random"}),

@@ -23,8 +23,6 @@ from fxprune.evaluation import perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.recipes import as_recipe
 
-__all__ = ["app", "demo_samples", "demo_table", "in_small_steps"]
-
 PROMPT = "What is the capital of France?"
 app = typer.Typer(add_completion=False)
 

@@ -34,8 +34,6 @@ from benchmarks import common
 from benchmarks.common import SHAPES, Shape, environment, run_worker, write_results
 from fxprune.cli.console import widened
 
-__all__ = ["TOOLS", "Discovery", "DiscoverySummary", "app", "compare", "measure_in_process", "summarise"]
-
 RESULTS = common.RESULTS / "discovery.json"
 DEPTHS = (2, 8, 20, 40, 80)
 STAGES = ("trace", "graph", "groups", "removal")

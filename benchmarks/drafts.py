@@ -25,8 +25,6 @@ from fxprune.data.text import token_windows
 from fxprune.evaluation import text_perplexity
 from fxprune.recipes import read_recipe
 
-__all__ = ["Continued", "accepted_on", "by_llama_cpp", "by_transformers", "draft_of", "main", "summary"]
-
 _PROMPT, _NEW = 32, 48
 """Tokens that a continuation begins with, and that are generated."""
 

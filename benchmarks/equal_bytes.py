@@ -23,8 +23,6 @@ from benchmarks.common import RESULTS, load_demo_model, split_corpus, write_resu
 from benchmarks.engines.llama_cpp import LlamaServer
 from benchmarks.vocabulary import pieces_of, ratio_of
 
-__all__ = ["Measured", "main", "measure", "rows_of"]
-
 TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m")
 
 _CONTEXT, _STEPS = 512, 32

@@ -30,8 +30,6 @@ from benchmarks.common import SHAPES, Shape, environment, write_random
 from benchmarks.score_memory import WAYS, measure
 from fxprune.graph.counting import count_macs, count_parameters
 
-__all__ = ["Device", "Estimate", "ModelCounts", "app", "count_model", "estimate", "measure_device", "score_seconds"]
-
 app = typer.Typer(add_completion=False)
 
 _SUMS = 8

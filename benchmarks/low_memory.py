@@ -30,8 +30,6 @@ from benchmarks.common import Shape, load_demo_model, write_random
 from benchmarks.demo import demo_samples
 from fxprune.evaluation import perplexity
 
-__all__ = ["app"]
-
 app = typer.Typer(add_completion=False)
 
 _CHILD = """

@@ -29,8 +29,6 @@ from fxprune.data.built_in import offline_text
 from fxprune.data.text import split_calibration_heldout, token_windows
 from fxprune.evaluation import perplexity
 
-__all__ = ["SMALL", "NormRow", "app", "byte_loss", "small_rows", "train_small", "width_rows"]
-
 RESULTS = common.RESULTS / "norms.json"
 
 NORMS: tuple[Literal["sliced"], Literal["masked"]] = ("sliced", "masked")

@@ -16,16 +16,6 @@ from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
 from benchmarks.quality.tables import Section, sections, task_rows, type_error
 from fxprune.cli.demo import demo_name
 
-__all__ = [
-    "draw_latency",
-    "draw_quality",
-    "latency_page",
-    "quality_page",
-    "results_page",
-    "uniform_price",
-    "vocabulary_page",
-]
-
 DOCS = ROOT / "docs"
 DEMO = ROOT / "fxprune" / "cli" / "demo.json"
 RECIPES = (

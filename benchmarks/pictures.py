@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fxprune
 from benchmarks.common import ROOT, load_demo_model
 
-__all__ = ["FOLDER", "draw_all", "graph_of_7b"]
-
 FOLDER = ROOT / "docs" / "pictures"
 
 

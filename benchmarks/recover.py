@@ -23,8 +23,6 @@ from fxprune.data.text import read_text, split_calibration_heldout, token_window
 from fxprune.evaluation.comparison import compare_models
 from fxprune.recovery import Distillation
 
-__all__ = ["app", "calibration_windows", "named", "starts", "training_rows", "without"]
-
 RESULTS = common.RESULTS / "recovery.json"
 _OUTPUTS = ("folder", "out", "keep", "json_")
 """Options that name outputs and do not change the measurement."""

@@ -22,8 +22,6 @@ from benchmarks.common import load_demo_model, write_results
 from fxprune.data.text import calibration_texts, read_text, token_windows
 from fxprune.evaluation import perplexity
 
-__all__ = ["REFERENCE", "ReferenceRow", "app", "first_tokens", "reference_rows"]
-
 RESULTS = common.RESULTS / "reference.json"
 
 REFERENCE = {"vector": 98.2, "first": 90.2, "second": 77.0, "mix": 90.3}

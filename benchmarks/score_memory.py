@@ -26,8 +26,6 @@ from benchmarks import common
 from benchmarks.common import Shape, run_worker, watch_memory, write_random, write_results
 from fxprune.checkpoint.low_memory import load_mapped, resumable_folder
 
-__all__ = ["RESULTS", "WAYS", "ScoreCost", "app", "measure"]
-
 RESULTS = common.RESULTS / "score_memory.json"
 
 app = typer.Typer(add_completion=False)

@@ -26,8 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 
-__all__ = ["app", "measure"]
-
 app = typer.Typer(add_completion=False)
 
 Cost = tuple[str, float, int, int]

@@ -22,8 +22,6 @@ import fxprune
 from benchmarks.common import load_demo_model
 from fxprune.data.built_in import built_in_samples
 
-__all__ = ["main", "measure"]
-
 
 def measure(
     model: Any, samples: Any, ratios: Sequence[float], recipes: Sequence[Any], **options: Any

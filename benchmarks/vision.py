@@ -29,8 +29,6 @@ from benchmarks.common import RESULTS, write_results
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
 
-__all__ = ["NAMES", "VisionRow", "app", "make", "ours", "theirs"]
-
 FILE = RESULTS / "vision.json"
 
 _TORCHVISION = (

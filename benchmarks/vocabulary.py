@@ -22,8 +22,6 @@ from fxprune.recipes import Recipe
 from fxprune.recipes.recipe import read_recipe
 from fxprune.vocabulary.prune import measure_use, size_after, text_ids, trim
 
-__all__ = ["bits_of", "main", "pieces_of", "ratio_of", "tuned_on"]
-
 PIECE = 800
 """Characters that a model reads at once, about 200 tokens."""
 

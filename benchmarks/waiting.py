@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["app"]
-
 app = typer.Typer(add_completion=False)
 
 _WORK = """

@@ -34,27 +34,6 @@ from numpy.typing import NDArray
 
 from fxprune.errors import AxisMismatch
 
-__all__ = [
-    "UNIT",
-    "Concat",
-    "Expr",
-    "Factor",
-    "Freeze",
-    "Keep",
-    "Product",
-    "Solver",
-    "beside",
-    "concat",
-    "contains",
-    "factors",
-    "kept_mask",
-    "kept_size",
-    "new_factor",
-    "product",
-    "render",
-    "unit_index",
-]
-
 _ids = itertools.count()
 
 

@@ -7,26 +7,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = [
-    "ArgumentError",
-    "AxisMismatch",
-    "CalibrationError",
-    "CheckpointError",
-    "DataError",
-    "EvaluationError",
-    "ExportError",
-    "FxpruneError",
-    "GraphInputError",
-    "PassError",
-    "PlanError",
-    "RatioError",
-    "RecoveryError",
-    "TraceError",
-    "UnknownNameError",
-    "UnsupportedModelError",
-    "VerificationError",
-]
-
 _LISTED = 30
 """Names that a message lists: enough for all passes, not for all tensors of a model."""
 

@@ -31,8 +31,6 @@ from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removed, Scores
 from fxprune.report.report import Headline, Report
 
-__all__ = ["Result"]
-
 
 @dataclass(frozen=True)
 class Result:

@@ -34,8 +34,6 @@ from fxprune.report.report import (
 from fxprune.trace.fidelity import Fidelity
 from fxprune.trace.inputs import is_hugging_face
 
-__all__ = ["EmitModelPass", "MakeReportPass", "SaveCheckpointPass", "Saved"]
-
 
 @dataclass(frozen=True, eq=False)
 class EmitModelPass(Pass):

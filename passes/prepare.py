@@ -30,8 +30,6 @@ from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.removal.removal import Removal, Scores
 from fxprune.trace.inputs import alias_twin, is_hugging_face, shifted_right, written_parameters
 
-__all__ = ["CalibratePass", "FindGroupsPass"]
-
 _ADVICE = "some hundred samples of text like what the model is to be used on, passed as calibration, do better"
 
 

@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 
-__all__ = ["PROMPTS", "Case", "Engine", "Source", "greedy_tokens", "load_model", "token_ids", "vocabulary_size"]
-
 PROMPTS = (
     "The capital of France is",
     "Once upon a time there was",

@@ -17,8 +17,6 @@ import fxprune
 from benchmarks.engines.base import Case, Engine, Source, load_model, token_ids
 from fxprune.evaluation.speed import timed_call
 
-__all__ = ["CompiledEngine", "GraphEngine", "TransformersEngine", "cut_by_torch_pruning"]
-
 _PROFILED_CALLS = 2
 
 _PRODUCTS = {

@@ -31,8 +31,6 @@ from benchmarks.engines.base import PROMPTS, Case, Engine, Source, greedy_tokens
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import read_text, split_calibration_heldout, token_windows
 
-__all__ = ["LlamaCppEngine", "LlamaCppQuantisedEngine", "LlamaServer", "app"]
-
 _STEPS = 16
 """Tokens that a decoding step is averaged over, by the clock of llama.cpp."""
 

@@ -13,8 +13,6 @@ import fxprune
 from benchmarks.engines.base import Case, Engine, Source, load_model, token_ids
 from fxprune.evaluation.speed import timed_call
 
-__all__ = ["OnnxEngine"]
-
 
 class OnnxEngine(Engine):
     """onnxruntime, with past keys and values as inputs, present ones as outputs, and logits of every position."""

@@ -31,8 +31,6 @@ from benchmarks.engines.base import PROMPTS, Case, Engine, Source, greedy_tokens
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import token_windows
 
-__all__ = ["VllmEngine", "app", "make_environment", "same_tokens"]
-
 _STEPS = 24
 """Tokens that a decoding step is averaged over."""
 

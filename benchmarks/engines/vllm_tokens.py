@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["answer"]
-
 
 def answer(folder: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Most likely tokens after each prompt, by vLLM in float32.

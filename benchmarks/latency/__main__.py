@@ -22,8 +22,6 @@ from benchmarks.latency.measure import HEADING, LatencyRow, Settings, measure, r
 from benchmarks.latency.workers import ENGINES, Writers, silence_packages
 from fxprune.evaluation import measure_widths, write_widths
 
-__all__ = ["RESULTS", "app"]
-
 RESULTS = common.RESULTS
 
 app = typer.Typer(add_completion=False)

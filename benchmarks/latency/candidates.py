@@ -15,8 +15,6 @@ import fxprune
 from benchmarks.engines.base import Case, Engine, Source
 from fxprune.graph.counting import count_macs
 
-__all__ = ["Candidate", "Work", "count_work", "make_candidates"]
-
 SELECT = "select-by-ratio{protect=[0.07, 0.04], first=[mlp], ratio=%s, round_to=[[mlp, %s]]}"
 """The selection of the default recipe. Speed does not depend on which units go, so scores need no data here."""
 

@@ -15,8 +15,6 @@ from benchmarks.latency.candidates import Candidate
 from benchmarks.latency.workers import ENGINES, EngineFailed, Task, Worker
 from fxprune.evaluation.speed import time_interleaved
 
-__all__ = ["HEADING", "LatencyRow", "Settings", "Speedup", "interleaved", "measure", "read_rows", "speedup"]
-
 HEADING = ("", "model", "ms", "tokens/s", "GB", "MB on disk", "speed-up", "95% interval", "ideal", "of the ideal")
 """Heading of a table of rows."""
 

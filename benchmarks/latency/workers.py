@@ -20,8 +20,6 @@ from benchmarks.engines.llama_cpp import LlamaCppEngine, LlamaCppQuantisedEngine
 from benchmarks.engines.onnx import OnnxEngine
 from benchmarks.engines.vllm import VllmEngine
 
-__all__ = ["ENGINES", "EngineFailed", "Task", "Worker", "Writers", "silence_packages"]
-
 ENGINES: dict[str, type[Engine]] = {
     engine.name: engine
     for engine in (

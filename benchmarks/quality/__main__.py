@@ -25,8 +25,6 @@ from benchmarks.quality.texts import kept_back, read_texts
 from fxprune.cli.console import keep_freed, widened
 from fxprune.offload.prefetch import has_bf16
 
-__all__ = ["RESULTS", "TASKS", "app"]
-
 RESULTS = common.RESULTS / "quality.json"
 TASKS = RESULTS.with_name("quality_tasks.json")
 

@@ -9,8 +9,6 @@ from typing import Any
 import fxprune
 from fxprune.recipes import read_recipe
 
-__all__ = ["ENTRIES", "Entry", "entries", "place_of_entry"]
-
 
 @dataclass(frozen=True)
 class Entry:

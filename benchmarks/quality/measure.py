@@ -23,8 +23,6 @@ from fxprune.evaluation.comparison import Column, Comparison, measure_model
 from fxprune.evaluation.tasks import named_tasks
 from fxprune.pipeline.pipeline import Pipeline
 
-__all__ = ["Bench", "ask_questions", "describe", "saved_models", "trained_by", "with_ratio"]
-
 _BATCH_TOKENS = 512
 """Tokens of the windows that run at once; a longer window runs alone."""
 

@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from fxprune.evaluation import logits_of
 from fxprune.offload.atomic import atomic_path
 
-__all__ = ["KeptReference"]
-
 
 class KeptReference:
     """A model that keeps what its output embedding reads in files, and runs only the embedding when asked again.

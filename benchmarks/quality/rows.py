@@ -10,8 +10,6 @@ from typing import Any
 
 from fxprune.evaluation import Divergence, Perplexity
 
-__all__ = ["DENSE", "Protocol", "QualityRow", "blocks", "compare", "over_dense", "read_rows"]
-
 DENSE = "dense"
 """Name of the row that others are compared with."""
 

@@ -11,8 +11,6 @@ from benchmarks.quality.entries import place_of_entry
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, compare, over_dense, read_rows
 from fxprune.evaluation import Perplexity
 
-__all__ = ["Section", "sections", "task_rows", "type_error"]
-
 _NONE = "-"
 """Empty cell."""
 

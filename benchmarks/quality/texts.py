@@ -15,8 +15,6 @@ from benchmarks.quality.rows import Protocol
 from fxprune.data.built_in import general_text, offline_text
 from fxprune.data.text import calibration_text, calibration_texts, split_calibration_heldout, token_windows
 
-__all__ = ["Texts", "beginning", "kept_back", "python_code", "read_texts"]
-
 _KEPT_BACK = 8
 """One row in as many of the calibration text is measured on, and not calibrated on."""
 

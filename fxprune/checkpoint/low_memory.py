@@ -35,8 +35,6 @@ from fxprune.report.report import package_versions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_mapped", "request_key", "resumable_folder", "unpack_gguf"]
-
 _BLOCK = "blk."
 """Prefix of the names of a block's tensors, followed by its number."""
 

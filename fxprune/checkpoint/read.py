@@ -34,22 +34,6 @@ from fxprune.pipeline.arguments import as_path, flag, refuse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "LOADING",
-    "check_gguf",
-    "check_sizes",
-    "from_pretrained",
-    "load_config_only",
-    "load_model",
-    "load_tokenizer",
-    "locate",
-    "merge_advice",
-    "read_header",
-    "read_model",
-    "readable",
-    "require_all_weights",
-]
-
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Types of values in the format, as formats of ``struct``."""
 

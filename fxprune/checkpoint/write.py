@@ -60,19 +60,6 @@ from fxprune.trace.inputs import check_merged
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "MODELLING",
-    "check_place",
-    "check_repository",
-    "check_request",
-    "model_card",
-    "push_folder",
-    "replace_report",
-    "save_pretrained",
-    "write_folder",
-    "write_modelling",
-]
-
 MODELLING = "modeling_fxprune"
 """Name of the module."""
 

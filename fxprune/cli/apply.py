@@ -14,8 +14,6 @@ from fxprune.cli.preparation import CalibrationText
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import ApplyOptions
 
-__all__ = ["apply"]
-
 
 @app.command(cls=Command)
 @flags.library_options(ApplyOptions)

@@ -18,8 +18,6 @@ from fxprune.errors import ArgumentError, EvaluationError, RatioError
 if TYPE_CHECKING:
     from fxprune.evaluation.speed import Speed
 
-__all__ = ["bench", "slim_versions"]
-
 _RATIOS = (0.15, 0.3, 0.45)
 
 

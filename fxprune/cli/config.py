@@ -11,8 +11,6 @@ import typer
 from fxprune.cli.console import is_given, pair_of
 from fxprune.errors import FxpruneError, UnknownNameError
 
-__all__ = ["format_run", "parse_number", "read_config", "run_file"]
-
 _REMEDY = "Give a YAML file with an argument on each line, as in 'ratio: 0.2'"
 
 _UNWRITTEN = ("config", "dry_run", "force", "quiet", "verbose", "as_json")

@@ -26,31 +26,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from fxprune.errors import ArgumentError, FxpruneError
 
-__all__ = [
-    "Command",
-    "MeasuringCommand",
-    "QuickCommand",
-    "app",
-    "console",
-    "errors",
-    "exit_on_signal",
-    "finish",
-    "install",
-    "is_given",
-    "keep_freed",
-    "notes",
-    "option_name",
-    "pair_of",
-    "print_json",
-    "print_lines",
-    "progress",
-    "run_progress",
-    "set_output",
-    "warnings_as_notes",
-    "widened",
-    "working",
-]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PATIENCE = 5.0

@@ -17,8 +17,6 @@ from typing import Any
 
 from fxprune.errors import FxpruneError
 
-__all__ = ["DEMO", "demo_checkpoint", "demo_gguf", "demo_name", "load_gguf", "uniform_price"]
-
 DEMO = "demo"
 
 

@@ -26,8 +26,6 @@ from fxprune.evaluation.comparison import WINDOW, WINDOWS
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
 
-__all__ = ["Activations", "Estimate", "costs_of", "estimate", "peak_memory", "print_estimate", "sizes_of"]
-
 
 @dataclass(frozen=True)
 class Estimate:

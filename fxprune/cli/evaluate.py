@@ -18,8 +18,6 @@ from fxprune.errors import EvaluationError
 if TYPE_CHECKING:
     from fxprune.evaluation.comparison import Column, Comparison
 
-__all__ = ["evaluate"]
-
 
 @app.command("eval", cls=MeasuringCommand)
 def evaluate(

@@ -14,8 +14,6 @@ from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_output, check_quantization, gguf_options, runners
 from fxprune.errors import ArgumentError
 
-__all__ = ["export"]
-
 
 @app.command(cls=Command)
 def export(

@@ -13,8 +13,6 @@ from fxprune.cli.console import MeasuringCommand, app, print_json, print_lines
 from fxprune.cli.models import check_models, load_pair
 from fxprune.errors import ArgumentError
 
-__all__ = ["generate"]
-
 
 @app.command(cls=MeasuringCommand)
 def generate(

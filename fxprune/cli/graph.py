@@ -17,8 +17,6 @@ from fxprune.cli.models import check_model, locate_model
 from fxprune.cli.plan import read_plan
 from fxprune.errors import ArgumentError
 
-__all__ = ["explain", "graph"]
-
 Norm = Annotated[
     Literal["sliced", "masked"] | None,
     typer.Option(help="Norms over removed units: masked, as with these zeroed (the default), or sliced."),

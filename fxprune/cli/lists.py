@@ -14,8 +14,6 @@ from fxprune.cli.console import Command, QuickCommand, app, console, print_lines
 from fxprune.errors import PassError
 from fxprune.recipes.texts import comments_of, recipe_names, recipe_text
 
-__all__ = ["passes", "recipes"]
-
 
 @app.command(cls=Command)
 def passes(name: Annotated[str | None, typer.Argument(help="Describe this pass.")] = None) -> None:

@@ -16,18 +16,6 @@ from fxprune.cli.demo import DEMO, demo_checkpoint, demo_gguf
 from fxprune.errors import FxpruneError, UnsupportedModelError
 from fxprune.pipeline.arguments import MANIFEST
 
-__all__ = [
-    "check_hub",
-    "check_model",
-    "check_models",
-    "is_config_alone",
-    "is_gguf",
-    "load",
-    "load_pair",
-    "load_words",
-    "locate_model",
-]
-
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 _REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, a hub id, or 'demo'"

@@ -18,8 +18,6 @@ from fxprune.pipeline.arguments import Argument
 from fxprune.recipes.options import DATA, MACHINE, OUTPUT, WHAT_GOES, option_table
 from fxprune.recovery.settings import TRAINING
 
-__all__ = ["expanded", "library_options"]
-
 _METAVARS = {"ratio": "N|KIND=N,...", "round_to": "N|KIND=N,...|auto", "kinds": "KIND,...", "protect": "N N"}
 
 

@@ -20,22 +20,6 @@ from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
 if TYPE_CHECKING:
     import fxprune
 
-__all__ = [
-    "OURS",
-    "check_output",
-    "check_push",
-    "check_quantization",
-    "gguf_multiple",
-    "gguf_options",
-    "gguf_quantization",
-    "is_file",
-    "print_result",
-    "push",
-    "runners",
-    "write_result",
-    "write_run",
-]
-
 OURS = "fxprune.from_pretrained loads it, and transformers with trust_remote_code=True"
 
 _FILES = (".bin", ".ckpt", ".h5", ".json", ".pt", ".pth", ".safetensors", ".tar", ".txt", ".yaml", ".zip")

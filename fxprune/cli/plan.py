@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from fxprune.removal.plan import Difference, Plan
     from fxprune.report.report import Report
 
-__all__ = ["Source", "diff", "read_plan", "show"]
-
 plans = typer.Typer(help="Show what a plan removes, or how two plans differ.")
 app.add_typer(plans, name="plan")
 

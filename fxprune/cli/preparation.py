@@ -13,8 +13,6 @@ import fxprune
 from fxprune.cli.models import is_config_alone, load_words
 from fxprune.errors import ArgumentError
 
-__all__ = ["CalibrationText", "Prepared", "prepare", "reader_of"]
-
 
 @dataclass(frozen=True)
 class CalibrationText:

@@ -30,8 +30,6 @@ from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options
 
-__all__ = ["prune"]
-
 
 @app.command(cls=Command)
 @flags.library_options(Options)

@@ -17,8 +17,6 @@ from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import MANIFEST
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = ["recover"]
-
 
 @app.command(cls=Command)
 @flags.library_options(RecoverySettings)

@@ -26,8 +26,6 @@ from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_quantization, gguf_options
 from fxprune.errors import ArgumentError, FxpruneError
 
-__all__ = ["chat", "serve", "start_server", "wait"]
-
 
 @app.command(cls=Command)
 def serve(

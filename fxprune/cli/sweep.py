@@ -16,8 +16,6 @@ from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import WHAT_GOES, Options
 
-__all__ = ["sweep"]
-
 
 @app.command(cls=MeasuringCommand)
 @flags.library_options(Options)

@@ -20,19 +20,6 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet
 from fxprune.pipeline.contract import Track, no_progress
 
-__all__ = [
-    "CHARACTERS_PER_TOKEN",
-    "built_in_samples",
-    "built_in_text",
-    "can_generate",
-    "general_chats",
-    "general_samples",
-    "general_text",
-    "generated_samples",
-    "offline_docstrings",
-    "offline_text",
-]
-
 CHARACTERS_PER_TOKEN = 4
 """About this many in English text; 4.06 in the general part with the tokenizer of the demo model."""
 

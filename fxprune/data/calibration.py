@@ -20,28 +20,6 @@ from fxprune.graph.tensors import device_of, get_tensor, map_tensors
 from fxprune.offload.prefetch import compute_device
 from fxprune.pipeline.arguments import refuse
 
-__all__ = [
-    "IGNORED",
-    "Calibration",
-    "HeldOut",
-    "Sample",
-    "VerificationInputs",
-    "batch_indices",
-    "batched",
-    "check_names",
-    "clear_sample_errors",
-    "embedding_rows",
-    "make_inputs",
-    "next_token_loss",
-    "noised",
-    "plain_tokens",
-    "require_logits",
-    "resize_inputs",
-    "spread",
-    "stacked",
-    "token_input",
-]
-
 T = TypeVar("T")
 
 IGNORED = -100

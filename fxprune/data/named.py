@@ -10,8 +10,6 @@ from typing import Any
 from fxprune.errors import DataError
 from fxprune.graph.context import quiet
 
-__all__ = ["CORPORA", "ROW_SUFFIXES", "is_data_set", "load_named", "load_split"]
-
 ROW_SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
 """Suffixes of the files that rows are read from."""
 

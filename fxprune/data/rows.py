@@ -14,8 +14,6 @@ from fxprune.data.named import ROW_SUFFIXES, load_named, load_split
 from fxprune.errors import DataError
 from fxprune.pipeline.arguments import format_value
 
-__all__ = ["BadRow", "Row", "json_lines", "parse_row", "read_rows"]
-
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"

@@ -20,18 +20,6 @@ from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.graph.context import Refusal
 from fxprune.pipeline.arguments import format_value
 
-__all__ = [
-    "DECODER",
-    "LABELS",
-    "FileSamples",
-    "check_samples",
-    "check_tokens",
-    "is_in_memory",
-    "read_calibration",
-    "read_token_rows",
-    "token_rows",
-]
-
 Tensors = Mapping[str, torch.Tensor]
 
 LABELS = "labels"

@@ -18,24 +18,6 @@ from fxprune.data.samples import FileSamples
 from fxprune.errors import CalibrationError, DataError
 from fxprune.pipeline.arguments import as_path, refuse
 
-__all__ = [
-    "MOST_SAMPLES",
-    "RUN",
-    "calibration_text",
-    "calibration_texts",
-    "calibration_windows",
-    "check_tokenizer",
-    "is_text",
-    "opening_tokens",
-    "paragraphs",
-    "read_text",
-    "split_calibration_heldout",
-    "text_samples",
-    "text_source",
-    "token_windows",
-    "unseen",
-]
-
 MOST_SAMPLES, TOKENS = 1024, 128
 """Samples if no number is given, more than any recipe uses, and tokens of each."""
 

@@ -33,8 +33,6 @@ from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Role, SizeArgument, Statements, Statistic, TensorAxes
 from fxprune.trace import Traced
 
-__all__ = ["AxisMap", "Dependencies", "axis_map", "dependency_graph", "find_bypasses", "resolve_experts", "size_with"]
-
 
 @dataclass(frozen=True)
 class Bypass:

@@ -18,8 +18,6 @@ from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import instance, refuse
 from fxprune.rules.statements import Axis
 
-__all__ = ["exactness", "explain", "find_axis", "find_group", "frozen_axes", "frozen_in", "groups_of", "unruled"]
-
 _LISTED = 6
 """Most names to list for an ambiguous one."""
 

@@ -27,8 +27,6 @@ from fxprune.rules.registry import Values, alias_roots, find_rule, writes
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Held, Statements
 
-__all__ = ["ZeroWalk", "follow_zeros"]
-
 Numbers = frozenset[float | None]
 """Possible values of masked units along an axis; None for any value."""
 

@@ -23,8 +23,6 @@ from fxprune.graph.tensors import producer_of
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.rules.statements import Axis
 
-__all__ = ["Atlas", "Fold", "block_ranges", "find_folds"]
-
 
 class Atlas:
     """A dependency graph and its groups, indexed, with the plan to show, if any.

@@ -17,8 +17,6 @@ from fxprune.draw.view import Edge, Labels, View, plural
 from fxprune.graph.facts import owner_block
 from fxprune.rules.statements import Axis
 
-__all__ = ["FROZEN", "LINE", "Legend", "draw", "hue_of"]
-
 FROZEN = "#d0d0d0"
 WHITE = "#ffffff"
 LINE = "#8a8a8a"

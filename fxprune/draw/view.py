@@ -22,8 +22,6 @@ from fxprune.graph.facts import owner_block
 from fxprune.rules.registry import moves_values
 from fxprune.rules.statements import Axis
 
-__all__ = ["REMOVAL", "Edge", "Labels", "View", "contracted", "plural", "searched"]
-
 _Pair = tuple[Axis, Axis]
 _Path = tuple[Axis, ...]
 

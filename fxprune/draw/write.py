@@ -32,8 +32,6 @@ from fxprune.pipeline.arguments import as_path, flag, instance, refuse
 from fxprune.removal.plan import Plan
 from fxprune.rules.statements import Axis
 
-__all__ = ["PICTURE_SUFFIXES", "RENDERED", "check_target", "html_page", "layer_svg", "write_dot", "write_picture"]
-
 _WITHOUT = "This page was written without Graphviz: it lists the boxes of the picture instead."
 
 

@@ -34,17 +34,6 @@ from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "PLAN_DIGEST",
-    "Emitted",
-    "SlimVerifier",
-    "check_own_forward",
-    "emit_from_graph",
-    "inexpressible",
-    "outputs_agree",
-    "stock_check",
-]
-
 PLAN_DIGEST = "fxprune_plan"
 """Attribute of a slim model with the digest of the plan that it came of."""
 

@@ -61,19 +61,6 @@ from fxprune.trace.inputs import clear_quantisation_marks, meta_twin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "Agrees",
-    "Blueprint",
-    "Candidate",
-    "Emission",
-    "EmissionTask",
-    "candidates_by_hand",
-    "candidates_for",
-    "divided_attributes",
-    "emit",
-    "rebuild",
-]
-
 
 @dataclass(frozen=True)
 class EmissionTask:

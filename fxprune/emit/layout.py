@@ -29,18 +29,6 @@ from fxprune.modelling.layerwise import SECTION, AnyWidths, Layerwise
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "BlockStack",
-    "Layout",
-    "Rebuilder",
-    "block_rebuilder",
-    "find_layout",
-    "model_rebuilder",
-    "plain_config",
-    "stock_class",
-    "stock_config",
-]
-
 
 def stock_class(module: nn.Module | type) -> type[Any]:
     """Class of a module, or a class, without the mixins of a pruned model and of torch's sharding."""

@@ -39,23 +39,6 @@ from fxprune.removal.removal import RescaledNumber
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "Attribute",
-    "NormEpsilons",
-    "Patches",
-    "Resized",
-    "carry_over",
-    "enlarged_epsilons",
-    "epsilon_fields",
-    "find_epsilons",
-    "leaf_patches",
-    "merged",
-    "numbers_of",
-    "patches_by_hand",
-    "scope_patches",
-    "set_attributes",
-]
-
 Patches = dict[str, dict[str, Number]]
 """Attributes to set, by module path and name."""
 

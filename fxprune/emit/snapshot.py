@@ -24,38 +24,6 @@ from fxprune.modelling.blocks import CannotBuildError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "MISSING_AXIS",
-    "Axis",
-    "DryRuns",
-    "Number",
-    "Reads",
-    "Shape",
-    "Snapshot",
-    "assign_tensors",
-    "attention_implementations",
-    "block_entries",
-    "build_on_meta",
-    "configs_of",
-    "has_unaligned_experts",
-    "is_number",
-    "keep_blocks",
-    "mismatches",
-    "names_in",
-    "names_on_meta",
-    "part_of",
-    "record_reads",
-    "run_on_meta",
-    "shape_errors",
-    "shapes_of",
-    "slim_name",
-    "take_snapshot",
-    "use_eager_experts",
-    "using_attention",
-    "value_of",
-    "without_storage",
-]
-
 T = TypeVar("T")
 
 

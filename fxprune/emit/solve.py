@@ -30,17 +30,6 @@ from fxprune.emit.snapshot import (
 )
 from fxprune.graph.facts import within
 
-__all__ = [
-    "Choice",
-    "Search",
-    "SharedWidths",
-    "choices_for",
-    "explicit_fields",
-    "minimal",
-    "shared_widths_for",
-    "with_companions",
-]
-
 Fields = Mapping[str, int]
 
 
@@ -387,7 +376,7 @@ def choices_for(
     """
     if rebuilder is None:
         have = shapes_of(block)
-        patches, gap = leaf_patches(block, wanted), shape_gaps(have, wanted)
+        patches, gap = leaf_patches(block, wanted), _shape_gaps(have, wanted)
         yield Choice({}) if have == wanted else Choice({}, patches, gap, as_dense=True)
         return
     ways = _Ways(block, rebuilder, wanted, harm)
@@ -468,7 +457,7 @@ class _Ways:
             moves = [functools.reduce(merged, combined, {}) for combined in islice(product(*each), _MOST_COMBINATIONS)]
         found: list[Choice] = []
         inside = dict(module.named_modules())
-        gap, leaves = shape_gaps(shapes_of(module), self.wanted), leaf_patches(module, self.wanted)
+        gap, leaves = _shape_gaps(shapes_of(module), self.wanted), leaf_patches(module, self.wanted)
         for moved in moves:
             choice = Choice(partial, merged({path: own for path, own in moved.items() if path in inside}, leaves), gap)
             if choice not in found:
@@ -509,10 +498,10 @@ class _Ways:
         module = self.rebuilder.build(fields)
         as_dense = module is None or (not fields and shapes_of(module) != shapes_of(self.block))
         source = self.block if module is None or as_dense else module
-        gap = shape_gaps(shapes_of(source), self.wanted)
+        gap = _shape_gaps(shapes_of(source), self.wanted)
         return Choice(fields, leaf_patches(source, self.wanted), gap, as_dense)
 
 
-def shape_gaps(have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, ...]:
+def _shape_gaps(have: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> tuple[str, ...]:
     names = sorted({name for name, _ in mismatches(have, wanted)})
     return tuple(f"{name}: wanted {wanted.get(name)}, obtained {have.get(name)}" for name in names)

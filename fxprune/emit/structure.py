@@ -38,18 +38,6 @@ from fxprune.modelling.table_rows import INPUTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "KeptUnits",
-    "Structure",
-    "carry_structure",
-    "combined_inputs",
-    "describe_structure",
-    "find_inputs",
-    "parse_config",
-    "pruned_class",
-    "remove_blocks",
-]
-
 _PRUNED: dict[tuple[type, type], type[PreTrainedModel]] = {}
 _RELAXED: dict[type, type[PreTrainedConfig]] = {}
 

@@ -46,24 +46,6 @@ from fxprune.trace import trace
 from fxprune.trace.inputs import alias_twin, written_parameters
 from fxprune.vocabulary.alignment import has_other_tokens
 
-__all__ = [
-    "ANSWER",
-    "BUILT_IN",
-    "WINDOW",
-    "WINDOWS",
-    "Column",
-    "Comparison",
-    "Evaluation",
-    "Reference",
-    "compare_models",
-    "evaluate",
-    "graph_predictor",
-    "measure_model",
-    "measure_quality",
-    "quality_of",
-    "window_of",
-]
-
 
 @dataclass(frozen=True)
 class Evaluation:

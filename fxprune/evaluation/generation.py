@@ -21,8 +21,6 @@ from fxprune.pipeline.contract import Track, no_progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Answers", "Generation", "answer_questions", "compare_answers", "mean_and_error", "plain_questions"]
-
 
 def plain_questions() -> list[str]:
     """Sixty plain questions that a small chat model can answer in a sentence."""

@@ -27,18 +27,6 @@ from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 
-__all__ = [
-    "Speed",
-    "Widths",
-    "measure_speed",
-    "measure_widths",
-    "read_widths",
-    "time_interleaved",
-    "timed_call",
-    "times_file",
-    "write_widths",
-]
-
 K = TypeVar("K")
 T = TypeVar("T")
 

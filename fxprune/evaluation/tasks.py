@@ -21,8 +21,6 @@ from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import quiet, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
 
-__all__ = ["PAPER_TASKS", "LocalTask", "TaskScore", "check_tasks", "named_tasks", "zero_shot"]
-
 
 @dataclass(frozen=True)
 class LocalTask:

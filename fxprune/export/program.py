@@ -28,20 +28,6 @@ from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.arguments import as_path, flag, instance, one_of
 from fxprune.trace.inputs import dynamic_dims
 
-__all__ = [
-    "COMPANIONS",
-    "LOW_PRECISION_TOLERANCE",
-    "can_run_in_onnxruntime",
-    "export_graph",
-    "plain_tensor",
-    "require_close",
-    "run_onnx",
-    "save_program",
-    "strip_metadata",
-    "wrap_export_errors",
-    "write_onnx",
-]
-
 LOW_PRECISION_TOLERANCE = 2e-2
 """Accepted difference of logits with weights narrower than float32: two runtimes round at different places.
 

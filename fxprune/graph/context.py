@@ -30,27 +30,6 @@ from fxprune.graph.compat import (
     track_tensor,
 )
 
-__all__ = [
-    "Refusal",
-    "attempt",
-    "bind_node",
-    "call_foreign",
-    "current_tracer",
-    "default_modes",
-    "defer_gc",
-    "disable_torch_function",
-    "eval_mode",
-    "mark_exporting",
-    "node_of",
-    "pause_tracing",
-    "plain_export",
-    "preserve_rng",
-    "quiet",
-    "recompile_lazily",
-    "silence_stderr",
-    "wrap_errors",
-]
-
 
 @contextmanager
 def quiet(level: int = logging.ERROR) -> Iterator[None]:

@@ -26,8 +26,6 @@ from fxprune.graph.compat import (
 from fxprune.graph.facts import Fact, fork, unshare
 from fxprune.graph.tensors import comparable, device_of, has_meta_weights, map_tensors
 
-__all__ = ["TOKENS", "Work", "count_bytes", "count_macs", "count_parameters"]
-
 TOKENS = 64
 """Sequence length of the paper's count (LLM-Pruner, arXiv 2305.11627)."""
 

@@ -18,29 +18,6 @@ from torch import fx, nn
 from fxprune.errors import PassError
 from fxprune.graph.tensors import CheckedGraph, as_parameter, copy_tensor, get_tensor, set_tensor, weights
 
-__all__ = [
-    "Blocks",
-    "Change",
-    "Constants",
-    "Cut",
-    "Fact",
-    "Facts",
-    "Notes",
-    "Runnable",
-    "Shaped",
-    "Source",
-    "add_note",
-    "facts_of",
-    "find_blocks",
-    "fork",
-    "owner_block",
-    "restore_cut",
-    "set_facts",
-    "set_giver_lookup",
-    "unshare",
-    "within",
-]
-
 Change = Literal["graph", "weights", "nothing"]
 """Effect of a pass: it changes the graph (its weights too), the weights alone, or nothing."""
 

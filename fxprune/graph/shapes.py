@@ -24,17 +24,6 @@ from fxprune.graph.compat import (
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import comparable
 
-__all__ = [
-    "MetaOpCache",
-    "ShapedCalls",
-    "calls_of",
-    "change_dtype",
-    "failed_check",
-    "fits_mode",
-    "same_shapes",
-    "shape_key",
-]
-
 
 @dataclass(frozen=True)
 class ShapedCalls(Fact):

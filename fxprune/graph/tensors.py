@@ -17,36 +17,6 @@ from torch import fx, nn
 from fxprune.errors import GraphInputError, PassError
 from fxprune.graph.compat import tree_leaves, tree_map
 
-__all__ = [
-    "TRACED",
-    "CheckedGraph",
-    "as_parameter",
-    "base_name",
-    "comparable",
-    "computed_tensors",
-    "copy_tensor",
-    "delete_tensor",
-    "device_of",
-    "find_nonfinite",
-    "get_tensor",
-    "has_meta_weights",
-    "input_tensors",
-    "is_input",
-    "map_tensors",
-    "names_by_identity",
-    "output_name",
-    "producer_of",
-    "read_argument",
-    "require_weights",
-    "set_argument",
-    "set_tensor",
-    "starred",
-    "submodule",
-    "tensor_name",
-    "weights",
-    "with_argument",
-]
-
 _SIGN = "#"
 """Separates the name of a node from the number of its output; no name of a node or weight contains it."""
 

@@ -26,22 +26,6 @@ from fxprune.offload.files import offloaded
 from fxprune.offload.prefetch import inputs_on_device
 from fxprune.rules.registry import writes
 
-__all__ = [
-    "ROUGH",
-    "TOLERANCE",
-    "BlockOutput",
-    "PairedRuns",
-    "Verified",
-    "block_output_nodes",
-    "compare",
-    "find_divergence",
-    "masked_by_block",
-    "masked_outputs",
-    "require_equal",
-    "slim_by_block",
-    "slim_outputs",
-]
-
 Inputs = Mapping[str, torch.Tensor]
 
 

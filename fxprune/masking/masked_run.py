@@ -24,8 +24,6 @@ from fxprune.offload.prefetch import current_prefetcher
 from fxprune.removal.removal import scaled_weights
 from fxprune.rules.registry import written_sources
 
-__all__ = ["GatedRun", "MaskedRun", "PreciseRun", "UntouchedRun", "at_least_float32", "output_tensors", "spread_gates"]
-
 
 class UntouchedRun(fx.Interpreter):
     """An interpreter that leaves weights and inputs unchanged: ops that write to them get copies."""

@@ -30,19 +30,6 @@ from fxprune.offload.files import is_offloading
 from fxprune.trace.capture import trace
 from fxprune.trace.inputs import is_hugging_face
 
-__all__ = [
-    "Objective",
-    "OwnLoss",
-    "class_scores",
-    "drawn_divergence",
-    "gives_classes",
-    "named_outputs",
-    "own_loss",
-    "predicts_next",
-    "read_heldout",
-    "sample_loss",
-]
-
 _LOSS = "loss"
 
 

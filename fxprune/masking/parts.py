@@ -29,19 +29,6 @@ from fxprune.offload.prefetch import compute_device, current_prefetcher, to_devi
 from fxprune.rules.registry import alias_roots, writes, written_sources
 from fxprune.trace import trace
 
-__all__ = [
-    "Hooks",
-    "Part",
-    "PartRuns",
-    "PartwiseModel",
-    "cut_graph",
-    "observe_nodes",
-    "output_numel",
-    "parts_by_weights",
-    "parts_to_run_again",
-    "run_in_parts",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Part:

@@ -24,22 +24,6 @@ from fxprune.offload.ranks import batch_for_all, deal, gathered
 from fxprune.pipeline.contract import Pass, shared
 from fxprune.removal.removal import Removal
 
-__all__ = [
-    "KEPT_CLASSES",
-    "DivergenceJudge",
-    "TeacherBatch",
-    "TeacherLogits",
-    "divergence",
-    "foresee_split",
-    "logits_use_bf16",
-    "record_teacher_logits",
-    "rejection",
-    "run_logits",
-    "samples_except",
-    "split_samples",
-    "teacher_batches",
-]
-
 _LARGEST_LOGITS = 0.05
 """Logits of a batch beside the bytes of weights in files: three copies of them are as much as a part of the model."""
 

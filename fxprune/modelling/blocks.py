@@ -11,19 +11,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-__all__ = [
-    "BUILT_AT",
-    "CannotBuildError",
-    "block_builder",
-    "block_config",
-    "builder_of",
-    "flags_of",
-    "list_and_index",
-    "names_index",
-    "put_fields",
-    "renumber",
-]
-
 _FOLLOWED = ("_attn_implementation_internal", "_experts_implementation_internal")
 _PARENT = "_fxprune_parent"
 _FOLLOWERS: dict[type, type] = {}

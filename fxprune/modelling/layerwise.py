@@ -16,19 +16,6 @@ from transformers import PreTrainedConfig
 from fxprune.modelling.blocks import CannotBuildError, block_builder, block_config, flags_of, list_and_index
 from fxprune.modelling.table_rows import select_inputs
 
-__all__ = [
-    "OVERRIDES",
-    "SECTION",
-    "AnyWidths",
-    "Layerwise",
-    "Overrides",
-    "amend_config",
-    "apply_overrides",
-    "build_blocks",
-    "overrides_in",
-    "section_of",
-]
-
 OVERRIDES = "fxprune_overrides"
 """Attribute of a model with the overrides it was built with, as far as they cannot be read off it."""
 

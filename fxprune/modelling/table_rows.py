@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-__all__ = ["INPUTS", "select_inputs"]
-
 INPUTS = "fxprune_inputs"
 """Attribute of a module with the entries that :func:`select_inputs` was given."""
 

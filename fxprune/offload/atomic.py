@@ -25,20 +25,6 @@ from safetensors import SafetensorError
 
 from fxprune.errors import FxpruneError
 
-__all__ = [
-    "atomic_path",
-    "finish_files",
-    "folder_identity",
-    "linked_copy",
-    "made_folder",
-    "replace_folder",
-    "resolve_target",
-    "restore_replaced",
-    "staging_folder",
-    "wrap_disk_errors",
-    "write_file",
-]
-
 _RENAME_EXCHANGE = 2
 """Flag of Linux's ``renameat2``."""
 _AT_FDCWD = -100

@@ -24,22 +24,6 @@ from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
 from fxprune.offload.ranks import barrier, broadcast_object, is_first
 
-__all__ = [
-    "cached",
-    "caching",
-    "finish_writes",
-    "is_caching",
-    "is_offloading",
-    "no_resume",
-    "offload_to",
-    "offloaded",
-    "release_freed",
-    "resume_scope",
-    "sync_writes",
-    "uncache",
-    "write_values",
-]
-
 _SMALLEST = 1 << 16
 """Bytes below which a tensor stays in memory: a mapping takes whole pages, and their number is limited."""
 

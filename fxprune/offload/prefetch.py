@@ -16,23 +16,6 @@ from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.tensors import device_of, map_tensors, weights
 from fxprune.offload.ranks import broadcast_object
 
-__all__ = [
-    "Prefetcher",
-    "StreamPrefetcher",
-    "as_device",
-    "autocast",
-    "compute_device",
-    "current_prefetcher",
-    "free_bytes",
-    "has_bf16",
-    "inputs_on_device",
-    "offer_prefetcher",
-    "prefetcher_to",
-    "to_device",
-    "use_bf16",
-    "use_prefetcher",
-]
-
 _offered: ContextVar[Prefetcher | None] = ContextVar("offered", default=None)
 _used: ContextVar[Prefetcher | None] = ContextVar("used", default=None)
 

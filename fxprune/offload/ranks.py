@@ -21,32 +21,6 @@ from torch import nn
 
 from fxprune.errors import CalibrationError, PassError, UnsupportedModelError
 
-__all__ = [
-    "all_reduce",
-    "barrier",
-    "batch_for_all",
-    "broadcast",
-    "broadcast_dealt",
-    "broadcast_object",
-    "check_enough",
-    "check_one_device",
-    "check_same",
-    "check_trainable",
-    "check_unsharded",
-    "deal",
-    "decide_on_first",
-    "gathered",
-    "input_device",
-    "is_first",
-    "is_sharded",
-    "process_group",
-    "rank",
-    "run_on_first",
-    "shard",
-    "shard_indices",
-    "world_size",
-]
-
 _FOLDER = (
     "Prune the folder it was loaded from with fxprune.prune_checkpoint, which reads a part of the model at a time, "
     "or pass the model as it is without a device_map and before it is sharded"

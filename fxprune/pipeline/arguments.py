@@ -25,49 +25,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 
-__all__ = [
-    "EXACT",
-    "KINDS",
-    "MANIFEST",
-    "MEMORY",
-    "NORMS",
-    "SUFFIXES",
-    "VOCAB",
-    "Argument",
-    "Arguments",
-    "Kind",
-    "Memory",
-    "Norm",
-    "Order",
-    "Precision",
-    "Ranking",
-    "Reach",
-    "argument",
-    "as_path",
-    "as_seed",
-    "checked",
-    "declared",
-    "default_of",
-    "flag",
-    "format_value",
-    "function",
-    "has_vocab",
-    "instance",
-    "named_kinds",
-    "number",
-    "numbers",
-    "one_of",
-    "path_or_empty",
-    "read_spelling",
-    "read_steps",
-    "refuse",
-    "spell",
-    "spelled_fields",
-    "spelled_value",
-    "split",
-    "whole_number",
-]
-
 Kind = Literal["mlp", "head", "conv", "channel", "head_dim", "expert", "layer"]
 Norm = Literal["sliced", "masked"]
 Order = Literal["vector", "first", "second", "mix"]  # of the Taylor expansion of the loss

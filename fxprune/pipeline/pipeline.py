@@ -21,8 +21,6 @@ from fxprune.pipeline.arguments import argument, flag, function, read_steps, ref
 from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, run_apart, tracking
 from fxprune.pipeline.registry import parse_pass
 
-__all__ = ["PassSequence", "Pipeline", "Ran", "html_table"]
-
 
 def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
     """HTML table of rows below a title; texts are escaped."""

@@ -12,8 +12,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from fxprune.pipeline.contract import Pass
 
-__all__ = ["RunBar", "run_bar"]
-
 _SAMPLES = 100
 """Samples for which the work of passes is compared."""
 

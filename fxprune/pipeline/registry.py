@@ -24,18 +24,6 @@ from fxprune.pipeline.arguments import (
 )
 from fxprune.pipeline.contract import STAGES, Pass
 
-__all__ = [
-    "arguments_of",
-    "example_of",
-    "in_order",
-    "load_pass",
-    "parse_pass",
-    "pass_argument",
-    "pass_class",
-    "pass_names",
-    "plain",
-]
-
 _GROUP = "fxprune.passes"
 
 

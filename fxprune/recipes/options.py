@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from fxprune.recipes.recipe import Recipe
     from fxprune.removal.removal import Scores
 
-__all__ = ["DATA", "MACHINE", "OUTPUT", "WHAT_GOES", "ApplyOptions", "Options", "option_table", "resolve"]
-
 WHAT_GOES, DATA, OUTPUT, MACHINE = "What goes", "Data", "Output", "Machine"
 """Panels of options."""
 

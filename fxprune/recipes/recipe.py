@@ -15,8 +15,6 @@ from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import parse_pass, pass_names
 from fxprune.recipes.texts import SUFFIX, comments_of, recipe_text
 
-__all__ = ["NONE", "Recipe", "as_recipe", "changed", "made_for", "needs_samples", "read_recipe"]
-
 NONE = "none"
 """Spelling of a stage left out."""
 

@@ -6,8 +6,6 @@ from importlib.resources import files
 
 from fxprune.errors import UnknownNameError
 
-__all__ = ["SUFFIX", "comments_of", "recipe_names", "recipe_text"]
-
 SUFFIX = ".txt"
 _COSTS = "Costs:"
 

@@ -18,14 +18,6 @@ from fxprune.data.text import paragraphs
 from fxprune.errors import DataError
 from fxprune.recovery.settings import RecoverySettings
 
-__all__ = [
-    "DataReport",
-    "Example",
-    "TrainingData",
-    "collate",
-    "read_training_data",
-]
-
 _LONGEST = 80
 """Characters of a chat template's error that are repeated: rows are grouped by the reason, which must stay short."""
 

@@ -18,8 +18,6 @@ from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 
-__all__ = ["Targets", "attach_lora", "find_targets", "merge_lora"]
-
 
 @dataclass(frozen=True)
 class Targets:

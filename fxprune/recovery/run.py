@@ -35,8 +35,6 @@ from fxprune.removal.plan import Plan
 from fxprune.result import Result
 from fxprune.trace.inputs import check_merged
 
-__all__ = ["Recovery", "recover"]
-
 _RUN = "recovery.json"
 """The file in a folder of checkpoints that identifies its run."""
 

@@ -11,8 +11,6 @@ from typing import Any, Literal
 from fxprune.errors import RecoveryError, UnknownNameError
 from fxprune.pipeline.arguments import Arguments, Precision, argument, as_seed, instance, one_of
 
-__all__ = ["TRAINING", "RecoverySettings", "settings_from"]
-
 Format = Literal["auto", "instruction", "chat", "text"]
 
 _LARGEST_SEED = 2**32 - 1

@@ -24,8 +24,6 @@ from fxprune.recovery.data import TrainingData, collate
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.vocabulary.alignment import common_ids, has_other_tokens, retokenised
 
-__all__ = ["Distillation", "make_trainer"]
-
 _SLICE = 512
 """Positions compared at once: two float32 distributions over 128,000 tokens then take half a gigabyte."""
 

@@ -28,18 +28,6 @@ from fxprune.removal.target import TOKENIZER, Type, bytes_each, check_format, fi
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule
 
-__all__ = [
-    "Budget",
-    "CacheSize",
-    "FileBudget",
-    "ParameterBudget",
-    "by_kind",
-    "cache_size",
-    "check_budget",
-    "make_budget",
-    "read_timing",
-]
-
 PHASES = ("prefill", "decode")
 """Timed phases: reading a prompt, and generating one token."""
 

@@ -24,8 +24,6 @@ from fxprune.graph.tensors import starred
 from fxprune.pipeline.arguments import format_value
 from fxprune.pipeline.pipeline import html_table
 
-__all__ = ["Difference", "Plan", "differences", "keep_of", "kept_of_constants", "plan_of"]
-
 _VERSION = 1
 
 _WRITTEN = "Use the text that Plan.to_json returned"

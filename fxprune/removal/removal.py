@@ -33,24 +33,6 @@ from fxprune.pipeline.arguments import as_path, format_value
 from fxprune.removal.plan import Plan, kept_of_constants, plan_of
 from fxprune.removal.target import Reached
 
-__all__ = [
-    "REDUCTIONS",
-    "Bypassed",
-    "PositionScores",
-    "Removal",
-    "Removed",
-    "RescaledNumber",
-    "Scaling",
-    "Scores",
-    "Sliced",
-    "kept_norm_modules",
-    "scaled_numbers",
-    "scaled_weights",
-    "score_groups",
-    "unit_scores",
-    "unkept_norm_reasons",
-]
-
 Array = npt.NDArray[np.float64]
 
 _OVER_MEMBERS: tuple[Callable[..., Array], ...] = (np.sum, np.prod, np.max, np.mean)

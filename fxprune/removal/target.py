@@ -22,22 +22,6 @@ from fxprune.errors import ArgumentError, UnknownNameError
 from fxprune.graph.facts import owner_block
 from fxprune.pipeline.arguments import refuse, whole_number
 
-__all__ = [
-    "DEFAULT_RATIO",
-    "FORMATS",
-    "TOKENIZER",
-    "Place",
-    "Reached",
-    "Target",
-    "bytes_each",
-    "check_format",
-    "check_target",
-    "find_places",
-    "least_each",
-    "parse_target",
-    "type_of",
-]
-
 Type = gguf.GGMLQuantizationType
 
 TOKENIZER = 30

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-__all__ = ["ChartColumn", "bar_chart", "box_chart"]
-
 _WIDTH, _HEIGHT = 760, 150
 """Of a chart, in its own units; the page scales it."""
 

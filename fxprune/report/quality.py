@@ -8,8 +8,6 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["FAR", "GreedyAnswer", "Quality", "TextQuality"]
-
 FAR = 1.5
 """Perplexity over that of the dense model, beyond its error, from which on a result is called far from it."""
 

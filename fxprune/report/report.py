@@ -33,20 +33,6 @@ from fxprune.removal.target import Reached
 from fxprune.report.charts import ChartColumn, bar_chart, box_chart
 from fxprune.report.quality import Quality
 
-__all__ = [
-    "GroupSize",
-    "Headline",
-    "Report",
-    "SamplesUsed",
-    "Spread",
-    "frozen_reasons",
-    "group_sizes",
-    "group_widths",
-    "package_versions",
-    "renormalised_groups",
-    "score_spreads",
-]
-
 _PACKAGES = ("fxprune", "torch", "transformers", "safetensors")
 
 _MOST_ALIKE = 4

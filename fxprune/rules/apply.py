@@ -15,8 +15,6 @@ from fxprune.rules.routing import follow_positions
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Statements, TensorAxes
 
-__all__ = ["RuleDescriber", "apply_rule", "apply_rule_alone", "describe_rule", "fresh_axes"]
-
 
 def fresh_axes(name: str, value: Any, weight: bool = False) -> TensorAxes:
     """The tensor ``value`` under ``name``, each axis a fresh factor."""

@@ -9,8 +9,6 @@ from fxprune.rules.registry import rule, state_product_roles
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 
-__all__ = ()  # importing the module registers its rules
-
 rule("linear", notation="input[*b, i], weight[o?, i], bias[o?]? -> out[*b, o?]  sums i", values="product")
 rule("mm", notation="self[n, k], mat2[k, m] -> out[n, m]  sums k", values="product")
 rule("bmm", notation="self[b, n, k], mat2[b, k, m] -> out[b, n, m]  sums k", values="product")

@@ -7,8 +7,6 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 
-__all__ = ()  # importing the module registers its rules
-
 
 @rule(
     *("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),

@@ -6,8 +6,6 @@ from fxprune.axes import concat
 from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 
-__all__ = ()  # importing the module registers its rules
-
 _SAME_SHAPE = (
     "add add_ sub sub_ mul mul_ div div_ pow neg where masked_fill masked_fill_ silu gelu relu tanh sigmoid softplus"
     " dropout feature_dropout native_dropout"

@@ -14,8 +14,6 @@ from torch import fx
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.graph.tensors import read_argument, with_argument
 
-__all__ = ["constant_result", "scaled_literal", "scaling_power", "shift_of"]
-
 _COUNT = 32
 """Number of random values: enough to include both signs, small and large numbers, and both truth values for sure."""
 

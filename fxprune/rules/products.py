@@ -21,20 +21,6 @@ from fxprune.rules.registry import Values, find_rule
 from fxprune.rules.site import OpArguments
 from fxprune.rules.statements import Statements, TensorAxes
 
-__all__ = [
-    "LoneProduct",
-    "PickedMatrices",
-    "SlidingProduct",
-    "StackedProduct",
-    "lone_products",
-    "lone_sliding_products",
-    "lone_stacked_products",
-    "picked_matrices",
-    "sliding_product",
-    "stacked_product",
-    "weight_product",
-]
-
 
 @dataclass(frozen=True)
 class WeightProduct:

@@ -7,8 +7,6 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ()  # importing the module registers its rules
-
 
 @rule("lstm", "gru")
 def recurrent(op: OpSite) -> None:

@@ -9,8 +9,6 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ()  # importing the module registers its rules
-
 
 def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
     """The reduced axes, non-negative; all axes if ``dim`` names none."""

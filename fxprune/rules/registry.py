@@ -41,26 +41,6 @@ from fxprune.pipeline.arguments import function, instance, refuse
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 
-__all__ = [
-    "Values",
-    "alias_roots",
-    "find_rule",
-    "find_spelling",
-    "is_sum",
-    "may_alias",
-    "moves_values",
-    "read_notation",
-    "register_rule",
-    "registered_rules",
-    "regroups",
-    "rule",
-    "spelling",
-    "state_product_roles",
-    "writes",
-    "written_arguments",
-    "written_sources",
-]
-
 _SPARE_LETTERS = "stuvwxyzcdefghjklmnpqrabio"
 """Names for the further axes of a ``*b``, those usual for positions in a text first."""
 

@@ -17,8 +17,6 @@ from fxprune.rules.registry import Values, rule
 from fxprune.rules.site import OpSite, nodes_in
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ["follow_positions"]  # rules are registered by importing the module
-
 
 def pick(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> None:
     """State that ``index`` picks along axis ``i`` of ``x``, which is frozen unless ``index`` holds its positions."""

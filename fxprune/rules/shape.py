@@ -11,8 +11,6 @@ from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
-__all__ = ()  # importing the module registers its rules
-
 
 @rule(
     *("reshape", "view", "_unsafe_view", "flatten", "ravel", "unflatten", "reshape_as", "view_as"),

@@ -37,8 +37,6 @@ from fxprune.rules.statements import (
     TensorAxes,
 )
 
-__all__ = ["OpArguments", "OpSite", "nodes_in", "op_name"]
-
 
 def op_name(target: object) -> str:
     """The op's name without namespace and overload: ``linear``."""

@@ -12,23 +12,6 @@ from typing import Any, NamedTuple
 
 from fxprune.axes import Expr, Freeze, Solver
 
-__all__ = [
-    "AtLeast",
-    "Average",
-    "Axis",
-    "Competition",
-    "Coupling",
-    "Held",
-    "Lookup",
-    "Positions",
-    "Role",
-    "SizeArgument",
-    "Statements",
-    "Statistic",
-    "Sum",
-    "TensorAxes",
-]
-
 
 class Role(StrEnum):
     """The use of an axis in an op. Kinds of groups are derived from roles."""

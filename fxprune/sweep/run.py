@@ -32,8 +32,6 @@ from fxprune.result import Result
 from fxprune.sweep.table import Sweep, SweepRow, row_of
 from fxprune.trace import trace
 
-__all__ = ["KEEP", "RATIOS", "RECIPES", "TABLE", "check_sweep", "sweep"]
-
 TABLE = "sweep.json"
 """The rows that are done, in the folder of the sweep."""
 

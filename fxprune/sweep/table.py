@@ -13,8 +13,6 @@ from fxprune.errors import EvaluationError
 from fxprune.pipeline.arguments import number
 from fxprune.report.quality import Value
 
-__all__ = ["Sweep", "SweepRow"]
-
 _HEAD = ("", "parameters", "left", "MB", "perplexity over dense", "divergence, nats", "same first token", "decode", "")
 
 

@@ -21,8 +21,6 @@ from fxprune.graph.compat import OpOverload, is_impure, is_random, tree_leaves
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.rules.registry import alias_roots, find_spelling, may_alias, regroups, spelling, writes
 
-__all__ = ["canonicalize", "fold_constants", "move_constants", "remove_in_place_ops"]
-
 aten = torch.ops.aten
 
 MAX_CONSTANT_ELEMENTS = 1 << 20

@@ -48,8 +48,6 @@ from fxprune.trace.lower import PLAIN_OPS, lower
 from fxprune.trace.repeats.copies import skip_repeats
 from fxprune.trace.repeats.grouping import Repeats, find_dependence, find_repeats
 
-__all__ = ["Traced", "trace"]
-
 
 @dataclass(frozen=True)
 class Traced:

@@ -39,19 +39,6 @@ from fxprune.graph.tensors import TRACED, get_tensor, has_meta_weights, input_te
 from fxprune.rules.registry import written_sources
 from fxprune.trace.inputs import alias_twin, free_axes, without_cache, written_parameters
 
-__all__ = [
-    "Fidelity",
-    "SideBySide",
-    "Size",
-    "compare_with_module",
-    "forbid",
-    "input_sizes",
-    "limit_sizes",
-    "pin_sizes",
-    "require_gradients",
-    "tolerance",
-]
-
 aten = torch.ops.aten
 
 Size = tuple[fx.Node, int]

@@ -27,33 +27,6 @@ from fxprune.offload.ranks import check_one_device, check_unsharded
 from fxprune.pipeline.arguments import format_value, refuse
 from fxprune.rules.registry import written_arguments
 
-__all__ = [
-    "alias_twin",
-    "blank",
-    "check_copies",
-    "check_inputs",
-    "check_merged",
-    "check_model",
-    "check_outputs",
-    "check_runs",
-    "check_values",
-    "clear_quantisation_marks",
-    "default_inputs",
-    "dynamic_dims",
-    "fake_twin",
-    "forward_parameters",
-    "free_axes",
-    "hooks_left_out",
-    "is_hugging_face",
-    "is_marked_quantised",
-    "meta_twin",
-    "model_dtype",
-    "name_arguments",
-    "shifted_right",
-    "without_cache",
-    "written_parameters",
-]
-
 M = TypeVar("M", bound=nn.Module)
 
 BATCH, TOKENS, DECODED = 2, 7, 5

@@ -36,8 +36,6 @@ from fxprune.graph.compat import (
 from fxprune.graph.tensors import TRACED, CheckedGraph, base_name
 from fxprune.trace.inputs import forward_parameters
 
-__all__ = ["PLAIN_OPS", "lower"]
-
 PLAIN_OPS = (
     "Write torch.cond, torch.while_loop, torch.func.vmap and the like without these functions, and flex_attention as "
     "torch.nn.functional.scaled_dot_product_attention with a mask"

@@ -12,9 +12,6 @@ from torch import Tensor
 from fxprune.data.text import opening_tokens
 from fxprune.errors import EvaluationError
 
-__all__ = ["Alignment", "Offsets", "align", "common_ids", "has_other_tokens", "retokenised"]
-
-
 Offsets: TypeAlias = tuple[int, int]
 """The first character of a token in a text, and the one after its last."""
 

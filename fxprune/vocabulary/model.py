@@ -23,8 +23,6 @@ from fxprune.vocabulary.tokenizer import renumbered
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Rows", "expected_use", "find_rows", "ids_in_settings", "trimmed_model"]
-
 _SAMPLES, _TOKENS = 2, 9
 """Size of the input that a model with fewer rows is compared on."""
 

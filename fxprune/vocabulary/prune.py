@@ -25,20 +25,6 @@ from fxprune.vocabulary.tokenizer import Tokens, check_kind, read_tokens, specif
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "PrunedVocabulary",
-    "Use",
-    "VocabularyReport",
-    "best_order",
-    "carry_out",
-    "choose_tokens",
-    "measure_use",
-    "prune_vocabulary",
-    "size_after",
-    "text_ids",
-    "trim",
-]
-
 
 @dataclass(frozen=True)
 class Use:

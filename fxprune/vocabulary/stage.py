@@ -24,17 +24,6 @@ from fxprune.vocabulary.tokenizer import check_kind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "as_rows",
-    "check_alone",
-    "check_parts",
-    "has_others",
-    "report_with",
-    "samples_with",
-    "trim_first",
-    "without_vocab",
-]
-
 _LEAST = 1e-3
 """A smaller fraction is not taken from other kinds: a ratio is reached within half a percentage point."""
 

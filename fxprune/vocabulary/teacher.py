@@ -13,8 +13,6 @@ from fxprune.trace.inputs import without_cache
 from fxprune.vocabulary.alignment import retokenised
 from fxprune.vocabulary.prune import PrunedVocabulary
 
-__all__ = ["DenseTeacher"]
-
 
 @dataclass(frozen=True, eq=False)
 class DenseTeacher:

@@ -26,8 +26,6 @@ from tokenizers import Tokenizer
 
 from fxprune.errors import UnsupportedModelError
 
-__all__ = ["Tokens", "check_kind", "read_tokens", "renumbered", "specification", "trimmed_tokenizer"]
-
 _REMEDY = "Leave the kind vocab out: tokenizers of the kinds BPE, Unigram and WordPiece can be trimmed"
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")

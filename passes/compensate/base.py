@@ -39,8 +39,6 @@ from fxprune.rules.products import (
 )
 from fxprune.rules.registry import is_sum, writes
 
-__all__ = ["FitPass", "FitSite", "find_sites", "fit_data"]
-
 aten = torch.ops.aten
 
 Product = LoneProduct | StackedProduct | SlidingProduct

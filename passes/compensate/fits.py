@@ -19,8 +19,6 @@ from fxprune.pipeline.arguments import argument
 
 from .base import FitPass, FitSite, fit_data
 
-__all__ = ["Damping", "FitMoments", "LeastSquaresPass", "RotationPass", "StackedMoments", "best_damping"]
-
 _LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST = 3
 """Where the search on the ladder begins; most weights do best near 1."""

@@ -24,20 +24,6 @@ from fxprune.pipeline.arguments import MEMORY, Memory, argument, as_seed, instan
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import REDUCTIONS, Scores, score_groups
 
-__all__ = [
-    "LOW_MEMORY",
-    "ImportancePass",
-    "L1ImportancePass",
-    "L2ImportancePass",
-    "LoadScoresPass",
-    "Positions",
-    "RandomImportancePass",
-    "axis_sums",
-    "memory_limit",
-    "parts_within",
-    "usable_bytes",
-]
-
 Positions = dict[tuple[str, int], torch.Tensor]
 """By parameter and axis: a score for each position along the axis."""
 

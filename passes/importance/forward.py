@@ -27,16 +27,6 @@ from fxprune.rules.registry import Values, find_rule
 
 from .base import ImportancePass, Positions, axis_sums
 
-__all__ = [
-    "BlockInfluenceImportancePass",
-    "FlapImportancePass",
-    "ForwardImportancePass",
-    "Moments",
-    "ReapImportancePass",
-    "WandaImportancePass",
-    "as_rows",
-]
-
 
 @dataclass
 class Moments:

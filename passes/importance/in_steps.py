@@ -24,8 +24,6 @@ from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.pipeline.registry import load_pass, pass_argument
 from fxprune.removal.removal import Removal, Scores
 
-__all__ = ["ChooseScoresPass", "ScoreInStepsPass"]
-
 
 @dataclass(frozen=True, eq=False)
 class ScoreInStepsPass(Pass):

@@ -26,8 +26,6 @@ from fxprune.removal.removal import Scores
 from .base import memory_limit, usable_bytes
 from .forward import ForwardImportancePass, as_rows
 
-__all__ = ["Costs", "FittedProduct", "ReconstructionImportancePass", "increasing_costs", "removal_costs", "unit_count"]
-
 Units = np.ndarray[tuple[int], np.dtype[np.int64]]
 Costs = np.ndarray[tuple[int], np.dtype[np.float64]]
 Grams = dict[tuple[fx.Node, int], torch.Tensor]

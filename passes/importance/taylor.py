@@ -38,15 +38,6 @@ from .base import LOW_MEMORY, ImportancePass, Positions, axis_sums, memory_limit
 from .forward import ForwardImportancePass
 from .reconstruction import Costs, increasing_costs, unit_count
 
-__all__ = [
-    "FisherImportancePass",
-    "RecordedProduct",
-    "TaylorImportancePass",
-    "count_tokens",
-    "greedy_costs",
-    "recordable_products",
-]
-
 Axes = Mapping[str, list[int]]
 """The axes of each parameter that scores are wanted for."""
 

@@ -38,24 +38,6 @@ from fxprune.removal.plan import Plan, keep_of
 from fxprune.removal.removal import Removal, Scores
 from fxprune.removal.target import Reached
 
-__all__ = [
-    "Array",
-    "Choice",
-    "Option",
-    "PlanFromJsonPass",
-    "Rounding",
-    "SelectPass",
-    "Selection",
-    "Slot",
-    "by_kind_or_one",
-    "make_slots",
-    "of_kind",
-    "protected_blocks",
-    "removed_layers",
-    "units_left",
-    "width_bars",
-]
-
 T = TypeVar("T", int, float)
 Array = npt.NDArray[np.float64]
 

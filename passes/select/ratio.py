@@ -36,15 +36,6 @@ from .base import (
     units_left,
 )
 
-__all__ = [
-    "BudgetSolver",
-    "SelectByGroupRatioPass",
-    "SelectByRatioPass",
-    "choose_uniform",
-    "dense_and_least",
-    "normalised",
-]
-
 _INSIDE_BLOCKS = frozenset({"mlp", "head", "conv", "head_dim", "expert", "layer"})
 """Kinds of structures that embedding and output have no part in."""
 

@@ -42,8 +42,6 @@ from fxprune.removal.removal import Removal, Scores
 from .base import Choice, Selection, Slot, width_bars
 from .ratio import BudgetSolver, SelectByRatioPass
 
-__all__ = ["Gates", "SelectByGatesPass", "SelectBySearchPass", "choice_shares", "project", "scale_shares"]
-
 Shares = tuple[float, ...]
 """The relative fraction that each slot loses."""
 

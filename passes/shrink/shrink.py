@@ -65,20 +65,6 @@ from fxprune.removal.removal import Bypassed, Removal, Removed, Scaling, Scores,
 from fxprune.trace.fidelity import Fidelity
 from fxprune.trace.inputs import is_hugging_face, meta_twin
 
-__all__ = [
-    "BypassBlocksPass",
-    "EliminateDeadCodePass",
-    "MaskedOutputs",
-    "PropagateShapesPass",
-    "RewriteLiteralsPass",
-    "ShrinkPass",
-    "SliceParametersPass",
-    "cut_tensor",
-    "record_masked_outputs",
-    "slice_tensor",
-    "verify_removal",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class SliceParametersPass(Pass):

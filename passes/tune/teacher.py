@@ -32,8 +32,6 @@ from fxprune.pipeline.arguments import Precision, argument, instance
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.vocabulary.teacher import DenseTeacher
 
-__all__ = ["HELDOUT", "RecordTeacherPass", "Teacher"]
-
 
 def check_dense(name: str, value: Any) -> DenseTeacher:
     """A :class:`DenseTeacher`."""

@@ -49,8 +49,6 @@ from fxprune.rules.registry import written_sources
 
 from .teacher import HELDOUT, Teacher
 
-__all__ = ["Progress", "Trained", "TrainedVectors", "TrainedWeights", "Training", "TunePass"]
-
 Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
 """Vectors by key."""
 

@@ -12,19 +12,6 @@ from typing import Any
 
 import gguf
 
-__all__ = [
-    "Arch",
-    "Type",
-    "candidate_archs",
-    "general_archs",
-    "joined_names",
-    "layers_differ",
-    "load_data",
-    "name_elsewhere",
-    "names_in_format",
-    "place_of",
-]
-
 Type = gguf.GGMLQuantizationType
 
 

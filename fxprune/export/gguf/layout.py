@@ -18,8 +18,6 @@ from fxprune.graph.context import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYOUTS", "Contents", "Decoder", "InexpressibleError", "Rotary", "lay_out", "read_decoder"]
-
 _REMEDY = "GGUF files hold decoders whose blocks differ only in widths; export a .pt2 or .onnx file instead"
 
 

@@ -19,16 +19,6 @@ import torch
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.format import Type, joined_names, load_data
 
-__all__ = [
-    "ENGINE_BLOCK",
-    "Quantization",
-    "is_installed",
-    "needs_importance",
-    "quantization_named",
-    "quantize",
-    "row_multiple",
-]
-
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:

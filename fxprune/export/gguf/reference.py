@@ -12,8 +12,6 @@ from fxprune.export.gguf.format import Arch, candidate_archs, joined_names, name
 from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, InexpressibleError, lay_out
 from fxprune.masking.compare import compare
 
-__all__ = ["find_contents", "input_importance"]
-
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),

@@ -14,8 +14,6 @@ import gguf
 from fxprune.errors import ExportError
 from fxprune.export.gguf.format import load_data
 
-__all__ = ["Entry", "copy_tokenizer", "describe_tokenizer"]
-
 _OWN = "Pass the tokenizer that the model was trained with, or a GGUF file that holds it"
 _REMEDY = "Pass like='dense.gguf', a GGUF file of the dense model, and its entries are copied"
 _PREFIX = "tokenizer."

@@ -29,8 +29,6 @@ from fxprune.offload.atomic import atomic_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_gguf", "export_gguf", "most_common_type"]
-
 
 def most_common_type(path: str | os.PathLike[str]) -> str:
     """Quantisation of a GGUF file, or the type of most of its weights; ``q8_0`` if that cannot be written here."""

@@ -30,8 +30,6 @@ from fxprune.graph.shapes import same_shapes
 from fxprune.graph.tensors import base_name
 from fxprune.trace.repeats.grouping import Repeats
 
-__all__ = ["skip_repeats"]
-
 aten = torch.ops.aten
 
 

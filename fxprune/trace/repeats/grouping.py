@@ -38,18 +38,6 @@ from fxprune.graph.shapes import MetaOpCache
 from fxprune.rules.registry import written_arguments
 from fxprune.trace.inputs import blank, fake_twin, without_cache
 
-__all__ = [
-    "BlockRecorder",
-    "CallRecord",
-    "CallRecorder",
-    "Dependence",
-    "DryRun",
-    "Repeats",
-    "find_dependence",
-    "find_repeats",
-    "record_calls",
-]
-
 CallRecord = tuple[Any, ...]
 """A call of a torch function: its name, then a summary of each argument and result."""
 
