@@ -30,6 +30,7 @@ from fxprune.evaluation.comparison import graph_predictor, measure_quality, wind
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights, weights
+from fxprune.offload.distributed import distribute_like, is_distributed, tensor_parallel_size, whole_copy
 from fxprune.offload.files import finish_writes, is_offloading, release_freed
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.offload.ranks import check_same
@@ -85,7 +86,8 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
 
     Args:
         model: a Hugging Face model, any module that ``torch.export`` can trace, or a folder, a GGUF file or a hub id
-            of a causal language model.
+            of a causal language model. Of a model that FSDP2, torch's tensor parallelism or a ``device_map`` has
+            distributed, the weights are gathered, and the slim model is distributed in the same way.
         calibration: token ids ``(samples, tokens)``, a list of tokenised dicts, or a DataLoader; with a tokenizer, text
             in the form of a file, the name of a data set such as ``"wikitext2"``, ``"c4"`` or ``"owner/name"``, a list
             of texts, or a ``datasets.Dataset``. None, with a tokenizer, for built-in text and samples that the model
@@ -96,6 +98,9 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
         FxpruneError: one of its subclasses, which names the problem and the remedy; the model is then unchanged.
     """
     check_merged(model)
+    if isinstance(model, nn.Module) and is_distributed(model):
+        options.setdefault("tensor_parallel", tensor_parallel_size(model))
+        return _distributed(prune(whole_copy(model), calibration, **options), model)
     values = resolve(options)
     if has_vocab(values):
         return _prune_vocabulary(model, calibration, values)
@@ -178,6 +183,8 @@ def apply(model: nn.Module, plan: Plan, calibration: Any = None, **options: Unpa
     check_merged(model)
     if not isinstance(plan, Plan):
         raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text)")
+    if is_distributed(model):
+        return _distributed(apply(whole_copy(model), plan, calibration, **options), model)
     values = resolve({"compensate": NONE, "tune": NONE, **_given(options)}, ApplyOptions)
     if plan.vocabulary:
         return _apply_vocabulary(model, plan, calibration, values)
@@ -195,6 +202,14 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
         options: as for :func:`prune`.
     """
     return _pipeline(*_other_kinds(calibration, resolve(options), plan))
+
+
+def _distributed(result: Result, dense: nn.Module) -> Result:
+    """The result with its model distributed as the dense one is; the graph keeps whole weights."""
+    if result.model is not None:
+        distribute_like(result.model, dense)
+    note = "the weights were gathered to prune them: each process held all of them"
+    return replace(result, report=replace(result.report, notes=(*result.report.notes, note)))
 
 
 def _check_place(name: str, value: Any, wanted: str) -> None:

@@ -44,7 +44,7 @@ def check_unsharded(model: nn.Module, remedy: str = _FOLDER) -> None:
             raise UnsupportedModelError(what, where=name, remedy=remedy)
     for path, module in model.named_modules():
         empty = next((name for name, value in module.named_parameters(recurse=False) if value.is_meta), None)
-        if empty is not None and any(getattr(hook, "offload", False) for hook in _hooks(module)):
+        if empty is not None and any(getattr(hook, "offload", False) for hook in hooks_of_accelerate(module)):
             raise UnsupportedModelError(
                 "a device_map has offloaded it, and it is there only while its layer runs",
                 where=f"{path}.{empty}" if path else empty,
@@ -63,7 +63,7 @@ def check_one_device(model: nn.Module) -> None:
     """Refuse a model whose weights are on several devices; the error names the parameter."""
     named = list(model.named_parameters())
     first, device = named[0][0], named[0][1].device
-    mapped = any(True for module in model.modules() for _ in _hooks(module))
+    mapped = any(True for module in model.modules() for _ in hooks_of_accelerate(module))
     for name, parameter in named:
         if parameter.device != device:
             raise UnsupportedModelError(
@@ -79,12 +79,14 @@ def input_device(model: nn.Module) -> torch.device | None:
     first = next(model.parameters(), None)
     if first is None or not first.is_meta:
         return None if first is None else first.device
-    places = (getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module))
+    places = (
+        getattr(hook, "execution_device", None) for module in model.modules() for hook in hooks_of_accelerate(module)
+    )
     place = next((place for place in places if isinstance(place, str | int | torch.device)), None)
     return first.device if place is None else torch.device(place)
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
     """The hooks that accelerate has put on a module, including those in sequences."""
     pending = [getattr(module, "_hf_hook", None)]
     while pending:

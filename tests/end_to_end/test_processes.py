@@ -147,15 +147,11 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 said = []
-for importance in ("l2", "taylor"):
+for work in (lambda model: fxprune.trace(model), lambda model: fxprune.recover(model, "text", None)):
     try:
-        fxprune.prune(sharded(tiny("llama")), token_ids(4), importance=importance)
+        work(sharded(tiny("llama")))
     except UnsupportedModelError as error:
         said.append(str(error))
-try:
-    fxprune.recover(sharded(tiny("llama")), "text", None)
-except UnsupportedModelError as error:
-    said.append(str(error))
 measured = [float(perplexity(model, token_ids(5, 12), batch=2)) for model in (slim, sharded(slim))]
 open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w").write(json.dumps([said, measured]))
 dist.destroy_process_group()
@@ -164,12 +160,12 @@ dist.destroy_process_group()
 
 @SLOW
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_model_that_is_sharded_is_measured_and_not_pruned(count: int, tmp_path: Path) -> None:
+def test_a_model_that_is_sharded_is_measured_and_neither_traced_nor_recovered(count: int, tmp_path: Path) -> None:
     """The refusal was of an attribute that could not be copied; in one process perplexity failed."""
     found_by_rank = by_rank(_SHARDED, count, tmp_path)
     for said, measured in found_by_rank:
-        assert all("sharded over processes (a DTensor)" in line for line in said) and len(said) == 3
-        assert "prune_checkpoint" in said[0] and said[0] == said[1] and "fsdp" in said[2]
+        assert all("sharded over processes (a DTensor)" in line for line in said) and len(said) == 2
+        assert "prune_checkpoint" in said[0] and "fsdp" in said[1]
         assert measured[1] == pytest.approx(measured[0], rel=1e-5)
 
 

@@ -1,0 +1,172 @@
+"""Models spread over processes or devices: made whole to be pruned, and the slim model spread in the same way.
+
+Covered are FSDP2 and the tensor parallel styles of torch, whose weights are DTensors, and the ``device_map`` of
+accelerate with its offloading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fxprune.errors import UnsupportedModelError
+from fxprune.offload.ranks import hooks_of_accelerate, is_sharded
+
+M = TypeVar("M", bound=nn.Module)
+
+_ACCELERATE = ("_hf_hook", "_old_forward", "hf_device_map", "forward", "to", "cuda")
+"""Attributes that accelerate sets on a module that it dispatches."""
+
+_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Whether weights are sharded over processes (DTensors), or a ``device_map`` spreads them or offloads some."""
+    places = {parameter.device for parameter in model.parameters()}
+    dispatched = len(places) > 1 or any(place.type == "meta" for place in places)
+    return is_sharded(model) or (
+        dispatched and any(True for module in model.modules() for _ in hooks_of_accelerate(module))
+    )
+
+
+def tensor_parallel_size(model: nn.Module) -> int:
+    """The number of processes that share the products of layers, of torch's tensor parallelism; else 1."""
+    tensors: list[Any] = [value for value in model.parameters() if hasattr(value, "placements")]
+    if not tensors or any(type(module).__bases__[0].__name__ == "FSDPModule" for module in model.modules()):
+        return 1
+    return int(tensors[0].device_mesh.size())
+
+
+def whole_copy(model: M) -> M:
+    """A copy of a distributed model with whole weights: on the device of its shards, or on the CPU.
+
+    It shares all that is not distributed, such as the config. The weights are gathered, so that all processes must call
+    it.
+
+    Raises:
+        UnsupportedModelError: the model is sharded in two ways at once, or by transformers' tensor parallelism, so that
+            the slim model could not be sharded alike.
+    """
+    sharded = is_sharded(model)
+    remedy = "Prune the folder it was loaded from, with offload='work', and shard the slim model"
+    for path, module in model.named_modules():
+        if sharded and _distributes(vars(module).get("forward")):
+            what = "its forward was replaced by transformers' tensor parallelism"
+            raise UnsupportedModelError(what, where=path or type(model).__name__, remedy=remedy)
+    tensors: list[Any] = [value for value in model.parameters() if hasattr(value, "placements")]
+    if len({str(value.device_mesh) for value in tensors}) > 1:
+        what = "its weights are sharded over several meshes"
+        raise UnsupportedModelError(what, where=type(model).__name__, remedy=remedy)
+    whole: Any = _copy(model, {}, dispatched=not sharded)
+    if not sharded and hasattr(whole, "tie_weights"):
+        whole.tie_weights()
+    return whole  # type: ignore[no-any-return]
+
+
+def distribute_like(slim: nn.Module, dense: nn.Module) -> None:
+    """Distribute a slim model, in place, like the dense one that it was made from; modules are found by path.
+
+    Weights that a ``device_map`` keeps on disk are kept in host memory.
+    """
+    modules = dict(dense.named_modules())
+    pairs = [(module, modules[path]) for path, module in slim.named_modules() if path in modules]
+    if not is_sharded(dense):
+        _dispatch(slim, dense)
+        return
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not any(isinstance(like, FSDPModule) for _, like in pairs):
+        for module, like in pairs:
+            _shard_parameters(module, like)
+    for module, like in reversed(pairs):  # those inside first
+        if isinstance(like, FSDPModule):
+            fully_shard(module, **_fsdp_arguments(like))
+
+
+def _copy(module: Any, memo: dict[int, Any], *, dispatched: bool) -> Any:
+    """A copy of a module and of those in it, of the classes that they had before they were distributed."""
+    if id(module) in memo:
+        return memo[id(module)]
+    kind = _plain_class(module)
+    new = memo[id(module)] = kind.__new__(kind)
+    own = {name: value for name, value in vars(module).items() if not str(name).startswith("__composable_api")}
+    if "_hf_hook" in own or "hf_device_map" in own:
+        own = {name: value for name, value in own.items() if name not in _ACCELERATE}
+    for table in _TABLES:
+        kept = [(key, hook) for key, hook in own[table].items() if not _distributes(hook)]
+        own[table] = type(own[table])(kept)
+    for table in ("_parameters", "_buffers"):
+        own[table] = {
+            name: None if value is None else memo.setdefault(id(value), _whole(module, name, value, dispatched))
+            for name, value in own[table].items()
+        }
+    vars(new).update(own)
+    vars(new)["_modules"] = {
+        name: None if part is None else _copy(part, memo, dispatched=dispatched)
+        for name, part in module._modules.items()
+    }
+    return new
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before FSDP2 put one of its own above it."""
+    bases = type(module).__bases__
+    sharding = next((base for base in bases if base.__name__ == "FSDPModule"), None)
+    return type(module) if sharding is None else next(base for base in bases if base is not sharding)
+
+
+def _whole(module: nn.Module, name: str, value: Any, dispatched: bool) -> torch.Tensor:
+    whole: torch.Tensor = value.detach()
+    if hasattr(value, "full_tensor"):
+        whole = whole.full_tensor()  # type: ignore[attr-defined]
+    elif whole.is_meta:
+        maps = (getattr(hook, "weights_map", None) for hook in hooks_of_accelerate(module))
+        whole = next((found[name].detach() for found in maps if found is not None and name in found), whole)
+    whole = whole.cpu() if dispatched and not whole.is_meta else whole
+    return nn.Parameter(whole, value.requires_grad) if isinstance(value, nn.Parameter) else whole
+
+
+def _distributes(function: Any) -> bool:
+    """Whether a hook, or a forward, is one that gathers, moves or scatters the values around a distributed module."""
+    place = str(getattr(function, "__module__", None) or type(function).__module__)
+    return place.startswith(("torch.distributed.", "transformers.distributed.", "transformers.integrations.tensor_p"))
+
+
+def _shard_parameters(module: nn.Module, like: nn.Module) -> None:
+    """Shard the parameters of a module by torch's tensor parallelism, with its hooks."""
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: dict[str, Any] = like._parameters
+    for name, parameter in sharded.items():
+        if hasattr(parameter, "placements"):
+            value: Any = module._parameters[name]
+            part = distribute_tensor(value.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(part, value.requires_grad))
+    for hook in filter(_distributes, like._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(hook)
+    for hook in filter(_distributes, like._forward_hooks.values()):
+        module.register_forward_hook(hook)
+
+
+def _fsdp_arguments(module: Any) -> Mapping[str, Any]:
+    """Arguments of ``fully_shard`` for a module like one that it was called with."""
+    state = module._get_fsdp_state()
+    group = state._fsdp_param_group
+    mesh = next(value.device_mesh for value in module.parameters() if hasattr(value, "placements"))
+    arguments: dict[str, Any] = {"mesh": mesh, "mp_policy": state._mp_policy}
+    if group is not None:
+        arguments["offload_policy"] = group.offload_policy
+        if not state._auto_reshard_after_forward:
+            arguments["reshard_after_forward"] = group.post_forward_mesh_info is not None
+    return arguments
+
+
+def _dispatch(slim: Any, dense: Any) -> None:
+    from accelerate import dispatch_model
+
+    found = {name for name, _ in slim.named_modules()}
+    places = {path: "cpu" if place == "disk" else place for path, place in dense.hf_device_map.items() if path in found}
+    dispatch_model(slim, device_map=places)
