@@ -188,17 +188,21 @@ class _Block:
         own: fields in which the dense block already differs from the model's config.
         kind: the class and the axes that change; blocks of one kind are built the same way.
         pending: the ways that were not asked for yet; their fields are added to ``own``.
+        fields: for each kind, the names of the fields that its first block is built by; none if by attributes.
     """
 
     own: Mapping[str, int]
     kind: tuple[type, frozenset[Axis]]
     rebuilder: Rebuilder | None
     pending: Iterator[Choice]
+    fields: dict[tuple[type, frozenset[Axis]], frozenset[str]]
     _found: list[Choice] = field(default_factory=list)
 
     def likeliest(self) -> Choice:
         if not self._found:
             self._found.append(next(self.pending))
+            first = self._found[0]
+            self.fields.setdefault(self.kind, frozenset(() if first.patches else first.fields))
         return self._found[0]
 
     def choices(self) -> list[Choice]:
@@ -225,6 +229,7 @@ def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
     """Return the blocks that stay; those of one class, config and shapes share one search."""
     made: dict[object, _Block] = {}
     found: dict[str, _Block] = {}
+    fields = dict[tuple[type, frozenset[Axis]], frozenset[str]]()
     whole = part_of(task.model.config, task.layout.part)
     for path, (index, module) in task.layout.blocks().items():
         if path in task.removed:
@@ -237,7 +242,7 @@ def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
         flags = flags_of(module)
         key = (type(module), *(tuple(sorted(part.items())) for part in (own, flags, wanted, have)))
         if key not in made:
-            made[key] = _block(task, shared, (index, module), own, wanted)
+            made[key] = _block(task, shared, (index, module), own, wanted, fields)
         found[path] = made[key]
     return found
 
@@ -248,6 +253,7 @@ def _block(
     at: tuple[int, nn.Module],
     own: Mapping[str, int],
     wanted: Mapping[str, Shape],
+    fields: dict[tuple[type, frozenset[Axis]], frozenset[str]],
 ) -> _Block:
     index, module = at
     flags = {name: value for name, value in own.items() if type(value) is bool}
@@ -268,8 +274,9 @@ def _block(
         buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
         wanted = {name: shape for name, shape in wanted.items() if name in seen.shapes or name not in buffers}
     bases = [shared.fields, {}] if shared.fields else [{}]
-    choices = choices_for(module, rebuilder, bases, wanted, harm)
-    return _Block(own, (type(module), mismatches(shapes_of(module), wanted)), rebuilder, choices)
+    kind = type(module), mismatches(shapes_of(module), wanted)
+    choices = choices_for(module, rebuilder, bases, wanted, harm, lambda: fields.get(kind, frozenset()))
+    return _Block(own, kind, rebuilder, choices, fields)
 
 
 def _builds(rebuilder: Rebuilder | None, block: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations, islice, product
+from itertools import chain, combinations, islice, product
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -165,6 +165,7 @@ class Search:
         base: fields fixed beforehand.
         wanted: shapes to reach, by name.
         counted: axes that must be right; None for all.
+        names: fields to change; None for all.
         limit: most assignments tried. Each builds a module on ``meta`` in some milliseconds, so this is seconds.
         best: set by :meth:`solutions`: the assignment that fixed the most axes without harming any.
     """
@@ -173,6 +174,7 @@ class Search:
     base: Fields
     wanted: Mapping[str, Shape]
     counted: frozenset[Axis] | None = None
+    names: frozenset[str] | None = None
     limit: int = 400
     best: dict[str, int] = field(default_factory=dict)
     _tried: set[frozenset[tuple[str, int]]] = field(default_factory=set)
@@ -210,7 +212,7 @@ class Search:
     def _following(self, fields: dict[str, int], wrong: frozenset[Axis]) -> Iterator[dict[str, int]]:
         """Yield assignments with one more field, or two more where a constructor insists on divisibility."""
         here = {**self.base, **fields}
-        known = self.rebuilder.known(here)
+        known = [name for name in self.rebuilder.known(here) if self.names is None or name in self.names]
         for name in known:
             current = self.rebuilder.value(here, name)
             for value in self.steps(fields, name, wrong) if name not in fields else ():
@@ -363,6 +365,7 @@ def choices_for(
     bases: Sequence[Mapping[str, int]],
     wanted: Mapping[str, Shape],
     harm: Callable[[Mapping[str, int]], int],
+    likely: Callable[[], frozenset[str]] = frozenset,
 ) -> Iterator[Choice]:
     """Yield different ways to reach the wanted shapes, the likeliest first and lazily.
 
@@ -373,6 +376,7 @@ def choices_for(
         rebuilder: None if its class cannot be called.
         bases: fields to start from: those that the whole model changes, else none.
         harm: counts the shapes outside the blocks that an assignment of config fields would get wrong.
+        likely: returns names of fields, such as those that a like block was built by, that are tried before all.
     """
     if rebuilder is None:
         have = shapes_of(block)
@@ -382,7 +386,7 @@ def choices_for(
     ways = _Ways(block, rebuilder, wanted, harm)
     found: list[Choice] = []
     for base in bases:
-        for choice in ways.from_base(base):
+        for choice in chain(ways.by_fields(base, likely()), ways.from_base(base)):
             if choice not in found:
                 found.append(choice)
                 yield choice
@@ -405,6 +409,15 @@ class _Ways:
     @functools.cached_property
     def dense(self) -> Snapshot:
         return take_snapshot(self.block)
+
+    def by_fields(self, base: Mapping[str, int], names: frozenset[str]) -> Iterator[Choice]:
+        """Yield the ways by some fields alone; none without names, or if nothing changes."""
+        dense = self.rebuilder.observe(base) if names else None
+        if dense is None or not mismatches(dense.shapes, self.wanted):
+            return
+        search = Search(self.rebuilder, base, self.wanted, names=names)
+        found = [with_companions(self.rebuilder, base, fields) for fields in search.solutions()]
+        yield from (Choice({**base, **fields}) for fields in sorted(found, key=lambda one: self.rank(base, one)))
 
     def from_base(self, base: Mapping[str, int]) -> Iterator[Choice]:
         dense = self.rebuilder.observe(base)
