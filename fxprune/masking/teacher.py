@@ -159,17 +159,21 @@ def teacher_batches(
         )
 
 
-def divergence(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
+def divergence(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) -> torch.Tensor:
     """Kullback-Leibler divergence of logits ``(batch, positions, classes)`` from the dense model, in nats per position.
 
     It is taken over the dense model's likeliest classes and one more for all others together, and never exceeds the
     divergence over all classes. For outputs that are no scores of classes, it is the squared distance from those of the
     dense model relative to their square.
+
+    With ``truth``, plus that many times the mean cross-entropy of the samples' own next tokens; there must be some.
     """
     if not batch.classes.shape[-1]:
         distance = (logits.float() - batch.likelihoods).square().sum(-1)
         return (distance / batch.likelihoods.square().sum(-1).clamp_min(_LEAST)).mean()
-    found: torch.Tensor = _Divergence.apply(logits.float(), batch.classes, batch.likelihoods)  # type: ignore[no-untyped-call]
+    following = batch.labels[:, 1:] if truth else batch.classes[:, :0, 0]
+    arguments = (batch.classes, batch.likelihoods, following, truth)
+    found: torch.Tensor = _Divergence.apply(logits.float(), *arguments)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -191,32 +195,50 @@ def rejection(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """The divergence with its gradient in closed form, which reads the logits a third as often as autograd would.
+    """The divergence, and the cross-entropy of next tokens, with their gradient in closed form.
+
+    Autograd would read and write the logits several times as often.
 
     With probabilities ``p`` and ``q`` of the model and the dense one, ``S`` and ``Q`` their sums over the kept classes,
-    and ``c = (1 - Q) / (1 - S)`` for the others as one class, the gradient by logit ``j`` is ``p_j (Q - c S)``, and
-    ``p_j c - q_j`` more for a kept class.
+    and ``c = (1 - Q) / (1 - S)`` for the others as one class, the gradient of the divergence by logit ``j`` is
+    ``p_j (Q - c S)``, and ``p_j c - q_j`` more for a kept class; that of the cross-entropy is ``p_j``, and 1 less for the
+    next token.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, classes: torch.Tensor, likelihoods: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        classes: torch.Tensor,
+        likelihoods: torch.Tensor,
+        following: torch.Tensor,
+        truth: float,
+    ) -> torch.Tensor:
         logarithms = logits.log_softmax(-1)
         likely = logarithms.gather(-1, classes)
         left = 1 - likely.exp().sum(-1, keepdim=True)
-        ctx.save_for_backward(logarithms, classes, likelihoods, left)
+        counted = (following != IGNORED)[..., None]
+        tokens, share = following.clamp_min(0)[..., None], truth / counted.sum().clamp_min(1)
+        ctx.save_for_backward(logarithms, classes, likelihoods, left, tokens, counted * share)
         missed = likelihoods - torch.cat((likely, left.clamp_min(_LEAST).log()), dim=-1)
-        return (likelihoods.exp() * missed).sum(-1).mean()
+        found = (likelihoods.exp() * missed).sum(-1).mean()
+        said = logarithms[:, : tokens.shape[1]].gather(-1, tokens)
+        return found - share * torch.where(counted, said, 0).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logarithms, classes, likelihoods, left = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logarithms, classes, likelihoods, left, tokens, counted = ctx.saved_tensors
         wanted = likelihoods.exp() * (gradient / left.numel())
         kept, others = wanted[..., :-1], wanted[..., -1:]
         c = torch.where(left > _LEAST, others / left, 0)
         likely = logarithms.gather(-1, classes).exp()
         every = kept.sum(-1, keepdim=True) - c * (1 - left)
-        return logarithms.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept), None, None
+        truth = counted * gradient
+        every[:, : truth.shape[1]] += truth
+        found = logarithms.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept)
+        found[:, : truth.shape[1]].scatter_add_(-1, tokens, -truth)
+        return found, None, None, None, None
 
 
 def run_logits(run: UntouchedRun, inputs: Mapping[str, Any], parts: Sequence[Part] = ()) -> torch.Tensor:

@@ -22,9 +22,9 @@ from fxprune.axes import factors
 from fxprune.data.calibration import IGNORED, next_token_loss
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
-from fxprune.graph.tensors import device_of, get_tensor, require_weights, weights
+from fxprune.graph.tensors import device_of, get_tensor, map_tensors, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
-from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.masked_run import UntouchedRun, at_least_float32
 from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import TeacherBatch, divergence, rejection, run_logits, teacher_batches
@@ -166,7 +166,22 @@ class TrainedVectors:
         yield from values.items()
 
 
-class VectorsRun(UntouchedRun):
+class TrainingRun(UntouchedRun):
+    """An interpreter for runs whose gradients are due: on a CPU attention is in float32.
+
+    Its gradient takes twice as long there in bfloat16.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        attention = target is torch.ops.aten.scaled_dot_product_attention.default and args[0].device.type == "cpu"
+        if not (attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+            return super().call_function(target, args, kwargs)
+        with torch.autocast("cpu", enabled=False):
+            wide = map_tensors((args, kwargs), at_least_float32)
+            return super().call_function(target, *wide).to(args[0].dtype)
+
+
+class VectorsRun(TrainingRun):
     """An interpreter that runs a graph as if the vectors were folded in; its weights get no gradient."""
 
     def __init__(self, graph_module: fx.GraphModule, vectors: TrainedVectors, numbers: torch.Tensor) -> None:
@@ -255,7 +270,7 @@ class TrainedWeights:
             yield name, value.to(get_tensor(graph_module, name).dtype)
 
 
-class WeightsRun(UntouchedRun):
+class WeightsRun(TrainingRun):
     """An interpreter that runs a graph with other weights, in float32 and by name; its own get no gradient."""
 
     def __init__(self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor]) -> None:
@@ -470,10 +485,11 @@ class Training:
     def _loss(self, batch: TeacherBatch) -> torch.Tensor:
         """What the samples of this process add to the loss of a whole batch."""
         logits = self._logits(batch)
+        truth = self.truth * batch.counted / batch.share if batch.share else 0.0
+        if self.settings.objective == "divergence":
+            return batch.share * divergence(logits, batch, truth)
         loss = batch.share * self._error(logits, batch)
-        if not self.truth or not batch.counted:
-            return loss
-        return loss + self.truth * batch.counted * next_token_loss(logits, batch.labels)
+        return loss + batch.share * truth * next_token_loss(logits, batch.labels) if truth else loss
 
     def _measure(self) -> float:
         """The error on held-out samples, a mean over positions, in the precision of a step."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.data.calibration import Sample
+from fxprune.data.calibration import IGNORED, Sample, next_token_loss
 from fxprune.errors import PassError
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import (
@@ -42,8 +42,9 @@ def test_all_classes_kept_give_the_divergence_and_few_give_less() -> None:
     assert 0 < found[1] < whole
 
 
+@pytest.mark.parametrize("truth", [0.0, 0.3])
 @pytest.mark.parametrize("sure", [False, True])
-def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
+def test_the_gradient_is_that_of_the_formula(sure: bool, truth: float) -> None:
     """Also where all probability is on kept classes, so that what is left for the others counts as the least."""
     torch.manual_seed(0)
     wanted = torch.randn(2, 3, 9, dtype=torch.float64).log_softmax(-1)
@@ -53,13 +54,15 @@ def test_the_gradient_is_that_of_the_formula(sure: bool) -> None:
     if sure:
         logits.scatter_add_(-1, classes, torch.full(classes.shape, 40.0))
     logits.requires_grad_()
-    batch = TeacherBatch({}, classes, likelihoods.float(), classes[..., 0])
-    found = divergence(logits, batch)
+    labels = torch.tensor([[1, 2, 8], [0, IGNORED, 4]])
+    batch = TeacherBatch({}, classes, likelihoods.float(), labels)
+    found = divergence(logits, batch, truth)
     (gradient,) = torch.autograd.grad(3 * found, logits)
 
     said = logits.log_softmax(-1).gather(-1, classes)
     others = (1 - said.exp().sum(-1, keepdim=True)).clamp_min(1e-7).log()
     by_formula = (batch.likelihoods.exp() * (batch.likelihoods - torch.cat((said, others), dim=-1))).sum(-1).mean()
+    by_formula = by_formula + truth * next_token_loss(logits, labels)
     torch.testing.assert_close(found, by_formula)
     torch.testing.assert_close(gradient, torch.autograd.grad(3 * by_formula, logits)[0])
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Teacher
-from fxprune.passes.tune.tune import TrainedVectors, TrainedWeights, Training, VectorsRun
+from fxprune.passes.tune.tune import TrainedVectors, TrainedWeights, Training, TrainingRun, VectorsRun
 from torch import fx, nn
 
 import fxprune
@@ -424,6 +424,19 @@ def test_the_tokens_of_the_text_count_as_much_as_is_said(slim: fx.GraphModule) -
         assert torch.allclose(training._loss(batch), divergence(logits, batch) - 0.3 * said.mean(), atol=1e-5)
         none = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100), counted=0.0)
         assert torch.equal(training._loss(none), divergence(training._logits(none), none))
+
+
+def test_attention_is_in_float32_where_its_gradient_is_due() -> None:
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.scaled_dot_product_attention.default(q, 2 * q, -q)
+
+    graph_module = fx.symbolic_trace(attention)
+    q = torch.randn(1, 2, 3, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = TrainingRun(graph_module).run(q)
+    assert torch.equal(found, attention(q.float()).bfloat16()) and found.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(found.float().sum(), q)
+    assert gradient.isfinite().all() and gradient.dtype == torch.bfloat16
 
 
 class Surrounded(Language):
