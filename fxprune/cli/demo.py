@@ -26,7 +26,7 @@ def demo_name() -> str:
 
 
 def demo_checkpoint() -> Path:
-    """Return a folder that holds the demo model as a Hugging Face checkpoint; it is built on first use."""
+    """A folder that holds the demo model as a Hugging Face checkpoint; it is built on first use."""
     gguf = demo_gguf()
     configured = os.environ.get("FXPRUNE_CACHE")
     cached = Path(configured).expanduser() if configured else Path.home() / ".cache" / "fxprune"
@@ -37,7 +37,7 @@ def demo_checkpoint() -> Path:
 
 
 def demo_gguf() -> Path:
-    """Return the GGUF file in the installed package, which is not imported: it imports packages that may be missing."""
+    """The GGUF file in the installed package, which is not imported: it imports packages that may be missing."""
     package, install = _entry()["package"], _entry()["install"]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
@@ -50,7 +50,7 @@ def demo_gguf() -> Path:
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
-    """Return the model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised.
+    """The model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised.
 
     transformers leaves its marks of quantisation on such a model, and refuses to save or train it because of them.
     """

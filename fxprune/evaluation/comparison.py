@@ -41,7 +41,7 @@ from fxprune.masking.teacher import run_logits
 from fxprune.pipeline.arguments import flag, instance, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.pipeline.contract import shared as shared_finding
-from fxprune.report.quality import GreedyAnswer, Quality, TextQuality
+from fxprune.report.quality import GreedyAnswer, Quality, TextQuality, figures_markdown, figures_table
 from fxprune.trace import trace
 from fxprune.trace.inputs import alias_twin, written_parameters
 from fxprune.vocabulary.alignment import has_other_tokens
@@ -94,11 +94,15 @@ class Reference:
     def __init__(self, model: Any, answers: Answers | None = None, tokenizer: Any = None) -> None:
         self.model, self._answers, self.tokenizer = model, answers, tokenizer
 
-    def answers(self, tokenizer: Any, batch: int, track: Track) -> Answers:
+    def compare(self, answers: Answers, tokenizer: Any, batch: int, track: Track) -> Generation:
+        """Compare the answers of a model with a tokenizer with those of this one, in the tokens of this one."""
+        words = self.tokenizer or tokenizer
         if self._answers is None:
-            words = self.tokenizer or tokenizer
             self._answers = answer_questions(self.model, words, batch=batch, track=track)
-        return self._answers
+        if words is not tokenizer and has_other_tokens(tokenizer, words):
+            rows = words(list(answers.texts), add_special_tokens=False, verbose=False)["input_ids"]
+            answers = replace(answers, ids=tuple(map(tuple, rows)))
+        return compare_answers(answers, self._answers)
 
 
 @wrap_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
@@ -176,12 +180,8 @@ def evaluate(
     if not generate:
         return Evaluation(perplexities, scores)
     answers = answer_questions(model, tokenizer, batch=batch, track=track)
-    theirs = None if other is None else other.answers(tokenizer, batch, track)
-    compared = answers
-    if other is not None and other.tokenizer is not None and has_other_tokens(tokenizer, other.tokenizer):
-        rows = other.tokenizer(list(answers.texts), add_special_tokens=False, verbose=False)["input_ids"]
-        compared = replace(answers, ids=tuple(map(tuple, rows)))
-    return Evaluation(perplexities, scores, compare_answers(compared, theirs), answers)
+    compared = compare_answers(answers) if other is None else other.compare(answers, tokenizer, batch, track)
+    return Evaluation(perplexities, scores, compared, answers)
 
 
 @dataclass(frozen=True)
@@ -314,18 +314,15 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table in Markdown; a value after ± is one standard error."""
-        heading = ["", *(column.name for column in self.columns)]
-        lines = ["| " + " | ".join(heading) + " |", "|---" + "|---:" * len(self.columns) + "|"]
-        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())]) + "\n"
+        return figures_markdown(self._head, self.rows())
 
     def table(self, title: str = "") -> Table:
         """The table for a terminal."""
-        table = Table("", title=title or None)
-        for column in self.columns:
-            table.add_column(column.name, justify="right")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        return figures_table(self._head, self.rows(), title)
+
+    @property
+    def _head(self) -> list[str]:
+        return ["", *(column.name for column in self.columns)]
 
     def plot(self, path: str | Path) -> Path:
         """Draw perplexities and accuracies with their standard errors to a file (.png, .svg, .pdf).
@@ -342,13 +339,8 @@ class Comparison:
         panels = [(name, values) for name, values in (("perplexity", texts), ("accuracy", tasks)) if values]
         if not panels:
             raise EvaluationError("no perplexities and no tasks", where="plot", remedy="Measure some first")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            what = "matplotlib is not installed"
-            raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
-        # inches: room for the labels of the axis, and one for each group of bars
-        figure = Figure(figsize=(1.5 + sum(1.5 + len(values) for _, values in panels), 4), layout="constrained")
+        # room for the labels of the axis, and one inch for each group of bars
+        figure = new_figure(1.5 + sum(1.5 + len(values) for _, values in panels), 4)
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1 + len(values) for _, values in panels])[0]
         for panel, (title, values) in zip(axes, panels, strict=True):
             width = 0.8 / len(self.columns)  # leaves a fifth of the distance between groups blank
@@ -363,6 +355,20 @@ class Comparison:
         figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
         figure.savefig(path)
         return Path(path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib; sizes in inches.
+
+    Raises:
+        EvaluationError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        what = "matplotlib is not installed"
+        raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _text_rows(values: Sequence[Perplexity]) -> Iterator[tuple[str, ...]]:

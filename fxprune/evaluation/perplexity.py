@@ -169,19 +169,20 @@ def text_perplexity(
         reference: a model to compare the predictions with, usually the dense one.
         reference_tokenizer: its tokenizer; None for the same one.
     """
-    options: dict[str, Any] = {"stride": stride, "limit": limit, "batch": batch, "track": track}
-    options |= {"reference": reference, "words": reference_tokenizer}
-    return _text_perplexities(model, tokenizer, text, window, **options)[0]
+    options: dict[str, Any] = {"window": window, "stride": stride, "limit": limit, "batch": batch, "track": track}
+    options["reference_tokenizer"] = reference_tokenizer
+    return paired_perplexities(model, reference, tokenizer, text, **options)[1]
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
 def paired_perplexities(
     model: Callable[..., Any],
-    reference: Callable[..., Any],
+    reference: Callable[..., Any] | None,
     tokenizer: Any,
     text: str,
     *,
     window: int = 256,
+    stride: int | None = None,
     limit: int | None = None,
     batch: int = 4,
     seen: Sequence[Tensor] = (),
@@ -196,29 +197,8 @@ def paired_perplexities(
             left out.
 
     Returns:
-        That of the reference, and that of ``model`` with its divergence.
+        That of the reference, without a meaning if there is none, and that of ``model`` with its divergence.
     """
-    options: dict[str, Any] = {"limit": limit, "batch": batch, "track": track, "seen": seen}
-    options |= {"reference": reference, "words": reference_tokenizer}
-    own, other = _text_perplexities(model, tokenizer, text, window, **options)
-    return other, own
-
-
-def _text_perplexities(
-    model: Callable[..., Any],
-    tokenizer: Any,
-    text: str,
-    window: int,
-    *,
-    reference: Callable[..., Any] | None,
-    words: Any,
-    stride: int | None = None,
-    limit: int | None,
-    batch: int,
-    seen: Sequence[Tensor] = (),
-    track: Track,
-) -> tuple[Perplexity, Perplexity]:
-    """Perplexities for a model and for its reference; that of the reference means nothing if there is none."""
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
     opening = opening_tokens(tokenizer)
@@ -239,6 +219,7 @@ def _text_perplexities(
     start = places.gather(1, (first - len(opening))[:, None]).flatten()
     stop = places[:, -1] + 1
     beside = None
+    words = reference_tokenizer
     if reference is not None and words is not None and has_other_tokens(tokenizer, words):
         beside = _Beside.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
         counts, start, stop = beside.counts, beside.start, beside.stop
@@ -252,12 +233,7 @@ def _text_perplexities(
         value, sizes = _exp(mean), (window, step, len(windows), int(counts.sum()))
         return Perplexity(value, value * error, *sizes, bits, bits_error, divergence, tuple(losses.tolist()))
 
-    return of(measured.losses, measured.divergence(counts)), of(measured.reference_losses, None)
-
-
-def _evenly(count: int, limit: int | None) -> Tensor:
-    """Numbers of at most ``limit`` of ``count`` items, evenly spaced."""
-    return torch.arange(count) if limit is None or limit >= count else torch.linspace(0, count - 1, limit).long()
+    return of(measured.reference_losses, None), of(measured.losses, measured.divergence(counts))
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
@@ -369,8 +345,10 @@ def sliding_windows(
     found = ids.unfold(0, body, stride)
     first = torch.full((len(found),), max(1, window - stride))
     first[0] = max(1, opening)
-    chosen = _evenly(len(found), limit)
-    return found[chosen], first[chosen]
+    if limit is not None and limit < len(found):
+        chosen = torch.linspace(0, len(found) - 1, limit).long()
+        found, first = found[chosen], first[chosen]
+    return found, first
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
@@ -514,7 +492,11 @@ def _of_windows(
     expected = logits_of(theirs)[:, :-1].to(logits.device)
     if beside is not None:
         return _compared_beside(logits, expected, ids, beside, number)
-    return _compared(logits, _same_tokens(expected, logits), ids[:, 1:], counted)
+    if expected.shape != logits.shape:
+        what = f"its logits are of shape {tuple(expected.shape)}, and those of the model of {tuple(logits.shape)}"
+        remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
+        raise EvaluationError(what, where="reference", remedy=remedy)
+    return _compared(logits, expected, ids[:, 1:], counted)
 
 
 def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -589,14 +571,6 @@ def _cross_entropies(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Sums of the next-token cross-entropies in nats of each window, over the positions that are counted."""
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     return (losses.view_as(target).double() * counted).sum(dim=1)
-
-
-def _same_tokens(logits: Tensor, others: Tensor) -> Tensor:
-    if logits.shape != others.shape:
-        what = f"its logits are of shape {tuple(logits.shape)}, and those of the model of {tuple(others.shape)}"
-        remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
-        raise EvaluationError(what, where="reference", remedy=remedy)
-    return logits
 
 
 def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any]:

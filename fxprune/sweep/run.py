@@ -192,7 +192,9 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
         rows = [row_of(row) for row in data["rows"]]
         same = data["source"] == source
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"it is no table of a sweep: {error!r}", where=str(file), remedy="Delete it") from error
+        raise CheckpointError(
+            f"it is not the table of a sweep: {type(error).__name__}: {error}", where=str(file), remedy="Delete it"
+        ) from error
     if not same and not force:
         remedy = "Choose a new folder, or replace it with $force=True"
         raise CheckpointError("it is of another model, other samples or versions", where=str(file), remedy=remedy)

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fxprune.errors import EvaluationError
+from fxprune.evaluation.comparison import new_figure
 from fxprune.pipeline.arguments import number
-from fxprune.report.quality import Value
+from fxprune.report.quality import Value, figures_markdown, figures_table
 
 _HEAD = ("", "parameters", "left", "MB", "perplexity over dense", "divergence, nats", "same first token", "decode", "")
 
@@ -95,20 +95,13 @@ class Sweep:
 
     def table(self) -> Table:
         """The table for a terminal."""
-        table = Table(_HEAD[0], title="sweep")
-        for name in _HEAD[1:]:
-            table.add_column(name, justify="right")
-        for line in self.lines():
-            table.add_row(*line)
-        return table
+        return figures_table(_HEAD, self.lines(), "sweep")
 
     def to_markdown(self) -> str:
         """The table in Markdown, with the texts that were measured."""
-        lines = ["| " + " | ".join(line) + " |" for line in (_HEAD, *self.lines())]
-        lines.insert(1, "|---" + "|---:" * (len(_HEAD) - 1) + "|")
         texts = dict.fromkeys(row.measured_on for row in self.rows)
-        notes = [f"Measured on {text}." for text in texts] + ["A value after ± is one standard error; nothing beats *."]
-        return "\n".join([*lines, "", *notes]) + "\n"
+        notes = [*(f"Measured on {text}." for text in texts), "A value after ± is one standard error; nothing beats *."]
+        return "\n".join([figures_markdown(_HEAD, self.lines()), *notes]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """All rows as plain data."""
@@ -121,18 +114,13 @@ class Sweep:
         Raises:
             EvaluationError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            what = "matplotlib is not installed"
-            raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
         panels: dict[str, dict[SweepRow, float]] = {
             "parameters left": {row: row.parameters[1] / row.parameters[0] for row in self.rows},
             "bytes left": {row: row.memory[1] / row.memory[0] for row in self.rows},
             "time of a token": {row: row.decode_ms[1] / row.decode_ms[0] for row in self.rows if row.decode_ms},
         }
         panels = {name: places for name, places in panels.items() if places}
-        figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")  # inches
+        figure = new_figure(4 * len(panels), 3.5)
         for panel, (name, places) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):
@@ -150,7 +138,7 @@ class Sweep:
 
 
 def row_of(data: Mapping[str, Any]) -> SweepRow:
-    """Return a row from plain data, as JSON has it."""
+    """A row from plain data, as JSON has it."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     values.pop("best", None)
     return SweepRow(**values)

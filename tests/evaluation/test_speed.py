@@ -107,7 +107,11 @@ def test_widths_of_a_multiple_are_multiples_of_nothing_coarser() -> None:
 
 
 def test_costs_are_over_the_least_and_each_width_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every width was timed once for each of all widths."""
+    timed: list[Any] = []
+    monkeypatch.setattr(speed, "timed_call", lambda call, **_: timed.append(call) or (lambda: 1.0))
     found = measure_widths(8, 512, rounds=1)
+    assert len(timed) == 2 * (3 * (len(speed.MULTIPLES) - 1) + 1)
     assert set(found.costs) == set(speed.MULTIPLES) and min(found.costs.values()) == 1
     assert found.device == speed.device_name(CPU)
     times = [{multiple: 1.0 + multiple for multiple in speed.MULTIPLES}, dict.fromkeys(speed.MULTIPLES, 2.0)]

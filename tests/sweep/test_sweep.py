@@ -184,7 +184,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not of a sweep"):
         sweep(tmp_path / "mine", recipe=FIT, ratio=0.1)
     (tmp_path / "mine/sweep.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="it is no table of a sweep"):
+    with pytest.raises(CheckpointError, match="it is not the table of a sweep"):
         sweep(tmp_path / "mine", recipe=FIT, ratio=0.1)
     with pytest.raises(FxpruneError, match="samples in memory"):
         fxprune.sweep(tiny("llama"), iter(SAMPLES), out=tmp_path / "new", **OPTIONS)
