@@ -25,7 +25,7 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to predict: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
+            help="Text for perplexity: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
         ),
     ] = None,
     tasks: Annotated[

@@ -159,7 +159,7 @@ def _check_file(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(4)
     if start != b"GGUF":
-        raise FxpruneError(f"it is no GGUF file: it starts with {start!r}", where=str(path), remedy=_REMEDY)
+        raise FxpruneError(f"it is not a GGUF file: it starts with {start!r}", where=str(path), remedy=_REMEDY)
     try:
         header = read_header(path)
     except (OSError, ValueError) as error:

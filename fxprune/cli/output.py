@@ -44,7 +44,7 @@ def check_output(out: Path, model: str, *, force: bool) -> None:
     if not parent.is_dir():
         raise CheckpointError(f"{parent} is a file", where=str(out), remedy="Choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"nothing can be written in {parent}", where=str(out), remedy="Choose another folder")
+        raise CheckpointError(f"{parent} is not writable", where=str(out), remedy="Choose another folder")
     if is_file(out):
         _check_file(out, force=force)
     else:
@@ -55,13 +55,13 @@ def _check_name(out: Path) -> None:
     """Refuse a name that no file can have, or whose links form a circle."""
     if str(out).startswith("-"):
         remedy = "Give --out a name before it, or a path such as ./-slim if that is meant"
-        raise CheckpointError("it is spelled like an option", where=str(out), remedy=remedy)
+        raise CheckpointError("it looks like an option", where=str(out), remedy=remedy)
     try:
         out.stat()
     except (FileNotFoundError, NotADirectoryError):  # a parent that is a file is refused by its own name
         return
     except (OSError, ValueError) as error:
-        what = f"nothing can be written there: {getattr(error, 'strerror', '') or error}"
+        what = f"it cannot be written: {getattr(error, 'strerror', '') or error}"
         raise CheckpointError(what, where=str(out), remedy="Choose another place") from error
     if not out.is_dir() and not out.is_file():
         raise CheckpointError("it is neither a folder nor a file", where=str(out), remedy="Choose another place")
@@ -83,7 +83,7 @@ def _check_folder(out: Path, *, force: bool) -> None:
         return
     if not force:
         remedy = "Choose a new folder, or write into this one with --force"
-        raise CheckpointError("it holds files that are not of an earlier run", where=str(out), remedy=remedy)
+        raise CheckpointError("it holds files that no earlier run wrote", where=str(out), remedy=remedy)
     if out.resolve() == Path.cwd() or any(path.is_dir() for path in out.iterdir()):
         what = "it holds folders or is the current folder, and is not replaced with --force either"
         raise CheckpointError(what, where=str(out), remedy="Choose a new folder")

@@ -135,7 +135,7 @@ def _quantization(target: str | None, given: str | None) -> str | None:
 def _check_places(out: Path | None, *, dry_run: bool, low_memory: bool) -> None:
     """Refuse a request that writes nowhere, or a file where only a folder is written."""
     if out is None and not dry_run:
-        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
+        raise ArgumentError("no output is given", where="--out", remedy="Give --out, or --dry-run to look")
     if low_memory and out is not None and is_file(out):
         remedy = "Prune to a folder, and make the file of it with `fxprune export`"
         raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)

@@ -267,7 +267,7 @@ class Report(Fact):
         remedies = ["more calibration text" if given else "calibration text like that of the intended use"]
         remedies += [] if any("weights" in spelling for spelling in tuned) else ["the recipe `best`"]
         remedies += ["a smaller ratio", "training, as by `fxprune recover`"]
-        return f"far from the dense model; what brings it closer: {', '.join(remedies[:-1])} or {remedies[-1]}"
+        return f"far from the dense model; try {', '.join(remedies[:-1])} or {remedies[-1]}"
 
     def kinds(self) -> Iterator[KindSummary]:
         """Yield a summary of each kind of groups; of several such groups in a block, one summary for each."""

@@ -158,7 +158,7 @@ def test_axes_and_groups_to_explain(graph: Any, capfd: pytest.CaptureFixture[str
 PICTURES: list[tuple[dict[str, Any], str]] = [
     *[({"path": path}, "path is") for path in (None, 3, "", "a\0b", [], b"x", Path)],
     *[({"path": path}, "cannot be written.*Choose a file") for path in ("no/such/folder/x.dot", "/proc/x.dot")],
-    *[({"path": path}, "a picture cannot be written as.*\\.html") for path in ("/", "/proc/x", "x.jpg")],
+    *[({"path": path}, r"a picture cannot be written as.*\.dot.*\.html") for path in ("/", "/proc/x", "x.jpg", ".svg")],
     *[
         ({"layer": layer}, "layer")
         for layer in (99, -99, "nope", 0.5, [], True, b"x", object(), "--3", "²", "9" * 5000)
@@ -167,6 +167,7 @@ PICTURES: list[tuple[dict[str, Any], str]] = [
     *[({"everything": value}, "everything is") for value in ("yes", None, 3)],
     *[({"fold": value}, "fold is") for value in ("yes", None, 3)],
     *[({"plan": plan}, "plan is") for plan in ("plan.json", 3, [], {}, True)],
+    ({"plan": fxprune.Plan({"nope.weight": {0: [1]}})}, "no such axis"),
 ]
 
 

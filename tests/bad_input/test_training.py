@@ -156,6 +156,10 @@ def test_what_recovery_cannot_work_with(tmp_path: Path, capfd: pytest.CaptureFix
             file.write_bytes(content)
             rows.append(({"data": file}, "data|UTF-8|JSON|rows"))
     rows += [({"tokenizer": tokenizer}, ".") for tokenizer in (*NONSENSE, *TOKENIZERS, len)]
+    rows += [
+        ({"tokenizer": None}, "tokenizer is None"),
+        ({"tokenizer": Large()}, "gives 1000000, the model knows 0 to"),
+    ]
     given = {"pruned": slim, "data": ROWS, "tokenizer": TOKENIZER}
     check_table(lambda bad: fxprune.recover(**{**given, **bad}), rows, capfd, model=slim)
     models = [({"pruned": model}, "pruned: .*no Hugging Face model") for model in (*NONSENSE, Net())]

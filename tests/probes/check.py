@@ -166,10 +166,10 @@ def state_of(module: nn.Module) -> Any:
     """Return all that a run could change of a module: tensors, modes, and plain attributes."""
     tensors = {name: value.detach().clone() for name, value in module.state_dict(keep_vars=True).items()}
     plain = {
-        f"{path}.{name}": copy.copy(value)
+        f"{path}.{name}": copy.deepcopy(value)
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if isinstance(value, bool | int | float | str | list)
+        if isinstance(value, bool | int | float | str | list | torch.Tensor)
     }
     return tensors, plain
 

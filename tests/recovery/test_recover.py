@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune.data.calibration import IGNORED, next_token_loss
-from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
+from fxprune.errors import RecoveryError, VerificationError
 from fxprune.graph.tensors import weights
 from fxprune.recovery import Distillation, RecoverySettings
 from fxprune.recovery.data import collate, read_training_data
@@ -154,16 +154,6 @@ def test_merging_that_changes_the_logits_is_refused(pruned: fxprune.Result, monk
     monkeypatch.setattr(wrapped, "merge_and_unload", lambda safe_merge: tiny("llama"))
     with pytest.raises(VerificationError, match="merging moved the logits"):
         merge_lora(wrapped, {"input_ids": token_ids()})
-
-
-def test_models_and_tokenizers_that_cannot_be_trained_are_refused(pruned: fxprune.Result) -> None:
-    bare = SimpleNamespace(graph_module=pruned.graph_module)
-    with pytest.raises(UnsupportedModelError, match="no Hugging Face model to train"):
-        fxprune.recover(bare, SUMS, TOKENIZER)
-    with pytest.raises(RecoveryError, match="tokenizer is None"):
-        fxprune.recover(pruned, SUMS)
-    with pytest.raises(DataError, match="the model knows 0 to 49"):
-        fxprune.recover(tiny("llama", num_hidden_layers=1, vocab_size=50), SUMS, TOKENIZER, settings=QUICK)
 
 
 @pytest.mark.slow
