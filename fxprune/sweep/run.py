@@ -81,17 +81,7 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     asked = check_sweep(ratio, recipe, keep, options)
     folder = Path(as_path("out", out))
     bench, force = flag("bench", bench), flag("force", force)
-    _check_repeatable(calibration)
-    given: dict[str, Any] = {**options}
-    if not isinstance(model, nn.Module):
-        if given.get("tokenizer") is None:
-            given["tokenizer"] = load_tokenizer(model)
-        model = load_model(model)
-    if given.get("tokenizer") is None:
-        what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
-        raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
-    if is_text(calibration):
-        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
+    model, calibration, given = _read_inputs(model, calibration, options)
     source = _digest(model, calibration)
     rows = {row.name: row for row in _read(folder, source, force=force)}
     todo, made = [], set[str]()
@@ -155,9 +145,23 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     return found
 
 
-def _check_repeatable(calibration: Any) -> None:
+def _read_inputs(
+    model: nn.Module | str | os.PathLike[str], calibration: Any, options: Mapping[str, Any]
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model, the samples and the options of all prunes, with a tokenizer."""
     if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
         raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+    given = {**options}
+    if not isinstance(model, nn.Module):
+        if given.get("tokenizer") is None:
+            given["tokenizer"] = load_tokenizer(model)
+        model = load_model(model)
+    if given.get("tokenizer") is None:
+        what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
+        raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
+    if is_text(calibration):
+        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
+    return model, calibration, given
 
 
 def _digest(model: nn.Module, calibration: Any) -> str:

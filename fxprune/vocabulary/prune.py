@@ -250,7 +250,12 @@ def trim(
     needed = (tokens.needed | ids_in_settings(model)) & tokens.every
     if size < len(needed) and not free:
         total = sum(parameter.numel() for parameter in model.parameters())
-        raise _unreachable(size, len(needed), rows.size, rows.each / total)
+        most = (rows.size - len(needed)) * rows.each / total
+        what = f"{max(size, 0):,} of {rows.size:,} tokens would stay, and {len(needed):,} must, to write every text"
+        remedy = f"Ask for at most {math.floor(most * 1000) / 1000:.3f} of the parameters"
+        error = RatioError(what, where="vocabulary", remedy=remedy)
+        error.reachable = most
+        raise error
     size = -(-max(size, len(needed)) // round_to) * round_to
     order = best_order(tokens, use, size, needed, free=free)
     kept = choose_tokens(tokens, order, size, needed, free=free, round_to=round_to)
@@ -317,13 +322,3 @@ def _texts(corpus: Any) -> list[str]:
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise refuse("corpus", wrong[0], wanted)
     return texts
-
-
-def _unreachable(size: int, least: int, rows: int, each: float) -> RatioError:
-    error = RatioError(
-        f"{max(size, 0):,} of {rows:,} tokens would stay, and {least:,} must, so that every text can be written",
-        where="vocabulary",
-        remedy=f"Ask for at most {math.floor((rows - least) * each * 1000) / 1000:.3f} of the parameters",
-    )
-    error.reachable = (rows - least) * each
-    return error
