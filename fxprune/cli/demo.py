@@ -21,7 +21,7 @@ DEMO = "demo"
 
 
 def demo_name() -> str:
-    """The name that its makers gave the demo model."""
+    """The name of the demo model."""
     return _entry()["name"]
 
 
@@ -67,7 +67,7 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
 
 
 def uniform_price() -> str:
-    """The price of the same widths in all layers, in words, as `python -m benchmarks.pages` writes it."""
+    """The cost in perplexity of equal widths in all layers, in words, as written by `python -m benchmarks.pages`."""
     return _entry()["uniform"]
 
 
@@ -77,7 +77,7 @@ def _entry() -> dict[str, str]:
 
 
 def _write_checkpoint(gguf: Path, target: Path) -> None:
-    """Write a checkpoint that is there complete or not at all, also when several processes write it at once."""
+    """Write a checkpoint atomically; several processes may write it at once."""
     from fxprune.offload.atomic import finish_files, replace_folder, staging_folder, wrap_disk_errors
 
     with wrap_disk_errors(target, FxpruneError), staging_folder(target) as built:

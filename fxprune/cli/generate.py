@@ -1,4 +1,4 @@
-"""The commands that let saved models continue a text, and chat."""
+"""The commands that generate text with saved models, and chat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxprune.errors import ArgumentError, FxpruneError
 @app.command(cls=MeasuringCommand)
 def generate(
     model: flags.Folder,
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue or to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 32,
     compare: Annotated[str | None, typer.Option(help="Model whose text comes first, usually the dense one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without a chat template.")] = False,
@@ -81,7 +81,7 @@ def chat(
 
 
 def _next_turn() -> str:
-    """The next message of the user that is not blank; empty at the end of the input."""
+    """The next non-blank message of the user; empty at the end of the input."""
     try:
         while not (text := console.input("> ").strip()):
             pass

@@ -49,7 +49,7 @@ from fxprune.vocabulary.alignment import has_other_tokens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model: perplexity by name of the text, accuracy by name of the task, and of its greedy answers."""
+    """Quality of a model: perplexity by text, accuracy by task, and its greedy answers."""
 
     perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Reference:
         self.model, self._answers, self.tokenizer = model, answers, tokenizer
 
     def compare(self, answers: Answers, tokenizer: Any, batch: int, track: Track) -> Generation:
-        """Compare the answers of a model with a tokenizer with those of this one, in the tokens of this one."""
+        """Compare the answers of another model with those of this one, in the tokens of this one."""
         words = self.tokenizer or tokenizer
         if self._answers is None:
             self._answers = answer_questions(self.model, words, batch=batch, track=track)
@@ -547,14 +547,14 @@ def measure_quality(
 
 
 def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
-    """Token ids of the samples that a prune calibrated on, or stopped by."""
+    """Token ids of the samples that a prune used for calibration or early stopping."""
     facts, name = facts_of(graph_module), token_input(graph_module)
     known = [fact for fact in (facts.get(Calibration), facts.get(HeldOut)) if fact is not None]
     return [sample.inputs[name] for fact in known for sample in fact.samples] if name else []
 
 
 def window_of(model: Any) -> int:
-    """Tokens of a window: :data:`WINDOW`, or as many as a model takes."""
+    """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     most = getattr(text, _POSITIONS, None)
@@ -562,7 +562,7 @@ def window_of(model: Any) -> int:
 
 
 def quality_of(dense: Evaluation, slim: Evaluation) -> Quality:
-    """The quality in evaluations of both models on the same texts, the dense one as reference; of answers the first."""
+    """The quality of a slim model, from evaluations of both on the same texts, with their first answers."""
     texts = tuple(
         _text_quality(name, dense.perplexities[name], value)
         for name, value in slim.perplexities.items()
@@ -593,7 +593,7 @@ def _text_quality(text: str, dense: Perplexity, slim: Perplexity) -> TextQuality
 
 
 def _answers(dense: tuple[Any, Any], slim: tuple[Any, Any]) -> tuple[GreedyAnswer, ...]:
-    """The answers of both models, each with its tokenizer, to a question; none if one generates no text.
+    """Answers of both models to a question, each with its tokenizer; empty if one cannot generate.
 
     Copies run, in case they write.
     """

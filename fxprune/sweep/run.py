@@ -208,7 +208,7 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
 def _is_done(
     row: SweepRow | None, key: str, folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
 ) -> bool:
-    """Whether a row is there with all that is asked for."""
+    """Whether a row is complete, with its model if that is kept."""
     if row is None or row.key != key or (bench and row.decode_ms is None):
         return False
     beaten = row not in Sweep(folder, tuple(rows.values())).best
@@ -249,7 +249,7 @@ def _write(done: Sweep, source: str) -> None:
 
 
 def _clear(done: Sweep, made: Set[str]) -> None:
-    """Delete those of the models made that another one has beaten since."""
+    """Delete models made in this sweep that another one beats by now."""
     for row in done.rows:
         if row.name in made and row not in done.best and (done.folder / row.name / MANIFEST).is_file():
             shutil.rmtree(done.folder / row.name)

@@ -1,4 +1,4 @@
-"""The table of a sweep: sizes against quality, what nothing else beats, and what to take."""
+"""The table of a sweep: size against quality, the Pareto front, and a recommendation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SweepRow:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """Costs that are compared: parameters, bytes, perplexity, and the time of a token where it was measured."""
+        """The costs compared: parameters, bytes, perplexity and, if measured, time per token."""
         times = () if self.decode_ms is None else (self.decode_ms[1] / self.decode_ms[0],)
         return self.parameters[1], self.memory[1], self.ratio_of_perplexity[0], *times
 
@@ -64,11 +64,11 @@ class Sweep:
 
     @property
     def best(self) -> tuple[SweepRow, ...]:
-        """The rows that no other one beats: none is as good in everything and better in something."""
+        """The Pareto front: rows that no other row matches in everything and beats in something."""
         return tuple(row for row in self.rows if not any(_beats(other, row) for other in self.rows))
 
     def recommend(self, at_most: float) -> SweepRow | None:
-        """The row with the fewest parameters whose perplexity is at most so many times the dense one's; None if none.
+        """The smallest row whose perplexity is at most this multiple of the dense model's; None if there is none.
 
         Raises:
             ArgumentError: ``at_most`` is no number above 0.
@@ -109,7 +109,7 @@ class Sweep:
         return {"rows": [asdict(row) | {"best": row in best} for row in self.rows]}
 
     def plot(self, path: Path) -> None:
-        """Draw perplexity against parameters, bytes and, where measured, speed; the lines join what nothing beats.
+        """Draw perplexity against parameters, bytes and, if measured, speed; lines join the Pareto front.
 
         Raises:
             EvaluationError: matplotlib is missing.

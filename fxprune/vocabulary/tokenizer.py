@@ -32,7 +32,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def check_kind(tokenizer: Any) -> None:
-    """Refuse a tokenizer that is of no kind which writes every text with some of its tokens.
+    """Refuse a tokenizer of a kind that cannot be trimmed.
 
     Raises:
         UnsupportedModelError: it is of another kind, or no fast tokenizer.
@@ -246,7 +246,7 @@ class _Longest(Tokens):
         self._prefix = spec["model"]["continuing_subword_prefix"]
 
     def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
-        """The longest token that fits, again and again."""
+        """Greedy longest match."""
         text, inside = self._split(self.texts[token])
         found: list[int] = []
         while text:

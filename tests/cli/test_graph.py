@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import fxprune
-import fxprune.cli.graph
 from tests.cli.running import invoked, shown
 from tests.models import tiny
 

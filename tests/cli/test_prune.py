@@ -12,11 +12,6 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import fxprune
-import fxprune.cli.config
-import fxprune.cli.options
-import fxprune.cli.output
-import fxprune.cli.preparation
-import fxprune.cli.prune
 from fxprune.recipes import read_recipe
 from tests.cli.folders import save_tiny
 from tests.cli.running import invoked, refused, run, shown
@@ -158,7 +153,7 @@ def test_deprecated_options_are_replaced_with_a_warning(folder: str, out: Path, 
 def test_a_gguf_file_has_sliced_norms_and_widths_in_blocks(
     folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fxprune.cli.prune, "_check_gguf", lambda *_: None)
+    monkeypatch.setattr("fxprune.export.gguf.write.check_gguf", lambda *_, **__: None)
     refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2)
     assert seen["norm"] == "sliced" and seen["round_to"] == {"mlp": 32}
     refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2, "--norm", "masked", "--round-to", 4)

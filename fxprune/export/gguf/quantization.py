@@ -1,4 +1,4 @@
-"""Quantisations of a GGUF file, one type for all matrices or a mixture, by the quantiser of an installed ggml."""
+"""Quantisations of a GGUF file: one type for all matrices, or a mixture, by the quantiser of ggml."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def quantization_named(name: str) -> Quantization:
 
 
 def row_multiple(name: str) -> int:
-    """The number whose multiples rows should be for a quantisation to store them as it should."""
+    """The multiple that rows should be rounded to for a quantisation."""
     return max(gguf.GGML_QUANT_SIZES[quantization_named(name).base][0], 32)
 
 

@@ -87,7 +87,7 @@ class Storage:
 
 
 def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, storage: Storage, name: str) -> None:
-    """Write a file, with the ``name`` of the model for people."""
+    """Write a file, with a human-readable ``name`` of the model."""
     writer = gguf.GGUFWriter(path, contents.arch.name)
     adders: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
