@@ -137,7 +137,7 @@ GRAPHS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-def test_what_is_no_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_objects_are_not_graphs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     values = (*NONSENSE, torch.fx.symbolic_trace(nn.ReLU()), Net())
     rows = [((name, value), "graph|traced") for name in GRAPHS for value in values]
     check_table(lambda row: GRAPHS[row[0]](row[1], tmp_path), rows, capfd)

@@ -94,7 +94,7 @@ def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, o
 
 
 def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None:
-    """A card told of `samples=64, written=64` where 4 of a file were used, and named no file."""
+    """A card listed `samples=64, written=64` where 4 of a file were used, and named no file."""
     path = out.with_name("words.txt")
     path.write_text("red green blue\n" * 8)
     options = ("--recipe", "fast", "--tune", "none", "--compensate", "none", "--protect", "0,0", "--ratio", 0.05)

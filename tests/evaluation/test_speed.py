@@ -50,7 +50,7 @@ def test_a_timed_call_is_made_until_it_takes_long_enough() -> None:
     assert len(calls) - before > 1
 
 
-def test_models_generate_as_many_tokens_and_keep_as_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_and_memory_of_generation_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the model and random numbers stay as they were, and nothing is asked for by a deprecated name."""
     model = tiny("llama")
     slim = remembered.pruned("llama", importance="l2", kinds="head", ratio=0.05, protect=()).model
@@ -77,7 +77,7 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(monkeypatch: pytes
     assert dense.to_dict()["decode_rate"] == pytest.approx(2 / dense.decode_ms * 1e3)
 
 
-def test_what_cannot_be_timed_is_refused(model: PreTrainedModel) -> None:
+def test_models_that_cannot_be_timed_are_refused(model: PreTrainedModel) -> None:
     refused: list[tuple[dict[str, Any], dict[str, int], str]] = [
         ({"dense": model}, {"tokens": 1}, "tokens is 1"),
         ({"dense": model}, {"prompt": 0}, "prompt is 0"),

@@ -459,7 +459,7 @@ REFUSED = {
     "out=": "don't support automatic differentiation",
     "scaled in turn": "replace the inplace operation",
 }
-"""What is said of those that are no one graph."""
+"""Words of the refusal of those that are not one graph."""
 
 SOME = ("tied, turned", "fused", "nested", "maxout, next", "mapped", "condition on values", "shuffled channels")
 

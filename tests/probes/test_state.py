@@ -153,7 +153,7 @@ REFUSED = {
     "data": "x.detach()",
     "writes to data": "x.detach()",
 }
-"""What is said of those that tracing does not follow."""
+"""Words of the refusal of those that tracing does not follow."""
 
 
 def test_state_that_only_python_sees_is_refused_or_as_in_the_first_call() -> None:
@@ -207,7 +207,7 @@ HOOKS: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
 
 
 @pytest.mark.parametrize("kind", tiers(HOOKS, "with keywords", "backward"))
-def test_hooks_of_the_user_see_nothing_and_are_said_to_be_left_out(kind: str) -> None:
+def test_hooks_of_the_user_are_left_out_and_reported(kind: str) -> None:
     module, calls = hooked(HOOKS[kind])
     traced = fxprune.trace(module, X)
     fxprune.prune(module, importance="l2", ratio=0.1, protect=(), example_inputs=X)

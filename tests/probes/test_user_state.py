@@ -137,7 +137,7 @@ class LayerDrop(Net):
 
 @pytest.mark.parametrize("kind", [AlwaysDropout, LayerDrop])
 def test_randomness_in_evaluation_is_reported(kind: type[nn.Module]) -> None:
-    """The graph had one draw, and nothing said so, or a verification error asked for a report."""
+    """The graph had one draw without a note, or a verification error asked for a report."""
     x = torch.randn(5, 6)
     try:
         result = fxprune.prune(kind().eval(), importance="l2", kinds="mlp", ratio=0.2, example_inputs={"x": x})

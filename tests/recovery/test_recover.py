@@ -194,7 +194,7 @@ def test_a_teacher_in_lower_precision_draws_the_student_to_it(dense: PreTrainedM
     assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
 
 
-def test_a_rate_that_diverges_is_told_and_leaves_the_model_whole(pruned: fxprune.Result) -> None:
+def test_divergence_is_reported_and_leaves_the_model_whole(pruned: fxprune.Result) -> None:
     own = slim_copy(pruned)
     keys = list(own.model.state_dict())
     with pytest.raises(RecoveryError, match=r"step \d+: training diverged: .*Lower learning_rate \(now 1000"):
@@ -204,7 +204,7 @@ def test_a_rate_that_diverges_is_told_and_leaves_the_model_whole(pruned: fxprune
 
 
 @pytest.mark.slow
-def test_the_best_weights_are_kept_and_no_gain_is_told(pruned: fxprune.Result) -> None:
+def test_the_best_weights_are_kept_and_a_missing_gain_is_reported(pruned: fxprune.Result) -> None:
     recovery = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, learning_rate=0.05, epochs=4)
     judged = [entry["eval_loss"] for entry in recovery.history if "eval_loss" in entry]
     assert recovery.held_out == (judged[0], min(judged[1:])) and len(judged) > 2

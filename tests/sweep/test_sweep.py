@@ -89,7 +89,7 @@ def test_each_model_is_that_of_a_prune_of_its_own(tmp_path: Path, monkeypatch: p
     assert ElementTree.parse(tmp_path / "out/sweep.svg").getroot().tag.endswith("svg")
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sweep_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
 
     def stop(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
