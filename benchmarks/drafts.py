@@ -37,7 +37,7 @@ class Continued:
     """Continuation of a prompt, with its time and its counts of drafted and accepted tokens.
 
     Attributes:
-        said: Generated token ids, or text.
+        continuation: Generated token ids, or text.
         tokens: Their number.
         seconds: Wall clock without the prompt, where the engine tells it apart.
         drafted: Tokens that the draft proposed; None if unknown.
@@ -45,7 +45,7 @@ class Continued:
         runs: Runs of the dense model; None if unknown.
     """
 
-    said: Any
+    continuation: Any
     tokens: int
     seconds: float
     drafted: int | None = None
@@ -77,16 +77,16 @@ def by_llama_cpp(server: LlamaServer, prompt: Sequence[int], new: int) -> Contin
     """Continue a prompt greedily by llama.cpp; the server has a draft or none."""
     options = {"samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
     answer = server.complete(prompt, n_predict=new, **options)
-    timings, said = answer["timings"], answer["choices"][0]["text"]
+    timings, continuation = answer["timings"], answer["choices"][0]["text"]
     drafted, accepted = timings.get("draft_n"), timings.get("draft_n_accepted")
-    return Continued(said, timings["predicted_n"], timings["predicted_ms"] / 1e3, drafted, accepted)
+    return Continued(continuation, timings["predicted_n"], timings["predicted_ms"] / 1e3, drafted, accepted)
 
 
 def summary(alone: Sequence[Continued], helped: Sequence[Continued]) -> dict[str, Any]:
     """Figures of continuations with a draft beside those of the same prompts without."""
     speed = [one.seconds / other.seconds for one, other in zip(alone, helped, strict=True)]
     found: dict[str, Any] = {
-        "same": fmean(one.said == other.said for one, other in zip(alone, helped, strict=True)),
+        "same": fmean(one.continuation == other.continuation for one, other in zip(alone, helped, strict=True)),
         "tokens_per_s": [
             sum(one.tokens for one in runs) / sum(one.seconds for one in runs) for runs in (alone, helped)
         ],

@@ -388,7 +388,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"not a manifest: {error!r}", where=str(path), remedy=_SAVE_AGAIN) from error
+        raise CheckpointError(
+            f"not a manifest: {type(error).__name__}: {error}", where=str(path), remedy=_SAVE_AGAIN
+        ) from error
 
 
 def _check_types(manifest: Any) -> None:

@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Run a command; under ``torchrun`` in several processes that share the samples."""
+    """Run a command; processes of ``torchrun`` share the samples."""
     console.install()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line reports the error, not each attempt
     # a thread that spins while it waits for another one takes the core that the other one needs, beside other work

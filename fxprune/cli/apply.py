@@ -1,4 +1,4 @@
-"""The command that carries out the plan of an earlier prune."""
+"""The command that applies the plan of an earlier prune."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def apply(
     as_json: flags.Json = False,
     **options: Any,
 ) -> None:
-    """Carry out PLAN, made for MODEL or for a sibling of its shape; writes the same files as `prune`."""
+    """Apply PLAN, made for MODEL or for a model of its shape; writes the same files as `prune`."""
     from fxprune.offload.prefetch import as_device
 
     if out is None:
-        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out")
+        raise ArgumentError("no output is given", where="--out", remedy="Give --out")
     text = CalibrationText(calibration, samples, tokens)
     text.check()
     check_model(model, gguf_file, with_weights=True)

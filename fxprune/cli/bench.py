@@ -1,4 +1,4 @@
-"""The command that times saved models in transformers, side by side, and slim versions of one."""
+"""The command that measures generation speed of saved models in transformers, side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RATIOS = (0.15, 0.3, 0.45)
 
 
 def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
-    """Models of a few sizes by random units, by name, and the file that their times are kept in.
+    """Slim models of a few sizes with random units removed, by name, and the file for their times.
 
     Raises:
         EvaluationError: there is no slim model to time.

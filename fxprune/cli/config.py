@@ -18,7 +18,7 @@ _UNWRITTEN = ("config", "dry_run", "force", "quiet", "verbose", "as_json")
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take arguments that are not on the command line from a file."""
+    """Read arguments that are not on the command line from a file."""
     if path is not None:
         known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
         context.default_map = {
@@ -30,7 +30,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def run_file(out: Path, *, is_file: bool) -> Path:
-    """Where the arguments of a run are written: in its folder, or beside its file."""
+    """The file for the arguments of a run: in its folder, or beside its file."""
     return out.with_suffix(".run.yaml") if is_file else out / "run.yaml"
 
 
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
 
 
 def parse_number(text: str) -> int | float | str:
-    """The number that a text spells; the text itself if it spells none."""
+    """A text as a number if it is one, else as it is."""
     for kind in (int, float):
         try:
             return kind(text)

@@ -1,4 +1,4 @@
-"""The command line application: its process, its two outputs, progress, and how errors end."""
+"""The command line application: signals, standard output and error, progress, exit codes."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Command(TyperCommand):
     """Whether the whole library is imported before the command runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take a pair in one word, ``1,1`` or ``(1, 1)`` as messages spell it, for two words."""
+        """Split a pair given as one word, ``1,1`` or ``(1, 1)``, into two words."""
         pairs = {name for one in self.params if one.nargs == 2 for name in one.opts}
         words: list[str] = []
         for word in args:
@@ -171,7 +171,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, words)
 
     def invoke(self, ctx: Any) -> Any:
-        """Set the output, import the package, and run the command."""
+        """Configure the output, import the package, and run the command."""
         options = ctx.params
         quiet, verbose = bool(options.get("quiet")), bool(options.get("verbose"))
         set_output(quiet=quiet, verbose=verbose, as_json=bool(options.get("as_json")), with_results=self.is_measurement)
@@ -190,19 +190,19 @@ class Command(TyperCommand):
 
 
 class MeasuringCommand(Command):
-    """A command that is asked for a result."""
+    """A command whose output is its purpose."""
 
     is_measurement = True
 
 
 class QuickCommand(Command):
-    """A command that imports no more than it needs, and runs no model."""
+    """A command that runs no model and imports only what it needs."""
 
     needs_library = False
 
 
 def _spelling(context: Any, error: FxpruneError) -> Callable[[str], str]:
-    """How a message spells arguments: options of the command as such, but not arguments of a pass of the same name."""
+    """The spelling of arguments in messages: as options, unless an argument of a pass has the same name."""
     known = {parameter.name for parameter in context.command.params if parameter.param_type_name == "option"}
 
     def spell(name: str) -> str:
@@ -309,7 +309,7 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print warnings as notes, each a line without the place in the code that it comes from."""
+    """Print warnings as notes of one line, without file and line number."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         notes.print(f"note: {message}", markup=False, highlight=False)
@@ -321,7 +321,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show that something is under way that takes an unknown time."""
+    """Show a status while something of unknown duration runs."""
     if not _shows_progress():
         yield
     elif notes.is_terminal:
@@ -353,7 +353,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def run_progress(what: str) -> Iterator[dict[str, Any]]:
-    """Options of a prune that show its progress: one bar in a terminal, and lines now and then elsewhere."""
+    """Options of a prune that show its progress: a bar in a terminal, occasional lines elsewhere."""
     if notes.is_terminal:
         yield {"progress": _shows_progress()}
         return
@@ -362,5 +362,5 @@ def run_progress(what: str) -> Iterator[dict[str, Any]]:
 
 
 def _shows_progress() -> bool:
-    """Whether this process shows progress: of several processes of ``torchrun`` the first does."""
+    """Whether this process shows progress; of several processes of ``torchrun`` only the first does."""
     return not notes.quiet and os.environ.get("RANK", "0") == "0"

@@ -21,12 +21,12 @@ DEMO = "demo"
 
 
 def demo_name() -> str:
-    """The name that its makers gave the demo model."""
+    """The name of the demo model."""
     return _entry()["name"]
 
 
 def demo_checkpoint() -> Path:
-    """Return a folder that holds the demo model as a Hugging Face checkpoint; it is built on first use."""
+    """A folder that holds the demo model as a Hugging Face checkpoint; it is built on first use."""
     gguf = demo_gguf()
     configured = os.environ.get("FXPRUNE_CACHE")
     cached = Path(configured).expanduser() if configured else Path.home() / ".cache" / "fxprune"
@@ -37,7 +37,7 @@ def demo_checkpoint() -> Path:
 
 
 def demo_gguf() -> Path:
-    """Return the GGUF file in the installed package, which is not imported: it imports packages that may be missing."""
+    """The GGUF file in the installed package, which is not imported: it imports packages that may be missing."""
     package, install = _entry()["package"], _entry()["install"]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
@@ -50,7 +50,7 @@ def demo_gguf() -> Path:
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
-    """Return the model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised.
+    """The model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised.
 
     transformers leaves its marks of quantisation on such a model, and refuses to save or train it because of them.
     """
@@ -67,7 +67,7 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
 
 
 def uniform_price() -> str:
-    """The price of the same widths in all layers, in words, as `python -m benchmarks.pages` writes it."""
+    """The cost in perplexity of equal widths in all layers, in words, as written by `python -m benchmarks.pages`."""
     return _entry()["uniform"]
 
 
@@ -77,7 +77,7 @@ def _entry() -> dict[str, str]:
 
 
 def _write_checkpoint(gguf: Path, target: Path) -> None:
-    """Write a checkpoint that is there complete or not at all, also when several processes write it at once."""
+    """Write a checkpoint atomically; several processes may write it at once."""
     from fxprune.offload.atomic import finish_files, replace_folder, staging_folder, wrap_disk_errors
 
     with wrap_disk_errors(target, FxpruneError), staging_folder(target) as built:

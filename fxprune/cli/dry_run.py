@@ -1,4 +1,4 @@
-"""Estimate of a prune, made on `meta` before any weight is read."""
+"""Estimate of the result and cost of a prune, made on `meta` without reading weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Activations:
-    """Elements that a model computes per token, ``alive`` at most at once besides ``outputs``; ``size`` bytes each."""
+    """Elements of activations per token: in ``total``, ``alive`` at the peak, and ``outputs``; ``size`` bytes each."""
 
     total: float
     alive: float
@@ -56,7 +56,7 @@ class Activations:
 
 
 def costs_of(passes: Sequence[Any], samples: int, *, on_disk: bool = False) -> list[tuple[Any, Any]]:
-    """Passes with their costs: training takes the samples that an earlier pass recorded, others those there are.
+    """Passes with their costs; training runs on the samples recorded by an earlier pass.
 
     No samples are generated from weights ``on_disk``.
     """
@@ -78,7 +78,7 @@ def peak_memory(
     in_place: bool = False,
     on_disk: bool = False,
 ) -> float:
-    """Bytes at the peak: dense and slim ``weights`` (bytes), and the activations of the pass that needs most."""
+    """Peak memory in bytes: dense and slim ``weights``, and the activations of the most demanding pass."""
     dense, slim = weights
     both = 0.0 if on_disk else dense if in_place else dense + slim
     held, current, most = 0.0 if on_disk else dense, dense, both
@@ -190,7 +190,7 @@ def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _count_samples(prepared: Prepared, text: CalibrationText) -> tuple[int, int]:
-    """Number of samples, and the tokens of one; those of a text without a tokenizer are estimated by its length."""
+    """Number of samples and tokens per sample; estimated by the length of a text if there is no tokenizer."""
     if prepared.samples is not None:
         return tuple(prepared.samples["input_ids"].shape)
     reader = reader_of(prepared.passes)
@@ -230,7 +230,7 @@ def _reachable(choice: Any, graph_module: Any) -> float | None:
 
 
 def _flops() -> float:
-    """Floating point operations of this machine a second, by the quickest of a few matrix products."""
+    """Floating point operations per second on this machine, by the fastest of a few matrix products."""
     square = torch.ones(1024, 1024)
     quickest = float("inf")
     for _ in range(12):  # some may wait for other work

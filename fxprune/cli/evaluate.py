@@ -25,7 +25,7 @@ def evaluate(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to predict: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
+            help="Text for perplexity: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
         ),
     ] = None,
     tasks: Annotated[
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _check_written(models: Sequence[str], compare: str | None, *, low_memory: bool) -> None:
-    """Refuse to write figures that are of no report, or beside no dense model, before they are measured."""
+    """Refuse, before measuring, to write figures without a report or a dense model to compare with."""
     from fxprune.checkpoint.manifest import read_manifest
 
     if compare is None or low_memory:
@@ -136,7 +136,7 @@ def write_quality(folder: str, comparison: Comparison) -> None:
 
 
 def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
-    """Texts by name, each loaded once to see that it can be."""
+    """Texts by name; each is loaded once to check it."""
     from fxprune.data.built_in import offline_docstrings
     from fxprune.evaluation.perplexity import load_corpus, named_corpora
 
@@ -157,7 +157,7 @@ def _measure(
     *,
     has_reference: bool,
 ) -> tuple[Column, ...]:
-    """Measure one model after the other; one without a tokenizer uses that of the model before it.
+    """Measure the models in turn; one without a tokenizer uses that of the model before it.
 
     Weights stay on disk if there is a folder to unpack GGUF files in, ``work``. Else the first model may be the
     reference of the others; it then stays in memory.

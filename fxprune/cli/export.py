@@ -24,7 +24,7 @@ def export(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text by which K-quants and i-quants weigh their errors: a file or data set, as for prune (default: "
+            help="Text for the importance matrix of K-quants and i-quants: a file or data set, as for prune (default: "
             "built-in text)."
         ),
     ] = None,
@@ -42,7 +42,7 @@ def export(
     check_output(out, model, force=True)  # an existing file is replaced when the new one is complete
     check_quantization(quantization, out)
     if like is not None and not is_gguf(str(like)):
-        raise ArgumentError(f"{like} is no GGUF file", where="--like", remedy="Name that of the dense model")
+        raise ArgumentError(f"{like} is not a GGUF file", where="--like", remedy="Name that of the dense model")
     tokenizer = load_words(model, gguf_file) if to_gguf and like is None else None
     if calibration is not None:
         calibration_text(calibration)  # refuses a text that cannot be read before the model is loaded

@@ -1,4 +1,4 @@
-"""The command that lets saved models continue a text."""
+"""The commands that generate text with saved models, and chat."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from fxprune.cli import options as flags
-from fxprune.cli.console import MeasuringCommand, app, print_json, print_lines
-from fxprune.cli.models import check_models, load_pair
-from fxprune.errors import ArgumentError
+from fxprune.cli.console import Command, MeasuringCommand, app, console, print_json, print_lines
+from fxprune.cli.models import check_model, check_models, load, load_pair, load_words
+from fxprune.errors import ArgumentError, FxpruneError
 
 
 @app.command(cls=MeasuringCommand)
 def generate(
     model: flags.Folder,
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 32,
+    prompt: Annotated[str, typer.Argument(help="Text to continue or to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 32,
     compare: Annotated[str | None, typer.Option(help="Model whose text comes first, usually the dense one.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without a chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Above 0: sample; at 0: the likeliest token.")] = 0,
@@ -45,23 +45,58 @@ def generate(
         loaded, tokenizer = load_pair(place, dtype=dtype, device=device)
         if len(models) > 1:
             print_lines([f"{name}:"])
-        inputs = _inputs(tokenizer, prompt, raw=raw).to(loaded.device)
+        if raw or not tokenizer.chat_template:
+            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        else:
+            inputs = _turns(tokenizer, [{"role": "user", "content": prompt}])
         torch.manual_seed(seed)
         with readable(place, "cannot generate", "Check its weights for values that are not finite, and --temperature"):
-            texts[name] = _continue(loaded, tokenizer, inputs, options, streams=not as_json)
+            texts[name] = _generate(loaded, tokenizer, inputs, streams=not as_json, **options)
     if as_json:
         print_json(texts)
 
 
-def _inputs(tokenizer: Any, prompt: str, *, raw: bool) -> Any:
-    """The tokens of a prompt: a turn of a chat if the tokenizer has a template, else the text itself."""
-    if raw or not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+@app.command(cls=Command)
+def chat(
+    model: flags.Folder,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    quiet: flags.QuietButResult = False,
+) -> None:
+    """Chat with MODEL, dense or slim, in its own template and with its own settings, until Ctrl-D."""
+    check_model(model, with_weights=True)
+    tokenizer = load_words(model)
+    if not tokenizer.chat_template:
+        remedy = "`fxprune generate` continues a text"
+        raise FxpruneError("its tokenizer has no chat template", where=model, remedy=remedy)
+    loaded = load(model, dtype=dtype, device=device)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    while text := _next_turn():
+        messages.append({"role": "user", "content": text})
+        inputs = _turns(tokenizer, messages)
+        answer = _generate(loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
+        messages.append({"role": "assistant", "content": answer})
 
 
-def _continue(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], *, streams: bool) -> str:
+def _next_turn() -> str:
+    """The next non-blank message of the user; empty at the end of the input."""
+    try:
+        while not (text := console.input("> ").strip()):
+            pass
+    except EOFError:
+        print_lines([""])
+        return ""
+    return text
+
+
+def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    """The tokens of a chat, up to the answer."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, *, streams: bool, **options: Any) -> str:
     """The text that a model generates; ``streams`` to print it as it comes."""
     from transformers import TextStreamer
 
@@ -69,6 +104,5 @@ def _continue(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], 
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     with quiet(logging.WARNING):
-        ids = model.generate(**inputs, **options, streamer=streamer)
-    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+        ids = model.generate(**inputs.to(model.device), **options, streamer=streamer)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -36,7 +36,7 @@ def is_config_alone(model: str, gguf_file: str | None) -> bool:
 
 
 def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool = False) -> None:
-    """Refuse a model that is not there, with its weights if these are needed, or does not predict the next token."""
+    """Refuse a model that does not exist, lacks weights that are needed, or does not predict the next token."""
     path = Path(model).expanduser()
     if not model:
         raise FxpruneError("no such folder or file", where="MODEL", remedy=_REMEDY)
@@ -62,7 +62,7 @@ def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool 
 
 
 def check_models(models: Sequence[str]) -> dict[str, str]:
-    """Check all models before the first is loaded; by the last part of the path, or by all of it if two end alike."""
+    """Check all models before the first is loaded; by the last part of their paths, or by all if two are equal."""
     places = list(dict.fromkeys(models))
     for place in places:
         check_model(place, with_weights=True)
@@ -150,7 +150,7 @@ def _is_path(model: str) -> bool:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a file that transformers cannot read: no GGUF file, one that is cut off, or one whose layers differ."""
+    """Refuse a file that transformers cannot read: not GGUF, truncated, or with layers of different widths."""
     from fxprune.checkpoint.read import read_header
     from fxprune.export.gguf.format import general_archs, layers_differ
 
@@ -159,7 +159,7 @@ def _check_file(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(4)
     if start != b"GGUF":
-        raise FxpruneError(f"it is no GGUF file: it starts with {start!r}", where=str(path), remedy=_REMEDY)
+        raise FxpruneError(f"it is not a GGUF file: it starts with {start!r}", where=str(path), remedy=_REMEDY)
     try:
         header = read_header(path)
     except (OSError, ValueError) as error:
@@ -205,7 +205,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _advice(folder: Path) -> str:
-    """The remedy for a folder that holds no model of transformers."""
+    """The remedy for a folder without a model of transformers."""
     found = sorted(path.name for path in folder.glob("*.gguf"))
     if found:
         return f"Name the file: {folder / found[0]}"

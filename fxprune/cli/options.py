@@ -1,4 +1,4 @@
-"""Options of the commands: those of the library, from their one declaration, and those of a shell alone."""
+"""Options of the commands: those declared by the library, and those of the command line alone."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def _parse(hint: Any, value: Any) -> Any:
-    """The value of an option given as text; one that is not of a known form is left for the library to refuse."""
+    """The value of an option given as text; an unknown form is left for the library to refuse."""
     kinds = _kinds(hint)
     if isinstance(value, tuple):
         return tuple(map(parse_number, value))

@@ -1,4 +1,4 @@
-"""The place that a result goes to, checked before any work, and the files written there."""
+"""The output of a command: checked before any work, then written and printed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_file(out: Path) -> bool:
 
 
 def check_output(out: Path, model: str, *, force: bool) -> None:
-    """Refuse a place that cannot be written to, or holds the model or, without ``force``, files of others."""
+    """Refuse an output that is not writable, is the model itself or, without ``force``, holds other files."""
     known = (*SUFFIXES, *_FILES)
     near = out.suffix[1:].isalpha() and difflib.get_close_matches(out.suffix.lower(), SUFFIXES, cutoff=0.7)
     if out.suffix not in SUFFIXES and (out.suffix.lower() in known or near):
@@ -44,7 +44,7 @@ def check_output(out: Path, model: str, *, force: bool) -> None:
     if not parent.is_dir():
         raise CheckpointError(f"{parent} is a file", where=str(out), remedy="Choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"nothing can be written in {parent}", where=str(out), remedy="Choose another folder")
+        raise CheckpointError(f"{parent} is not writable", where=str(out), remedy="Choose another folder")
     if is_file(out):
         _check_file(out, force=force)
     else:
@@ -52,16 +52,16 @@ def check_output(out: Path, model: str, *, force: bool) -> None:
 
 
 def _check_name(out: Path) -> None:
-    """Refuse a name that no file can have, or whose links form a circle."""
+    """Refuse an impossible file name, and links in a circle."""
     if str(out).startswith("-"):
         remedy = "Give --out a name before it, or a path such as ./-slim if that is meant"
-        raise CheckpointError("it is spelled like an option", where=str(out), remedy=remedy)
+        raise CheckpointError("it looks like an option", where=str(out), remedy=remedy)
     try:
         out.stat()
     except (FileNotFoundError, NotADirectoryError):  # a parent that is a file is refused by its own name
         return
     except (OSError, ValueError) as error:
-        what = f"nothing can be written there: {getattr(error, 'strerror', '') or error}"
+        what = f"it cannot be written: {getattr(error, 'strerror', '') or error}"
         raise CheckpointError(what, where=str(out), remedy="Choose another place") from error
     if not out.is_dir() and not out.is_file():
         raise CheckpointError("it is neither a folder nor a file", where=str(out), remedy="Choose another place")
@@ -83,7 +83,7 @@ def _check_folder(out: Path, *, force: bool) -> None:
         return
     if not force:
         remedy = "Choose a new folder, or write into this one with --force"
-        raise CheckpointError("it holds files that are not of an earlier run", where=str(out), remedy=remedy)
+        raise CheckpointError("it holds files that no earlier run wrote", where=str(out), remedy=remedy)
     if out.resolve() == Path.cwd() or any(path.is_dir() for path in out.iterdir()):
         what = "it holds folders or is the current folder, and is not replaced with --force either"
         raise CheckpointError(what, where=str(out), remedy="Choose a new folder")
@@ -117,7 +117,7 @@ def gguf_quantization(source: str, quantization: str | None) -> str:
 
 
 def gguf_multiple(source: str, quantization: str | None) -> int:
-    """The number whose multiples widths should be for a GGUF file of :func:`gguf_quantization`."""
+    """The multiple that widths should be rounded to for a GGUF file of :func:`gguf_quantization`."""
     from fxprune.export.gguf.quantization import row_multiple
 
     return row_multiple(gguf_quantization(source, quantization))
@@ -135,7 +135,7 @@ def runners(out: Path) -> str:
 def write_result(
     result: fxprune.Result, out: Path, tokenizer: Any, options: dict[str, Any], *, run: str | None, force: bool
 ) -> str:
-    """Write the result of a prune to a folder or a file, as a whole or not at all; returns how to load it.
+    """Write the result of a prune to a folder or a file, atomically; return how to load it.
 
     ``options`` are of :func:`fxprune.export_model`, for a file; ``run`` is by :func:`~fxprune.cli.config.format_run`.
     """
@@ -170,7 +170,7 @@ def write_result(
 
 
 def check_push(repository: str, out: Path | None) -> None:
-    """Refuse a bad name of a repository, and an upload of anything other than a folder."""
+    """Refuse an invalid repository name, and an upload of anything but a folder."""
     from fxprune.checkpoint.write import check_repository
 
     check_repository("push_to_hub", repository)

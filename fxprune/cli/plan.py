@@ -75,14 +75,9 @@ def diff(first: Source, second: Source, as_json: flags.Json = False) -> None:
 
     one, other = read_plan(first).plan, read_plan(second).plan
     axes = differences(one, other)
-    blocks = {
-        "first": sorted({*one.removed_blocks} - {*other.removed_blocks}),
-        "second": sorted({*other.removed_blocks} - {*one.removed_blocks}),
-    }
-    tokens = {
-        "first": len({*one.vocabulary} - {*other.vocabulary}),
-        "second": len({*other.vocabulary} - {*one.vocabulary}),
-    }
+    sides = {"first": (one, other), "second": (other, one)}
+    blocks = {name: sorted({*a.removed_blocks} - {*b.removed_blocks}) for name, (a, b) in sides.items()}
+    tokens = {name: len({*a.vocabulary} - {*b.vocabulary}) for name, (a, b) in sides.items()}
     same = not axes and not any(blocks.values()) and (one.norm, one.vocabulary) == (other.norm, other.vocabulary)
     if as_json:
         cut = [each.to_dict() for each in axes]

@@ -1,6 +1,6 @@
-"""Passes, tokenizer and samples of a prune, each refused if it is wrong before the first weight is read.
+"""Passes, tokenizer and samples of a prune, checked before any weight is read.
 
-A dry run prepares as a prune does, so that both refuse the same in the same words.
+A dry run prepares as a prune does, so that both refuse the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fxprune.errors import ArgumentError
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The calibration text of a command: None for built-in text, the recipe's number of samples, and their tokens."""
+    """The calibration text of a command; None for built-in text and for the defaults of the recipe."""
 
     source: str | None
     samples: int | None
@@ -44,7 +44,7 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs of a prune besides the model; the pass that reads samples may not have them yet."""
+    """Inputs of a prune besides the model."""
 
     passes: tuple[Any, ...]
     tokenizer: Any

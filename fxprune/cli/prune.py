@@ -25,7 +25,7 @@ from fxprune.cli.output import (
     write_result,
     write_run,
 )
-from fxprune.cli.preparation import CalibrationText, prepare
+from fxprune.cli.preparation import CalibrationText, Prepared, prepare
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options
@@ -90,38 +90,45 @@ def prune(
     assert out is not None
     run = format_run(call)
     force = force or run_file(out, is_file=is_file(out)).is_file()
-    data, tokenizer = prepared.samples, prepared.tokenizer
     if low_memory:
-        with run_progress("pruning from disk") as shown:
-            result = fxprune.prune_checkpoint(
-                locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file,
-                out,
-                data,
-                tokenizer=tokenizer,
-                **shown,
-                force=force,
-                also=lambda _, folder: write_run(run, run_file(folder, is_file=False)),
-                device=device,
-                **options,
-            )
-        loading = OURS
+        source = locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file
+        result, loading = _prune_on_disk(source, out, prepared, run, force=force, device=device, **options), OURS
     else:
         keep_freed()
         dense = load(model, gguf_file, dtype=dtype, device=device)
-        export = gguf_options(model, tokenizer, quantization) if to_gguf else {}
-        if to_gguf:
-            _check_gguf(dense, export)
-        with run_progress("pruning") as shown:
-            result = fxprune.prune(dense, data, tokenizer=tokenizer, **shown, **options)
+        export = gguf_options(model, prepared.tokenizer, quantization) if to_gguf else {}
+        result = _prune_in_memory(dense, prepared, export, options)
         with working(f"writing {out}"):
-            loading = write_result(result, out, tokenizer, export, run=run, force=force)
+            loading = write_result(result, out, prepared.tokenizer, export, run=run, force=force)
     print_result(result, out, loading, as_json=as_json)
     if push_to_hub is not None:
         push(out, push_to_hub)
 
 
+def _prune_on_disk(source: Any, out: Path, prepared: Prepared, run: str, **options: Any) -> fxprune.Result:
+    """Prune a model whose weights stay on disk, from its files to a folder."""
+
+    def write_beside(_: Any, folder: Path) -> None:
+        write_run(run, run_file(folder, is_file=False))
+
+    with run_progress("pruning from disk") as shown:
+        inputs = {"tokenizer": prepared.tokenizer, "also": write_beside, **shown}
+        return fxprune.prune_checkpoint(source, out, prepared.samples, **inputs, **options)
+
+
+def _prune_in_memory(dense: Any, prepared: Prepared, export: dict[str, Any], options: dict[str, Any]) -> fxprune.Result:
+    """Prune a model in memory, if a GGUF file to be written with options ``export`` can hold it."""
+    if export:
+        from fxprune.export.gguf.write import check_gguf
+
+        with working("checking that a GGUF file can hold the model"):
+            check_gguf(dense, **{name: value for name, value in export.items() if name != "quantization"})
+    with run_progress("pruning") as shown:
+        return fxprune.prune(dense, prepared.samples, tokenizer=prepared.tokenizer, **shown, **options)
+
+
 def _quantization(target: str | None, given: str | None) -> str | None:
-    """The type of a GGUF file: the one given, or that in which a target counts its bytes."""
+    """The type of a GGUF file: the one given, or that of a target in bytes."""
     from fxprune.removal.target import parse_target
 
     budget = "" if target is None else parse_target(target).budget
@@ -133,9 +140,9 @@ def _quantization(target: str | None, given: str | None) -> str | None:
 
 
 def _check_places(out: Path | None, *, dry_run: bool, low_memory: bool) -> None:
-    """Refuse a request that writes nowhere, or a file where only a folder is written."""
+    """Refuse a missing output, and a file where only a folder can be written."""
     if out is None and not dry_run:
-        raise ArgumentError("there is no place to write to", where="--out", remedy="Give --out, or --dry-run to look")
+        raise ArgumentError("no output is given", where="--out", remedy="Give --out, or --dry-run to look")
     if low_memory and out is not None and is_file(out):
         remedy = "Prune to a folder, and make the file of it with `fxprune export`"
         raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
@@ -154,7 +161,7 @@ def _check_exclusive(context: typer.Context) -> None:
 
 
 def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio: float | None) -> None:
-    """Put the spellings of passes in place of deprecated options, and print a line for each."""
+    """Replace deprecated options by spellings of passes, with a warning for each."""
     replaced = {}
     if taylor is not None:
         spelled = f"taylor{{order={taylor}}}"
@@ -167,11 +174,3 @@ def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio
     for old, (stage, choice) in replaced.items():
         options[stage] = choice
         notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'", markup=False, highlight=False)
-
-
-def _check_gguf(dense: Any, export: dict[str, Any]) -> None:
-    """Refuse a model that cannot be written as a GGUF file before it is pruned for one."""
-    from fxprune.export.gguf.write import check_gguf
-
-    with working("checking that a GGUF file can hold the model"):
-        check_gguf(dense, **{name: value for name, value in export.items() if name != "quantization"})

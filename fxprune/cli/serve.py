@@ -1,9 +1,8 @@
-"""The commands that serve a model to other programs, and that talk to one."""
+"""The command that serves a model to other programs."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ import typer
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import Command, app, console, print_lines, warnings_as_notes, working
+from fxprune.cli.console import Command, app, print_lines, warnings_as_notes, working
 from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_quantization, gguf_options
 from fxprune.errors import ArgumentError, FxpruneError
@@ -32,18 +31,18 @@ def serve(
     model: flags.Folder,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    context: Annotated[int, typer.Option(min=16, help="Tokens of a request and its answer, all together.")] = 4096,
+    context: Annotated[int, typer.Option(min=16, help="Tokens of a request and its answer together.")] = 4096,
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Smaller model with the same tokens, such as MODEL pruned: it drafts tokens, and MODEL accepts those "
-            "that it says itself."
+            help="Smaller model with the same tokens, such as MODEL pruned, for speculative decoding; the answers stay "
+            "the same."
         ),
     ] = None,
     quantization: flags.Quantization = None,
     quiet: flags.Quiet = False,
 ) -> None:
-    """Serve MODEL by the OpenAI API until Ctrl-C: a GGUF file as it is, another model as one made for the purpose."""
+    """Serve MODEL over the OpenAI API until Ctrl-C; a model that is not a GGUF file is exported to one first."""
     from fxprune.export.gguf.format import load_data
 
     engine: dict[str, Any] = load_data("quantizations")["engine"]
@@ -118,50 +117,3 @@ def wait() -> None:
     if hasattr(signal, "pause"):
         signal.pause()
     threading.Event().wait()
-
-
-@app.command(cls=Command)
-def chat(
-    model: flags.Folder,
-    system: Annotated[str | None, typer.Option(help="Message of the system that the chat begins with.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 512,
-    dtype: flags.Dtype = None,
-    device: flags.Device = None,
-    quiet: flags.QuietButResult = False,
-) -> None:
-    """Chat with MODEL, dense or slim, in its own template and with its own settings, until Ctrl-D."""
-    check_model(model, with_weights=True)
-    tokenizer = load_words(model)
-    if not tokenizer.chat_template:
-        remedy = "`fxprune generate` continues a text"
-        raise FxpruneError("its tokenizer has no chat template", where=model, remedy=remedy)
-    loaded = load(model, dtype=dtype, device=device)
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    while said := _next_turn():
-        messages.append({"role": "user", "content": said})
-        messages.append({"role": "assistant", "content": _answer(loaded, tokenizer, messages, max_new_tokens)})
-
-
-def _next_turn() -> str:
-    """The next message of the user that is not blank; empty at the end of the input."""
-    try:
-        while not (said := console.input("> ").strip()):
-            pass
-    except EOFError:
-        print_lines([""])
-        return ""
-    return said
-
-
-def _answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], most: int) -> str:
-    """The answer of a model, printed as it comes."""
-    from transformers import TextStreamer
-
-    from fxprune.graph.context import quiet
-
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = inputs.to(model.device)
-    with quiet(logging.WARNING):
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = model.generate(**inputs, max_new_tokens=most, streamer=streamer)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -34,7 +34,10 @@ def sweep(
     ] = "best",
     bench: Annotated[bool, typer.Option("--bench", help="Measure the time of a generated token as well.")] = False,
     at_most: Annotated[
-        str | None, typer.Option(help="Recommend by perplexity: at most so many times that of MODEL, as in 1.3x.")
+        str | None,
+        typer.Option(
+            help="Recommend the smallest model whose perplexity is at most this many times that of MODEL: 1.3x."
+        ),
     ] = None,
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
@@ -48,7 +51,7 @@ def sweep(
     as_json: flags.Json = False,
     **options: Any,
 ) -> None:
-    """Prune MODEL by several recipes and ratios, and compare size and quality; repeated, it goes on after a stop."""
+    """Prune MODEL by several recipes and ratios, and compare size and quality; resumes an interrupted sweep."""
     from fxprune.sweep.run import check_sweep
 
     most = None if at_most is None else _times(at_most)
@@ -94,5 +97,5 @@ def _times(text: str) -> float:
     """The number in ``1.3x``."""
     value = parse_number(text.removesuffix("x"))
     if isinstance(value, str) or not value > 0:
-        raise ArgumentError(f"{text!r} is no multiple", where="--at-most", remedy="Give a number, as in 1.3x")
+        raise ArgumentError(f"{text!r} is not a multiple", where="--at-most", remedy="Give a number, as in 1.3x")
     return float(value)

@@ -51,7 +51,7 @@ class Atlas:
         return found
 
     def part(self, factor: Factor) -> nx.Graph[Axis]:
-        """Return the axes that hold a factor and their couplings, in the order of the graph."""
+        """The axes that hold a factor and their couplings, in the order of the graph."""
         # nx.Graph.subgraph iterates over a set: which of two equally short paths is shown would differ by process
         inside = dict.fromkeys(self.holding[factor])
         part: nx.Graph[Axis] = nx.Graph()
@@ -76,7 +76,7 @@ class Atlas:
         return axis.tensor not in self.weights
 
     def is_sum(self, axis: Axis) -> bool:
-        """Return whether ``axis`` belongs to a residual sum: a stream plus the output of a branch."""
+        """Whether ``axis`` belongs to a residual sum: a stream plus the output of a branch."""
         return axis.tensor in self.axes.residuals
 
     @cached_property
@@ -113,7 +113,7 @@ class Atlas:
         )
 
     def rank(self, axis: Axis) -> float:
-        """Return the depth of ``axis`` in the computation: the longest chain of ops to its first use.
+        """The depth of ``axis`` in the computation: the longest chain of ops to its first use.
 
         An axis that an op consumes comes half a step before one that it produces, so that the input axis of a
         projection stands above its output axis. Axes of parallel branches have equal ranks. Ops on weights alone
@@ -143,7 +143,7 @@ class Atlas:
         return found
 
     def _couplings(self) -> dict[str, list[tuple[Axis, Axis]]]:
-        """Return the couplings of each op in order of execution, without those between names of a tied weight."""
+        """The couplings of each op in order of execution, without those between names of a tied weight."""
         position = {node: i for i, node in enumerate(dict.fromkeys(map(producer_of, self.axes.tensors)))}
         found: dict[str, list[tuple[Axis, Axis]]] = {}
         for a, b, data in self.graph.edges(data=True):
@@ -194,7 +194,7 @@ class Fold:
 
 
 def find_folds(atlas: Atlas) -> tuple[Fold, ...]:
-    """Return all blocks of the model, equal ones together, in order of the first of each.
+    """All blocks of the model, equal ones together, in order of the first of each.
 
     Complexity: linear in the size of the graph.
     """

@@ -37,7 +37,7 @@ _SHADES = 3
 
 
 def hue_of(kind: str, shade: int = 0, strong: bool = False) -> str:
-    """Return the colour of units of ``kind``, as ``#rrggbb``.
+    """The colour of units of ``kind``, as ``#rrggbb``.
 
     Args:
         shade: number of the group among those of this kind in one block.
@@ -66,7 +66,7 @@ class Legend:
         self.has_frozen = any(factor in atlas.axes.frozen for factor in shown)
 
     def table(self) -> str:
-        """Return the whole legend."""
+        """The whole legend."""
         # groups: colour, name, kind and number of units, exactness of removal, and number of axes
         head = "".join(f'<TD ALIGN="LEFT"><B>{text}</B></TD>' for text in ("group", "a unit is", "units", "removal"))
         groups = [f"<TR><TD></TD>{head}</TR>", *map(self._group_row, self.groups[:_ROWS])]
@@ -168,7 +168,7 @@ _SUM: dict[str, Any] = {
 
 
 def draw(atlas: Atlas, view: View) -> pydot.Dot:
-    """Return the picture of ``view``, with the legend below."""
+    """The picture of ``view``, with the legend below."""
     return _Picture(atlas, view).make()
 
 
@@ -227,7 +227,7 @@ class _Picture:
         return dot
 
     def _home(self, axis: Axis) -> str:
-        """Return the path of the frame that ``axis`` is drawn in; an entering axis gets no frame for itself."""
+        """The path of the frame that ``axis`` is drawn in; an entering axis gets no frame for itself."""
         path = self.atlas.module(axis)
         block = owner_block(path, self.atlas.axes.blocks) if axis in self.view.entering else None
         if axis not in self.view.entering or (self.view.folds and block is None):
@@ -246,7 +246,7 @@ class _Picture:
             into.add_subgraph(cluster)
 
     def _cluster(self, path: str, above: str, depth: int) -> pydot.Subgraph:
-        """Return the frame of a module: thick for a fold, dashed for a removed block."""
+        """The frame of a module: thick for a fold, dashed for a removed block."""
         label, fold = path[len(above) + 1 :] if above else path, self.folds.get(path)
         many = fold is not None and bool(fold.hidden)
         removed = owner_block(path, self.atlas.removed) is not None and not many
@@ -281,7 +281,7 @@ class _Picture:
         return f"{label}\n{block_ranges(removed, among)} removed as a whole\n" if removed else label
 
     def _node(self, axis: Axis) -> pydot.Node:
-        """Return the box of an axis in the colours of its groups.
+        """The box of an axis in the colours of its groups.
 
         Activations are rounded, the trigger has a thick double frame, and a residual sum is a plus in a circle. The
         part that the plan removes is white.
@@ -311,7 +311,7 @@ class _Picture:
         )
 
     def _painted(self, axis: Axis) -> tuple[str, str]:
-        """Return the colours of a box and its style: a stripe for each colour, white for the removed part."""
+        """The colours of a box and its style: a stripe for each colour, white for the removed part."""
         colours, share = list(dict.fromkeys(self._colours(axis))), self.labels.share(axis)
         if share < 1:
             parts = [f"{colour};{share / len(colours):.4f}" for colour in colours if share > 0]
@@ -319,7 +319,7 @@ class _Picture:
         return ":".join(colours), "filled" if len(colours) == 1 else "striped"
 
     def _line(self, coupling: Edge) -> pydot.Edge:
-        """Return a line with a strand for each coupled group; the line of a stream is thick.
+        """A line with a strand for each coupled group; the line of a stream is thick.
 
         Only lines that follow the execution constrain the ranks.
         """
@@ -362,7 +362,7 @@ class _Picture:
         return [self._colour(factor, strong) for factor in self.atlas.factors(axis)] or [WHITE]
 
     def _colour(self, factor: Factor, strong: bool = False) -> str:
-        """Return the colour of a factor: by the kind of its group, grey if frozen, else white."""
+        """The colour of a factor: by the kind of its group, grey if frozen, else white."""
         group = self.atlas.by_factor.get(factor)
         if group is not None:
             return hue_of(self.labels.kind(group), self.atlas.shades[factor], strong)

@@ -64,7 +64,7 @@ class View:
 
 
 def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
-    """Return a picture of the axes ``shown``, joined if they are coupled through axes that are not shown.
+    """A picture of the axes ``shown``, joined if they are coupled through axes that are not shown.
 
     For each factor the lines are a minimum spanning tree of the axes shown, by the length of the shortest path between
     them. Lines between parallel branches are avoided, and lines that other factors need are preferred.
@@ -105,7 +105,7 @@ class _Web:
     ends: list[Axis]
 
     def neighbours(self) -> dict[_Pair, _Path]:
-        """Return pairs of ends with the shortest path between them, enough pairs for a minimum spanning tree.
+        """Pairs of ends with the shortest path between them, enough pairs for a minimum spanning tree.
 
         No path passes a third end.
 
@@ -125,7 +125,7 @@ class _Web:
         return best
 
     def path(self, pair: _Pair) -> _Path:
-        """Return the shortest path between two ends; empty if there is none."""
+        """The shortest path between two ends; empty if there is none."""
         try:
             return tuple(nx.shortest_path(self.graph, *pair))
         except nx.NetworkXNoPath:
@@ -133,7 +133,7 @@ class _Web:
 
 
 def _tree(atlas: Atlas, paths: Mapping[_Pair, _Path]) -> dict[_Pair, _Path]:
-    """Return the paths of a minimum spanning tree.
+    """The paths of a minimum spanning tree.
 
     Paths of a stream, over activations alone and not through a tied embedding, have weight 0. Paths between parallel
     branches weigh more than all others, and paths between names of one tensor even more.
@@ -151,7 +151,7 @@ def _tree(atlas: Atlas, paths: Mapping[_Pair, _Path]) -> dict[_Pair, _Path]:
 
 
 def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | None = None) -> View:
-    """Return a picture of the axes that breadth-first search reaches from the trigger of a group.
+    """A picture of the axes that breadth-first search reaches from the trigger of a group.
 
     ``group`` is not one of a whole block; ``inside`` are the axes that may be shown, None for all.
     """

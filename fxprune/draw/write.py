@@ -36,7 +36,7 @@ _WITHOUT = "This page was written without Graphviz: it lists the boxes of the pi
 
 
 def html_page(dot: pydot.Dot, title: str, svg: str | None) -> str:
-    """Return a picture as a self-contained HTML page.
+    """A picture as a self-contained HTML page.
 
     Args:
         dot: the picture; its boxes and lines have ids.
@@ -59,7 +59,7 @@ def html_page(dot: pydot.Dot, title: str, svg: str | None) -> str:
 
 
 def _tooltips(dot: pydot.Dot) -> dict[str, dict[str, str]]:
-    """Return names and tooltips of boxes, and of lines with the ids of the boxes that they join, by id."""
+    """Names and tooltips of boxes, and of lines with the ids of the boxes that they join, by id."""
     nodes = {node.get_name(): node for node in _nodes(dot) if node.get("id")}
     items = {
         node.get("id"): {"name": _unquote(name), "text": _unquote(node.get("tooltip"))} for name, node in nodes.items()
@@ -186,7 +186,7 @@ def write_dot(
 
 
 def _find_module(atlas: Atlas, layer: str | int | None) -> str:
-    """Return the module path of a layer, given by index or path."""
+    """The module path of a layer, given by index or path."""
     blocks = atlas.axes.blocks
     if layer is None:
         return blocks[len(blocks) // 2]
@@ -203,7 +203,7 @@ def _find_module(atlas: Atlas, layer: str | int | None) -> str:
 
 
 def _below(atlas: Atlas, module: str) -> list[Axis]:
-    """Return the axes of more than one position of parameters and buffers below ``module``."""
+    """The axes of more than one position of parameters and buffers below ``module``."""
     return [
         axis
         for axis, data in atlas.graph.nodes(data=True)
@@ -217,7 +217,7 @@ def _is_below(path: str, module: str) -> bool:
 
 
 def _whole_view(atlas: Atlas, fold: bool) -> View:
-    """Return a picture of the axes of parameters and coupled buffers; of equal blocks, only those of the first."""
+    """A picture of the axes of parameters and coupled buffers; of equal blocks, only those of the first."""
     folds = find_folds(atlas) if fold else ()
     sums = _outside(atlas, atlas.sums, folds)
     entering = frozenset(_sources(atlas, sums)).difference(sums)
@@ -231,19 +231,19 @@ def _whole_view(atlas: Atlas, fold: bool) -> View:
 
 
 def _sources(atlas: Atlas, sums: Iterable[Axis]) -> list[Axis]:
-    """Return the axes of the streams that enter ``sums``."""
+    """The axes of the streams that enter ``sums``."""
     sources = (Axis(atlas.axes.residuals[axis.tensor], axis.dim) for axis in sums)
     return [axis for axis in sources if axis in atlas.graph]
 
 
 def _outside(atlas: Atlas, axes: Iterable[Axis], folds: Sequence[Fold]) -> list[Axis]:
-    """Return the ``axes`` outside hidden blocks."""
+    """The ``axes`` outside hidden blocks."""
     hidden = tuple(block for fold in folds for block in fold.hidden)
     return [axis for axis in axes if owner_block(atlas.module(axis), hidden) is None]
 
 
 def _module_view(atlas: Atlas, module: str) -> View:
-    """Return a picture of the axes of one module, and of coupled buffers that belong to no block.
+    """A picture of the axes of one module, and of coupled buffers that belong to no block.
 
     If a stream runs through the module, its sums there and its input are shown.
     """
@@ -279,7 +279,7 @@ def _group_view(atlas: Atlas, group: Group, layer: str | int | None, fold: bool)
 
 
 def layer_svg(graph_module: fx.GraphModule, norm: str = "sliced") -> str:
-    """Return the middle layer of a graph as inline SVG; empty if Graphviz is not installed or fails."""
+    """The middle layer of a graph as inline SVG; empty if Graphviz is not installed or fails."""
     if shutil.which("dot") is None:
         return ""
     with TemporaryDirectory() as folder:

@@ -1,8 +1,9 @@
 """Evaluation: perplexity on texts, zero-shot accuracy on tasks, speed of generation and of widths."""
 
+from fxprune.data.named import CORPORA
 from fxprune.evaluation.comparison import Evaluation, Reference, evaluate
 from fxprune.evaluation.generation import Answers, Generation, answer_questions, compare_answers, plain_questions
-from fxprune.evaluation.perplexity import CORPORA, Divergence, Perplexity, logits_of, perplexity, text_perplexity
+from fxprune.evaluation.perplexity import Divergence, Perplexity, logits_of, perplexity, text_perplexity
 from fxprune.evaluation.speed import Widths, measure_widths, read_widths, write_widths
 from fxprune.evaluation.tasks import PAPER_TASKS, LocalTask, TaskScore, zero_shot
 

@@ -41,7 +41,7 @@ from fxprune.masking.teacher import run_logits
 from fxprune.pipeline.arguments import flag, instance, numbers, one_of, refuse, whole_number
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.pipeline.contract import shared as shared_finding
-from fxprune.report.quality import GreedyAnswer, Quality, TextQuality
+from fxprune.report.quality import GreedyAnswer, Quality, TextQuality, figures_markdown, figures_table
 from fxprune.trace import trace
 from fxprune.trace.inputs import alias_twin, written_parameters
 from fxprune.vocabulary.alignment import has_other_tokens
@@ -49,7 +49,7 @@ from fxprune.vocabulary.alignment import has_other_tokens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model: perplexity by name of the text, accuracy by name of the task, and of its greedy answers."""
+    """Quality of a model: perplexity by text, accuracy by task, and its greedy answers."""
 
     perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
@@ -94,11 +94,15 @@ class Reference:
     def __init__(self, model: Any, answers: Answers | None = None, tokenizer: Any = None) -> None:
         self.model, self._answers, self.tokenizer = model, answers, tokenizer
 
-    def answers(self, tokenizer: Any, batch: int, track: Track) -> Answers:
+    def compare(self, answers: Answers, tokenizer: Any, batch: int, track: Track) -> Generation:
+        """Compare the answers of another model with those of this one, in the tokens of this one."""
+        words = self.tokenizer or tokenizer
         if self._answers is None:
-            words = self.tokenizer or tokenizer
             self._answers = answer_questions(self.model, words, batch=batch, track=track)
-        return self._answers
+        if words is not tokenizer and has_other_tokens(tokenizer, words):
+            rows = words(list(answers.texts), add_special_tokens=False, verbose=False)["input_ids"]
+            answers = replace(answers, ids=tuple(map(tuple, rows)))
+        return compare_answers(answers, self._answers)
 
 
 @wrap_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
@@ -176,12 +180,8 @@ def evaluate(
     if not generate:
         return Evaluation(perplexities, scores)
     answers = answer_questions(model, tokenizer, batch=batch, track=track)
-    theirs = None if other is None else other.answers(tokenizer, batch, track)
-    compared = answers
-    if other is not None and other.tokenizer is not None and has_other_tokens(tokenizer, other.tokenizer):
-        rows = other.tokenizer(list(answers.texts), add_special_tokens=False, verbose=False)["input_ids"]
-        compared = replace(answers, ids=tuple(map(tuple, rows)))
-    return Evaluation(perplexities, scores, compare_answers(compared, theirs), answers)
+    compared = compare_answers(answers) if other is None else other.compare(answers, tokenizer, batch, track)
+    return Evaluation(perplexities, scores, compared, answers)
 
 
 @dataclass(frozen=True)
@@ -314,18 +314,15 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """The table in Markdown; a value after ± is one standard error."""
-        heading = ["", *(column.name for column in self.columns)]
-        lines = ["| " + " | ".join(heading) + " |", "|---" + "|---:" * len(self.columns) + "|"]
-        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows())]) + "\n"
+        return figures_markdown(self._head, self.rows())
 
     def table(self, title: str = "") -> Table:
         """The table for a terminal."""
-        table = Table("", title=title or None)
-        for column in self.columns:
-            table.add_column(column.name, justify="right")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        return figures_table(self._head, self.rows(), title)
+
+    @property
+    def _head(self) -> list[str]:
+        return ["", *(column.name for column in self.columns)]
 
     def plot(self, path: str | Path) -> Path:
         """Draw perplexities and accuracies with their standard errors to a file (.png, .svg, .pdf).
@@ -342,13 +339,8 @@ class Comparison:
         panels = [(name, values) for name, values in (("perplexity", texts), ("accuracy", tasks)) if values]
         if not panels:
             raise EvaluationError("no perplexities and no tasks", where="plot", remedy="Measure some first")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            what = "matplotlib is not installed"
-            raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
-        # inches: room for the labels of the axis, and one for each group of bars
-        figure = Figure(figsize=(1.5 + sum(1.5 + len(values) for _, values in panels), 4), layout="constrained")
+        # room for the labels of the axis, and one inch for each group of bars
+        figure = new_figure(1.5 + sum(1.5 + len(values) for _, values in panels), 4)
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[1 + len(values) for _, values in panels])[0]
         for panel, (title, values) in zip(axes, panels, strict=True):
             width = 0.8 / len(self.columns)  # leaves a fifth of the distance between groups blank
@@ -363,6 +355,20 @@ class Comparison:
         figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize="small")
         figure.savefig(path)
         return Path(path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib; sizes in inches.
+
+    Raises:
+        EvaluationError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        what = "matplotlib is not installed"
+        raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _text_rows(values: Sequence[Perplexity]) -> Iterator[tuple[str, ...]]:
@@ -541,14 +547,14 @@ def measure_quality(
 
 
 def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
-    """Token ids of the samples that a prune calibrated on, or stopped by."""
+    """Token ids of the samples that a prune used for calibration or early stopping."""
     facts, name = facts_of(graph_module), token_input(graph_module)
     known = [fact for fact in (facts.get(Calibration), facts.get(HeldOut)) if fact is not None]
     return [sample.inputs[name] for fact in known for sample in fact.samples] if name else []
 
 
 def window_of(model: Any) -> int:
-    """Tokens of a window: :data:`WINDOW`, or as many as a model takes."""
+    """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     most = getattr(text, _POSITIONS, None)
@@ -556,7 +562,7 @@ def window_of(model: Any) -> int:
 
 
 def quality_of(dense: Evaluation, slim: Evaluation) -> Quality:
-    """The quality in evaluations of both models on the same texts, the dense one as reference; of answers the first."""
+    """The quality of a slim model, from evaluations of both on the same texts, with their first answers."""
     texts = tuple(
         _text_quality(name, dense.perplexities[name], value)
         for name, value in slim.perplexities.items()
@@ -587,7 +593,7 @@ def _text_quality(text: str, dense: Perplexity, slim: Perplexity) -> TextQuality
 
 
 def _answers(dense: tuple[Any, Any], slim: tuple[Any, Any]) -> tuple[GreedyAnswer, ...]:
-    """The answers of both models, each with its tokenizer, to a question; none if one generates no text.
+    """Answers of both models to a question, each with its tokenizer; empty if one cannot generate.
 
     Copies run, in case they write.
     """

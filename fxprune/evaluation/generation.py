@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import takewhile
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,8 @@ def answer_questions(
         remedy = "Pass a decoder of transformers, or leave the answers out"
         raise EvaluationError(f"a {type(model).__name__} generates no text", where="answers", remedy=remedy)
     prompts = [_prompt(tokenizer, question) for question in asked]
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
+    own_ends: Any = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list | tuple) else [own_ends])} - {None}
     fill = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
     greedy = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=tokens, use_cache=True, pad_token_id=fill, eos_token_id=sorted(ends) or None
@@ -109,7 +111,7 @@ def answer_questions(
                 ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
                 mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
                 out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-                found += [_until_end(row[width:].tolist(), ends) for row in out]
+                found += [tuple(takewhile(lambda token: token not in ends, row[width:].tolist())) for row in out]
     finally:
         model.generation_config = own
     texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in found)
@@ -121,14 +123,6 @@ def _prompt(tokenizer: Any, question: str) -> list[int]:
         chat = [{"role": "user", "content": question}]
         return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
     return list(tokenizer(f"Question: {question}\nAnswer:", verbose=False)["input_ids"])
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _until_end(ids: list[int], ends: set[Any]) -> tuple[int, ...]:
-    return tuple(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
 
 
 def compare_answers(answers: Answers, reference: Answers | None = None) -> Generation:

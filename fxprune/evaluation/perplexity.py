@@ -24,18 +24,6 @@ from fxprune.pipeline.arguments import format_value, function, instance, refuse,
 from fxprune.pipeline.contract import Track, no_progress
 from fxprune.vocabulary.alignment import Offsets, align, common_ids, has_other_tokens
 
-__all__ = [
-    "CORPORA",
-    "Divergence",
-    "Perplexity",
-    "load_corpus",
-    "logits_of",
-    "named_corpora",
-    "paired_perplexities",
-    "perplexity",
-    "text_perplexity",
-]
-
 _FILES = (".txt", ".jsonl", ".json")
 
 
@@ -169,19 +157,20 @@ def text_perplexity(
         reference: a model to compare the predictions with, usually the dense one.
         reference_tokenizer: its tokenizer; None for the same one.
     """
-    options: dict[str, Any] = {"stride": stride, "limit": limit, "batch": batch, "track": track}
-    options |= {"reference": reference, "words": reference_tokenizer}
-    return _text_perplexities(model, tokenizer, text, window, **options)[0]
+    options: dict[str, Any] = {"window": window, "stride": stride, "limit": limit, "batch": batch, "track": track}
+    options["reference_tokenizer"] = reference_tokenizer
+    return paired_perplexities(model, reference, tokenizer, text, **options)[1]
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
 def paired_perplexities(
     model: Callable[..., Any],
-    reference: Callable[..., Any],
+    reference: Callable[..., Any] | None,
     tokenizer: Any,
     text: str,
     *,
     window: int = 256,
+    stride: int | None = None,
     limit: int | None = None,
     batch: int = 4,
     seen: Sequence[Tensor] = (),
@@ -196,29 +185,8 @@ def paired_perplexities(
             left out.
 
     Returns:
-        That of the reference, and that of ``model`` with its divergence.
+        That of the reference, without a meaning if there is none, and that of ``model`` with its divergence.
     """
-    options: dict[str, Any] = {"limit": limit, "batch": batch, "track": track, "seen": seen}
-    options |= {"reference": reference, "words": reference_tokenizer}
-    own, other = _text_perplexities(model, tokenizer, text, window, **options)
-    return other, own
-
-
-def _text_perplexities(
-    model: Callable[..., Any],
-    tokenizer: Any,
-    text: str,
-    window: int,
-    *,
-    reference: Callable[..., Any] | None,
-    words: Any,
-    stride: int | None = None,
-    limit: int | None,
-    batch: int,
-    seen: Sequence[Tensor] = (),
-    track: Track,
-) -> tuple[Perplexity, Perplexity]:
-    """Perplexities for a model and for its reference; that of the reference means nothing if there is none."""
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
     opening = opening_tokens(tokenizer)
@@ -238,11 +206,12 @@ def _text_perplexities(
     counts = window - first
     start = places.gather(1, (first - len(opening))[:, None]).flatten()
     stop = places[:, -1] + 1
-    beside = None
+    aligned = None
+    words = reference_tokenizer
     if reference is not None and words is not None and has_other_tokens(tokenizer, words):
-        beside = _Beside.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
-        counts, start, stop = beside.counts, beside.start, beside.stop
-    measured = _measure_windows(model, windows, first, batch, reference, track, beside)
+        aligned = _AlignedWindows.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
+        counts, start, stop = aligned.counts, aligned.start, aligned.stop
+    measured = _measure_windows(model, windows, first, batch, reference, track, aligned)
     counts, read = counts.double(), (size[stop] - size[start]).double()
     step = window - len(opening) if stride is None else stride
 
@@ -252,12 +221,7 @@ def _text_perplexities(
         value, sizes = _exp(mean), (window, step, len(windows), int(counts.sum()))
         return Perplexity(value, value * error, *sizes, bits, bits_error, divergence, tuple(losses.tolist()))
 
-    return of(measured.losses, measured.divergence(counts)), of(measured.reference_losses, None)
-
-
-def _evenly(count: int, limit: int | None) -> Tensor:
-    """Numbers of at most ``limit`` of ``count`` items, evenly spaced."""
-    return torch.arange(count) if limit is None or limit >= count else torch.linspace(0, count - 1, limit).long()
+    return of(measured.reference_losses, None), of(measured.losses, measured.divergence(counts))
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
@@ -272,8 +236,8 @@ def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """Windows of a text in the tokens of a reference model that has other ones.
+class _AlignedWindows:
+    """Windows of a reference model with other tokens, aligned with those of the model.
 
     Both models predict the text from the first to the last place of a window where a token of each ends.
 
@@ -304,7 +268,7 @@ class _Beside:
         text: str,
         common: tuple[Tensor, Tensor],
         offsets: Sequence[Offsets],
-    ) -> _Beside:
+    ) -> _AlignedWindows:
         """The windows that are those of the model as nearly as the tokens allow.
 
         Args:
@@ -369,8 +333,10 @@ def sliding_windows(
     found = ids.unfold(0, body, stride)
     first = torch.full((len(found),), max(1, window - stride))
     first[0] = max(1, opening)
-    chosen = _evenly(len(found), limit)
-    return found[chosen], first[chosen]
+    if limit is not None and limit < len(found):
+        chosen = torch.linspace(0, len(found) - 1, limit).long()
+        found, first = found[chosen], first[chosen]
+    return found, first
 
 
 @wrap_errors("perplexity", _REMEDY, EvaluationError)
@@ -455,19 +421,19 @@ def _measure_windows(
     batch: int,
     reference: Callable[..., Any] | None,
     track: Track,
-    beside: _Beside | None = None,
+    aligned: _AlignedWindows | None = None,
 ) -> _Measured:
     """Next-token cross-entropies in nats over positions from ``first`` on, and the divergence from a reference model.
 
     Several processes share the windows; all of them must call this function.
 
     Args:
-        beside: the windows of the reference if it has other tokens.
+        aligned: the windows of the reference if it has other tokens.
     """
     for name, given in (("model", model), ("reference", reference)):
         if isinstance(given, type) or not (callable(given) or (name == "reference" and given is None)):
             raise EvaluationError(f"{name} is {format_value(given)}", where=name, remedy=_REMEDY)
-    batch = 1 if beside else whole_number("batch", batch, least=1, error=EvaluationError)
+    batch = 1 if aligned else whole_number("batch", batch, least=1, error=EvaluationError)
     device = None  # ids stay where they are, unless the model is a module
     if isinstance(model, PartwiseModel | nn.Module):
         device = model.device if isinstance(model, PartwiseModel) else input_device(model)
@@ -487,7 +453,7 @@ def _measure_windows(
         if track is no_progress:
             modes.enter_context(silence_stderr())
         outputs = _outputs(model, chunks, track)
-        read = chunks if beside is None else [beside.windows[turn % len(parts)][None].to(device) for turn in shares]
+        read = chunks if aligned is None else [aligned.windows[turn % len(parts)][None].to(device) for turn in shares]
         teachers: Iterator[Any] = iter(()) if reference is None else _outputs(reference, read, no_progress)
         for turn, chunk, output in zip(shares, chunks, outputs, strict=True):
             theirs = next(teachers, None)
@@ -495,7 +461,7 @@ def _measure_windows(
                 continue
             counted = torch.arange(1, chunk.shape[1])[None].to(chunk.device) >= parts[turn][1].to(chunk.device)[:, None]
             rows = slice(turn * batch, turn * batch + len(chunk))
-            found, apart = _of_windows(output, theirs, chunk, counted, beside, turn)
+            found, apart = _measure_outputs(output, theirs, chunk, counted, aligned, turn)
             sums[:, rows] = found.to(device)
             if compared:
                 divergences[rows] = apart.to(device)
@@ -504,22 +470,28 @@ def _measure_windows(
     return _Measured(losses, reference_losses, agreeing, accepted, divergences.cpu())
 
 
-def _of_windows(
-    output: Any, theirs: Any, ids: Tensor, counted: Tensor, beside: _Beside | None, number: int
+def _measure_outputs(
+    output: Any, theirs: Any, ids: Tensor, counted: Tensor, aligned: _AlignedWindows | None, number: int
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`_compared` returns, of the outputs of a model and of the reference, which may be None."""
+    """Sums and divergences as by :func:`_measure_logits`, from the outputs of a model and of a reference or None."""
     logits = logits_of(output)[:, :-1]
     if theirs is None:
-        return _compared(logits, None, ids[:, 1:], counted)
+        return _measure_logits(logits, None, ids[:, 1:], counted)
     expected = logits_of(theirs)[:, :-1].to(logits.device)
-    if beside is not None:
-        return _compared_beside(logits, expected, ids, beside, number)
-    return _compared(logits, _same_tokens(expected, logits), ids[:, 1:], counted)
+    if aligned is not None:
+        return _measure_aligned(logits, expected, ids, aligned, number)
+    if expected.shape != logits.shape:
+        what = f"its logits are of shape {tuple(expected.shape)}, and those of the model of {tuple(logits.shape)}"
+        remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
+        raise EvaluationError(what, where="reference", remedy=remedy)
+    return _measure_logits(logits, expected, ids[:, 1:], counted)
 
 
-def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of a model and of the reference, tokens that both rank first and those accepted as a draft, of each
-    window; and the divergences.
+def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of each window and divergences of each token.
+
+    The sums are the losses of a model and of the reference, the tokens that both rank first, and those accepted as a
+    draft.
 
     Args:
         logits: ``(windows, tokens, vocabulary)``.
@@ -543,10 +515,10 @@ def _compared(logits: Tensor, expected: Tensor | None, target: Tensor, counted: 
     return sums, apart
 
 
-def _compared_beside(
-    logits: Tensor, expected: Tensor, ids: Tensor, beside: _Beside, number: int
+def _measure_aligned(
+    logits: Tensor, expected: Tensor, ids: Tensor, aligned: _AlignedWindows, number: int
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`_compared` returns, of a window for the model and its own for the reference.
+    """Sums and divergences as by :func:`_measure_logits`, of aligned windows of a model and of the reference.
 
     Args:
         logits: ``(1, tokens, vocabulary)``.
@@ -554,11 +526,11 @@ def _compared_beside(
         ids: of the model's window, ``(1, window)``.
         number: of the window.
     """
-    places, others = (each.to(logits.device) for each in beside.places[number])
-    ours, theirs = (each.to(logits.device) for each in beside.common)
-    sums, apart = _compared(logits, None, ids[:, 1:], _between(places, logits))
-    row = beside.windows[number].to(logits.device)[None]
-    sums[1] = _compared(expected, None, row[:, 1:], _between(others, expected))[0][0]
+    places, others = (each.to(logits.device) for each in aligned.places[number])
+    ours, theirs = (each.to(logits.device) for each in aligned.common)
+    sums, apart = _measure_logits(logits, None, ids[:, 1:], _between(places, logits))
+    row = aligned.windows[number].to(logits.device)[None]
+    sums[1] = _measure_logits(expected, None, row[:, 1:], _between(others, expected))[0][0]
     size = max(1, _WIDENED // len(ours))
     for here, there in zip((places[:-1] - 1).split(size), (others[:-1] - 1).split(size), strict=True):
         found, wanted = logits[:, here].float()[..., ours], expected[:, there].float()[..., theirs]
@@ -570,7 +542,7 @@ def _compared_beside(
 
 
 def _between(places: Tensor, logits: Tensor) -> Tensor:
-    """Which next tokens ``(1, tokens)`` are those between the first and the last of some places in a window."""
+    """Mask of the next tokens ``(1, tokens)`` between the first and the last of some places in a window."""
     numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device)
     return ((numbers >= places[0]) & (numbers < places[-1]))[None]
 
@@ -589,14 +561,6 @@ def _cross_entropies(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Sums of the next-token cross-entropies in nats of each window, over the positions that are counted."""
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     return (losses.view_as(target).double() * counted).sum(dim=1)
-
-
-def _same_tokens(logits: Tensor, others: Tensor) -> Tensor:
-    if logits.shape != others.shape:
-        what = f"its logits are of shape {tuple(logits.shape)}, and those of the model of {tuple(others.shape)}"
-        remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
-        raise EvaluationError(what, where="reference", remedy=remedy)
-    return logits
 
 
 def _outputs(model: Any, chunks: Sequence[Tensor], track: Track) -> Iterator[Any]:

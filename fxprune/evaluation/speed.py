@@ -273,18 +273,15 @@ def _column_times(
     hidden: int, sizes: Mapping[int, list[int]], device: torch.device, rounds: int
 ) -> list[dict[int, float]]:
     """Seconds per column by multiple, for each number of rows."""
-    cases = [(rows, multiple, width) for rows in _ROWS for multiple, widths in sizes.items() for width in widths]
     with torch.inference_mode():
         jobs = {
-            case: timed_call(_gated_mlp(case[0], hidden, case[2], device), least_s=2e-3)
-            for case in cases
-            for rows, m, width in cases
+            (rows, width): timed_call(_gated_mlp(rows, hidden, width, device), least_s=2e-3)
+            for rows in _ROWS
+            for widths in sizes.values()
+            for width in widths
         }
-        found = time_interleaved(jobs, rounds)
-    columns: dict[tuple[int, int], list[float]] = {}
-    for (rows, multiple, width), times in found.items():
-        columns.setdefault((rows, multiple), []).append(median(times) / width)
-    return [{multiple: median(columns[rows, multiple]) for multiple in sizes} for rows in _ROWS]
+        times = time_interleaved(jobs, rounds)
+    return [{m: median(median(times[rows, w]) / w for w in widths) for m, widths in sizes.items()} for rows in _ROWS]
 
 
 def _gated_mlp(rows: int, hidden: int, width: int, device: torch.device) -> Callable[[], torch.Tensor]:

@@ -171,7 +171,7 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
         if not isinstance(item, str | Path | LocalTask):
             raise refuse("tasks", item, wanted, EvaluationError)
     if isinstance(tasks, Mapping):
-        return dict(tasks)
+        return {name: _as_file(task) for name, task in tasks.items()}
     items: list[Task] = [tasks] if isinstance(tasks, str | Path | LocalTask) else list(tasks)
     named: dict[str, Task] = {}
     for item in items:
@@ -184,8 +184,18 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
         elif path.suffix in _YAML:
             named[_yaml_name(path)] = path  # the harness finds it by its name
         else:
-            named[path.stem if _is_file(item) else str(item)] = item
+            task = _as_file(item)
+            named[path.stem if isinstance(task, LocalTask) else str(task)] = task
     return named
+
+
+def _as_file(task: Task) -> Task:
+    """A task as it is; the path of a file of questions as :class:`LocalTask`."""
+    if isinstance(task, LocalTask):
+        return task
+    suffix = Path(task).suffix
+    is_file = suffix in (".jsonl", ".json") or (isinstance(task, Path) and suffix not in _YAML)
+    return LocalTask(task) if is_file else task
 
 
 _YAML = (".yaml", ".yml")
@@ -203,31 +213,31 @@ def _yaml_name(path: Path) -> str:
     return found[1]
 
 
-def _yaml_folders(named: Mapping[str, Task]) -> tuple[str, ...]:
-    """Folders of the YAML files among tasks."""
-    paths = (Path(task) for task in named.values() if isinstance(task, str | Path))
-    return tuple(dict.fromkeys(str(path.resolve().parent) for path in paths if path.suffix in _YAML))
-
-
 def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
     """Refuse tasks that cannot be run, as for :func:`named_tasks`, before a model is loaded for them."""
     with _installed(), quiet(logging.WARNING):
         import lm_eval.tasks  # noqa: F401 (whether it can be imported)
     named = named_tasks(tasks)
     for task in named.values():
-        if _is_file(task):
-            read_questions(task if isinstance(task, LocalTask) else LocalTask(task))
-    names = [name for name, task in named.items() if not _is_file(task)]
-    hub = any(Path(task).suffix not in _YAML for task in named.values() if not _is_file(task))  # type: ignore[arg-type]
-    known = _task_manager(hub, _yaml_folders(named)).all_tasks if names else ()
+        if isinstance(task, LocalTask):
+            read_questions(task)
+    names = [name for name, task in named.items() if not isinstance(task, LocalTask)]
+    known = _task_manager(named).all_tasks if names else ()
     for name in names:
         if name not in known:
             raise UnknownNameError("task", name, known)
 
 
+def _task_manager(named: Mapping[str, Task]) -> Any:
+    """The harness's index of the tasks that are not files of questions."""
+    paths = [Path(task) for task in named.values() if not isinstance(task, LocalTask)]
+    own = [str(path.resolve().parent) for path in paths if path.suffix in _YAML]
+    return _index(len(own) < len(paths), tuple(dict.fromkeys(own)))
+
+
 @cache
-def _task_manager(hub: bool, folders: tuple[str, ...] = ()) -> Any:
-    """The harness's index of tasks, with those in folders; it takes seconds to build if tasks on the hub are listed."""
+def _index(hub: bool, folders: tuple[str, ...]) -> Any:
+    """The harness's index of tasks in folders; with those on the hub it takes seconds to build."""
     with quiet(logging.WARNING):
         from lm_eval.tasks import TaskManager
 
@@ -297,9 +307,7 @@ def _run_harness(
     found: Mapping[str, Any] = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
         tasks=[_harness_task(name, task) for name, task in named.items()],
-        task_manager=_task_manager(
-            any(isinstance(task, str) and not _is_file(task) for task in named.values()), _yaml_folders(named)
-        ),
+        task_manager=_task_manager(named),
         limit=limit,
         bootstrap_iters=_RESAMPLES,
         random_seed=None,
@@ -310,17 +318,9 @@ def _run_harness(
 
 
 def _harness_task(name: str, task: Task) -> Any:
-    if _is_file(task):
-        return make_task(name, task if isinstance(task, LocalTask) else LocalTask(task))
-    return name if isinstance(task, Path) else str(task)  # a YAML file is found by the name of its task
-
-
-def _is_file(task: Task) -> bool:
-    """Whether a task is a file of questions."""
     if isinstance(task, LocalTask):
-        return True
-    suffix = Path(task).suffix
-    return suffix in (".jsonl", ".json") or (isinstance(task, Path) and suffix not in _YAML)
+        return make_task(name, task)
+    return name if Path(task).suffix in _YAML else str(task)  # a YAML file is found by the name of its task
 
 
 def _answers(samples: Sequence[Mapping[str, Any]], *, normalised: bool) -> tuple[int, ...]:

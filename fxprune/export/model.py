@@ -1,4 +1,4 @@
-"""A model as one file, of the kind its suffix names; and decoders with their cache as inputs and outputs."""
+"""A model as one file in the format of its suffix, also with a key-value cache as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ from fxprune.trace.inputs import check_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["SUFFIXES", "check_options", "export_decoder", "export_model"]
 
 Past = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -47,7 +47,7 @@ def require_packages(*names: str) -> None:
 
 @contextmanager
 def wrap_export_errors(path: Path | None = None) -> Iterator[None]:
-    """Turn exceptions of torch and onnxruntime into an ExportError of one line; those for want of memory stay."""
+    """Turn exceptions of torch and onnxruntime into an ExportError of one line, except for out-of-memory errors."""
     try:
         yield
     except (FxpruneError, MemoryError, torch.OutOfMemoryError):
@@ -92,7 +92,7 @@ def write_onnx(
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse weights beside a model that end too early: their writer loses the error of a disk full at the end."""
+    """Refuse truncated external weights: their writer swallows the error of a full disk."""
     for data in (path.with_name(path.name + ending) for ending in COMPANIONS):
         if data.exists():
             import onnx_ir

@@ -93,7 +93,7 @@ def recover(
     track: Track = no_progress,
     **changes: Any,
 ) -> Recovery:
-    """Train low-rank updates of the pruned projections and merge them: the names and shapes of the model stay.
+    """Train low-rank updates of the pruned projections and merge them; names and shapes of the model stay the same.
 
     Under ``torchrun``, ``accelerate launch`` or ``deepspeed`` every process calls this function, and training is
     distributed as these tools are configured.

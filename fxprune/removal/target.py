@@ -1,7 +1,7 @@
 """Targets: the size or speed that a model is to have after a prune; types and bytes of its tensors in a GGUF format.
 
 A mixture of K-quants follows the quantiser of ggml's own project: products with values and with the inner channels of
-an MLP get more bits in some blocks, the output most, and rows that are no multiple of 256 another type of about the
+an MLP get more bits in some blocks, the output most, and rows that are not a multiple of 256 another type of about the
 same size. Exceptions for single architectures are left out.
 """
 
@@ -39,7 +39,7 @@ _COARSE = 6.5 / 8
 
 _FALLBACKS = {Type.Q2_K: Type.IQ4_NL, Type.Q3_K: Type.IQ4_NL, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1}
 _FALLBACKS |= {Type.Q6_K: Type.Q8_0}
-"""Types with blocks of 32 in place of those with blocks of 256, for rows that are no multiple of 256."""
+"""Types with blocks of 32 in place of those with blocks of 256, for rows that are not a multiple of 256."""
 
 
 _PARTS = ("other", "value", "fused", "output", "down", "embedding", "head")

@@ -32,12 +32,7 @@ Five = tuple[float, ...]
 
 @dataclass(frozen=True)
 class ChartColumn:
-    """One column of a chart.
-
-    Args:
-        label: below the column.
-        tooltip: shown under the pointer.
-    """
+    """One column of a chart: the label below it, and the tooltip shown under the pointer."""
 
     label: str
     tooltip: str
@@ -75,7 +70,7 @@ def box_chart(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Seq
 
 
 def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """Return the map from scores to heights between 0 and 1, and the axis labels with their heights."""
+    """The map from scores to heights between 0 and 1, and the axis labels with their heights."""
     top = max(values, default=1.0)
     positive = [value for value in values if value > 0]
     if positive and min(values) >= 0 and top > _LOGARITHMIC * min(positive):
@@ -94,12 +89,7 @@ def _box(name: str, five: Five, left: float, width: float, height: Callable[[flo
         return Markup()
     least, first, median, third, most = (_place(min(height(value), 1.0)) for value in five)
     middle = left + width / 2
-    whisker = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
-        name, middle, middle, most, least
-    )
-    line = Markup('<line class="median" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
-        left, left + width, median, median
-    )
+    whisker, line = _line(name, middle, middle, most, least), _line("median", left, left + width, median, median)
     return whisker + _rect(name, left, third, width, max(first - third, 1.0)) + line
 
 
@@ -125,10 +115,14 @@ def _axis(ticks: Sequence[tuple[float, str]], end: float) -> Markup:
     found = Markup()
     for part, label in ticks:
         y = _place(part)
-        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
-        found += line.format(_LEFT, end, y, y)
+        found += _line("grid", _LEFT, end, y, y)
         found += Markup('<text class="number" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 6, y + 3.5, label)
     return found
+
+
+def _line(name: str, x1: float, x2: float, y1: float, y2: float) -> Markup:
+    line = Markup('<line class="{}" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+    return line.format(name, x1, x2, y1, y2)
 
 
 def _rect(name: str, x: float, y: float, width: float, height: float) -> Markup:

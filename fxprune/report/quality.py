@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 FAR = 1.5
 """Perplexity over that of the dense model, beyond its error, from which on a result is called far from it."""
@@ -24,8 +24,7 @@ class TextQuality:
         windows: number of windows.
         window: tokens that a model sees at once.
         tokens: tokens predicted, of all windows.
-        perplexity: of the dense model, and of the slim one.
-        bits_per_byte: of both.
+        perplexity: of the dense model, and of the slim one, as is ``bits_per_byte``.
         ratio: perplexity over that of the dense model.
         divergence: mean Kullback-Leibler divergence from the dense model, in nats.
         agreement: fraction of tokens for which both rank the same token first.
@@ -69,46 +68,47 @@ class GreedyAnswer:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of a slim model beside the dense one.
-
-    Args:
-        texts: predictions, text by text.
-        answers: greedy answers, question by question.
-    """
+    """Quality of a slim model beside the dense one: predictions on texts, and greedy answers to questions."""
 
     texts: tuple[TextQuality, ...]
     answers: tuple[GreedyAnswer, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quality:
-        """Return the quality from plain data with tuples for lists."""
+        """The quality from plain data with tuples for lists."""
         texts = tuple(TextQuality(**text) for text in data["texts"])
         return cls(texts, tuple(GreedyAnswer(**answer) for answer in data["answers"]))
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield rows of text: a name, and the values of the dense and of the slim model."""
         for text in self.texts:
-            for name, values in (
-                (f"perplexity, {text.text}", text.perplexity),
-                ("  bits per byte", text.bits_per_byte),
-            ):
-                digits = 3 if "bits" in name else 2
-                dense, slim = (f"{value:.{digits}f} ± {error:.{digits}f}" for value, error in values)
-                yield name, dense, slim
+            dense, slim = ("{:.2f} ± {:.2f}".format(*value) for value in text.perplexity)
+            yield f"perplexity, {text.text}", dense, slim
+            dense, slim = ("{:.3f} ± {:.3f}".format(*value) for value in text.bits_per_byte)
+            yield "  bits per byte", dense, slim
             yield "  perplexity over dense", "", "{:.3f} ± {:.3f}".format(*text.ratio)
             yield "  divergence, nats", "", "{:.3f} ± {:.3f}".format(*text.divergence)
             yield "  same first token", "", "{:.1%} ± {:.1%}".format(*text.agreement)
 
     def table(self) -> Table:
-        """Return the table for a terminal."""
-        table = Table("", title="quality")
-        for name in ("dense", "slim"):
-            table.add_column(name, justify="right")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        """The table for a terminal."""
+        return figures_table(("", "dense", "slim"), self.rows(), "quality")
 
     @property
     def is_far(self) -> bool:
         """Whether the slim model predicts far worse than the dense one on a text."""
         return any(text.is_far for text in self.texts)
+
+
+def figures_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A table of figures for a terminal: names at the left, figures at the right."""
+    table = Table(head[0], *(Column(name, justify="right") for name in head[1:]), title=title or None)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def figures_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    first, *rest = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return "\n".join([first, "|---" + "|---:" * (len(head) - 1) + "|", *rest]) + "\n"

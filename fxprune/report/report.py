@@ -61,12 +61,8 @@ class GroupSize:
     """A group with its number of units before and after.
 
     Args:
-        name: of the group.
-        kind: of its units.
         block: module path of the block it lies in; None if it spans several.
         place: the label it is shown with: its own name, or block and kind if the block has many such groups.
-        before: units in the dense model.
-        after: units in the slim model.
         nested: whether units are counted inside each unit of another group, as query heads of a key/value head are.
     """
 
@@ -81,12 +77,7 @@ class GroupSize:
 
 @dataclass(frozen=True)
 class Spread:
-    """Minimum, quartiles and maximum of scores of units; empty if there are none.
-
-    Args:
-        kept: of kept units.
-        removed: of removed units.
-    """
+    """Minimum, quartiles and maximum of the scores of kept and of removed units; empty if there are none."""
 
     kept: tuple[float, ...] = ()
     removed: tuple[float, ...] = ()
@@ -94,13 +85,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Headline:
-    """A size of the model, dense and slim.
-
-    Args:
-        name: of the size.
-        dense: before.
-        slim: after.
-    """
+    """A size of the model, dense and slim."""
 
     name: str
     dense: int
@@ -117,9 +102,8 @@ class SamplesUsed:
     """Calibration samples that a prune used.
 
     Args:
-        source: where they are from: the name of a file, or words.
-        samples: their number.
-        written: how many of them the model wrote itself.
+        source: the name of a file, or words.
+        written: number of samples that the model wrote itself.
         tokens: of all samples.
         lengths: tokens of the shortest sample and of the longest.
     """
@@ -150,13 +134,9 @@ class KindSummary:
     """Sizes of all groups of a kind.
 
     Args:
-        kind: of the units.
         name: the kind, with a number if a block has several such groups.
         units: name of the units.
-        groups: number of groups.
         shrunk: number of groups that lost units.
-        before: units of all groups.
-        after: kept units of all groups.
         least: the smallest fraction kept of a group.
         chart: the units of each block; empty if none lost any.
         runs: the same in words, equal neighbouring blocks together.
@@ -177,7 +157,7 @@ class KindSummary:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
+    """The versions of the packages that a result depends on."""
     return {name: version(name) for name in _PACKAGES}
 
 
@@ -259,7 +239,7 @@ class Report(Fact):
         return 1 - slim / dense
 
     def headlines(self) -> tuple[Headline, ...]:
-        """Return the sizes that a reader asks for first."""
+        """The sizes that a reader asks for first."""
         work = f"MACs at {self.tokens} tokens" if self.tokens else "MACs of a sample"
         found = [Headline("parameters", *self.parameters), Headline(work, *self.macs)]
         if self.memory is not None:
@@ -287,7 +267,7 @@ class Report(Fact):
         remedies = ["more calibration text" if given else "calibration text like that of the intended use"]
         remedies += [] if any("weights" in spelling for spelling in tuned) else ["the recipe `best`"]
         remedies += ["a smaller ratio", "training, as by `fxprune recover`"]
-        return f"far from the dense model; what brings it closer: {', '.join(remedies[:-1])} or {remedies[-1]}"
+        return f"far from the dense model; try {', '.join(remedies[:-1])} or {remedies[-1]}"
 
     def kinds(self) -> Iterator[KindSummary]:
         """Yield a summary of each kind of groups; of several such groups in a block, one summary for each."""
@@ -298,18 +278,18 @@ class Report(Fact):
             yield _summarize(kind, name, groups, self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+        """Everything as plain data."""
         data = dataclasses.asdict(self) | {"achieved": self.achieved}
         del data["picture"]
         return data
 
     def to_json(self) -> str:
-        """Return everything as a JSON document."""
+        """Everything as a JSON document."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Return the report from the output of :meth:`to_dict`, or from a JSON document of it.
+        """The report from the output of :meth:`to_dict`, or from a JSON document of it.
 
         Raises:
             ArgumentError: it is something else.
@@ -328,7 +308,7 @@ class Report(Fact):
             return cls(**values)
 
     def to_html(self) -> str:
-        """Return everything as one self-contained HTML page."""
+        """Everything as one self-contained HTML page."""
         kinds = list(self.kinds())
         statistics = {}
         for group, nodes in self.renormalised.items():
@@ -347,7 +327,7 @@ class Report(Fact):
         )
 
     def table(self) -> Table:
-        """Return dense against slim as a table for a terminal."""
+        """Dense against slim as a table for a terminal."""
         table = Table("", "dense", "slim", "change", title="fxprune")
         for size in self.headlines():
             table.add_row(size.name, f"{size.dense:,}", f"{size.slim:,}", f"{size.left - 1:+.1%}")
@@ -355,7 +335,7 @@ class Report(Fact):
 
 
 def _as_tuples(value: Any) -> Any:
-    """Return plain data with tuples for lists: JSON has no tuples."""
+    """Plain data with tuples for lists: JSON has no tuples."""
     if isinstance(value, Mapping):
         return {name: _as_tuples(item) for name, item in value.items()}
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
@@ -413,7 +393,7 @@ def _summarize(kind: str, name: str, groups: Sequence[GroupSize], scores: Mappin
 
 
 def _runs(labels: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """Describe units before and after of each run of equal neighbouring blocks."""
+    """Units before and after of each run of equal neighbouring blocks, in words."""
     for (before, after), run in groupby(zip(labels, sizes, strict=True), key=lambda pair: pair[1]):
         names = [label for label, _ in run]
         place = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
@@ -437,18 +417,18 @@ def _score_chart(labels: Mapping[str, str], scores: Mapping[str, Spread]) -> Mar
 
 
 def frozen_reasons(axes: AxisMap) -> dict[str, str]:
-    """Return the reason, in words, of each parameter axis that keeps its units."""
+    """The reason, in words, of each parameter axis that keeps its units."""
     return {axis: str(freeze) for axis, freeze in frozen_in(axes).items()}
 
 
 def renormalised_groups(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[str, ...]]:
-    """Return the groups that shrank under a statistic, with its nodes."""
+    """The groups that shrank under a statistic, with its nodes."""
     shrunk = group_widths(groups, keep)
     return {group.name: group.renormalised for group in groups if group.renormalised and group.name in shrunk}
 
 
 def group_widths(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int]]:
-    """Return the units, before and after, of the groups that shrank."""
+    """The units, before and after, of the groups that shrank."""
     found: dict[str, tuple[int, int]] = {}
     for group in groups:
         if group.factor is not None and keep.touches(group.factor):
@@ -457,7 +437,7 @@ def group_widths(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, 
 
 
 def group_sizes(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str]) -> tuple[GroupSize, ...]:
-    """Return every group with its units before and after; a removed block keeps none."""
+    """Every group with its units before and after; a removed block keeps none."""
     alike = Counter((group.block, group.kind) for group in groups)
     found = []
     for group in groups:
@@ -472,7 +452,7 @@ def group_sizes(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[st
 def score_spreads(
     groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str], scores: Scores | None
 ) -> dict[str, Spread]:
-    """Return the spread of the scores of kept and of removed units, by place."""
+    """The spread of the scores of kept and of removed units, by place."""
     kept: dict[str, list[npt.NDArray[np.float64]]] = {}
     removed: dict[str, list[npt.NDArray[np.float64]]] = {}
     sizes = group_sizes(groups, keep, removed_blocks)

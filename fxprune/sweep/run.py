@@ -81,17 +81,7 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     asked = check_sweep(ratio, recipe, keep, options)
     folder = Path(as_path("out", out))
     bench, force = flag("bench", bench), flag("force", force)
-    _check_repeatable(calibration)
-    given: dict[str, Any] = {**options}
-    if not isinstance(model, nn.Module):
-        if given.get("tokenizer") is None:
-            given["tokenizer"] = load_tokenizer(model)
-        model = load_model(model)
-    if given.get("tokenizer") is None:
-        what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
-        raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
-    if is_text(calibration):
-        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
+    model, calibration, given = _read_inputs(model, calibration, options)
     source = _digest(model, calibration)
     rows = {row.name: row for row in _read(folder, source, force=force)}
     todo, made = [], set[str]()
@@ -155,9 +145,23 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     return found
 
 
-def _check_repeatable(calibration: Any) -> None:
+def _read_inputs(
+    model: nn.Module | str | os.PathLike[str], calibration: Any, options: Mapping[str, Any]
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model, the samples and the options of all prunes, with a tokenizer."""
     if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
         raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+    given = {**options}
+    if not isinstance(model, nn.Module):
+        if given.get("tokenizer") is None:
+            given["tokenizer"] = load_tokenizer(model)
+        model = load_model(model)
+    if given.get("tokenizer") is None:
+        what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
+        raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
+    if is_text(calibration):
+        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
+    return model, calibration, given
 
 
 def _digest(model: nn.Module, calibration: Any) -> str:
@@ -192,7 +196,9 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
         rows = [row_of(row) for row in data["rows"]]
         same = data["source"] == source
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"it is no table of a sweep: {error!r}", where=str(file), remedy="Delete it") from error
+        raise CheckpointError(
+            f"it is not the table of a sweep: {type(error).__name__}: {error}", where=str(file), remedy="Delete it"
+        ) from error
     if not same and not force:
         remedy = "Choose a new folder, or replace it with $force=True"
         raise CheckpointError("it is of another model, other samples or versions", where=str(file), remedy=remedy)
@@ -202,7 +208,7 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
 def _is_done(
     row: SweepRow | None, key: str, folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
 ) -> bool:
-    """Whether a row is there with all that is asked for."""
+    """Whether a row is complete, with its model if that is kept."""
     if row is None or row.key != key or (bench and row.decode_ms is None):
         return False
     beaten = row not in Sweep(folder, tuple(rows.values())).best
@@ -243,7 +249,7 @@ def _write(done: Sweep, source: str) -> None:
 
 
 def _clear(done: Sweep, made: Set[str]) -> None:
-    """Delete those of the models made that another one has beaten since."""
+    """Delete models made in this sweep that another one beats by now."""
     for row in done.rows:
         if row.name in made and row not in done.best and (done.folder / row.name / MANIFEST).is_file():
             shutil.rmtree(done.folder / row.name)

@@ -1,4 +1,4 @@
-"""The table of a sweep: sizes against quality, what nothing else beats, and what to take."""
+"""The table of a sweep: size against quality, the Pareto front, and a recommendation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fxprune.errors import EvaluationError
+from fxprune.evaluation.comparison import new_figure
 from fxprune.pipeline.arguments import number
-from fxprune.report.quality import Value
+from fxprune.report.quality import Value, figures_markdown, figures_table
 
 _HEAD = ("", "parameters", "left", "MB", "perplexity over dense", "divergence, nats", "same first token", "decode", "")
 
@@ -50,7 +50,7 @@ class SweepRow:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """Costs that are compared: parameters, bytes, perplexity, and the time of a token where it was measured."""
+        """The costs compared: parameters, bytes, perplexity and, if measured, time per token."""
         times = () if self.decode_ms is None else (self.decode_ms[1] / self.decode_ms[0],)
         return self.parameters[1], self.memory[1], self.ratio_of_perplexity[0], *times
 
@@ -64,11 +64,11 @@ class Sweep:
 
     @property
     def best(self) -> tuple[SweepRow, ...]:
-        """The rows that no other one beats: none is as good in everything and better in something."""
+        """The Pareto front: rows that no other row matches in everything and beats in something."""
         return tuple(row for row in self.rows if not any(_beats(other, row) for other in self.rows))
 
     def recommend(self, at_most: float) -> SweepRow | None:
-        """The row with the fewest parameters whose perplexity is at most so many times the dense one's; None if none.
+        """The smallest row whose perplexity is at most this multiple of the dense model's; None if there is none.
 
         Raises:
             ArgumentError: ``at_most`` is no number above 0.
@@ -95,20 +95,13 @@ class Sweep:
 
     def table(self) -> Table:
         """The table for a terminal."""
-        table = Table(_HEAD[0], title="sweep")
-        for name in _HEAD[1:]:
-            table.add_column(name, justify="right")
-        for line in self.lines():
-            table.add_row(*line)
-        return table
+        return figures_table(_HEAD, self.lines(), "sweep")
 
     def to_markdown(self) -> str:
         """The table in Markdown, with the texts that were measured."""
-        lines = ["| " + " | ".join(line) + " |" for line in (_HEAD, *self.lines())]
-        lines.insert(1, "|---" + "|---:" * (len(_HEAD) - 1) + "|")
         texts = dict.fromkeys(row.measured_on for row in self.rows)
-        notes = [f"Measured on {text}." for text in texts] + ["A value after ± is one standard error; nothing beats *."]
-        return "\n".join([*lines, "", *notes]) + "\n"
+        notes = [*(f"Measured on {text}." for text in texts), "A value after ± is one standard error; nothing beats *."]
+        return "\n".join([figures_markdown(_HEAD, self.lines()), *notes]) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """All rows as plain data."""
@@ -116,23 +109,18 @@ class Sweep:
         return {"rows": [asdict(row) | {"best": row in best} for row in self.rows]}
 
     def plot(self, path: Path) -> None:
-        """Draw perplexity against parameters, bytes and, where measured, speed; the lines join what nothing beats.
+        """Draw perplexity against parameters, bytes and, if measured, speed; lines join the Pareto front.
 
         Raises:
             EvaluationError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            what = "matplotlib is not installed"
-            raise EvaluationError(what, where="plot", remedy="pip install matplotlib") from error
         panels: dict[str, dict[SweepRow, float]] = {
             "parameters left": {row: row.parameters[1] / row.parameters[0] for row in self.rows},
             "bytes left": {row: row.memory[1] / row.memory[0] for row in self.rows},
             "time of a token": {row: row.decode_ms[1] / row.decode_ms[0] for row in self.rows if row.decode_ms},
         }
         panels = {name: places for name, places in panels.items() if places}
-        figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")  # inches
+        figure = new_figure(4 * len(panels), 3.5)
         for panel, (name, places) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):
@@ -150,7 +138,7 @@ class Sweep:
 
 
 def row_of(data: Mapping[str, Any]) -> SweepRow:
-    """Return a row from plain data, as JSON has it."""
+    """A row from plain data, as JSON has it."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     values.pop("best", None)
     return SweepRow(**values)

@@ -18,7 +18,7 @@ Offsets: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Alignment:
-    """The places of a text where a token of each of two tokenizers ends, and the start of the text.
+    """The places of a text where both of two tokenizers end a token, and its start.
 
     Args:
         ours: tokens of the one before each place ``(places,)``, in order.
@@ -48,7 +48,7 @@ def _ends(offsets: Sequence[Offsets]) -> dict[int, int]:
 
 
 def retokenised(ids: Sequence[int], ours: Any, theirs: Any) -> tuple[Tensor, Alignment] | None:
-    """The text of token ids in the tokens of another tokenizer ``(tokens,)``, and where both end a token.
+    """Token ids of the same text for another tokenizer ``(tokens,)``, and the places where both end a token.
 
     Ids that begin as the one tokenizer begins a text begin as the other one does. None if the text is not written by
     the same ids again, as one that was cut within a word.

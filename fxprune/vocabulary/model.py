@@ -59,7 +59,8 @@ def find_rows(model: PreTrainedModel) -> Rows:
     sizes = {size, *(value for value in named if type(value) is int and value > 1)}
     axes: dict[str, int] = {}
     each: dict[int, int] = {}
-    for name, tensor in _tensors(model):
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
         found = [axis for axis, length in enumerate(tensor.shape) if length in sizes]
         if len(found) > 1:
             what = f"{len(found)} of its axes are as long as the vocabulary"
@@ -146,12 +147,6 @@ def expected_use(model: PreTrainedModel, samples: Iterable[torch.Tensor]) -> dic
             return {}
         found += logits.float().softmax(-1).sum(dim=(0, 1)).double().cpu()
     return dict(enumerate(found.tolist()))
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by all of their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _settings(model: PreTrainedModel) -> Iterator[Any]:

@@ -95,7 +95,7 @@ def choose_tokens(
 
 
 def best_order(tokens: Tokens, use: Use, size: int, needed: Collection[int], *, free: bool = False) -> Use:
-    """The use to choose tokens by, of those that may be read from one.
+    """The best of several readings of a use, by held-out text.
 
     It may be all of it; the counts alone, so that of unused tokens those with the highest ids go; or none of it, so
     that these go whatever the corpus uses. Of a small corpus, counts say little about rare tokens, and where all tokens
@@ -181,7 +181,7 @@ def prune_vocabulary(
     size: int | None = None,
     round_to: int = 1,
 ) -> tuple[PreTrainedModel, Any, VocabularyReport]:
-    """Remove the tokens from a model and its tokenizer whose removal makes a corpus longest by the least.
+    """Remove from a model and its tokenizer the tokens that a corpus needs least.
 
     Every text can still be written, and a text that is written with kept tokens alone gives the same logits for them.
 
@@ -221,7 +221,7 @@ def prune_vocabulary(
 
 
 def size_after(model: PreTrainedModel, ratio: float) -> int:
-    """The number of tokens with whose rows a fraction of the parameters of a model goes; it may be below zero."""
+    """The number of tokens left after removing a fraction of the parameters as rows; may be negative."""
     rows = find_rows(model)
     return rows.size - math.ceil(ratio * sum(parameter.numel() for parameter in model.parameters()) / rows.each)
 
@@ -250,7 +250,12 @@ def trim(
     needed = (tokens.needed | ids_in_settings(model)) & tokens.every
     if size < len(needed) and not free:
         total = sum(parameter.numel() for parameter in model.parameters())
-        raise _unreachable(size, len(needed), rows.size, rows.each / total)
+        most = (rows.size - len(needed)) * rows.each / total
+        what = f"{max(size, 0):,} of {rows.size:,} tokens would stay, and {len(needed):,} must, to write every text"
+        remedy = f"Ask for at most {math.floor(most * 1000) / 1000:.3f} of the parameters"
+        error = RatioError(what, where="vocabulary", remedy=remedy)
+        error.reachable = most
+        raise error
     size = -(-max(size, len(needed)) // round_to) * round_to
     order = best_order(tokens, use, size, needed, free=free)
     kept = choose_tokens(tokens, order, size, needed, free=free, round_to=round_to)
@@ -317,13 +322,3 @@ def _texts(corpus: Any) -> list[str]:
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise refuse("corpus", wrong[0], wanted)
     return texts
-
-
-def _unreachable(size: int, least: int, rows: int, each: float) -> RatioError:
-    error = RatioError(
-        f"{max(size, 0):,} of {rows:,} tokens would stay, and {least:,} must, so that every text can be written",
-        where="vocabulary",
-        remedy=f"Ask for at most {math.floor((rows - least) * each * 1000) / 1000:.3f} of the parameters",
-    )
-    error.reachable = (rows - least) * each
-    return error

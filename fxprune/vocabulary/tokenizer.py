@@ -16,7 +16,7 @@ import json
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def check_kind(tokenizer: Any) -> None:
-    """Refuse a tokenizer that is of no kind which writes every text with some of its tokens.
+    """Refuse a tokenizer of a kind that cannot be trimmed.
 
     Raises:
         UnsupportedModelError: it is of another kind, or no fast tokenizer.
@@ -72,9 +72,9 @@ class Tokens(ABC):
     def __init__(self, spec: Mapping[str, Any]) -> None:
         model = spec["model"]
         vocabulary = model["vocab"]
-        pairs = enumerate(text for text, _ in vocabulary) if isinstance(vocabulary, list) else _turned(vocabulary)
-        self.texts: dict[int, str] = dict(pairs)
-        self.ids = {text: number for number, text in self.texts.items()}
+        texts = [text for text, _ in vocabulary] if isinstance(vocabulary, list) else None
+        self.ids: dict[str, int] = vocabulary if texts is None else {text: i for i, text in enumerate(texts)}
+        self.texts = {number: text for text, number in self.ids.items()}
         self.added = frozenset(token["id"] for token in spec["added_tokens"])
         self._marks = {text for step in ("normalizer", "pre_tokenizer", "decoder") for text in _strings(spec[step])}
         self._bytes = {
@@ -92,14 +92,16 @@ class Tokens(ABC):
     @cached_property
     def needed(self) -> frozenset[int]:
         """Ids that must stay, so that every text can be written: added tokens, and characters or bytes."""
-        fallback: Iterable[int] = self._bytes.values() if self._falls_back else ()
-        kept = {number for number, text in self.texts.items() if self._is_character(text) and self._stays(text)}
+        characters = {number for number, text in self.texts.items() if self._is_character(text)}
         alone = {number for number, text in self.texts.items() if not self._can_be_written(text)}
-        return self.added.union(self._unknown, fallback, kept, alone)
+        if self._falls_back:  # bytes write a character, unless the tokenizer itself replaces it
+            characters = {number for number in characters if self.texts[number] in self._marks}
+            characters.update(self._bytes.values())
+        return self.added.union(self._unknown, characters, alone)
 
-    @abstractmethod
     def parts(self, token: int) -> tuple[int, ...]:
         """Tokens that must stay as long as this one does."""
+        return ()
 
     @abstractmethod
     def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
@@ -114,19 +116,14 @@ class Tokens(ABC):
     def _is_character(self, text: str) -> bool:
         return len(text) == 1
 
-    def _stays(self, text: str) -> bool:
-        """Whether a single character must stay: bytes can write it, unless the tokenizer itself replaces it."""
-        return not self._falls_back or text in self._marks
-
     def _can_be_written(self, text: str) -> bool:
         return True
 
-    def _as_bytes(self, text: str) -> tuple[int, ...]:
+    def _fallback(self, text: str) -> tuple[int, ...]:
+        """The tokens of a character without one of its own."""
+        if not self._falls_back:
+            return self._unknown
         return tuple(self._bytes[byte] for byte in text.encode("utf-8", "surrogatepass"))
-
-
-def _turned(vocabulary: Mapping[str, int]) -> Iterator[tuple[int, str]]:
-    return ((number, text) for text, number in vocabulary.items())
 
 
 def _strings(part: Any) -> Iterator[str]:
@@ -149,17 +146,16 @@ class _Merged(Tokens):
         self._ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
 
     def parts(self, token: int) -> tuple[int, ...]:
-        found = self._halves.get(token)
-        return () if found is None else found
+        return self._halves.get(token, ())
 
     def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
         text = self.texts[token]
         if self._is_character(text):
-            return self._as_bytes(text)
+            return self._fallback(text)
         if token in self._halves:
             return self._halves[token]
-        left = self._merge(text)[-1]
-        return tuple(number for part in left for number in self._numbers(part))
+        found = ((self.ids[part],) if part in self.ids else self._fallback(part) for part in self._merge(text)[-1])
+        return tuple(number for numbers in found for number in numbers)
 
     @cached_property
     def _halves(self) -> dict[int, tuple[int, int]]:
@@ -194,12 +190,6 @@ class _Merged(Tokens):
             symbols[-1] += self._suffix
         return symbols
 
-    def _numbers(self, text: str) -> tuple[int, ...]:
-        """The tokens of a symbol."""
-        if text in self.ids:
-            return (self.ids[text],)
-        return self._as_bytes(text) if self._falls_back else self._unknown
-
     def _is_character(self, text: str) -> bool:
         return len(text.removesuffix(self._suffix) if self._suffix else text) == 1
 
@@ -220,9 +210,6 @@ class _Scored(Tokens):
     def needed(self) -> frozenset[int]:
         """Ids that must stay; the lowest score is that of unknown characters, too."""
         return super().needed | {self._lowest}
-
-    def parts(self, token: int) -> tuple[int, ...]:
-        return ()
 
     def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
         """The sequence of tokens with the highest sum of scores."""
@@ -247,9 +234,6 @@ class _Scored(Tokens):
             place = start
         return tuple(number for numbers in reversed(found) for number in numbers)
 
-    def _fallback(self, character: str) -> tuple[int, ...]:
-        return self._as_bytes(character) if self._falls_back else self._unknown
-
     def _can_be_written(self, text: str) -> bool:
         return self._falls_back or all(character in self.ids for character in text)
 
@@ -261,11 +245,8 @@ class _Longest(Tokens):
         super().__init__(spec)
         self._prefix = spec["model"]["continuing_subword_prefix"]
 
-    def parts(self, token: int) -> tuple[int, ...]:
-        return ()
-
     def pieces(self, token: int, gone: Collection[int]) -> tuple[int, ...]:
-        """The longest token that fits, again and again."""
+        """Greedy longest match."""
         text, inside = self._split(self.texts[token])
         found: list[int] = []
         while text:

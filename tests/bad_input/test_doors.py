@@ -137,7 +137,7 @@ GRAPHS: dict[str, Callable[[Any, Path], Any]] = {
 }
 
 
-def test_what_is_no_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_objects_are_not_graphs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     values = (*NONSENSE, torch.fx.symbolic_trace(nn.ReLU()), Net())
     rows = [((name, value), "graph|traced") for name in GRAPHS for value in values]
     check_table(lambda row: GRAPHS[row[0]](row[1], tmp_path), rows, capfd)
@@ -158,7 +158,7 @@ def test_axes_and_groups_to_explain(graph: Any, capfd: pytest.CaptureFixture[str
 PICTURES: list[tuple[dict[str, Any], str]] = [
     *[({"path": path}, "path is") for path in (None, 3, "", "a\0b", [], b"x", Path)],
     *[({"path": path}, "cannot be written.*Choose a file") for path in ("no/such/folder/x.dot", "/proc/x.dot")],
-    *[({"path": path}, "a picture cannot be written as.*\\.html") for path in ("/", "/proc/x", "x.jpg")],
+    *[({"path": path}, r"a picture cannot be written as.*\.dot.*\.html") for path in ("/", "/proc/x", "x.jpg", ".svg")],
     *[
         ({"layer": layer}, "layer")
         for layer in (99, -99, "nope", 0.5, [], True, b"x", object(), "--3", "²", "9" * 5000)
@@ -167,6 +167,7 @@ PICTURES: list[tuple[dict[str, Any], str]] = [
     *[({"everything": value}, "everything is") for value in ("yes", None, 3)],
     *[({"fold": value}, "fold is") for value in ("yes", None, 3)],
     *[({"plan": plan}, "plan is") for plan in ("plan.json", 3, [], {}, True)],
+    ({"plan": fxprune.Plan({"nope.weight": {0: [1]}})}, "no such axis"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +24,15 @@ NONSENSE: tuple[Any, ...] = (None, 3, "x", b"x", [], {}, object(), float("nan"),
 
 
 class Tokenizer:
-    """Letters are tokens."""
+    """Letters are tokens, unless another function makes them."""
 
     eos_token_id = pad_token_id = 0
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
-
-
-class Raising(Tokenizer):
-    """Raises."""
+    def __init__(self, make: Callable[[str], Any] | None = None) -> None:
+        self.make = make or (lambda text: {"input_ids": [ord(letter) % VOCABULARY for letter in text]})
 
     def __call__(self, text: str, **options: Any) -> Any:
-        raise ValueError("no tokens today")
-
-
-class Wordy(Tokenizer):
-    """Gives text."""
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        return {"input_ids": ["a"] * 100}
-
-
-class Strange(Tokenizer):
-    """Gives something else."""
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        return "abc"
-
-
-class Large(Tokenizer):
-    """Belongs to another model."""
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        return {"input_ids": [10**6] * 100}
+        return self.make(text)
 
 
 class Mute(Net):
@@ -75,7 +51,9 @@ def undefined() -> Net:
 
 
 TOKENIZER = Tokenizer()
-TOKENIZERS: tuple[Any, ...] = (Raising(), Wordy(), Strange(), Large(), Tokenizer)
+OF_ANOTHER = Tokenizer(lambda _: {"input_ids": [10**6] * 100})
+RAISING, WORDY = Tokenizer(lambda _: int("no tokens today")), Tokenizer(lambda _: {"input_ids": ["a"] * 100})
+TOKENIZERS: tuple[Any, ...] = (RAISING, WORDY, Tokenizer(lambda _: "abc"), OF_ANOTHER, Tokenizer)
 
 
 def measure(**options: Any) -> Any:
@@ -156,6 +134,10 @@ def test_what_recovery_cannot_work_with(tmp_path: Path, capfd: pytest.CaptureFix
             file.write_bytes(content)
             rows.append(({"data": file}, "data|UTF-8|JSON|rows"))
     rows += [({"tokenizer": tokenizer}, ".") for tokenizer in (*NONSENSE, *TOKENIZERS, len)]
+    rows += [
+        ({"tokenizer": None}, "tokenizer is None"),
+        ({"tokenizer": OF_ANOTHER}, "gives 1000000, the model knows 0 to"),
+    ]
     given = {"pruned": slim, "data": ROWS, "tokenizer": TOKENIZER}
     check_table(lambda bad: fxprune.recover(**{**given, **bad}), rows, capfd, model=slim)
     models = [({"pruned": model}, "pruned: .*no Hugging Face model") for model in (*NONSENSE, Net())]

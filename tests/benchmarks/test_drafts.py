@@ -33,5 +33,5 @@ def test_a_draft_changes_no_token_and_saves_runs() -> None:
     itself = LlamaForCausalLM(config).eval()
     itself.load_state_dict(dense.state_dict())
     best = by_transformers(dense, itself, [1, 2, 3], 12)
-    assert alone.said == helped.said == best.said and alone.runs == 12
+    assert alone.continuation == helped.continuation == best.continuation and alone.runs == 12
     assert best.runs is not None and best.runs < 12

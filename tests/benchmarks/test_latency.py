@@ -103,7 +103,7 @@ def test_an_engine_reads_a_prompt_and_gives_tokens(name: str, slim: Source) -> N
         assert job() > 0 and job() > 0
 
 
-def test_a_decoding_step_is_always_after_as_many_tokens(dense: Source) -> None:
+def test_every_decoding_step_follows_the_same_number_of_tokens(dense: Source) -> None:
     engine: Any = ENGINES["transformers"](dense, "cpu", CASES[0])
     seen: list[int] = []
     call = engine.call
@@ -143,7 +143,7 @@ def test_vllm_generates_the_tokens_of_each_case(dense: Source, monkeypatch: pyte
     assert module.asked == [1, 25, 1] and module.given["max_num_seqs"] == 2
 
 
-def test_an_engine_that_is_not_there_says_so() -> None:
+def test_a_missing_engine_is_reported() -> None:
     class Absent(Engine):
         packages = ("no_such_package",)
         devices = ("cpu",)

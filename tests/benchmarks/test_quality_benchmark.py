@@ -304,5 +304,5 @@ def test_the_beginning_of_a_text_has_the_tokens_asked_for() -> None:
     assert len(python_code()) > 100_000
 
 
-def test_the_command_line_says_the_price_that_was_measured() -> None:
+def test_the_command_line_prints_the_measured_price() -> None:
     assert demo.uniform_price() == uniform_price(json.loads(quality.RESULTS.read_text()))

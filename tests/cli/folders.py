@@ -14,8 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models import tiny
 
-__all__ = ["fill_with_wrong_things", "save_tiny", "write_gguf"]
-
 
 def save_tiny(folder: Path) -> None:
     """Save a tiny model with a tokenizer of three words."""

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fxprune
-import fxprune.cli.apply
 from tests.cli.running import refused, run
 from tests.models import token_ids
 

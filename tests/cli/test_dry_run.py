@@ -63,7 +63,7 @@ def test_it_prints_an_estimate_of_the_default(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_says_how_much_tuning_reads_of_weights_on_disk(config: Path) -> None:
+def test_bytes_that_tuning_reads_from_disk_are_estimated(config: Path) -> None:
     """There was no tuning, and nobody could know what it would take."""
     options = ("prune", config, "--out", config.parent / "slim", "--dry-run", "--json")
     tuned, plain = (

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fxprune
-import fxprune.cli.export
 from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.export.gguf.write import most_common_type
 from tests.cli.running import refused, shown

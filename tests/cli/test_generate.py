@@ -11,7 +11,6 @@ import torch
 from transformers import AutoTokenizer
 
 import fxprune
-import fxprune.cli.generate
 from tests.cli.running import run
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import fxprune
-import fxprune.cli.graph
 from tests.cli.running import invoked, shown
 from tests.models import tiny
 
@@ -96,13 +95,13 @@ def test_pictures_of_a_layer_a_group_and_the_whole_model(folder: str, tmp_path: 
 
 
 def test_a_plan_is_laid_over_with_its_own_norm(folder: str, result: fxprune.Result, tmp_path: Path) -> None:
-    for norm, told in (("masked", "exact, norms as masked"), ("sliced", "renormalised")):
+    for norm, described in (("masked", "exact, norms as masked"), ("sliced", "renormalised")):
         plan = dataclasses.replace(result.plan, norm=norm)
         (tmp_path / "plan.json").write_text(plan.to_json())
         arguments = ("--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / "plan.json")
         code, output = shown("graph", folder, *arguments)
         text = (tmp_path / "plan.dot").read_text()
-        assert code == 0 and "stays" in text and "% that stays in block" in text and told in text, output
+        assert code == 0 and "stays" in text and "% that stays in block" in text and described in text, output
 
 
 def test_the_plan_of_a_folder_that_python_wrote_is_laid_over(
@@ -124,8 +123,8 @@ def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_axis_is_explained_by_its_short_name(folder: str) -> None:
     code, output = shown("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
-    told = "mlp.down_proj.weight[1] is in group model.layers.0/mlp: mlp, 88 units; exact: the same as masking"
-    assert code == 0 and output.startswith(f"model.layers.0.{told} model.layers.0.mlp.gate_proj.weight[0] -> ")
+    described = "mlp.down_proj.weight[1] is in group model.layers.0/mlp: mlp, 88 units; exact: the same as masking"
+    assert code == 0 and output.startswith(f"model.layers.0.{described} model.layers.0.mlp.gate_proj.weight[0] -> ")
     assert "aten.silu.default" in output and output.count(" (at ") == 4 and "sums i" in output
     for short in (("layers.0.mlp.down_proj", "1"), ("0.mlp.down_proj.weight[1]",), ("layers.0.mlp.down_proj[1]",)):
         assert shown("explain", folder, *short) == (0, output)

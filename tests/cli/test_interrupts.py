@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import fxprune.cli.console
 from tests.cli.folders import save_tiny
 from tests.export.small import tokenizer
 
@@ -34,12 +33,12 @@ def stopped(arguments: list[str], folder: Path, moment: str, number: int) -> tup
             if line.startswith(moment):
                 break
         process.send_signal(number)
-        printed, told = process.stdout.read(), process.stderr.read()
-        return process.wait(timeout=120), printed, told
+        printed, errors = process.stdout.read(), process.stderr.read()
+        return process.wait(timeout=120), printed, errors
 
 
 def ran(code: str) -> tuple[int, str, str]:
-    """The exit code of a process that runs some code, what it printed and told."""
+    """The exit code of a process that runs some code, and its two outputs."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
     return done.returncode, done.stdout, done.stderr
@@ -71,10 +70,10 @@ def test_a_stopped_prune_leaves_nothing_half_written(
         model = tmp_path.with_suffix(".model")
         tokenizer().save_pretrained(model)
     command = ["prune", str(model), "--out", out, "--recipe", "llm-pruner", "--importance", "l2", "--verbose"]
-    code, printed, told = stopped(command, tmp_path, moment, number)
-    assert code == 128 + number, told
-    lines = [line for line in told.splitlines() if not line.endswith((" s", " ..."))]
-    assert lines == ["stopped"] and printed == "", told
+    code, printed, errors = stopped(command, tmp_path, moment, number)
+    assert code == 128 + number, errors
+    lines = [line for line in errors.splitlines() if not line.endswith((" s", " ..."))]
+    assert lines == ["stopped"] and printed == "", errors
     left = [path.name for path in tmp_path.iterdir()]
     assert left == [] or (tmp_path / out / "run.yaml").is_file()
     assert not any(name.startswith(".") for name in left)
@@ -89,7 +88,6 @@ def test_an_interrupt_during_imports_stops_exit_on_signal() -> None:
         "    except BaseException: print('swallowed')\n"
     )
     assert ran(code) == (130, "", "stopped\n")
-    assert fxprune.cli.console.exit_on_signal is not None
 
 
 @pytest.mark.parametrize(
@@ -99,7 +97,7 @@ def test_an_interrupt_during_imports_stops_exit_on_signal() -> None:
         "a = type('A', (), {})(); r = weakref.ref(a, lambda _: os.kill(os.getpid(), signal.SIGINT)); del a\n",
     ],
 )
-def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swallows: str) -> None:
+def test_a_signal_in_a_finaliser_stops_a_little_later(swallows: str) -> None:
     code = (
         "import os, signal, time, weakref; from fxprune.cli.console import install\n"
         f"install()\n{swallows}"
@@ -109,7 +107,7 @@ def test_a_stop_that_comes_where_nothing_can_be_raised_stops_a_little_later(swal
     assert ran(code) == (130, "", "stopped\n")
 
 
-def test_what_is_done_is_done_whatever_comes_after() -> None:
+def test_a_finished_command_keeps_its_exit_code() -> None:
     code = (
         "import atexit, os, signal; from fxprune.cli.console import finish, install\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
@@ -129,6 +127,6 @@ def test_what_is_done_is_done_whatever_comes_after() -> None:
 def test_other_commands_stop_as_well(model: Path, tmp_path: Path, command: tuple[str, ...], moment: str) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([{"text": "red green blue " * 90}] * 3))
     arguments = [str(model) if word == "MODEL" else word for word in command]
-    code, printed, told = stopped(arguments, tmp_path, moment, signal.SIGINT)
-    assert (code, printed, told.splitlines()[-1]) == (130, "", "stopped"), told
+    code, printed, errors = stopped(arguments, tmp_path, moment, signal.SIGINT)
+    assert (code, printed, errors.splitlines()[-1]) == (130, "", "stopped"), errors
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]

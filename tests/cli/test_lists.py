@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fxprune
-import fxprune.cli.lists
 from tests.cli.running import run
 
 

@@ -29,7 +29,7 @@ def test_a_folder_of_an_earlier_run_is_fine(tmp_path: Path, mark: str) -> None:
     (tmp_path / "slim").mkdir()
     check_output(tmp_path / "slim", "model", force=False)
     (tmp_path / "slim/notes").write_text("mine")
-    with pytest.raises(CheckpointError, match="not of an earlier run"):
+    with pytest.raises(CheckpointError, match="no earlier run wrote"):
         check_output(tmp_path / "slim", "model", force=False)
     check_output(tmp_path / "slim", "model", force=True)
     (tmp_path / "slim" / mark).write_text("")

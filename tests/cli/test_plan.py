@@ -75,7 +75,7 @@ def test_json_has_all_axes(tmp_path: Path) -> None:
     assert json.loads(output) == {"norm": "masked", "removed_blocks": [], "widths": {}, "axes": axes, "vocabulary": []}
 
 
-def test_equal_plans_say_so(models: Path, tmp_path: Path) -> None:
+def test_equal_plans_are_reported(models: Path, tmp_path: Path) -> None:
     path = written(tmp_path / "again.json", read_plan(models / "slim").plan)
     assert run("plan", "diff", models / "slim", path) == (0, "the plans remove the same", "")
 

@@ -12,11 +12,6 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import fxprune
-import fxprune.cli.config
-import fxprune.cli.options
-import fxprune.cli.output
-import fxprune.cli.preparation
-import fxprune.cli.prune
 from fxprune.recipes import read_recipe
 from tests.cli.folders import save_tiny
 from tests.cli.running import invoked, refused, run, shown
@@ -99,7 +94,7 @@ def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, o
 
 
 def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None:
-    """A card told of `samples=64, written=64` where 4 of a file were used, and named no file."""
+    """A card listed `samples=64, written=64` where 4 of a file were used, and named no file."""
     path = out.with_name("words.txt")
     path.write_text("red green blue\n" * 8)
     options = ("--recipe", "fast", "--tune", "none", "--compensate", "none", "--protect", "0,0", "--ratio", 0.05)
@@ -158,7 +153,7 @@ def test_deprecated_options_are_replaced_with_a_warning(folder: str, out: Path, 
 def test_a_gguf_file_has_sliced_norms_and_widths_in_blocks(
     folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fxprune.cli.prune, "_check_gguf", lambda *_: None)
+    monkeypatch.setattr("fxprune.export.gguf.write.check_gguf", lambda *_, **__: None)
     refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2)
     assert seen["norm"] == "sliced" and seen["round_to"] == {"mlp": 32}
     refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2, "--norm", "masked", "--round-to", 4)

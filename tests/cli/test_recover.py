@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fxprune
-import fxprune.cli.recover
 from fxprune.checkpoint.manifest import read_manifest
 from tests.cli.running import run
 from tests.models import token_ids

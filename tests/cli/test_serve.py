@@ -62,7 +62,7 @@ def test_a_draft_changes_no_token(models: Path, answers: list[Any]) -> None:
     assert dense["timings"]["draft_n_accepted"] == dense["timings"]["draft_n"] > 0
 
 
-def test_a_file_that_cannot_be_served_and_a_missing_engine_are_told(
+def test_a_file_that_cannot_be_served_and_a_missing_engine_are_reported(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
@@ -100,7 +100,7 @@ def test_a_signal_ends_it_while_the_engine_loads(models: Path, tmp_path: Path) -
     assert not list(tmp_path.glob("**/*.gguf"))
 
 
-def test_a_chat_remembers_what_was_said(models: Path) -> None:
+def test_a_chat_has_its_earlier_turns(models: Path) -> None:
     asked = ("chat", str(models / "slim"), "--max-new-tokens", "5", "--system", "be")
     result = CliRunner().invoke(COMMAND, [*asked], input="so it\n\nand so\n")
     assert result.exit_code == 0, result.output

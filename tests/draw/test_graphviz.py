@@ -10,7 +10,6 @@ import networkx as nx
 import pydot
 import pytest
 import torch
-from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
 from fxprune.discovery.groups import KINDS
@@ -18,6 +17,7 @@ from fxprune.draw.atlas import Atlas, find_folds
 from fxprune.draw.graphviz import Legend, _quoted, draw, hue_of
 from fxprune.draw.view import Labels, View, contracted, searched
 from fxprune.trace import trace
+from tests.draw.test_atlas import Block, Stack
 
 
 def test_each_kind_has_a_hue_of_its_own_in_every_shade() -> None:
@@ -50,21 +50,9 @@ def test_the_legend_explains_groups_and_signs_of_the_picture(small: nx.Graph) ->
     assert "the arrow follows the search" in text and "dashed" in text and "follows the data" not in text
 
 
-class Stack(nn.Module):
-    def __init__(self, *widths: int) -> None:
-        super().__init__()
-        parts = ((nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6)) for width in widths)
-        self.layers = nn.ModuleList(nn.Sequential(*part) for part in parts)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
 @pytest.mark.parametrize(("widths", "cells"), [((5, 5), []), ((5, 10, 8), ["50", "100", "80"])])
 def test_uneven_widths_have_a_cell_for_each_block(widths: tuple[int, ...], cells: list[str]) -> None:
-    graph = dependency_graph(trace(Stack(*widths).eval(), {"x": torch.randn(2, 6)}))
+    graph = dependency_graph(trace(Stack(*map(Block, widths)).eval(), {"x": torch.randn(2, 6)}))
     atlas = Atlas(graph)
     folds = find_folds(atlas)
     view = View("title", tuple(graph.nodes), (), folds=folds)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.evaluation import CORPORA, Perplexity
 from fxprune.evaluation.comparison import Column, Comparison, Evaluation, compare_models
-from fxprune.evaluation.perplexity import CORPORA, Perplexity
 from fxprune.evaluation.tasks import TaskScore, zero_shot
 from fxprune.masking.parts import PartwiseModel, parts_by_weights
 from tests.evaluation.samples import QUESTIONS, TEXT, TOKENIZER, write

@@ -70,19 +70,30 @@ def test_perplexity_takes_every_form_of_output(one_block: PreTrainedModel) -> No
     assert [perplexity(form, ids) for form in forms] == [pytest.approx(expected, rel=1e-5)] * 3
 
 
-@pytest.mark.parametrize(("window", "stride"), [(20, 20), (20, 7), (16, 1)])
+def opening_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts <s> before every text."""
+    made = character_tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+@pytest.mark.parametrize("opening", [[], [1]], ids=["bare", "opening"])
+@pytest.mark.parametrize(("window", "stride"), [(20, None), (20, 7), (16, 1)])
 def test_perplexity_predicts_each_token_once_with_as_much_context_as_there_is(
-    model: PreTrainedModel, window: int, stride: int
+    model: PreTrainedModel, window: int, stride: int | None, opening: list[int]
 ) -> None:
-    ids = TOKENIZER(TEXT)["input_ids"]
+    """Windows begin as the tokenizer begins a text, and after its opening token the first token is predicted, too."""
+    tokenizer = opening_tokenizer() if opening else TOKENIZER
+    assert opening_tokens(tokenizer) == opening
+    ids, body = TOKENIZER(TEXT)["input_ids"], window - len(opening)
     losses, done = [], 0
-    for start in range(0, len(ids) - window + 1, stride):
-        part = torch.tensor([ids[start : start + window]])
+    for start in range(0, len(ids) - body + 1, stride or body):
+        part = torch.tensor([[*opening, *ids[start : start + body]]])
         with torch.no_grad():
             logits = model(part).logits[0].double().log_softmax(-1)
-        first = max(1, done - start)
+        first = max(1, len(opening) + done - start)
         losses.append([-float(logits[i - 1, part[0, i]]) for i in range(first, window)])
-        done = start + window
+        done = start + body
     flat = [loss for part in losses for loss in part]
     seen: list[tuple[int, str, int]] = []
 
@@ -90,12 +101,12 @@ def test_perplexity_predicts_each_token_once_with_as_much_context_as_there_is(
         seen.append((len(items), what, total))
         return items
 
-    found = text_perplexity(model, TOKENIZER, TEXT, window=window, stride=stride, batch=3, track=track)
+    found = text_perplexity(model, tokenizer, TEXT, window=window, stride=stride, batch=3, track=track)
     assert found.value == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-5)
-    assert (found.window, found.stride) == (window, stride)
-    assert (found.windows, found.predicted) == (len(losses), len(flat))
+    assert (found.window, found.stride) == (window, stride or body)
+    assert (found.windows, found.predicted) == (len(losses), len(flat)) and (not opening or len(flat) == done)
     assert seen == [(-(-found.windows // 3), "perplexity", -(-found.windows // 3))]
-    if stride == window:  # the standard error is that of the means of the windows
+    if stride is None:  # the standard error is that of the means of the windows
         means = torch.tensor(losses, dtype=torch.double).mean(dim=1)
         error = found.value * float(means.std() / len(means) ** 0.5)
         assert found.standard_error == pytest.approx(error, rel=1e-5)
@@ -118,33 +129,6 @@ def test_a_source_is_a_corpus_a_file_or_text(tmp_path: Path) -> None:
         load_corpus("word")
     with pytest.raises(UnknownNameError):
         load_corpus("no such.txt")
-
-
-def opening_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that puts <s> before every text."""
-    made = character_tokenizer()
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return made
-
-
-@pytest.mark.parametrize(("window", "stride"), [(17, None), (17, 5)])
-def test_windows_begin_as_the_tokenizer_begins_a_text(model: PreTrainedModel, window: int, stride: int | None) -> None:
-    """Every token of the text is predicted once, the first one too: after the opening token."""
-    tokenizer = opening_tokenizer()
-    assert opening_tokens(tokenizer) == [1] and opening_tokens(TOKENIZER) == []
-    ids = TOKENIZER(TEXT)["input_ids"]
-    step = stride or window - 1
-    losses, done = [], 0
-    for start in range(0, len(ids) - window + 2, step):
-        part = torch.tensor([[1, *ids[start : start + window - 1]]])
-        with torch.no_grad():
-            logits = model(part).logits[0].double().log_softmax(-1)
-        losses += [-float(logits[i, part[0, i + 1]]) for i in range(max(0, done - start), window - 1)]
-        done = start + window - 1
-    found = text_perplexity(model, tokenizer, TEXT, window=window, stride=stride)
-    assert found.predicted == len(losses) == done and found.value == pytest.approx(
-        math.exp(sum(losses) / len(losses)), rel=1e-5
-    )
 
 
 def test_bits_per_byte_count_the_bytes_of_what_is_predicted(model: PreTrainedModel) -> None:

@@ -125,7 +125,7 @@ def test_samples_that_stop_training_count_as_used(dense: torch.nn.Module) -> Non
         ({"tokenizer": len}, "takes no keyword arguments"),
     ],
 )
-def test_the_report_says_why_nothing_was_measured(options: dict[str, Any], why: str) -> None:
+def test_the_report_gives_the_reason_why_nothing_was_measured(options: dict[str, Any], why: str) -> None:
     result = fxprune.prune(tiny("llama"), **WEIGHTS, **options)
     assert result.report.quality is None and why in result.report.unmeasured
     assert f"Not measured: {result.report.unmeasured}." in result.report.to_html().replace("&#39;", "'")
@@ -144,7 +144,7 @@ def test_a_model_without_answers_has_figures(dense: torch.nn.Module, result: fxp
 
 
 @pytest.mark.slow
-def test_a_far_result_says_what_brings_it_closer() -> None:
+def test_a_result_far_from_the_dense_model_has_advice() -> None:
     values: dict[str, Any] = {"windows": 2, "window": 8, "tokens": 14, "perplexity": ((10.0, 1.0), (30.0, 2.0))}
     values |= {"bits_per_byte": ((1.0, 0.1), (1.6, 0.1)), "divergence": (1.1, 0.1), "agreement": (0.4, 0.1)}
     far = Quality.from_dict({"texts": [{"text": "a <b>", "ratio": (3.0, 0.2), **values}], "answers": []})

@@ -50,7 +50,7 @@ def test_a_timed_call_is_made_until_it_takes_long_enough() -> None:
     assert len(calls) - before > 1
 
 
-def test_models_generate_as_many_tokens_and_keep_as_many_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_and_memory_of_generation_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the model and random numbers stay as they were, and nothing is asked for by a deprecated name."""
     model = tiny("llama")
     slim = remembered.pruned("llama", importance="l2", kinds="head", ratio=0.05, protect=()).model
@@ -77,7 +77,7 @@ def test_models_generate_as_many_tokens_and_keep_as_many_keys(monkeypatch: pytes
     assert dense.to_dict()["decode_rate"] == pytest.approx(2 / dense.decode_ms * 1e3)
 
 
-def test_what_cannot_be_timed_is_refused(model: PreTrainedModel) -> None:
+def test_models_that_cannot_be_timed_are_refused(model: PreTrainedModel) -> None:
     refused: list[tuple[dict[str, Any], dict[str, int], str]] = [
         ({"dense": model}, {"tokens": 1}, "tokens is 1"),
         ({"dense": model}, {"prompt": 0}, "prompt is 0"),
@@ -107,7 +107,11 @@ def test_widths_of_a_multiple_are_multiples_of_nothing_coarser() -> None:
 
 
 def test_costs_are_over_the_least_and_each_width_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every width was timed once for each of all widths."""
+    timed: list[Any] = []
+    monkeypatch.setattr(speed, "timed_call", lambda call, **_: timed.append(call) or (lambda: 1.0))
     found = measure_widths(8, 512, rounds=1)
+    assert len(timed) == 2 * (3 * (len(speed.MULTIPLES) - 1) + 1)
     assert set(found.costs) == set(speed.MULTIPLES) and min(found.costs.values()) == 1
     assert found.device == speed.device_name(CPU)
     times = [{multiple: 1.0 + multiple for multiple in speed.MULTIPLES}, dict.fromkeys(speed.MULTIPLES, 2.0)]

@@ -13,8 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.models import MORE_FAMILIES, VOCABULARY, tiny
 
-__all__ = ["PLAIN", "tokenizer", "uneven", "without"]
-
 HEADS, PAIRS, WIDTHS = (6, 4, 2, 3), (3, 2, 1, 1), (88, 57, 120, 33)
 PLAIN = {"hidden_size": 48, "intermediate_size": 88, "num_attention_heads": 6, "num_key_value_heads": 3}
 

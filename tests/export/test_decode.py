@@ -45,7 +45,7 @@ def nothing(batch: int) -> Past:
 
 
 @pytest.mark.slow
-def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_program_generates_with_its_cache(model: PreTrainedModel, tmp_path: Path) -> None:
     path = fxprune.export_model(model, tmp_path / "slim.pt2", cache=True)
     program = torch.export.load(path).module()
 
@@ -58,7 +58,7 @@ def test_a_program_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_an_onnx_model_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_an_onnx_model_generates_with_its_cache(model: PreTrainedModel, tmp_path: Path) -> None:
     path = fxprune.export_model(model, tmp_path / "slim.onnx", cache=True)
     session = onnxruntime.InferenceSession(path)
     shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}

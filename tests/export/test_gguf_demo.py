@@ -57,8 +57,8 @@ def test_the_engine_gives_what_transformers_gives(
     prompt = tokenizer("The history of the city begins with")["input_ids"]
     stop = tokenizer.eos_token_id
     with torch.no_grad():
-        told = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        want = math.exp(-told.gather(1, torch.tensor(ids[1:])[:, None]).mean())
+        logarithms = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        want = math.exp(-logarithms.gather(1, torch.tensor(ids[1:])[:, None]).mean())
     options = {"max_new_tokens": 32, "do_sample": False, "suppress_tokens": [stop]}
     following = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 

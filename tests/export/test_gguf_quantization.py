@@ -63,9 +63,10 @@ def test_a_mixture_gives_more_bits_to_the_ends_and_to_every_third_block() -> Non
     assert {types[f"blk.{number}.attn_v.weight"] for number in raised} == {Type.Q8_0}
     assert types["blk.2.ffn_down.weight"] is Type.Q4_K and types["blk.2.attn_v.weight"] is Type.Q5_0
     assert (types["token_embd.weight"], types["blk.0.attn_norm.weight"]) == (Type.Q8_0, Type.F32)
-    told = mixture.describe_fallbacks(shapes(18, 640, 2048), types, 18)
+    fallbacks = mixture.describe_fallbacks(shapes(18, 640, 2048), types, 18)
     assert (
-        told.startswith("55 of 73 matrices have rows that are no multiple of 256 (640)") and "45 q5_0, 10 q8_0" in told
+        fallbacks.startswith("55 of 73 matrices have rows that are not a multiple of 256 (640)")
+        and "45 q5_0, 10 q8_0" in fallbacks
     )
     whole = shapes(18, 512, 2048, output=True)
     types = mixture.types(whole, 18)
@@ -133,14 +134,14 @@ def test_inputs_of_more_importance_are_stored_more_exactly() -> None:
 
 def test_rows_decide_on_blocks_of_32_with_a_warning_or_are_refused(tmp_path: Path) -> None:
     model = even("llama", **{**WIDE, "intermediate_size": 96})
-    with pytest.warns(UserWarning, match=r"q4_k_m: 2 of 16 matrices have rows that are no multiple of 256 \(96\)"):
+    with pytest.warns(UserWarning, match=r"q4_k_m: 2 of 16 matrices have rows that are not a multiple of 256 \(96\)"):
         export_gguf(model, tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="q4_k_m")
     assert stored(tmp_path / "slim.gguf")["blk.0.ffn_down.weight"].tensor_type.name in ("Q5_0", "Q8_0")
     with pytest.raises(ExportError, match=r"stores blocks of 32 .*rows of 88: round_to=32 for the kind mlp"):
         export_gguf(uneven("llama"), tmp_path / "uneven.gguf", tokenizer=tokenizer(), quantization="q4_k_m")
 
 
-def test_a_type_that_needs_samples_or_an_engine_says_so(
+def test_a_type_without_its_samples_or_engine_is_refused(
     wide: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ExportError, match=r"iq2_xs can be written only with an importance.*Pass calibration"):

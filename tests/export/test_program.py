@@ -122,7 +122,7 @@ def recurrent(net: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_an_axis_that_tracing_fixed_is_told(tmp_path: Path) -> None:
+def test_an_axis_that_tracing_fixed_is_reported(tmp_path: Path) -> None:
     """Counting multiply-accumulates and making inputs once took such an axis for one that varies, and crashed."""
     example = {"x": torch.randint(20, (2, 5))}
     net = Net(recurrent, embed=nn.Embedding(20, 6), up=nn.Linear(6, 12), down=nn.Linear(12, 6))
@@ -170,7 +170,7 @@ def test_large_onnx_models_keep_their_weights_beside_them(
     torch.testing.assert_close(torch.from_numpy(logits), graph(token_ids()).logits.detach(), atol=1e-3, rtol=1e-4)
 
 
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_wrong_arguments_are_refused_before_anything_is_written(
     llama: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown suffix '\.pt'.*\.pt2"):

@@ -53,7 +53,7 @@ def numbers(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def outcome(
     module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = (), every: bool = False, dynamic: bool = True
 ) -> str:
-    """Return ``exact``, ``frozen`` if nothing could go, or what was said where the module, or an input, was refused.
+    """Return ``exact``, ``frozen`` if nothing could go, or the refusal of the module or of an input.
 
     Args:
         module: the probe.
@@ -68,19 +68,19 @@ def outcome(
     before = state_of(module), copied(inputs)
     try:
         dense = fxprune.trace(module, inputs, dynamic=dynamic).graph_module
-        said = [line for at in (inputs, *others) if (line := same(module, dense, at))]
+        refusals = [line for at in (inputs, *others) if (line := same(module, dense, at))]
         check_gradients(module, dense, inputs)
         load_pass("find-groups")(dense, inplace=True)
         pairs = [] if is_random(module, inputs) else list(removals(module, dense, every))
-        said += [line for slim, masked in pairs for at in (inputs, *others) if (line := same(masked, slim, at))]
+        refusals += [line for slim, masked in pairs for at in (inputs, *others) if (line := same(masked, slim, at))]
         gone = len(pairs)
     except FxpruneError as error:
         assert error.what and "\n" not in error.what, error
-        said = [str(error)]
+        refusals = [str(error)]
         gone = 0
     finally:
         assert equal((state_of(module), inputs), before), "the module or its inputs changed"
-    return said[0] if said else "exact" if gone else "frozen"
+    return refusals[0] if refusals else "exact" if gone else "frozen"
 
 
 def removals(
@@ -98,7 +98,7 @@ def removals(
 
 
 def same(module: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> str:
-    """Compare both on ``inputs``; return what the graph said if it refused them, nothing if all is well."""
+    """Compare both on ``inputs``; return the refusal of the graph, or nothing if all is well."""
     wanted = run(copy_of(module).eval(), inputs)
     twin = fork(graph_module)
     unshare(twin, graph_module)
@@ -166,10 +166,10 @@ def state_of(module: nn.Module) -> Any:
     """Return all that a run could change of a module: tensors, modes, and plain attributes."""
     tensors = {name: value.detach().clone() for name, value in module.state_dict(keep_vars=True).items()}
     plain = {
-        f"{path}.{name}": copy.copy(value)
+        f"{path}.{name}": copy.deepcopy(value)
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if isinstance(value, bool | int | float | str | list)
+        if isinstance(value, bool | int | float | str | list | torch.Tensor)
     }
     return tensors, plain
 
@@ -192,7 +192,7 @@ def pruned(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = (), **o
     ``others`` too, if there are any.
 
     Returns:
-        The kinds of which something went, or what was said where the module was refused.
+        The kinds of which something went, or the refusal of the module.
     """
     before = state_of(module), copied(inputs)
     try:

@@ -165,27 +165,15 @@ def masked_mean(m: Any, x: torch.Tensor) -> Any:
     return m.b((m.e(x) * mask).sum(1) / mask.sum(1).clamp_min(1))
 
 
-def counted_positions(m: Any, x: torch.Tensor) -> Any:
-    return m.b(m.e(x) + m.p((x > 2).long().cumsum(1)))
-
-
 def looked_up_twice(m: Any, x: torch.Tensor) -> Any:
     h = m.e(x)
     best = (h @ m.e.weight.mT).argmax(-1)
     return m.b(h + m.e(best))
 
 
-def hashed(m: Any, x: torch.Tensor) -> Any:
-    return m.b(m.e(x) + sum(m.p((x * i + 1) % 5) for i in (3, 7)))
-
-
 def two_tables(m: Any, x: torch.Tensor) -> Any:
     low = m.p(x.clamp(max=4))
     return m.b(torch.where((x < 5)[..., None], low, m.e(x)))
-
-
-def concatenated_tables(m: Any, x: torch.Tensor) -> Any:
-    return m.b(F.embedding(x, torch.cat((m.p.weight, m.e.weight))))
 
 
 def factorised(m: Any, x: torch.Tensor) -> Any:
@@ -207,11 +195,13 @@ TABLES: dict[str, Row] = {
     ),
     "one hot": (lambda m, x: m.b(F.one_hot(x, 11).float() @ m.e.weight), words()),
     "masked mean": (masked_mean, words()),
-    "positions counted": (counted_positions, words(p=lambda: embedding(7))),
+    "positions counted": (lambda m, x: m.b(m.e(x) + m.p((x > 2).long().cumsum(1))), words(p=lambda: embedding(7))),
     "looked up twice": (looked_up_twice, words()),
-    "hashed": (hashed, words(p=lambda: embedding(5))),
+    "hashed": (lambda m, x: m.b(m.e(x) + sum(m.p((x * i + 1) % 5) for i in (3, 7))), words(p=lambda: embedding(5))),
     "two tables": (two_tables, words(p=lambda: embedding(5))),
-    "joined tables": (concatenated_tables, words(p=lambda: embedding(5))),
+    "joined tables": (
+        lambda m, x: m.b(F.embedding(x, torch.cat((m.p.weight, m.e.weight)))), words(p=lambda: embedding(5)),
+    ),
     "factorised": (
         factorised,
         lambda: {"small": embedding(11, 3), "up": nn.Linear(3, 8, bias=False), "b": nn.Linear(8, 8)},

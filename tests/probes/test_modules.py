@@ -119,26 +119,6 @@ def scaled_in_turn(m: Any, h: torch.Tensor) -> Any:
     return h
 
 
-def lists_of_units(m: Any, h: torch.Tensor) -> Any:
-    return torch.stack([h[..., i] * (i + 1) for i in range(h.shape[-1])], -1)
-
-
-def swapped(m: Any, h: torch.Tensor) -> Any:
-    return h[..., torch.tensor([5, 0, 1, 2, 3, 4])]
-
-
-def by_condition(m: Any, h: torch.Tensor) -> Any:
-    return torch.cond(h.shape[1] > 3, lambda v: m.c(v).relu(), lambda v: m.d(v), (h,))
-
-
-def by_values(m: Any, h: torch.Tensor) -> Any:
-    return torch.cond(h.sum() > 0, lambda v: m.c(v).relu(), lambda v: m.d(v), (h,))
-
-
-def branches_by_values(m: Any, h: torch.Tensor) -> Any:
-    return m.c(h) if h.sum() > 0 else m.d(h)
-
-
 def loops_by_values(m: Any, h: torch.Tensor) -> Any:
     from torch._higher_order_ops.while_loop import while_loop
 
@@ -200,20 +180,8 @@ def fused_for_speed(m: Any, h: torch.Tensor) -> Any:
     return a * b.sigmoid()
 
 
-def product_of_weights(m: Any, h: torch.Tensor) -> Any:
-    return F.linear(h, m.d.weight @ m.c.weight)
-
-
 def low_rank(m: Any, h: torch.Tensor) -> Any:
     return m.c(h) + m.e(m.d(h)) * 0.5
-
-
-def bias_of_another(m: Any, h: torch.Tensor) -> Any:
-    return F.linear(h, m.c.weight, m.d.bias).relu() + m.d(h)
-
-
-def weight_as_input(m: Any, h: torch.Tensor) -> Any:
-    return h + m.d(m.c.weight.relu()).mean(0)
 
 
 def standardised(m: Any, h: torch.Tensor) -> Any:
@@ -272,14 +240,6 @@ def switched(m: Any, h: torch.Tensor) -> Any:
     return torch.where(which == 0, m.d(h), h)
 
 
-def fourier(m: Any, h: torch.Tensor) -> Any:
-    return torch.fft.irfft(torch.fft.rfft(h, dim=1) * 2, n=h.shape[1], dim=1)
-
-
-def fourier_of_units(m: Any, h: torch.Tensor) -> Any:
-    return torch.fft.fft(h, dim=-1).real
-
-
 def turned_in_plane(m: Any, h: torch.Tensor) -> Any:
     z = torch.complex(h[..., :3], h[..., 3:]) * torch.polar(torch.ones(3), torch.arange(3.0))
     return torch.cat((z.real, z.imag), -1)
@@ -295,29 +255,9 @@ def layers_in_other_places(m: Any, h: torch.Tensor) -> Any:
     return m.d(m.c(h).relu()) + m.d(m.c(h * 2).sigmoid()) * m.d(m.c(h.flip(1)))
 
 
-def one_and_other(m: Any, h: torch.Tensor) -> Any:
-    return m.d(m.c(h).relu()) + m.c(m.d(h).relu())
-
-
 def strided(m: Any, h: torch.Tensor) -> Any:
     w = m.c.weight
     return F.linear(h, w.as_strided((3, 6), (12, 1)), None).repeat(1, 1, 2)
-
-
-def symmetric(m: Any, h: torch.Tensor) -> Any:
-    return F.linear(h, m.c.weight + m.c.weight.T)
-
-
-def squared(m: Any, h: torch.Tensor) -> Any:
-    return F.linear(h, m.c.weight @ m.c.weight)
-
-
-def inverse(m: Any, h: torch.Tensor) -> Any:
-    return h @ torch.linalg.inv(m.c.weight + 4 * torch.eye(WIDTH))
-
-
-def exponential(m: Any, h: torch.Tensor) -> Any:
-    return h @ torch.matrix_exp(m.c.weight)
 
 
 def covariance(m: Any, h: torch.Tensor) -> Any:
@@ -325,28 +265,8 @@ def covariance(m: Any, h: torch.Tensor) -> Any:
     return h @ (c.mT @ c / h.shape[1]).softmax(-1)
 
 
-def counted_by_weight(m: Any, h: torch.Tensor) -> Any:
-    return m.d(m.c(h).relu() / m.c.out_features**0.5)
-
-
-def counted_nonzero(m: Any, h: torch.Tensor) -> Any:
-    return h / (h != 0).sum(-1, keepdim=True).clamp_min(1)
-
-
-def maxout(m: Any, h: torch.Tensor) -> Any:
-    return m.c(h).unflatten(-1, (8, 4)).amax(-1)[..., :6]
-
-
-def maxout_next(m: Any, h: torch.Tensor) -> Any:
-    return m.d(m.c(h).unflatten(-1, (8, 4)).amax(-1))
-
-
 def maxout_of_positive(m: Any, h: torch.Tensor) -> Any:
     return m.d(m.c(h).relu().unflatten(-1, (8, 4)).amax(-1))
-
-
-def maxout_across(m: Any, h: torch.Tensor) -> Any:
-    return m.d(m.c(h).unflatten(-1, (4, 8)).amax(-2))
 
 
 MIDDLES: dict[str, tuple[Middle, Parts]] = {
@@ -355,18 +275,20 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "tied, three times": (lambda m, h: m.c(m.c(m.c(h).relu()).relu()), linear("c")),
     "tied with the first": (lambda m, h: h + F.linear(F.linear(h, m.a.weight.T), m.a.weight), dict),
     "tied with the last": (lambda m, h: F.linear(m.b(h), m.b.weight.T), dict),
-    "symmetric": (symmetric, linear("c")),
-    "squared": (squared, linear("c")),
-    "inverse": (inverse, linear("c")),
-    "matrix exponential": (exponential, linear("c")),
+    "symmetric": (lambda m, h: F.linear(h, m.c.weight + m.c.weight.T), linear("c")),
+    "squared": (lambda m, h: F.linear(h, m.c.weight @ m.c.weight), linear("c")),
+    "inverse": (lambda m, h: h @ torch.linalg.inv(m.c.weight + 4 * torch.eye(WIDTH)), linear("c")),
+    "matrix exponential": (lambda m, h: h @ torch.matrix_exp(m.c.weight), linear("c")),
     "halves of weights": (halves_of_weights, lambda: {"c": nn.Linear(WIDTH, 16), "d": nn.Linear(8, WIDTH)}),
     "strips of weights": (strips, lambda: {"c": nn.Linear(WIDTH, 16), "d": nn.Linear(16, WIDTH)}),
     "heads of weights": (heads_of_weights, lambda: {"c": nn.Linear(WIDTH, 32), "d": nn.Linear(32, WIDTH)}),
     "fused": (fused_for_speed, linear("c", "d")),
-    "product of weights": (product_of_weights, lambda: {"c": nn.Linear(WIDTH, 8), "d": nn.Linear(8, WIDTH)}),
+    "product of weights": (
+        lambda m, h: F.linear(h, m.d.weight @ m.c.weight), lambda: {"c": nn.Linear(WIDTH, 8), "d": nn.Linear(8, WIDTH)},
+    ),
     "low rank": (low_rank, lambda: {"c": nn.Linear(6, 6), "d": nn.Linear(6, 2, False), "e": nn.Linear(2, 6, False)}),
-    "bias of another": (bias_of_another, linear("c", "d")),
-    "weight as input": (weight_as_input, linear("c", "d")),
+    "bias of another": (lambda m, h: F.linear(h, m.c.weight, m.d.bias).relu() + m.d(h), linear("c", "d")),
+    "weight as input": (lambda m, h: h + m.d(m.c.weight.relu()).mean(0), linear("c", "d")),
     "standardised": (standardised, linear("c")),
     "standardised over rows": (standardised_over_rows, linear("c")),
     "ternary": (ternary, linear("c")),
@@ -379,7 +301,9 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "bias as index": (lambda m, h: h[..., m.c.bias.argsort()], linear("c")),
     "weight as table": (lambda m, h: h + F.embedding(torch.arange(h.shape[1]) % 4, m.c.weight), linear("c")),
     "bias as scale": (lambda m, h: m.c(h) * m.c.bias, linear("c")),
-    "size of a weight": (counted_by_weight, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
+    "size of a weight": (
+        lambda m, h: m.d(m.c(h).relu() / m.c.out_features**0.5), lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)},
+    ),
     "norm of a weight": (lambda m, h: h / m.c.weight.norm() + m.c(h), linear("c")),
     "made of inputs": (hyper, linear("c", out=WIDTH * WIDTH)),
     "memory": (memory, lambda: {"c": nn.Linear(WIDTH, 8), "d": nn.Linear(8, WIDTH)}),
@@ -398,9 +322,13 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "checkpointed": (
         lambda m, h: checkpoint(lambda v: m.d(m.c(v).relu()), h, use_reentrant=False), linear("c", "d"),
     ),
-    "condition on a size": (by_condition, linear("c", "d")),
-    "condition on values": (by_values, linear("c", "d")),
-    "branch on values": (branches_by_values, linear("c", "d")),
+    "condition on a size": (
+        lambda m, h: torch.cond(h.shape[1] > 3, lambda v: m.c(v).relu(), lambda v: m.d(v), (h,)), linear("c", "d"),
+    ),
+    "condition on values": (
+        lambda m, h: torch.cond(h.sum() > 0, lambda v: m.c(v).relu(), lambda v: m.d(v), (h,)), linear("c", "d"),
+    ),
+    "branch on values": (lambda m, h: m.c(h) if h.sum() > 0 else m.d(h), linear("c", "d")),
     "while": (loops_by_values, linear("c")),
     "gradient of a function": (
         lambda m, h: h + torch.func.grad(lambda v: m.c(v).square().sum())(h), linear("c"),
@@ -409,7 +337,7 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "flex attention": (flexible, dict),
     "loop over layers": (loop_over_layers, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
     "layers in other places": (layers_in_other_places, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
-    "one and the other": (one_and_other, linear("c", "d")),
+    "one and the other": (lambda m, h: m.d(m.c(h).relu()) + m.c(m.d(h).relu()), linear("c", "d")),
     # cells and gates
     "cell": (recurrence, lambda: {"cell": nn.RNNCell(6, 8), "c": nn.Linear(8, 6)}),
     "gru cell": (recurrence, lambda: {"cell": nn.GRUCell(6, 8), "c": nn.Linear(8, 6)}),
@@ -424,10 +352,14 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "gates by hand": (gates_by_hand, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
     "uneven gates": (uneven_gates, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
     "overlapping": (overlapping, lambda: {"c": nn.Linear(6, 12), "d": nn.Linear(8, 6)}),
-    "maxout": (maxout, linear("c", out=32)),
-    "maxout, next": (maxout_next, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
+    "maxout": (lambda m, h: m.c(h).unflatten(-1, (8, 4)).amax(-1)[..., :6], linear("c", out=32)),
+    "maxout, next": (
+        lambda m, h: m.d(m.c(h).unflatten(-1, (8, 4)).amax(-1)), lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)},
+    ),
     "maxout of what is positive": (maxout_of_positive, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
-    "maxout across": (maxout_across, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
+    "maxout across": (
+        lambda m, h: m.d(m.c(h).unflatten(-1, (4, 8)).amax(-2)), lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)},
+    ),
     "best units": (best_units, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
     "switched": (switched, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(6, 6)}),
     # units moved about, counted, mixed
@@ -435,18 +367,18 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "written by slices": (written_by_slices, dict),
     "written in turn": (written_in_turn, dict),
     "scaled in turn": (scaled_in_turn, dict),
-    "unit by unit": (lists_of_units, dict),
-    "swapped": (swapped, dict),
+    "unit by unit": (lambda m, h: torch.stack([h[..., i] * (i + 1) for i in range(h.shape[-1])], -1), dict),
+    "swapped": (lambda m, h: h[..., torch.tensor([5, 0, 1, 2, 3, 4])], dict),
     "order": (lambda m, h: h.gather(-1, h.argsort(-1).argsort(-1)), dict),
     "running sum": (lambda m, h: h.cumsum(-1), dict),
     "neighbours' response": (lambda m, h: F.local_response_norm(h.mT, 3).mT, dict),
     "shuffled channels": (lambda m, h: h.unflatten(-1, (2, 3)).mT.flatten(-2), dict),
     "shuffled by op": (lambda m, h: F.channel_shuffle(h.mT[..., None], 2)[..., 0].mT, dict),
-    "counted nonzero": (counted_nonzero, dict),
+    "counted nonzero": (lambda m, h: h / (h != 0).sum(-1, keepdim=True).clamp_min(1), dict),
     "covariance": (covariance, dict),
     "first nonzero": (lambda m, h: h * (h > 0).int().argmax(-1, keepdim=True), dict),
-    "fourier of tokens": (fourier, dict),
-    "fourier of units": (fourier_of_units, dict),
+    "fourier of tokens": (lambda m, h: torch.fft.irfft(torch.fft.rfft(h, dim=1) * 2, n=h.shape[1], dim=1), dict),
+    "fourier of units": (lambda m, h: torch.fft.fft(h, dim=-1).real, dict),
     "complex plane": (turned_in_plane, dict),
     "row of weights": (lambda m, h: h @ m.p @ m.p.T, weight(WIDTH, 1)),
     "bilinear": (lambda m, h: m.c(h, h), lambda: {"c": nn.Bilinear(6, 6, 6)}),
@@ -527,7 +459,7 @@ REFUSED = {
     "out=": "don't support automatic differentiation",
     "scaled in turn": "replace the inplace operation",
 }
-"""What is said of those that are no one graph."""
+"""Words of the refusal of those that are not one graph."""
 
 SOME = ("tied, turned", "fused", "nested", "maxout, next", "mapped", "condition on values", "shuffled channels")
 

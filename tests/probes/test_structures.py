@@ -140,14 +140,6 @@ def head_gates(m: Any, h: torch.Tensor) -> Any:
     return h + m.o(join(mixed))
 
 
-def head_scales(m: Any, h: torch.Tensor) -> Any:
-    return h + m.o(join(attend(*qkv(m, h)) * m.scale))
-
-
-def head_norms(m: Any, h: torch.Tensor) -> Any:
-    return h + m.o(join(F.rms_norm(attend(*qkv(m, h)), (4,))))
-
-
 def grouped_norm(m: Any, h: torch.Tensor) -> Any:
     mixed = join(attend(*qkv(m, h)))
     normed = F.group_norm(mixed.flatten(0, 1), HEADS).view_as(mixed)
@@ -206,10 +198,6 @@ def learned_keys(m: Any, h: torch.Tensor) -> Any:
     return h + m.o(join(F.scaled_dot_product_attention(q, k, v)))
 
 
-def low_rank_out(m: Any, h: torch.Tensor) -> Any:
-    return h + m.o2(m.o(join(attend(*qkv(m, h)))))
-
-
 def einsum_attention(m: Any, h: torch.Tensor) -> Any:
     q, k, v = (torch.einsum("btd,hde->bhte", h, w) for w in (m.q, m.k, m.v))
     weights = torch.einsum("bhse,bhte->bhst", q, k).softmax(-1)
@@ -247,21 +235,9 @@ def half_gated(m: Any, h: torch.Tensor) -> Any:
     return h + m.down(torch.cat((u[..., :8].relu(), u[..., 8:] * m.gate(h)[..., :8].sigmoid()), -1))
 
 
-def normed_middle(m: Any, h: torch.Tensor) -> Any:
-    return h + m.down(F.layer_norm(F.gelu(m.up(h)), (16,)))
-
-
-def three_layers(m: Any, h: torch.Tensor) -> Any:
-    return h + m.down(m.mid(m.up(h).relu()).relu())
-
-
 def skip_inside(m: Any, h: torch.Tensor) -> Any:
     u = m.up(h).relu()
     return h + m.down(u + m.mid(u).relu())
-
-
-def two_ups(m: Any, h: torch.Tensor) -> Any:
-    return h + m.down(m.up(h).relu() + m.gate(h.roll(1, 1)).relu())
 
 
 def two_downs(m: Any, h: torch.Tensor) -> Any:
@@ -397,8 +373,8 @@ STRUCTURES: dict[str, Sequence[tuple[Body, Sizes]]] = {
     "queries are keys": [(queries_are_keys, {"q": (D, 12), "v": (D, 12), "o": (12, D)})],
     "talking heads": [(talking, {**QKVO, "before": weight(3, 3), "after": weight(3, 3)})],
     "head gates": [(head_gates, {**QKVO, "g": (D, HEADS)})],
-    "head scales": [(head_scales, {**QKVO, "scale": (HEADS, 1, 1)})],
-    "head norms": [(head_norms, QKVO)],
+    "head scales": [(lambda m, h: h + m.o(join(attend(*qkv(m, h)) * m.scale)), {**QKVO, "scale": (HEADS, 1, 1)})],
+    "head norms": [(lambda m, h: h + m.o(join(F.rms_norm(attend(*qkv(m, h)), (4,)))), QKVO)],
     "grouped norm": [(grouped_norm, {**QKVO, "g": (D, 12)})],
     "differential": [(differential, {**QKVO, "q": (D, 24), "k": (D, 24)})],
     "linear attention": [(linear_attention, QKVO)],
@@ -409,7 +385,7 @@ STRUCTURES: dict[str, Sequence[tuple[Body, Sizes]]] = {
     "cross": [(cross, {**QKVO, "c": (D, D), "memory": (1, 4, D)})],
     "learned keys": [(learned_keys, {**QKVO, "pk": (HEADS, 2, 4), "pv": (HEADS, 2, 4)})],
     "wide values": [(plain, {**QKVO, "v": (D, 18), "o": (18, D)})],
-    "low rank out": [(low_rank_out, {**QKVO, "o": (12, 5), "o2": (5, D)})],
+    "low rank out": [(lambda m, h: h + m.o2(m.o(join(attend(*qkv(m, h))))), {**QKVO, "o": (12, 5), "o2": (5, D)})],
     "einsum": [(einsum_attention, {"q": (3, D, 4), "k": (3, D, 4), "v": (3, D, 5), "o": (3, 5, D)})],
     "highway": [(highway, {**MLP, "t": (D, D)})],
     "fused gate": [(fused_gate, {"both": (D, 32), "down": (16, D)})],
@@ -417,10 +393,10 @@ STRUCTURES: dict[str, Sequence[tuple[Body, Sizes]]] = {
     "gate of itself": [(gate_of_itself, MLP)],
     "gate by halves": [(gate_by_halves, MLP)],
     "half gated": [(half_gated, GATED)],
-    "normed middle": [(normed_middle, MLP)],
-    "three layers": [(three_layers, {**MLP, "mid": (16, 16)})],
+    "normed middle": [(lambda m, h: h + m.down(F.layer_norm(F.gelu(m.up(h)), (16,))), MLP)],
+    "three layers": [(lambda m, h: h + m.down(m.mid(m.up(h).relu()).relu()), {**MLP, "mid": (16, 16)})],
     "skip inside": [(skip_inside, {**MLP, "mid": (16, 16)})],
-    "two ups": [(two_ups, GATED)],
+    "two ups": [(lambda m, h: h + m.down(m.up(h).relu() + m.gate(h.roll(1, 1)).relu()), GATED)],
     "two downs": [(two_downs, {**MLP, "other": (16, D)})],
     "squeezed": [(squeezed, {**MLP, "s": (16, 3), "e": (3, 16)})],
     "spatial gate": [(spatial_gate, {"both": (D, 32), "down": (16, D)})],

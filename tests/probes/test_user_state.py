@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import FxpruneError
+from tests.probes.check import equal, state_of
 
 
 class Net(nn.Module):
@@ -104,16 +103,6 @@ class Counter(Net):
         return x
 
 
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """Copies of all tensors and plain attributes of a model and its submodules."""
-    state: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if not name.startswith("_"):
-                state[f"{path}.{name}"] = copy.deepcopy(value)
-    return state
-
-
 @pytest.mark.parametrize("kind", [Codebook, Clipped, MaxNorm, FirstBatch, PowerIteration, Counter])
 @pytest.mark.parametrize("call", ["trace", "prune"])
 def test_a_model_that_writes_to_itself_stays_as_it_was(kind: type[nn.Module], call: str) -> None:
@@ -128,14 +117,8 @@ def test_a_model_that_writes_to_itself_stays_as_it_was(kind: type[nn.Module], ca
             fxprune.prune(model, [{"x": x}], importance="l2", kinds="mlp", ratio=0.2, example_inputs={"x": x})
     except FxpruneError:
         pass  # a refusal leaves the model alone as well
-    after = state_of(model)
-    assert before.keys() == after.keys()
-    changed = [
-        name
-        for name, value in before.items()
-        if not (torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name])
-    ]
-    assert changed == [] and pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert equal(state_of(model), before)
+    assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
 class AlwaysDropout(Net):
@@ -154,7 +137,7 @@ class LayerDrop(Net):
 
 @pytest.mark.parametrize("kind", [AlwaysDropout, LayerDrop])
 def test_randomness_in_evaluation_is_reported(kind: type[nn.Module]) -> None:
-    """The graph had one draw, and nothing said so, or a verification error asked for a report."""
+    """The graph had one draw without a note, or a verification error asked for a report."""
     x = torch.randn(5, 6)
     try:
         result = fxprune.prune(kind().eval(), importance="l2", kinds="mlp", ratio=0.2, example_inputs={"x": x})

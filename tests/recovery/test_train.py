@@ -119,8 +119,10 @@ def test_the_gradient_is_that_of_autograd(dtype: torch.dtype, temperature: float
     assert student.grad is not None and student.grad.dtype == dtype and teacher.grad is None
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
     plain = before[0].clone().requires_grad_()
-    said, wanted = ((logits.double() / temperature).log_softmax(-1) for logits in (plain, before[1]))
-    (0.3 * temperature**2 * torch.nn.functional.kl_div(said, wanted, reduction="sum", log_target=True)).backward()
+    student_log, wanted = ((logits.double() / temperature).log_softmax(-1) for logits in (plain, before[1]))
+    (
+        0.3 * temperature**2 * torch.nn.functional.kl_div(student_log, wanted, reduction="sum", log_target=True)
+    ).backward()
     assert plain.grad is not None
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
     assert torch.allclose(student.grad.double(), plain.grad.double(), **tolerance)

@@ -89,7 +89,7 @@ def test_each_model_is_that_of_a_prune_of_its_own(tmp_path: Path, monkeypatch: p
     assert ElementTree.parse(tmp_path / "out/sweep.svg").getroot().tag.endswith("svg")
 
 
-def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_sweep_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
 
     def stop(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -184,7 +184,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not of a sweep"):
         sweep(tmp_path / "mine", recipe=FIT, ratio=0.1)
     (tmp_path / "mine/sweep.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="it is no table of a sweep"):
+    with pytest.raises(CheckpointError, match="it is not the table of a sweep"):
         sweep(tmp_path / "mine", recipe=FIT, ratio=0.1)
     with pytest.raises(FxpruneError, match="samples in memory"):
         fxprune.sweep(tiny("llama"), iter(SAMPLES), out=tmp_path / "new", **OPTIONS)

@@ -22,8 +22,6 @@ from tokenizers import (
 )
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-__all__ = ["ENGLISH", "KINDS", "lines", "tokenizer"]
-
 ENGLISH, _OTHERS = (
     line.split() for line in Path(__file__).with_name("words.txt").read_text(encoding="utf-8").splitlines()
 )

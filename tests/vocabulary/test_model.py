@@ -74,7 +74,7 @@ def test_other_tensors_may_be_shared() -> None:
     assert {name for name, _ in slim.named_parameters()} - {*shared} == {*find_rows(model).axes}
 
 
-def test_generation_goes_on_with_the_new_ids() -> None:
+def test_generation_uses_the_new_ids() -> None:
     model: Any = tiny("llama", num_hidden_layers=1, eos_token_id=[2, 111])
     model.generation_config.suppress_tokens = [5, 7]
     assert ids_in_settings(model) == {0, 1, 2, 5, 7, 111}

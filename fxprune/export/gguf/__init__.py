@@ -1,1 +1,1 @@
-"""GGUF files: a model's tensors under the names and in the layout that the format has for them."""
+"""GGUF files: a model's tensors under the names and in the layout of the format."""

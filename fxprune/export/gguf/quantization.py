@@ -1,4 +1,4 @@
-"""Quantisations of a GGUF file, one type for all matrices or a mixture, by the quantiser of an installed ggml."""
+"""Quantisations of a GGUF file: one type for all matrices, or a mixture, by the quantiser of ggml."""
 
 from __future__ import annotations
 
@@ -36,11 +36,6 @@ def _library() -> ctypes.CDLL | None:
             chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
             return library
     return None
-
-
-def is_installed() -> bool:
-    """Whether a package with the library is installed."""
-    return _library() is not None
 
 
 def needs_importance(kind: gguf.GGMLQuantizationType) -> bool:
@@ -162,8 +157,8 @@ class Quantization:
         counts = Counter(types[name].name.lower() for name in changed)
         instead = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         return (
-            f"{len(changed)} of {len(matrices)} matrices have rows that are no multiple of {ENGINE_BLOCK} ({listed}), "
-            f"and are of a type with blocks of 32 instead: {instead}"
+            f"{len(changed)} of {len(matrices)} matrices have rows that are not a multiple of {ENGINE_BLOCK} "
+            f"({listed}), and are of a type with blocks of 32 instead: {instead}"
         )
 
     @property
@@ -186,7 +181,7 @@ def quantization_named(name: str) -> Quantization:
     given = f"{given}_m" if given in ("q3_k", "q4_k", "q5_k") else given  # their other name
     if given not in mixtures:
         raise UnknownNameError("quantization", name, [*plain, *mixtures])
-    if not is_installed():
+    if _library() is None:
         engine: dict[str, Any] = load_data("quantizations")["engine"]
         what = f"{given} is written by the code of {engine['name']}, which is not installed"
         remedy = f"{engine['install']}, or choose one of {', '.join(sorted(plain))}"
@@ -195,7 +190,7 @@ def quantization_named(name: str) -> Quantization:
 
 
 def row_multiple(name: str) -> int:
-    """The number whose multiples rows should be for a quantisation to store them as it should."""
+    """The multiple that rows should be rounded to for a quantisation."""
     return max(gguf.GGML_QUANT_SIZES[quantization_named(name).base][0], 32)
 
 

@@ -87,7 +87,7 @@ class Storage:
 
 
 def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, storage: Storage, name: str) -> None:
-    """Write a file, with the ``name`` of the model for people."""
+    """Write a file, with a human-readable ``name`` of the model."""
     writer = gguf.GGUFWriter(path, contents.arch.name)
     adders: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
@@ -143,13 +143,7 @@ def export_gguf(
 
     Args:
         model: a decoder-only language model.
-        path: the file to write. Folders are made; an existing file is replaced when the new one is complete.
-        tokenizer: the tokenizer of the model.
-        like: a GGUF file with the same tokens, such as the dense model's, to copy the tokenizer from instead.
-        quantization: ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1``, ``q4_0`` and others. Vectors
-            stay in float32; embedding and output are at least ``q8_0``. K-quants and i-quants, such as ``q4_k_m``, are
-            written by ggml; a matrix whose rows fill no blocks of 256 values is then stored in blocks
-            of 32, with a warning.
+        path: as for :func:`fxprune.export_model`, as are ``tokenizer``, ``like`` and ``quantization``.
         samples: token ids ``(1, tokens)`` each; K-quants and i-quants weigh the error of a weight by the mean square of
             its input on them.
 
