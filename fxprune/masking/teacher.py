@@ -201,7 +201,7 @@ class _Divergence(torch.autograd.Function):
 
     With probabilities ``p`` and ``q`` of the model and the dense one, ``S`` and ``Q`` their sums over the kept classes,
     and ``c = (1 - Q) / (1 - S)`` for the others as one class, the gradient of the divergence by logit ``j`` is
-    ``p_j (Q - c S)``, and ``p_j c - q_j`` more for a kept class; that of the cross-entropy is ``p_j``, and 1 less for the
+    ``p_j (Q - c S)``, and ``p_j c - q_j`` more for a kept class; that of the cross-entropy is ``p_j``, less 1 for the
     next token.
     """
 
