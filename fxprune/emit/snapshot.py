@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from fxprune.graph.compat import DeviceContext, tree_map
@@ -119,19 +120,33 @@ def without_storage() -> Iterator[None]:
 
 
 class _Uninitialised(DeviceContext):
-    """A device context in which ``nn.init`` returns tensors on ``meta`` unchanged.
+    """A device context that skips initialisation.
 
-    Initialisation takes its time also without storage, and so does each context that intercepts calls of torch: this
-    one does both jobs.
+    That takes its time also without storage, and so does each context that intercepts calls of torch: this one does
+    both jobs.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                return tensor
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        tensor = _initialised(func, args, kwargs or {})
+        if tensor is not None:
+            return tensor
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+class SkippedInitialisation(TorchFunctionMode):
+    """A context in which ``nn.init`` returns tensors on ``meta`` unchanged."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = _initialised(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if tensor is None else tensor
+
+
+def _initialised(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """The tensor on ``meta`` that a call would fill with initial values; None for other calls."""
+    if getattr(func, "__module__", "") != nn.init.__name__:
+        return None
+    tensor = args[0] if args else kwargs.get("tensor")
+    return tensor if isinstance(tensor, torch.Tensor) and tensor.is_meta else None
 
 
 def build_on_meta(build: Callable[..., T], /, *args: Any, **kwargs: Any) -> T | Refusal:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import BlockStack, Layout, find_layout, stock_class, stock_config
 from fxprune.emit.snapshot import (
+    SkippedInitialisation,
     build_on_meta,
     keep_blocks,
     part_of,
@@ -197,7 +198,7 @@ def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str
         config: Any = cls.config_class
         return cls(config.from_dict({**data, SECTION: section}))
 
-    with quiet(), _parameters_on_meta(), torch.no_grad():
+    with quiet(), _parameters_on_meta(), SkippedInitialisation(), torch.no_grad():
         twin = attempt(build, refusals=(CannotBuildError,))
     if isinstance(twin, Refusal):
         raise CheckpointError(
