@@ -25,7 +25,7 @@ from fxprune.graph.tensors import computed_tensors, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.ranks import input_device
-from fxprune.pipeline.arguments import MANIFEST
+from fxprune.pipeline.arguments import MANIFEST as MANIFEST
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report, package_versions
 from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
@@ -33,26 +33,6 @@ from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "CARD",
-    "MANIFEST",
-    "PAGE",
-    "PLAN",
-    "REPORT",
-    "Forward",
-    "Manifest",
-    "check_files",
-    "check_loaded",
-    "check_weights",
-    "check_written",
-    "content_digest",
-    "foreign_files",
-    "has_user_card",
-    "other_files",
-    "read_manifest",
-    "run_forward",
-    "weight_files",
-]
 
 _SEED, _BATCH, _TOKENS = 0, 2, 6
 _SIDE = 32

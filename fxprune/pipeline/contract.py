@@ -22,7 +22,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassBase
+from torch.fx.passes.infra.pass_base import PassResult as PassResult
 
 from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
@@ -33,24 +34,6 @@ from fxprune.offload.files import is_caching, release_freed
 from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import Arguments, flag, function, spell
-
-__all__ = [
-    "STAGES",
-    "Pass",
-    "PassCost",
-    "PassResult",
-    "Track",
-    "check_track",
-    "claim",
-    "digest_of",
-    "no_progress",
-    "remembered",
-    "run_apart",
-    "shared",
-    "sharing",
-    "tracked",
-    "tracking",
-]
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows progress: ``track(items, what, total)`` yields the items."""
