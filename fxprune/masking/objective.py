@@ -24,7 +24,7 @@ from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Fact, Source, facts_of
-from fxprune.graph.tensors import get_tensor, has_meta_weights
+from fxprune.graph.tensors import get_tensor, has_meta_weights, upstream
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.offload.files import is_offloading
 from fxprune.trace.capture import trace
@@ -135,12 +135,13 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
     nodes |= {name: value for name, value in fields.items() if isinstance(value, fx.Node) and value is not loss}
     graph = fx.Graph()
     ends = {node: name for name, node in nodes.items()}
-    needed = _needed(loss, ends)
+    needed = upstream([loss], ends)
     made = {node: graph.placeholder(name) for node, name in ends.items() if node in needed}
     for node in traced.graph.nodes:
         if node not in needed or node in made:
             continue
-        if node.op == "get_attr" and _is_parameter(traced, node) and any(u.target is not getattr for u in node.users):
+        is_weight = node.op == "get_attr" and isinstance(get_tensor(traced, str(node.target)), nn.Parameter)
+        if is_weight and any(user.target is not getattr for user in node.users):
             what = f"its loss reads the weight {node.target} beside its outputs"
             raise PassError(what, where=f"forward of {type(model).__name__}", remedy=_REMEDY)
         made[node] = graph.node_copy(node, made.__getitem__)
@@ -149,21 +150,6 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
 
 
 _REMEDY = "Leave labels out: the divergence from the dense model needs none"
-
-
-def _needed(loss: fx.Node, ends: Mapping[fx.Node, str]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    left = [loss]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [] if node in ends else node.all_input_nodes
-    return found
-
-
-def _is_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(get_tensor(graph_module, str(node.target)), nn.Parameter)
 
 
 def named_outputs(graph_module: fx.GraphModule) -> Mapping[str, Any] | None:

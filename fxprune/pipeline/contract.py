@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import partial
 from operator import attrgetter, is_
 from typing import Any, ClassVar, TypeVar
 
@@ -157,7 +156,7 @@ class Pass(Arguments, PassBase):
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
-            check_same(partial(self._decisive, graph_module), where=f"pass {self.name}")
+            check_same(lambda: self._shared(graph_module), where=f"pass {self.name}")
             apart = self.changes != "nothing" and not inplace
             run = run_apart if apart else remembered
             result = run(self, self._run, graph_module)
@@ -201,8 +200,8 @@ class Pass(Arguments, PassBase):
             if kind not in facts:
                 raise PassError(f"did not give {kind.__name__}", where=f"pass {self.name}", remedy=_REPORT)
 
-    def _decisive(self, graph_module: fx.GraphModule) -> Mapping[str, Any]:
-        """What processes that run this pass together must have in common, by its name in an error."""
+    def _shared(self, graph_module: fx.GraphModule) -> Mapping[str, Any]:
+        """Values that must be equal in all processes that run this pass together, by name."""
         named = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(graph_module)]
         return {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
 
@@ -214,7 +213,13 @@ class Pass(Arguments, PassBase):
             result = self.call(graph_module)
         release_freed()
         changed = before.compare(result.graph_module)
-        self._check(changed, result.modified)
+        allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
+        for part in sorted(changed - allowed):
+            what = f"changed the {part}, and declares to change {self.changes}"
+            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
+        if changed and not result.modified:
+            what = f"changed the {min(changed)} and says that it did not"
+            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
         facts = facts_of(result.graph_module)
         new = tuple(kind for kind in self.gives if facts.get(kind) is not held.get(kind))
         for kind in self.drops:
@@ -224,18 +229,9 @@ class Pass(Arguments, PassBase):
         self.ensures(result.graph_module)
         return PassResult(result.graph_module, bool(changed))
 
-    def _check(self, changed: frozenset[Change], said: bool) -> None:
-        allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
-        for part in sorted(changed - allowed):
-            what = f"changed the {part}, and declares to change {self.changes}"
-            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
-        if changed and not said:
-            what = f"changed the {min(changed)} and says that it did not"
-            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
-
 
 def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run a pass on a copy of a graph; the result shares no tensor with the original, and writes to it are errors."""
+    """Run a pass on a copy of a graph that shares no tensor with it; a write to a tensor of the graph is an error."""
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)
@@ -350,10 +346,9 @@ class _Findings:
 
     def _digest(self, tensor: torch.Tensor) -> str:
         """The digest of a tensor, worked out once while it stays as it is."""
-        version = 0 if tensor.is_inference() else tensor._version
         known = self.digests.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1] != version:
-            known = weakref.ref(tensor), version, digest_of(tensor)
+        if known is None or known[0]() is not tensor or known[1] != _version(tensor):
+            known = weakref.ref(tensor), _version(tensor), digest_of(tensor)
             self.digests[id(tensor)] = known
         return known[2]
 

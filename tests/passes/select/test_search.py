@@ -99,7 +99,7 @@ def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule)
     for sample in samples:
         with torch.no_grad():
             whole = dense(**sample.inputs).logits.log_softmax(-1)
-        masked = masked_outputs(dense, axes_of(dense), removal.keep, (), sample.inputs)[0].log_softmax(-1)
+        masked = masked_outputs(dense, removal, sample.inputs)[0].log_softmax(-1)
         total += float((whole.exp() * (whole - masked)).sum()) / whole.shape[1]
     assert 0 < found <= total / len(samples) * 1.001
     assert found == pytest.approx(total / len(samples), rel=0.35), "all but the likeliest classes are taken as one"
