@@ -179,10 +179,10 @@ class Pass(Arguments, PassBase):
         """Raise if a required argument is missing; called before any pass runs."""
 
     def foresee_model(self, model: torch.nn.Module) -> None:
-        """Raise what this pass will raise, as far as a Hugging Face model shows it before it is traced."""
+        """Refuse early what this pass would refuse, as far as a Hugging Face model shows it before the trace."""
 
     def foresee(self, graph_module: fx.GraphModule, given: Kinds) -> None:
-        """Raise what this pass will raise, as far as facts show that an earlier pass of a pipeline just gave."""
+        """Refuse early what this pass would refuse, as far as the facts show that an earlier pass just gave."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise :class:`~fxprune.errors.PassError` unless :attr:`needs` are known and :attr:`preconditions` hold."""
@@ -207,12 +207,12 @@ class Pass(Arguments, PassBase):
 
     def _run(self, graph_module: fx.GraphModule) -> PassResult:
         source = facts_of(graph_module).get(Source)
-        before = _Print.of(graph_module, hold=source is None or not source.shares)
+        changes_in = _watch(graph_module, hold=source is None or not source.shares)
         held = {type(fact): fact for fact in facts_of(graph_module)}
         with reading(self.name, (*self.needs, *self.wants, *self.gives, *self.drops)):
             result = self.call(graph_module)
         release_freed()
-        changed = before.compare(result.graph_module)
+        changed = changes_in(result.graph_module)
         allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
         for part in sorted(changed - allowed):
             what = f"changed the {part}, and declares to change {self.changes}"
@@ -245,29 +245,22 @@ def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_mod
     return result
 
 
-@dataclass(frozen=True)
-class _Print:
-    """The nodes of a graph module, and its tensors by name, as they were at one time."""
+def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphModule], set[Change]]:
+    """Record a graph module as it is; the function returned gives what is different in a later one.
 
-    nodes: _NodePrint
-    tensors: Mapping[str, _TensorPrint]
+    ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
+    original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
+    """
+    nodes = _nodes(graph_module)
+    tensors = {name: _TensorPrint.of(tensor, hold=hold) for name, tensor in weights(graph_module)}
 
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, *, hold: bool) -> _Print:
-        """The print of a graph module; linear in the number of its nodes.
-
-        ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
-        original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
-        """
-        return cls(_nodes(graph_module), {name: _TensorPrint.of(t, hold=hold) for name, t in weights(graph_module)})
-
-    def compare(self, after: fx.GraphModule) -> frozenset[Change]:
-        changed: set[Change] = set()
-        if not _same(self.nodes, _nodes(after)):
-            changed.add("graph")
-        if any(name in self.tensors and self.tensors[name].differs(tensor) for name, tensor in weights(after)):
+    def changes_in(after: fx.GraphModule) -> set[Change]:
+        changed: set[Change] = set() if _same(nodes, _nodes(after)) else {"graph"}
+        if any(name in tensors and tensors[name].differs(tensor) for name, tensor in weights(after)):
             changed.add("weights")
-        return frozenset(changed)
+        return changed
+
+    return changes_in
 
 
 @dataclass(frozen=True)
@@ -340,7 +333,7 @@ class _Findings:
         return _identity(step), read, *self.graph_key(graph_module)
 
     def graph_key(self, graph_module: fx.GraphModule) -> tuple[Any, ...]:
-        """What tells graphs apart that compute something else."""
+        """A key of what a graph computes: the names of its nodes, and its weights."""
         nodes = hash(tuple(node.name for node in graph_module.graph.nodes))
         return nodes, tuple(self._digest(tensor) for _, tensor in weights(graph_module))
 
@@ -395,10 +388,9 @@ def shared(graph_module: fx.GraphModule | None, key: Any, make: Callable[[], T])
     """A finding about a dense model that is made once inside :func:`sharing`.
 
     Args:
-        graph_module: its graph, for which another one with the same nodes and weights may stand; None if it is about
-            the objects in ``key`` alone.
-        key: what else tells it from other findings: values and objects, these by identity, in tuples.
-        make: makes it, of tensors and tuples of them where it is large.
+        graph_module: its graph, or another with the same nodes and weights; None if ``key`` alone identifies it.
+        key: values, and objects by identity, in tuples.
+        make: computes the finding; a large one consists of tensors and tuples of them.
     """
     findings = _FINDINGS.get()
     if findings is None:
@@ -432,7 +424,7 @@ def digest_of(tensor: torch.Tensor) -> str:
 
 
 def _identity(value: Any) -> Any:
-    """What tells a value from others: passes and facts by their fields, other objects by being the same."""
+    """A key of a value: the fields of passes and facts, the identity of other objects."""
     if isinstance(value, Fact | PassBase):
         return type(value), *(_identity(getattr(value, one.name)) for one in fields(value))  # type: ignore[arg-type]
     if isinstance(value, tuple):

@@ -87,7 +87,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         self._slots[stage] = tuple(choice)
 
     def __delitem__(self, stage: str) -> None:
-        """Leave a stage out."""
         self[stage] = None
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +96,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         return len(self._slots)
 
     def __str__(self) -> str:
-        """The text."""
         return str(self.pipeline) if self._changed else self._text
 
     def __repr__(self) -> str:
@@ -115,12 +113,10 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """All passes, in order."""
         return tuple(step for stage in STAGES for step in self._slots[stage])
 
     @property
     def pipeline(self) -> Pipeline:
-        """The passes as a pipeline."""
         return Pipeline(self.passes)
 
     def copy(self) -> Recipe:

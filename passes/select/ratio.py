@@ -423,9 +423,7 @@ class SelectByRatioPass(SelectPass):
         target, budget = self._target, selection.budget
         if target is None:
             return None
-        counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
-        left = budget.left(counts, dict.fromkeys(removal.removed_blocks, 1.0))
-        return Reached(target.text, budget.word, target.of(budget.total), budget.total, left)
+        return Reached(target.text, budget.word, target.of(budget.total), budget.total, budget.left(removal))
 
     def foresee_model(self, model: nn.Module) -> None:
         target = self._target
