@@ -334,7 +334,7 @@ def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
-    """Give tuning its teacher, and passes that work with passes of other stages those of the recipe."""
+    """Add the teacher of tuning, and hand the recipe's selection and fit to passes that run them."""
     if not recipe["tune"]:
         recipe["teach"] = None
     elif not recipe["teach"]:
@@ -496,9 +496,6 @@ def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: An
     """Prune a model whose graph was traced before; both stay as they are.
 
     Args:
-        graph_module: the graph of the model.
-        model: the model.
-        calibration: as for :func:`prune`.
         options: as for :func:`prune`, none of them in place or offloaded.
 
     Raises:

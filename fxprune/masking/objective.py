@@ -40,7 +40,7 @@ class OwnLoss:
     graph_module: fx.GraphModule
 
     def __call__(self, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
-        """The loss of one sample, given the output for it; it is taken twice, as a graph may not hold for one."""
+        """The loss of one sample, given its output; both are repeated, as the graph may not accept a batch of one."""
         given = {**sample.inputs, **output, **(sample.own or {})}
         wanted = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "placeholder"]
         device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
@@ -74,8 +74,8 @@ class Objective(Fact):
 def predicts_next(graph_module: fx.GraphModule) -> bool:
     """Whether a graph predicts next tokens: its first output, at each token, does not depend on later ones.
 
-    So is a graph taken that cannot be tried, and that of a module which is not one of transformers': its labels are
-    those of next tokens.
+    A graph that cannot be tried counts as one, and so does that of a module outside transformers, whose labels are next
+    tokens.
     """
     source, name = facts_of(graph_module).get(Source), token_input(graph_module)
     if source is None or not is_hugging_face(source.model):
@@ -104,7 +104,7 @@ def predicts_next(graph_module: fx.GraphModule) -> bool:
 
 
 _TOLERANCE = 1e-3
-"""Relative change of outputs that is no dependence: they are computed by the same kernels, at the same sizes."""
+"""Relative change of outputs up to which they count as unchanged; kernels and sizes are the same."""
 
 
 def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:

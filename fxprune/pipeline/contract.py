@@ -122,7 +122,7 @@ class Pass(Arguments, PassBase):
     changes: ClassVar[Change] = "graph"
     """The most that it may change: the graph, the weights, or nothing."""
     writes: ClassVar[bool] = True
-    """Whether it writes to the memory of tensors. One that only puts others in their place is spared a copy of all."""
+    """Whether it writes to tensors in place. A pass that only replaces tensors is spared a copy of all of them."""
     needs: ClassVar[Kinds] = ()
     """Classes of the facts that must be known before."""
     preconditions: ClassVar[tuple[Callable[[fx.GraphModule, str], None], ...]] = ()
@@ -315,7 +315,7 @@ def _spelled(node: tuple[Any, ...]) -> tuple[object, ...]:
 
 
 _SHARED = ("prepare", "discover", "importance", "teach")
-"""Stages that cost much, and find out about the dense model what selections of all sizes need."""
+"""Costly stages whose findings about the dense model serve selections of all sizes."""
 
 
 @dataclass
@@ -351,7 +351,7 @@ _FINDINGS: ContextVar[_Findings | None] = ContextVar("findings", default=None)
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Let passes of the dense model that find the same twice inside this context do so once."""
+    """Share findings about the dense model among the prunes inside this context."""
     token = _FINDINGS.set(_Findings())
     try:
         yield
@@ -360,7 +360,7 @@ def sharing() -> Iterator[None]:
 
 
 def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run a pass on a graph, or give the facts that it gave where it read the same."""
+    """Run a pass, or reuse the facts of an earlier run that read the same."""
     findings = _FINDINGS.get()
     if findings is None or step.changes != "nothing" or step.stage not in _SHARED:
         return run(graph_module)

@@ -192,9 +192,9 @@ def _named(step: Pass) -> Iterator[None]:
 
 
 def _quick_first(steps: Sequence[Pass]) -> list[tuple[int, Pass]]:
-    """Steps and their places; one that runs the model waits for those behind it that do not, and do not need it.
+    """Steps with their places, a cheap one before a costly one in front of it that it does not depend on.
 
-    What these refuse, such as a ratio that cannot be reached, is then told before the work.
+    So what it refuses, such as a ratio that cannot be reached, is reported before the work.
     """
     found = list(enumerate(steps))
     for i in range(len(found) - 1):

@@ -39,7 +39,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
     stage out. ``str()`` of it is its text.
 
     Args:
-        name: its name.
         text: the passes, one a line; lines that start with ``#`` are comments. Of the comments above the first pass,
             those from ``Costs:`` on describe the costs, those before it the purpose.
 
@@ -137,7 +136,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         """Replace the passes of a stage; one given as text inherits arguments of those whose place it takes.
 
         Args:
-            stage: the stage.
             choice: the pass, its spelling, or None.
             arguments: further arguments of a pass given as text, for those it has and does not spell itself.
         """
@@ -189,7 +187,6 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
     """The pass that a choice for a stage stands for; None to leave the stage out.
 
     Args:
-        stage: the stage.
         choice: a pass of the stage, or its spelling; None or ``"none"`` for no pass.
         defaults: arguments of a pass given as text, where the text does not set them.
 

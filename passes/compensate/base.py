@@ -49,7 +49,6 @@ class FitSite:
     """A product whose weight is fitted: one matrix, or a stack of them.
 
     Args:
-        product: the product.
         channels: the positions kept along the axis of the weight that is summed over.
         other: the value that the product is added to; None unless that is the only use of the product.
     """

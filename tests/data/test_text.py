@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import split_calibration_heldout
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import (
     RUN,
@@ -15,7 +16,6 @@ from fxprune.data.text import (
     calibration_windows,
     paragraphs,
     read_text,
-    split_calibration_heldout,
     token_windows,
     unseen,
 )
