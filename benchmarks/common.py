@@ -27,9 +27,11 @@ from transformers import (
 
 from fxprune.cli.demo import demo_checkpoint, demo_name, load_gguf
 from fxprune.data.rows import json_lines
-from fxprune.data.text import calibration_texts
+from fxprune.data.text import calibration_texts, paragraphs
+from fxprune.errors import DataError
 from fxprune.evaluation import LocalTask
 from fxprune.evaluation.perplexity import load_corpus
+from fxprune.pipeline.arguments import refuse
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -250,3 +252,28 @@ def local_tasks(files: Iterable[Path], half: str) -> dict[str, LocalTask]:
         start, stop = (middle if half == "second" else 0), (middle if half == "first" else None)
         tasks[path.stem] = LocalTask(path, suffix="\nAnswer:", start=start, stop=stop)
     return tasks
+
+
+def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str, str]:
+    """Split a text into calibration and held-out text that share no character and no paragraph.
+
+    The text is cut at the first paragraph border after the given fraction of its characters. Paragraphs of the
+    calibration text that are repeated after the cut are left out of the held-out text.
+    """
+    if not 0 < calibration < 1:
+        raise refuse("calibration", calibration, "a fraction between 0 and 1", DataError)
+    parts = list(paragraphs(text))
+    wanted = calibration * sum(map(len, parts))
+    front: list[str] = []
+    taken = 0
+    for paragraph in parts:
+        if taken >= wanted:
+            break
+        front.append(paragraph)
+        taken += len(paragraph)
+    seen = set(front)
+    rest = [paragraph for paragraph in parts[len(front) :] if paragraph not in seen]
+    if not front or not rest:
+        what = f"{len(parts)} paragraphs leave no held-out text after {calibration:.0%} for calibration"
+        raise DataError(what, where="text", remedy="Give a longer text, with blank lines between its paragraphs")
+    return "\n\n".join(front), "\n\n".join(rest)

@@ -16,11 +16,11 @@ from rich.table import Table
 
 import fxprune
 from benchmarks import common
-from benchmarks.common import load_demo_model, write_results
+from benchmarks.common import load_demo_model, split_calibration_heldout, write_results
 from fxprune.axes import unit_index
 from fxprune.cli.console import widened
 from fxprune.data.built_in import offline_text
-from fxprune.data.text import read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import read_text, token_windows
 from fxprune.evaluation import perplexity
 from fxprune.graph.tensors import get_tensor
 from fxprune.removal.removal import PositionScores, unit_scores

@@ -15,10 +15,10 @@ from rich.progress import track
 from rich.table import Table
 
 import fxprune
-from benchmarks.common import load_demo_model
+from benchmarks.common import load_demo_model, split_calibration_heldout
 from fxprune.cli.console import keep_freed, widened
 from fxprune.data.built_in import general_chats, offline_text
-from fxprune.data.text import split_calibration_heldout, token_windows
+from fxprune.data.text import token_windows
 from fxprune.evaluation import perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.recipes import as_recipe

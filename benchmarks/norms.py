@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import fxprune
 from benchmarks import common
-from benchmarks.common import load_demo_model, write_results
+from benchmarks.common import load_demo_model, split_calibration_heldout, write_results
 from fxprune.cli.console import widened
 from fxprune.data.built_in import offline_text
-from fxprune.data.text import split_calibration_heldout, token_windows
+from fxprune.data.text import token_windows
 from fxprune.evaluation import perplexity
 
 RESULTS = common.RESULTS / "norms.json"

@@ -14,12 +14,12 @@ from rich.console import Console
 
 import fxprune
 from benchmarks import common
-from benchmarks.common import load_demo_model, local_tasks, write_results
+from benchmarks.common import load_demo_model, local_tasks, split_calibration_heldout, write_results
 from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli.console import keep_freed, widened
 from fxprune.data.built_in import offline_text
 from fxprune.data.rows import Row, parse_row, read_rows
-from fxprune.data.text import read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import read_text, token_windows
 from fxprune.evaluation.comparison import compare_models
 from fxprune.recovery import Distillation
 

@@ -349,7 +349,7 @@ def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
-    """Give tuning its teacher, and passes that work with passes of other stages those of the recipe."""
+    """Add the teacher of tuning, and hand the recipe's selection and fit to passes that run them."""
     if not recipe["tune"]:
         recipe["teach"] = None
     elif not recipe["teach"]:
@@ -511,9 +511,6 @@ def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: An
     """Prune a model whose graph was traced before; both stay as they are.
 
     Args:
-        graph_module: the graph of the model.
-        model: the model.
-        calibration: as for :func:`prune`.
         options: as for :func:`prune`, none of them in place or offloaded.
 
     Raises:
@@ -559,7 +556,11 @@ def _run_passes(
         with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
             result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
             if not has_meta_weights(result.graph_module):
-                check_same(lambda: {"the slim weights": _digests(result.graph_module)}, where="the end of the prune")
+                # processes that loaded other weights, or round in another way, end with different ones
+                check_same(
+                    lambda: {"the slim weights": [(n, digest_of(t)) for n, t in weights(result.graph_module)]},
+                    where="the end of the prune",
+                )
             begin("quality")
             return _with_quality(result, graph_predictor(graph_module, shared=True), model, values)
     except BaseException:  # an interrupt too: the model must not be left half cut
@@ -567,11 +568,6 @@ def _run_passes(
         if source is not None and source.cut:
             restore_cut(source)
         raise
-
-
-def _digests(graph_module: fx.GraphModule) -> list[tuple[str, str]]:
-    """Digests of all weights: processes that loaded others, or round in another way, end with different ones."""
-    return [(name, digest_of(tensor)) for name, tensor in weights(graph_module)]
 
 
 def _with_quality(result: Result, dense: Callable[..., Any], model: nn.Module, values: Mapping[str, Any]) -> Result:

@@ -35,7 +35,7 @@ _ADVICE = "some hundred samples of text like what the model is to be used on, pa
 
 @dataclass(frozen=True, eq=False)
 class CalibratePass(Pass):
-    """Reads and checks the samples that criteria and fits work on."""
+    """Reads and checks the calibration samples of criteria and fits."""
 
     name: ClassVar[str] = "calibrate"
     stage: ClassVar[str] = "prepare"
@@ -156,7 +156,7 @@ class CalibratePass(Pass):
         return PassResult(graph_module, False)
 
     def _own_loss(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> OwnLoss | None:
-        """The model's own loss on labels of another form than next tokens, noting what it cannot be read from."""
+        """The model's own loss on labels that are not next tokens; None with a note if it has none."""
         source, labelled = facts_of(graph_module).get(Source), [one for one in samples if one.own is not None]
         if not labelled or source is None:
             return None
@@ -181,7 +181,7 @@ class CalibratePass(Pass):
             )
 
     def _substitutes(self, graph_module: fx.GraphModule) -> tuple[torch.Tensor, int]:
-        """Token ids, and the number of rows that the model wrote."""
+        """Token ids in place of missing samples, and how many of the rows the model generated."""
         tokenizer: Any = self.tokenizer
 
         def built_in(count: int | None, why: str = "") -> tuple[torch.Tensor, int]:

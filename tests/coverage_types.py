@@ -212,7 +212,7 @@ def removal(found: Coverage, model: nn.Module, dense: fx.GraphModule, groups: Se
     try:
         decided = decide(work, random_keep(groups), blocks)
         slim = slim_outputs(Pipeline(SHRINK)(work, inplace=True).graph_module, inputs)
-        masked = masked_outputs(dense, decided.axes, decided.keep, blocks, inputs)
+        masked = masked_outputs(dense, decided, inputs)
         error = compare(masked, slim)
         if not any(group.renormalised or group.kind in ("expert", "layer") for group in groups):
             by_hand = output_tensors(forward(zeroed(model, decided.plan), **inputs))

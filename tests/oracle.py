@@ -67,11 +67,15 @@ def groups_of(dense: fx.GraphModule) -> tuple[Group, ...]:
     return facts_of(dense)[Groups].all
 
 
+def removal_of(dense: fx.GraphModule, keep: Keep | None = None, blocks: tuple[str, ...] = ()) -> Removal:
+    """The removal of units and blocks; without arguments of none."""
+    return Removal(axes_of(dense), groups_of(dense), keep or Keep(), blocks)
+
+
 def decide(dense: fx.GraphModule, keep: Keep | None = None, blocks: tuple[str, ...] = ()) -> Removal:
-    """Put down which units and blocks stay; without arguments all."""
-    removal = Removal(axes_of(dense), groups_of(dense), keep or Keep(), blocks)
-    facts_of(dense).put(removal)
-    return removal
+    """Put such a removal among the facts."""
+    facts_of(dense).put(removal_of(dense, keep, blocks))
+    return facts_of(dense)[Removal]
 
 
 def shape_of(dense: fx.GraphModule, name: str) -> list[str]:
@@ -164,7 +168,7 @@ def _check(
     slim = slim_graph(dense, keep)
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters()), group.name
     got = slim_outputs(slim, inputs)
-    masked = masked_outputs(dense, axes_of(dense), keep, (), inputs)
+    masked = masked_outputs(dense, removal_of(dense, keep), inputs)
     by_hand = plain_outputs(zeroed(module, plan), inputs)
     assert compare(masked, got) <= TOLERANCE, f"{group.name}: slim differs from masked"
     assert compare(by_hand, got) <= TOLERANCE, f"{group.name}: slim differs from zeroing by hand"
@@ -195,7 +199,7 @@ def check_kinds_remove_exactly(module: nn.Module, inputs: Inputs, kinds: Mapping
     for kind, groups in found.items():
         keep = _keep_of_all([group for group in groups if group.size > 1])
         got = slim_outputs(slim_graph(dense, keep), inputs)
-        assert compare(masked_outputs(dense, axes_of(dense), keep, (), inputs), got) <= TOLERANCE, f"{kind}: not masked"
+        assert compare(masked_outputs(dense, removal_of(dense, keep), inputs), got) <= TOLERANCE, f"{kind}: not masked"
         if not kind.endswith("~"):
             by_hand = plain_outputs(zeroed(module, plan_of(axes_of(dense), keep)), inputs)
             assert compare(by_hand, got) <= TOLERANCE, f"{kind}: slim differs from zeroing by hand"

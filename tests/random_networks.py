@@ -34,7 +34,7 @@ from fxprune.removal.plan import Plan, keep_of, plan_of
 from fxprune.rules.site import op_name
 from fxprune.trace import trace
 from tests import random_mixes  # noqa: F401  its ops are among OPS from here on
-from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, zeroed
+from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, removal_of, zeroed
 from tests.random_ops import CHOICES, OPS, ROWS, SIZES, WIDE, WIDTH, Picks
 
 __all__ = ["RandomNet", "Record", "check_every_removal", "check_network", "descriptions", "steady", "used_and_cut"]
@@ -301,7 +301,7 @@ def _check_removal(
     slim = _sliced(dense, keep)
     for inputs in sets:
         got = slim_outputs(slim, inputs)
-        masked = masked_outputs(dense, axes_of(dense), keep, (), inputs)
+        masked = masked_outputs(dense, removal_of(dense, keep), inputs)
         _check_equal(masked, got, accepted, f"slim differs from masked: {what}")
         if not any(group.renormalised for group in groups):
             by_hand = plain_outputs(zeroed(module, plan), inputs)

@@ -26,10 +26,10 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 import fxprune
-from benchmarks.common import environment, load_demo_model
+from benchmarks.common import environment, load_demo_model, split_calibration_heldout
 from benchmarks.engines.base import PROMPTS, Case, Engine, Source, greedy_tokens, load_model, token_ids, vocabulary_size
 from fxprune.data.built_in import offline_text
-from fxprune.data.text import read_text, split_calibration_heldout, token_windows
+from fxprune.data.text import read_text, token_windows
 
 _STEPS = 16
 """Tokens that a decoding step is averaged over, by the clock of llama.cpp."""

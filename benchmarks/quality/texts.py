@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import split_calibration_heldout
 from benchmarks.quality.rows import Protocol
 from fxprune.data.built_in import general_text, offline_text
-from fxprune.data.text import calibration_text, calibration_texts, split_calibration_heldout, token_windows
+from fxprune.data.text import calibration_text, calibration_texts, token_windows
 
 _KEPT_BACK = 8
 """One row in as many of the calibration text is measured on, and not calibrated on."""

@@ -181,7 +181,7 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
 
 @contextmanager
 def _offloading_parameters() -> Iterator[None]:
-    """Keep parameters that get their values in memory in files, inside :func:`~fxprune.offload.files.offload_to`."""
+    """Move parameters made in memory into files, inside :func:`~fxprune.offload.files.offload_to`."""
 
     def offload(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.untyped_storage().resizable():  # those of files that are mapped are not

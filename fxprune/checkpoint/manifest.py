@@ -25,7 +25,7 @@ from fxprune.graph.tensors import computed_tensors, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.ranks import input_device
-from fxprune.pipeline.arguments import MANIFEST
+from fxprune.pipeline.arguments import MANIFEST as MANIFEST
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report, package_versions
 from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
@@ -33,26 +33,6 @@ from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "CARD",
-    "MANIFEST",
-    "PAGE",
-    "PLAN",
-    "REPORT",
-    "Forward",
-    "Manifest",
-    "check_files",
-    "check_loaded",
-    "check_weights",
-    "check_written",
-    "content_digest",
-    "foreign_files",
-    "has_user_card",
-    "other_files",
-    "read_manifest",
-    "run_forward",
-    "weight_files",
-]
 
 _SEED, _BATCH, _TOKENS = 0, 2, 6
 _SIDE = 32
@@ -196,9 +176,9 @@ def check_written(model: PreTrainedModel, own: Forward | Refusal, loaded: PreTra
     Raises:
         CheckpointError: they compute something else, or a module is of another class.
     """
-    differences = list(_differences(model, loaded))
-    if differences and differences[0].is_class:
-        raise _changed(differences[0].text)
+    difference, is_class = next(_differences(model, loaded), ("", False))
+    if is_class:
+        raise _changed(difference)
     devices = {parameter.device for parameter in model.parameters()}
     sharded = any(hasattr(parameter, "placements") for parameter in model.parameters())
     for theirs, ours in zip(configs_of(loaded), configs_of(model), strict=False):
@@ -211,7 +191,7 @@ def check_written(model: PreTrainedModel, own: Forward | Refusal, loaded: PreTra
         return {"note": f"not compared with the model: {own}"}
     fault = _fault(own, again)
     if fault:
-        raise _changed("; ".join((fault, *(difference.text for difference in differences[:1]))))
+        raise _changed(f"{fault}; {difference}" if difference else fault)
     assert isinstance(again, Forward)
     return again.record(loaded)
 
@@ -243,27 +223,20 @@ def _changed(fault: str) -> CheckpointError:
     )
 
 
-@dataclass(frozen=True)
-class _Difference:
-    text: str
-    is_class: bool = False
-
-
-def _differences(model: nn.Module, loaded: nn.Module) -> Iterator[_Difference]:
-    """Modules that differ from those which a loader builds: those of another class first."""
+def _differences(model: nn.Module, loaded: nn.Module) -> Iterator[tuple[str, bool]]:
+    """Modules that differ from those which a loader builds, and whether they are of another class: these first."""
     there = dict(loaded.named_modules())
     pairs = [(path or "the model", module, there[path]) for path, module in model.named_modules() if path in there]
     for path, module, other in pairs:
         kinds = [(kind.__module__, kind.__qualname__) for kind in map(stock_class, (module, other))]
         if kinds[0] != kinds[1]:
-            text = f"{path} is {type(module).__name__}, where a loader builds {type(other).__name__}"
-            yield _Difference(text, is_class=True)
+            yield f"{path} is {type(module).__name__}, where a loader builds {type(other).__name__}", True
     for path, module, other in pairs:
         if "forward" in vars(module):
-            yield _Difference(f"{path} has a forward of its own")
+            yield f"{path} has a forward of its own", False
         elif module.extra_repr() != other.extra_repr():
-            yield _Difference(f"{path} is ({module.extra_repr()}), where a loader builds ({other.extra_repr()})")
-    yield from (_Difference(f"{path} has hooks") for path in hooks_left_out(model))
+            yield f"{path} is ({module.extra_repr()}), where a loader builds ({other.extra_repr()})", False
+    yield from ((f"{path} has hooks", False) for path in hooks_left_out(model))
 
 
 CARD = "README.md"

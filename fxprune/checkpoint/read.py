@@ -210,7 +210,7 @@ def from_pretrained(
 def _load(
     path: Path, verify: bool | None, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]
 ) -> PreTrainedModel:
-    """Load the model in a folder that nobody replaces meanwhile."""
+    """Load the model in a folder that is not replaced meanwhile."""
     manifest = read_manifest(path)
     check_weights(path, manifest.weights, digests=verify is True)
     check_files(path, manifest)

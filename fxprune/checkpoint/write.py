@@ -170,16 +170,11 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
     return _card_text(data, base or Path(source).name, stock_class(model).__name__, work, folder, manifest, report)
 
 
-def _generates(kind: str) -> bool:
-    """Whether a class of transformers generates text; so does one that it does not know, for all that is known."""
-    can = getattr(getattr(transformers, kind, None), "can_generate", None)
-    return can is None or bool(can())
-
-
 def _card_text(
     data: ModelCardData, name: str, kind: str, work: Path, folder: Path, manifest: Manifest, report: Report | None
 ) -> str:
     classes = json.loads((work / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    can_generate = getattr(getattr(transformers, kind, None), "can_generate", None)
     card = ModelCard.from_template(
         data,
         str(_TEMPLATE),
@@ -187,7 +182,7 @@ def _card_text(
         kind=kind,
         folder=folder.name,
         stock=manifest.stock,
-        generates=_generates(kind),
+        generates=can_generate is None or bool(can_generate()),  # perhaps, if the class is unknown
         auto_class=next((name for name in reversed(classes) if name != "AutoConfig"), None),
         serves=report is None or not report.removed_blocks,
         plan=(work / PLAN).is_file(),

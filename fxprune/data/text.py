@@ -217,31 +217,6 @@ def read_text(path: str | Path) -> str:
     return "\n\n".join(texts)
 
 
-def split_calibration_heldout(text: str, calibration: float = 0.5) -> tuple[str, str]:
-    """Split a text into calibration and held-out text that share no character and no paragraph.
-
-    The text is cut at the first paragraph border after the given fraction of its characters. Paragraphs of the
-    calibration text that are repeated after the cut are left out of the held-out text.
-    """
-    if not 0 < calibration < 1:
-        raise refuse("calibration", calibration, "a fraction between 0 and 1", DataError)
-    parts = list(paragraphs(text))
-    wanted = calibration * sum(map(len, parts))
-    front: list[str] = []
-    taken = 0
-    for paragraph in parts:
-        if taken >= wanted:
-            break
-        front.append(paragraph)
-        taken += len(paragraph)
-    seen = set(front)
-    rest = [paragraph for paragraph in parts[len(front) :] if paragraph not in seen]
-    if not front or not rest:
-        what = f"{len(parts)} paragraphs leave no held-out text after {calibration:.0%} for calibration"
-        raise DataError(what, where="text", remedy="Give a longer text, with blank lines between its paragraphs")
-    return "\n\n".join(front), "\n\n".join(rest)
-
-
 def check_tokenizer(name: str, value: Any) -> Any:
     """Return ``value``, the argument ``name``: a tokenizer, or None."""
     if value is not None and (isinstance(value, type) or not callable(value)):

@@ -11,61 +11,29 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, track_tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing as disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode as get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_slot as get_proxy_slot
+from torch.fx.experimental.proxy_tensor import track_tensor as track_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
+from torch.utils._device import DeviceContext as DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
-
-__all__ = [
-    "AUTOCAST",
-    "GRADIENTS",
-    "SIZE",
-    "UNKNOWN_SIZE",
-    "DeviceContext",
-    "FakeTensor",
-    "FakeTensorMode",
-    "FakeTensorProp",
-    "HigherOrderOperator",
-    "OpOverload",
-    "TorchDispatchMode",
-    "TreeSpec",
-    "argument_names",
-    "clear_symbolic_caches",
-    "disable_proxy_modes_tracing",
-    "enable_python_dispatcher",
-    "evaluate_expression",
-    "fake_mode",
-    "get_proxy_mode",
-    "get_proxy_slot",
-    "guards_of",
-    "has_unbacked_sizes",
-    "is_check",
-    "is_free",
-    "is_impure",
-    "is_pointwise",
-    "is_random",
-    "is_size",
-    "shape_env_state",
-    "size_hint",
-    "size_range",
-    "spell_expression",
-    "storage_of",
-    "track_tensor",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_unflatten",
-]
 
 GRADIENTS = "wrap_with_set_grad_enabled"
 """A higher-order op that sets gradient mode around a subgraph; its first argument is the mode."""

@@ -22,7 +22,7 @@ from fxprune.graph.compat import (
     tree_map,
 )
 from fxprune.graph.facts import Fact
-from fxprune.graph.tensors import comparable
+from fxprune.graph.tensors import comparable, upstream
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,7 @@ def failed_check(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str
 
     A check that cannot be computed at some sizes fails as well: the graph does not run at them.
     """
-    checks = [node for node in graph_module.graph.nodes if is_check(node)]
-    needed: set[fx.Node] = set()
-    pending = list(checks)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
+    needed = upstream(filter(is_check, graph_module.graph.nodes))
     values: dict[fx.Node, Any] = {}
     for node in (node for node in graph_module.graph.nodes if node in needed):
         if node.op == "placeholder":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,17 @@ def input_tensors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
         elif node.target is operator.getitem and source in names:
             names[node] = f"{names[source]}[{node.args[1]!r}]"
     yield from ((node, name) for node, name in names.items() if isinstance(node.meta.get("val"), torch.Tensor))
+
+
+def upstream(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that ``ends`` are computed from, and these; what ``known`` ones are computed from is left out."""
+    found, pending = set[fx.Node](), list(ends)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += () if node in known else node.all_input_nodes
+    return found
 
 
 TRACED = "this graph was traced "

@@ -8,7 +8,7 @@ since others may share the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -20,10 +20,11 @@ from fxprune.axes import Expr, Keep, kept_mask
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
 from fxprune.graph.facts import Change, Fact, owner_block
-from fxprune.graph.tensors import tensor_name
+from fxprune.graph.tensors import tensor_name, upstream
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun, output_tensors
 from fxprune.offload.files import offloaded
 from fxprune.offload.prefetch import inputs_on_device
+from fxprune.removal.removal import Removal
 from fxprune.rules.registry import writes
 
 Inputs = Mapping[str, torch.Tensor]
@@ -44,18 +45,17 @@ class PairedRuns:
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        axes: AxisMap,
-        keep: Keep,
-        removed_blocks: Sequence[str],
+        removal: Removal,
         batches: Sequence[Inputs],
         places: Sequence[tuple[Sequence[int], int]] = (),
         known: Mapping[fx.Node, Sequence[Any]] = MappingProxyType({}),
         read: Iterable[fx.Node] = (),
     ) -> None:
         self.graph, self.places, self.known = graph_module.graph, places, known
-        self.unread = _unread(self.graph, known, read) if known else frozenset[fx.Node]()
+        needed = upstream(read, known) if known else self.graph.nodes
+        self.needed = {node for node in self.graph.nodes if node.op == "placeholder"}.union(needed)
         self.dense = [PreciseRun(graph_module) for _ in batches]
-        self.masked = [MaskedRun(graph_module, axes, keep, removed_blocks) for _ in batches]
+        self.masked = [MaskedRun(graph_module, removal) for _ in batches]
         for runs in (self.dense, self.masked):
             for run, inputs in zip(runs, batches, strict=True):
                 run.args_iter = iter(inputs.values())
@@ -66,7 +66,7 @@ class PairedRuns:
             if node in self.known:
                 for run, value in zip(self.dense, self.known[node], strict=True):
                     run.env[node] = value
-            elif node not in self.unread:
+            elif node in self.needed:
                 self._step(self.dense, node)
             yield node
             self._step(self.masked, node)
@@ -99,17 +99,6 @@ class PairedRuns:
             run.env[node] = value if shared else run.run_node(node)
 
 
-def _unread(graph: fx.Graph, known: Collection[fx.Node], read: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """Nodes that no value in ``read`` needs, given the known ones; inputs are not among them."""
-    needed, todo = set[fx.Node](), [node for node in read if node not in known]
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo += [source for source in node.all_input_nodes if source not in known]
-    return frozenset(node for node in graph.nodes if node.op != "placeholder" and node not in needed)
-
-
 @dataclass(frozen=True, eq=False)
 class BlockOutput:
     """The kept part of an output of a block of the masked dense graph."""
@@ -135,23 +124,23 @@ def _kept_part(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.
 
 
 def masked_by_block(
-    graph_module: fx.GraphModule, axes: AxisMap, keep: Keep, removed_blocks: Sequence[str], inputs: Mapping[str, Any]
+    graph_module: fx.GraphModule, removal: Removal, inputs: Mapping[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, BlockOutput]]:
     """Run the dense graph with the removed structures zeroed; return its float outputs, and those of blocks by node."""
-    nodes = block_output_nodes(graph_module.graph, axes)
+    nodes, axes = block_output_nodes(graph_module.graph, removal.axes), removal.axes
     found: dict[str, BlockOutput] = {}
 
     def visit(node: fx.Node, value: Any) -> Any:
         if node in nodes and isinstance(value, torch.Tensor) and value.is_floating_point():
             try:
-                part = _kept_part(value, axes.tensors[tensor_name(node)], keep)
+                part = _kept_part(value, axes.tensors[tensor_name(node)], removal.keep)
             except KeyError:  # no single index to cut by: it is compared later
                 return value
             found[node.name] = BlockOutput(nodes[node], offloaded(part.clone() if part is value else part))
         return value
 
     with torch.no_grad():
-        run = MaskedRun(graph_module, axes, keep, removed_blocks)
+        run = MaskedRun(graph_module, removal)
         outputs = output_tensors(run.run_nodes(inputs_on_device(graph_module, inputs), visit))
     return outputs, found
 
@@ -213,12 +202,11 @@ class Verified(Fact):
 
 
 def masked_outputs(
-    graph_module: fx.GraphModule, axes: AxisMap, keep: Keep, removed_blocks: Sequence[str], inputs: Mapping[str, Any]
+    graph_module: fx.GraphModule, removal: Removal, inputs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of the dense graph with the removed structures zeroed."""
     with torch.no_grad():
-        run = MaskedRun(graph_module, axes, keep, removed_blocks)
-        return output_tensors(run.run(*inputs_on_device(graph_module, inputs)))
+        return output_tensors(MaskedRun(graph_module, removal).run(*inputs_on_device(graph_module, inputs)))
 
 
 def slim_outputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -239,16 +227,9 @@ def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) ->
     return worst
 
 
-def find_divergence(
-    dense: fx.GraphModule,
-    slim: fx.GraphModule,
-    axes: AxisMap,
-    keep: Keep,
-    removed_blocks: Sequence[str],
-    inputs: Mapping[str, Any],
-) -> str:
+def find_divergence(dense: fx.GraphModule, slim: fx.GraphModule, removal: Removal, inputs: Mapping[str, Any]) -> str:
     """Return name, op and module of the first node whose slim value differs from the kept part of the masked one."""
-    masked = MaskedRun(dense, axes, keep, removed_blocks, garbage_collect_values=False)
+    masked = MaskedRun(dense, removal, garbage_collect_values=False)
     plain = PreciseRun(slim, garbage_collect_values=False)
     with torch.no_grad():
         masked.run(*inputs_on_device(dense, inputs))
@@ -259,11 +240,11 @@ def find_divergence(
         if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor) or not got.is_floating_point():
             continue
         try:
-            want = _kept_part(want, axes.tensors[tensor_name(node)], keep)
+            want = _kept_part(want, removal.axes.tensors[tensor_name(node)], removal.keep)
         except KeyError:  # a choice per outer unit on another axis: no single index to cut by
             continue
         if compare([want], [got]) > TOLERANCE:
-            return f"{node.name} ({node.target}) in {axes.modules.get(node.name) or 'the model'}"
+            return f"{node.name} ({node.target}) in {removal.axes.modules.get(node.name) or 'the model'}"
     return "the outputs"
 
 

@@ -8,7 +8,7 @@ precision their weights are read as the slim graph will have them, scaled for th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,11 @@ import torch
 from torch import fx
 
 from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product
-from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Consumer
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.tensors import map_tensors, output_name, tensor_name, with_argument
 from fxprune.offload.prefetch import current_prefetcher
-from fxprune.removal.removal import scaled_weights
+from fxprune.removal.removal import Removal
 from fxprune.rules.registry import written_sources
 
 
@@ -122,19 +121,11 @@ def at_least_float32(value: torch.Tensor) -> torch.Tensor:
 class MaskedRun(PreciseRun):
     """An interpreter that runs the dense graph with removed units zeroed and removed blocks bypassed."""
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        axes: AxisMap,
-        keep: Keep,
-        removed_blocks: Sequence[str] = (),
-        garbage_collect_values: bool = True,
-    ) -> None:
+    def __init__(self, graph_module: fx.GraphModule, removal: Removal, garbage_collect_values: bool = True) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
-        self.axes = axes
-        self.keep = keep
+        self.axes, self.keep = axes, keep = removal.axes, removal.keep
         self.touched = {factor for factor in keep.units if keep.touches(factor)}
-        self.bypassed = {axes.bypasses[b].target: axes.bypasses[b].source for b in removed_blocks}
+        self.bypassed = {axes.bypasses[b].target: axes.bypasses[b].source for b in removal.removed_blocks}
         self.nodes = {node.name: node for node in graph_module.graph.nodes}
         self.sizes: dict[Factor, int] = {}
         self.statistics: dict[str, Keep] = {}
@@ -142,7 +133,7 @@ class MaskedRun(PreciseRun):
             for name in nodes if factor in self.touched else ():
                 units = {**self.statistics.get(name, Keep()).units, factor: keep.units[factor]}
                 self.statistics[name] = Keep(units)
-        self.scaled = scaled_weights(axes, keep)
+        self.scaled = removal.scaled
         for target, source in self.bypassed.items() if garbage_collect_values else ():
             self.keep_until(self.nodes[source], self.nodes[target])  # the target's value is the source's
 

@@ -24,7 +24,7 @@ from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Fact, Source, facts_of
-from fxprune.graph.tensors import get_tensor, has_meta_weights
+from fxprune.graph.tensors import get_tensor, has_meta_weights, upstream
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.offload.files import is_offloading
 from fxprune.trace.capture import trace
@@ -40,7 +40,7 @@ class OwnLoss:
     graph_module: fx.GraphModule
 
     def __call__(self, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
-        """The loss of one sample, given the output for it; it is taken twice, as a graph may not hold for one."""
+        """The loss of one sample, given its output; both are repeated, as the graph may not accept a batch of one."""
         given = {**sample.inputs, **output, **(sample.own or {})}
         wanted = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "placeholder"]
         device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
@@ -74,8 +74,8 @@ class Objective(Fact):
 def predicts_next(graph_module: fx.GraphModule) -> bool:
     """Whether a graph predicts next tokens: its first output, at each token, does not depend on later ones.
 
-    So is a graph taken that cannot be tried, and that of a module which is not one of transformers': its labels are
-    those of next tokens.
+    A graph that cannot be tried counts as one, and so does that of a module outside transformers, whose labels are next
+    tokens.
     """
     source, name = facts_of(graph_module).get(Source), token_input(graph_module)
     if source is None or not is_hugging_face(source.model):
@@ -104,7 +104,7 @@ def predicts_next(graph_module: fx.GraphModule) -> bool:
 
 
 _TOLERANCE = 1e-3
-"""Relative change of outputs that is no dependence: they are computed by the same kernels, at the same sizes."""
+"""Relative change of outputs up to which they count as unchanged; kernels and sizes are the same."""
 
 
 def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
@@ -135,12 +135,13 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
     nodes |= {name: value for name, value in fields.items() if isinstance(value, fx.Node) and value is not loss}
     graph = fx.Graph()
     ends = {node: name for name, node in nodes.items()}
-    needed = _needed(loss, ends)
+    needed = upstream([loss], ends)
     made = {node: graph.placeholder(name) for node, name in ends.items() if node in needed}
     for node in traced.graph.nodes:
         if node not in needed or node in made:
             continue
-        if node.op == "get_attr" and _is_parameter(traced, node) and any(u.target is not getattr for u in node.users):
+        is_weight = node.op == "get_attr" and isinstance(get_tensor(traced, str(node.target)), nn.Parameter)
+        if is_weight and any(user.target is not getattr for user in node.users):
             what = f"its loss reads the weight {node.target} beside its outputs"
             raise PassError(what, where=f"forward of {type(model).__name__}", remedy=_REMEDY)
         made[node] = graph.node_copy(node, made.__getitem__)
@@ -149,21 +150,6 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
 
 
 _REMEDY = "Leave labels out: the divergence from the dense model needs none"
-
-
-def _needed(loss: fx.Node, ends: Mapping[fx.Node, str]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    left = [loss]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [] if node in ends else node.all_input_nodes
-    return found
-
-
-def _is_parameter(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(get_tensor(graph_module, str(node.target)), nn.Parameter)
 
 
 def named_outputs(graph_module: fx.GraphModule) -> Mapping[str, Any] | None:

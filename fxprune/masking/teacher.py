@@ -302,7 +302,7 @@ class DivergenceJudge:
         found = []
         with torch.no_grad(), autocast(self.device, self.bf16):
             for batch in self.batches:
-                run = MaskedRun(work, removal.axes, removal.keep, removal.removed_blocks)
+                run = MaskedRun(work, removal)
                 found.append(float(divergence(run_logits(run, batch.inputs), batch)) * batch.positions)
         return sum(gathered(found)) / self.positions
 

@@ -68,7 +68,6 @@ class Prefetcher:
         return lambda: moved
 
     def close(self) -> None:
-        """Drop all copies."""
         self._ahead, self._last = {}, None
 
 
@@ -100,7 +99,6 @@ class StreamPrefetcher(Prefetcher):
         return finish
 
     def close(self) -> None:
-        """Drop all copies and end the thread."""
         super().close()
         self._thread.shutdown(cancel_futures=True)
 

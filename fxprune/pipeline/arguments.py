@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from fractions import Fraction
 from functools import cache, partial
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 
@@ -171,48 +171,62 @@ def _inferred(hint: Any, declaration: Argument) -> Check | None:
     return partial(checks[options[0]], **declaration.limits) if options[0] in checks else None
 
 
-def number(
-    name: str,
-    value: Any,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    error: type[FxpruneError] = ArgumentError,
-) -> float:
-    """Return ``value`` as a float of at least ``least``, above ``above``, below ``below`` and at most ``most``.
+class Limits(NamedTuple):
+    """The numbers that an argument accepts."""
+
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+
+    def hold(self, value: float | Fraction) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.most is None or value <= self.most)
+        )
+
+    def __str__(self) -> str:
+        low, high = (
+            (self.least if self.above is None else self.above),
+            (self.most if self.below is None else self.below),
+        )
+        if low is not None and high is not None:
+            return f" in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
+        if low is not None:
+            return f" of {low} or more" if self.above is None else f" above {low}"
+        if high is not None:
+            return f" of {high} or less" if self.below is None else f" below {high}"
+        return ""
+
+
+def number(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError, **limits: float | None) -> float:
+    """Return ``value`` as a float within :class:`Limits`.
 
     Raises:
         FxpruneError: of the class ``error``: it is not a number, is not finite or is out of range.
     """
-    found = _scalar(value)
+    found, accepted = _scalar(value), Limits(**limits)
     if isinstance(found, int | float | Fraction) and not isinstance(found, bool):
         try:
             as_float = float(found)
         except OverflowError:
             as_float = math.inf
-        if _inside(found, least=least, above=above, below=below, most=most) and math.isfinite(as_float):
+        if accepted.hold(found) and math.isfinite(as_float):
             return as_float
-    wanted = f"a number{_range(least=least, above=above, below=below, most=most)}"
-    if 1 in (below, most) and isinstance(found, int | float) and 1 < found <= 100:
+    wanted = f"a number{accepted}"
+    if 1 in (accepted.below, accepted.most) and isinstance(found, int | float) and 1 < found <= 100:
         wanted = f"{wanted}; {found:g}% is {found / 100:g}"
     raise refuse(name, value, wanted, error)
 
 
-def whole_number(
-    name: str,
-    value: Any,
-    *,
-    least: int | None = None,
-    most: int | None = None,
-    error: type[FxpruneError] = ArgumentError,
-) -> int:
+def whole_number(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError, **limits: int | None) -> int:
     """Return ``value`` as an int; see :func:`number`."""
-    found = _scalar(value)
-    if isinstance(found, int) and not isinstance(found, bool) and _inside(found, least=least, most=most):
+    found, accepted = _scalar(value), Limits(**limits)
+    if isinstance(found, int) and not isinstance(found, bool) and accepted.hold(found):
         return found
-    raise refuse(name, value, f"a whole number{_range(least=least, most=most)}", error)
+    raise refuse(name, value, f"a whole number{accepted}", error)
 
 
 def as_seed(name: str, value: Any, *, most: int = LARGEST_SEED, error: type[FxpruneError] = ArgumentError) -> int:
@@ -322,36 +336,6 @@ def _scalar(value: Any) -> Any:
     if (_is_array(value) or (_is_tensor(value) and not value.is_meta)) and value.ndim == 0:
         return value.item()
     return value
-
-
-def _inside(
-    value: float | Fraction,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> bool:
-    return (
-        (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and (most is None or value <= most)
-    )
-
-
-def _range(
-    *, least: float | None = None, above: float | None = None, below: float | None = None, most: float | None = None
-) -> str:
-    """The numbers that are accepted, in words."""
-    low, high = (least if above is None else above), (most if below is None else below)
-    if low is not None and high is not None:
-        return f" in {'[' if above is None else '('}{low}, {high}{']' if below is None else ')'}"
-    if low is not None:
-        return f" of {low} or more" if above is None else f" above {low}"
-    if high is not None:
-        return f" of {high} or less" if below is None else f" below {high}"
-    return ""
 
 
 def named_kinds(values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import partial
 from operator import attrgetter, is_
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassBase
+from torch.fx.passes.infra.pass_base import PassResult as PassResult
 
 from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
@@ -33,24 +33,6 @@ from fxprune.offload.files import is_caching, release_freed
 from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import Arguments, flag, function, spell
-
-__all__ = [
-    "STAGES",
-    "Pass",
-    "PassCost",
-    "PassResult",
-    "Track",
-    "check_track",
-    "claim",
-    "digest_of",
-    "no_progress",
-    "remembered",
-    "run_apart",
-    "shared",
-    "sharing",
-    "tracked",
-    "tracking",
-]
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows progress: ``track(items, what, total)`` yields the items."""
@@ -140,7 +122,7 @@ class Pass(Arguments, PassBase):
     changes: ClassVar[Change] = "graph"
     """The most that it may change: the graph, the weights, or nothing."""
     writes: ClassVar[bool] = True
-    """Whether it writes to the memory of tensors. One that only puts others in their place is spared a copy of all."""
+    """Whether it writes to tensors in place. A pass that only replaces tensors is spared a copy of all of them."""
     needs: ClassVar[Kinds] = ()
     """Classes of the facts that must be known before."""
     preconditions: ClassVar[tuple[Callable[[fx.GraphModule, str], None], ...]] = ()
@@ -174,7 +156,7 @@ class Pass(Arguments, PassBase):
             flag("inplace", inplace)
             self.check_arguments()
             self.requires(graph_module)
-            check_same(partial(self._decisive, graph_module), where=f"pass {self.name}")
+            check_same(lambda: self._shared(graph_module), where=f"pass {self.name}")
             apart = self.changes != "nothing" and not inplace
             run = run_apart if apart else remembered
             result = run(self, self._run, graph_module)
@@ -197,10 +179,10 @@ class Pass(Arguments, PassBase):
         """Raise if a required argument is missing; called before any pass runs."""
 
     def foresee_model(self, model: torch.nn.Module) -> None:
-        """Raise what this pass will raise, as far as a Hugging Face model shows it before it is traced."""
+        """Refuse early what this pass would refuse, as far as a Hugging Face model shows it before the trace."""
 
     def foresee(self, graph_module: fx.GraphModule, given: Kinds) -> None:
-        """Raise what this pass will raise, as far as facts show that an earlier pass of a pipeline just gave."""
+        """Refuse early what this pass would refuse, as far as the facts show that an earlier pass just gave."""
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise :class:`~fxprune.errors.PassError` unless :attr:`needs` are known and :attr:`preconditions` hold."""
@@ -218,20 +200,26 @@ class Pass(Arguments, PassBase):
             if kind not in facts:
                 raise PassError(f"did not give {kind.__name__}", where=f"pass {self.name}", remedy=_REPORT)
 
-    def _decisive(self, graph_module: fx.GraphModule) -> Mapping[str, Any]:
-        """What processes that run this pass together must have in common, by its name in an error."""
+    def _shared(self, graph_module: fx.GraphModule) -> Mapping[str, Any]:
+        """Values that must be equal in all processes that run this pass together, by name."""
         named = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(graph_module)]
         return {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
 
     def _run(self, graph_module: fx.GraphModule) -> PassResult:
         source = facts_of(graph_module).get(Source)
-        before = _Print.of(graph_module, hold=source is None or not source.shares)
+        changes_in = _watch(graph_module, hold=source is None or not source.shares)
         held = {type(fact): fact for fact in facts_of(graph_module)}
         with reading(self.name, (*self.needs, *self.wants, *self.gives, *self.drops)):
             result = self.call(graph_module)
         release_freed()
-        changed = before.compare(result.graph_module)
-        self._check(changed, result.modified)
+        changed = changes_in(result.graph_module)
+        allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
+        for part in sorted(changed - allowed):
+            what = f"changed the {part}, and declares to change {self.changes}"
+            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
+        if changed and not result.modified:
+            what = f"changed the {min(changed)} and says that it did not"
+            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
         facts = facts_of(result.graph_module)
         new = tuple(kind for kind in self.gives if facts.get(kind) is not held.get(kind))
         for kind in self.drops:
@@ -241,18 +229,9 @@ class Pass(Arguments, PassBase):
         self.ensures(result.graph_module)
         return PassResult(result.graph_module, bool(changed))
 
-    def _check(self, changed: frozenset[Change], said: bool) -> None:
-        allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]
-        for part in sorted(changed - allowed):
-            what = f"changed the {part}, and declares to change {self.changes}"
-            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
-        if changed and not said:
-            what = f"changed the {min(changed)} and says that it did not"
-            raise PassError(what, where=f"pass {self.name}", remedy=_REPORT)
-
 
 def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run a pass on a copy of a graph; the result shares no tensor with the original, and writes to it are errors."""
+    """Run a pass on a copy of a graph that shares no tensor with it; a write to a tensor of the graph is an error."""
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)
@@ -266,29 +245,22 @@ def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_mod
     return result
 
 
-@dataclass(frozen=True)
-class _Print:
-    """The nodes of a graph module, and its tensors by name, as they were at one time."""
+def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphModule], set[Change]]:
+    """Record a graph module as it is; the function returned gives what is different in a later one.
 
-    nodes: _NodePrint
-    tensors: Mapping[str, _TensorPrint]
+    ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
+    original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
+    """
+    nodes = _nodes(graph_module)
+    tensors = {name: _TensorPrint.of(tensor, hold=hold) for name, tensor in weights(graph_module)}
 
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, *, hold: bool) -> _Print:
-        """The print of a graph module; linear in the number of its nodes.
-
-        ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
-        original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
-        """
-        return cls(_nodes(graph_module), {name: _TensorPrint.of(t, hold=hold) for name, t in weights(graph_module)})
-
-    def compare(self, after: fx.GraphModule) -> frozenset[Change]:
-        changed: set[Change] = set()
-        if not _same(self.nodes, _nodes(after)):
-            changed.add("graph")
-        if any(name in self.tensors and self.tensors[name].differs(tensor) for name, tensor in weights(after)):
+    def changes_in(after: fx.GraphModule) -> set[Change]:
+        changed: set[Change] = set() if _same(nodes, _nodes(after)) else {"graph"}
+        if any(name in tensors and tensors[name].differs(tensor) for name, tensor in weights(after)):
             changed.add("weights")
-        return frozenset(changed)
+        return changed
+
+    return changes_in
 
 
 @dataclass(frozen=True)
@@ -343,7 +315,7 @@ def _spelled(node: tuple[Any, ...]) -> tuple[object, ...]:
 
 
 _SHARED = ("prepare", "discover", "importance", "teach")
-"""Stages that cost much, and find out about the dense model what selections of all sizes need."""
+"""Costly stages whose findings about the dense model serve selections of all sizes."""
 
 
 @dataclass
@@ -361,16 +333,15 @@ class _Findings:
         return _identity(step), read, *self.graph_key(graph_module)
 
     def graph_key(self, graph_module: fx.GraphModule) -> tuple[Any, ...]:
-        """What tells graphs apart that compute something else."""
+        """A key of what a graph computes: the names of its nodes, and its weights."""
         nodes = hash(tuple(node.name for node in graph_module.graph.nodes))
         return nodes, tuple(self._digest(tensor) for _, tensor in weights(graph_module))
 
     def _digest(self, tensor: torch.Tensor) -> str:
         """The digest of a tensor, worked out once while it stays as it is."""
-        version = 0 if tensor.is_inference() else tensor._version
         known = self.digests.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1] != version:
-            known = weakref.ref(tensor), version, digest_of(tensor)
+        if known is None or known[0]() is not tensor or known[1] != _version(tensor):
+            known = weakref.ref(tensor), _version(tensor), digest_of(tensor)
             self.digests[id(tensor)] = known
         return known[2]
 
@@ -380,7 +351,7 @@ _FINDINGS: ContextVar[_Findings | None] = ContextVar("findings", default=None)
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Let passes of the dense model that find the same twice inside this context do so once."""
+    """Share findings about the dense model among the prunes inside this context."""
     token = _FINDINGS.set(_Findings())
     try:
         yield
@@ -389,7 +360,7 @@ def sharing() -> Iterator[None]:
 
 
 def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run a pass on a graph, or give the facts that it gave where it read the same."""
+    """Run a pass, or reuse the facts of an earlier run that read the same."""
     findings = _FINDINGS.get()
     if findings is None or step.changes != "nothing" or step.stage not in _SHARED:
         return run(graph_module)
@@ -417,10 +388,9 @@ def shared(graph_module: fx.GraphModule | None, key: Any, make: Callable[[], T])
     """A finding about a dense model that is made once inside :func:`sharing`.
 
     Args:
-        graph_module: its graph, for which another one with the same nodes and weights may stand; None if it is about
-            the objects in ``key`` alone.
-        key: what else tells it from other findings: values and objects, these by identity, in tuples.
-        make: makes it, of tensors and tuples of them where it is large.
+        graph_module: its graph, or another with the same nodes and weights; None if ``key`` alone identifies it.
+        key: values, and objects by identity, in tuples.
+        make: computes the finding; a large one consists of tensors and tuples of them.
     """
     findings = _FINDINGS.get()
     if findings is None:
@@ -454,7 +424,7 @@ def digest_of(tensor: torch.Tensor) -> str:
 
 
 def _identity(value: Any) -> Any:
-    """What tells a value from others: passes and facts by their fields, other objects by being the same."""
+    """A key of a value: the fields of passes and facts, the identity of other objects."""
     if isinstance(value, Fact | PassBase):
         return type(value), *(_identity(getattr(value, one.name)) for one in fields(value))  # type: ignore[arg-type]
     if isinstance(value, tuple):

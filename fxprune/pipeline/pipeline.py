@@ -132,7 +132,6 @@ class PassSequence(Pass):
             return result
 
     def check_arguments(self) -> None:
-        """Raise if the arguments of a step are incomplete."""
         for step in self.leaves():
             step.check_arguments()
 
@@ -159,7 +158,6 @@ class PassSequence(Pass):
             known.update(step.gives)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run all steps on ``graph_module`` itself."""
         modified = False
         steps = _quick_first(self.steps)
         for number, (place, step) in enumerate(steps):
@@ -194,9 +192,9 @@ def _named(step: Pass) -> Iterator[None]:
 
 
 def _quick_first(steps: Sequence[Pass]) -> list[tuple[int, Pass]]:
-    """Steps and their places; one that runs the model waits for those behind it that do not, and do not need it.
+    """Steps with their places, a cheap one before a costly one in front of it that it does not depend on.
 
-    What these refuse, such as a ratio that cannot be reached, is then told before the work.
+    So what it refuses, such as a ratio that cannot be reached, is reported before the work.
     """
     found = list(enumerate(steps))
     for i in range(len(found) - 1):
@@ -244,15 +242,12 @@ class Pipeline(PassSequence):
 
     @property
     def steps(self) -> tuple[Pass, ...]:
-        """The passes, in order."""
         return self.passes
 
     def __str__(self) -> str:
-        """The spelling of the pipeline."""
         return "\n".join(f"({_line(p)})" if isinstance(p, Pipeline) else str(p) for p in self.passes)
 
     def __repr__(self) -> str:
-        """The same as a call."""
         return f"Pipeline({', '.join(str(self).splitlines())!r})"
 
     def _repr_html_(self) -> str:
@@ -263,7 +258,6 @@ class Pipeline(PassSequence):
         return html_table("Pipeline", rows, ("pass", "stage", "changes", "needs", "gives"))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run all passes on ``graph_module`` itself."""
         with tracking(self.track):
             return super().call(graph_module)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import Field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -119,7 +118,11 @@ set_giver_lookup(_givers)
 
 def arguments_of(made: type[Pass]) -> tuple[tuple[str, str, str], ...]:
     """Name, default as text and doc of each argument of a class of passes, in order."""
-    return tuple((one.name, _default(one), plain(declared(one).doc)) for one in spelled_fields(made))
+    found = []
+    for one in spelled_fields(made):
+        default = spelled_value(default_of(one)) if declared(one).spelled else None
+        found.append((one.name, default or "", plain(declared(one).doc)))
+    return tuple(found)
 
 
 def example_of(made: type[Pass]) -> str:
@@ -161,7 +164,3 @@ def _kinds(made: type[Pass], word: str) -> set[type[Fact]]:
     """Classes of facts that a class of passes declares; a property, which depends on arguments, counts as none."""
     declared = getattr(made, word)
     return {*declared} if isinstance(declared, tuple) else set()
-
-
-def _default(field: Field[Any]) -> str:
-    return (spelled_value(default_of(field)) or "") if declared(field).spelled else ""

@@ -39,7 +39,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
     stage out. ``str()`` of it is its text.
 
     Args:
-        name: its name.
         text: the passes, one a line; lines that start with ``#`` are comments. Of the comments above the first pass,
             those from ``Costs:`` on describe the costs, those before it the purpose.
 
@@ -87,7 +86,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         self._slots[stage] = tuple(choice)
 
     def __delitem__(self, stage: str) -> None:
-        """Leave a stage out."""
         self[stage] = None
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +95,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         return len(self._slots)
 
     def __str__(self) -> str:
-        """The text."""
         return str(self.pipeline) if self._changed else self._text
 
     def __repr__(self) -> str:
@@ -115,12 +112,10 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """All passes, in order."""
         return tuple(step for stage in STAGES for step in self._slots[stage])
 
     @property
     def pipeline(self) -> Pipeline:
-        """The passes as a pipeline."""
         return Pipeline(self.passes)
 
     def copy(self) -> Recipe:
@@ -141,7 +136,6 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         """Replace the passes of a stage; one given as text inherits arguments of those whose place it takes.
 
         Args:
-            stage: the stage.
             choice: the pass, its spelling, or None.
             arguments: further arguments of a pass given as text, for those it has and does not spell itself.
         """
@@ -193,7 +187,6 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
     """The pass that a choice for a stage stands for; None to leave the stage out.
 
     Args:
-        stage: the stage.
         choice: a pass of the stage, or its spelling; None or ``"none"`` for no pass.
         defaults: arguments of a pass given as text, where the text does not set them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, isfinite, lcm, prod
 from pathlib import Path
@@ -14,7 +14,7 @@ import gguf
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, factors, unit_index
+from fxprune.axes import Expr, Factor, factors, kept_size, unit_index
 from fxprune.discovery.dependency import AxisMap, size_with
 from fxprune.discovery.groups import Group, takes_parameter
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
@@ -167,16 +167,17 @@ class Budget:
             left = term.each * prod(size_with(expr, counts) for expr in term.exprs) * (1 - share)
             yield place, self._sizes[place] - left
 
-    def left(self, counts: Counts, blocks: Mapping[str, float]) -> float:
-        """The cost of what stays, given whole numbers of units and blocks."""
-        return self.total - self.removed(counts, blocks)
+    def left(self, removal: Removal) -> float:
+        """The cost of what stays."""
+        counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
+        return self.total - self.removed(counts, dict.fromkeys(removal.removed_blocks, 1.0))
 
 
 class ParameterBudget(Budget):
     """The number of parameters of a model; tied ones count once."""
 
     def __init__(self, axes: AxisMap) -> None:
-        super().__init__(_weights(axes, lambda _: 1.0), "parameters")
+        super().__init__(_weights(axes), "parameters")
 
 
 class FileBudget(Budget):
@@ -200,11 +201,11 @@ class FileBudget(Budget):
         super().__init__([*tensors, *self._more], word)
         self.blocks = self._multiples()
 
-    def left(self, counts: Counts, blocks: Mapping[str, float]) -> float:
-        found = super().left(counts, blocks)
+    def left(self, removal: Removal) -> float:
+        found, keep = super().left(removal), removal.keep
         for name, exprs in self._named.items():
-            if self._owners[name] not in blocks and any(factor in counts for e in exprs for factor in factors(e)):
-                dense, slim = [expr.size for expr in exprs], [size_with(expr, counts) for expr in exprs]
+            if self._owners[name] not in removal.removed_blocks:
+                dense, slim = [expr.size for expr in exprs], [kept_size(expr, keep) for expr in exprs]
                 found += prod(slim) * (self._each(name, slim) - self._each(name, dense))
         return found
 
@@ -262,9 +263,7 @@ def cache_size(graph_module: fx.GraphModule, removal: Removal) -> CacheSize | No
         budget = make_budget("kv", graph_module, removal.axes)
     except PassError:
         return None
-    counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
-    gone = budget.removed(counts, dict.fromkeys(removal.removed_blocks, 1.0))
-    return CacheSize(budget.total, round(budget.total - gone))
+    return CacheSize(budget.total, round(budget.left(removal)))
 
 
 def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budget:
@@ -283,7 +282,7 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
     elif name == "kv":
         found = Budget(_cache(graph_module.graph, axes), "bytes of the key-value cache")
     elif _timed(name):
-        work = _work(graph_module.graph, axes) if name.startswith(PHASES[0]) else _weights(axes, lambda _: 1.0)
+        work = _work(graph_module.graph, axes) if name.startswith(PHASES[0]) else _weights(axes)
         timing, budget = read_timing(*_timed(name)), Budget(work, "work")
         microseconds = timing.seconds * 1e6
         each = microseconds * (1 - timing.fixed) / max(budget.total, 1)
@@ -335,18 +334,15 @@ def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:
     return found
 
 
-def _weights(axes: AxisMap, each: Callable[[tuple[Expr, ...]], float]) -> Iterator[Term]:
+def _weights(axes: AxisMap, sizes: Mapping[str, float] = MappingProxyType({})) -> Iterator[Term]:
+    """The elements of parameters, or their bytes, by name, given the size of each."""
     for name in axes.parameters:
         if name not in axes.tied:
-            exprs = axes.tensors[name]
-            yield Term(exprs, owner_block(name, axes.blocks), each(exprs))
+            yield Term(axes.tensors[name], owner_block(name, axes.blocks), sizes.get(name, 1.0))
 
 
 def _own_bytes(graph_module: fx.GraphModule, axes: AxisMap) -> Iterator[Term]:
-    sizes = {name: float(tensor.element_size()) for name, tensor in weights(graph_module)}
-    for name in axes.parameters:
-        if name not in axes.tied:
-            yield Term(axes.tensors[name], owner_block(name, axes.blocks), sizes[name])
+    return _weights(axes, {name: float(tensor.element_size()) for name, tensor in weights(graph_module)})
 
 
 def _in_use(graph: fx.Graph, axes: AxisMap, context: int) -> Iterator[Term]:

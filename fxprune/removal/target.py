@@ -235,7 +235,6 @@ def parse_target(value: Any, context: int | None = None) -> Target:
     """The target that a text states, or a number of parameters.
 
     Args:
-        value: the text.
         context: tokens; bytes are then those of memory in use with so many.
 
     Raises:

@@ -1,5 +1,4 @@
 """Compensation: weights fitted after a selection, before anything is cut."""
 
-from .fits import LeastSquaresPass, RotationPass
-
-__all__ = ["LeastSquaresPass", "RotationPass"]
+from .fits import LeastSquaresPass as LeastSquaresPass
+from .fits import RotationPass as RotationPass

@@ -49,7 +49,6 @@ class FitSite:
     """A product whose weight is fitted: one matrix, or a stack of them.
 
     Args:
-        product: the product.
         channels: the positions kept along the axis of the weight that is summed over.
         other: the value that the product is added to; None unless that is the only use of the product.
     """
@@ -223,7 +222,7 @@ def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
 
 @dataclass(frozen=True, eq=False)
 class FitPass(Pass):
-    """Fits weights that lost inputs, in order of execution, to what the dense graph computes.
+    """Fits the weights that lost inputs to the outputs of the dense graph, in order of execution.
 
     The weights before a fitted one are fitted already, so it compensates for their remaining error; a weight that lost
     nothing can do so too.
@@ -267,9 +266,7 @@ class FitPass(Pass):
         known = self._known(graph_module, samples)
         run = PairedRuns(
             graph_module,
-            removal.axes,
-            removal.keep,
-            removal.removed_blocks,
+            removal,
             batches,
             places,
             known={node: known[node.name] for node in sites if known and node.name in known},

@@ -1,43 +1,20 @@
 """Importance: scores of all units."""
 
-from .base import (
-    ImportancePass,
-    L1ImportancePass,
-    L2ImportancePass,
-    LoadScoresPass,
-    Positions,
-    RandomImportancePass,
-    axis_sums,
-)
-from .forward import (
-    BlockInfluenceImportancePass,
-    FlapImportancePass,
-    ForwardImportancePass,
-    Moments,
-    ReapImportancePass,
-    WandaImportancePass,
-)
-from .in_steps import ChooseScoresPass, ScoreInStepsPass
-from .reconstruction import ReconstructionImportancePass
-from .taylor import FisherImportancePass, TaylorImportancePass
-
-__all__ = [
-    "BlockInfluenceImportancePass",
-    "ChooseScoresPass",
-    "FisherImportancePass",
-    "FlapImportancePass",
-    "ForwardImportancePass",
-    "ImportancePass",
-    "L1ImportancePass",
-    "L2ImportancePass",
-    "LoadScoresPass",
-    "Moments",
-    "Positions",
-    "RandomImportancePass",
-    "ReapImportancePass",
-    "ReconstructionImportancePass",
-    "ScoreInStepsPass",
-    "TaylorImportancePass",
-    "WandaImportancePass",
-    "axis_sums",
-]
+from .base import ImportancePass as ImportancePass
+from .base import L1ImportancePass as L1ImportancePass
+from .base import L2ImportancePass as L2ImportancePass
+from .base import LoadScoresPass as LoadScoresPass
+from .base import Positions as Positions
+from .base import RandomImportancePass as RandomImportancePass
+from .base import axis_sums as axis_sums
+from .forward import BlockInfluenceImportancePass as BlockInfluenceImportancePass
+from .forward import FlapImportancePass as FlapImportancePass
+from .forward import ForwardImportancePass as ForwardImportancePass
+from .forward import Moments as Moments
+from .forward import ReapImportancePass as ReapImportancePass
+from .forward import WandaImportancePass as WandaImportancePass
+from .in_steps import ChooseScoresPass as ChooseScoresPass
+from .in_steps import ScoreInStepsPass as ScoreInStepsPass
+from .reconstruction import ReconstructionImportancePass as ReconstructionImportancePass
+from .taylor import FisherImportancePass as FisherImportancePass
+from .taylor import TaylorImportancePass as TaylorImportancePass

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
-from fxprune.errors import PassError, PlanError
+from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import get_tensor, weights
 from fxprune.masking.parts import Part, cut_graph, output_numel
@@ -76,6 +76,13 @@ def axis_sums(value: torch.Tensor, axis: int) -> torch.Tensor:
     """Sums over all axes except ``axis``: ``(value.shape[axis],)``."""
     others = [i for i in range(value.dim()) if i != axis]
     return value.sum(dim=others) if others else value
+
+
+def require_finite(value: torch.Tensor, where: str) -> None:
+    """Raise :class:`~fxprune.errors.CalibrationError` if a value from the inputs of a product is not finite."""
+    if not bool(value.isfinite().all()):
+        remedy = "Check the weights and the samples"
+        raise CalibrationError("its inputs are not finite", where=where, remedy=remedy)
 
 
 LOW_MEMORY = 0.1

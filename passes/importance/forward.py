@@ -15,7 +15,7 @@ from fxprune.axes import Factor, factors, unit_index
 from fxprune.data.calibration import Calibration, Sample, batch_indices, spread
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.groups import Consumer, Group, Groups, as_kinds, consumers_of, find_consumers
-from fxprune.errors import CalibrationError, PassError
+from fxprune.errors import PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import get_tensor, require_weights, tensor_name
 from fxprune.masking.parts import Observers, observe_nodes
@@ -25,7 +25,7 @@ from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
 from fxprune.rules.registry import Values, find_rule
 
-from .base import ImportancePass, Positions, axis_sums
+from .base import ImportancePass, Positions, axis_sums, require_finite
 
 
 @dataclass
@@ -123,9 +123,7 @@ class ForwardImportancePass(ImportancePass):
         for moments in found.values():
             moments.all_reduce()
         for consumer in consumers:
-            if not bool(found[consumer.source, consumer.dim].squares.isfinite().all()):
-                remedy = "Check the weights and the samples"
-                raise CalibrationError("its inputs are not finite", where=consumer.name, remedy=remedy)
+            require_finite(found[consumer.source, consumer.dim].squares, consumer.name)
         return {consumer: found[consumer.source, consumer.dim] for consumer in consumers}
 
     def consumers(

@@ -111,7 +111,7 @@ class ChooseScoresPass(Pass):
 
     The selection by each criterion is carried out as a mask, and the masked model compared with the dense one on
     held-out calibration samples, by the divergence of their predictions. No criterion is the best for all families of
-    models, and what a bad one costs no fit brings back.
+    models, and no fit makes up for a bad one.
     """
 
     name: ClassVar[str] = "choose-scores"

@@ -23,7 +23,7 @@ from fxprune.offload.ranks import all_reduce, deal, gathered
 from fxprune.pipeline.arguments import Memory, argument
 from fxprune.removal.removal import Scores
 
-from .base import memory_limit, usable_bytes
+from .base import memory_limit, require_finite, usable_bytes
 from .forward import ForwardImportancePass, as_rows
 
 Units = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -168,9 +168,7 @@ class ReconstructionImportancePass(ForwardImportancePass):
         for chunk in self._chunks(graph_module, groups):
             grams = self._grams(graph_module, chunk)
             for consumer in (one for _, consumers in chunk for one in consumers):
-                if not bool(grams[consumer.source, consumer.dim].isfinite().all()):
-                    remedy = "Check the weights and the samples"
-                    raise CalibrationError("its inputs are not finite", where=consumer.name, remedy=remedy)
+                require_finite(grams[consumer.source, consumer.dim], consumer.name)
             rows = []
             for group, consumers in deal(chunk):
                 products = []

@@ -385,7 +385,7 @@ class _GradientSweep:
             f"part-{number}.safetensors", {f"score {axis} {name}": value for (name, axis), value in found.items()}
         )
         if self.saved is not None:
-            uncache(_gradients_folder(self.saved))
+            uncache(f"gradients-{self.saved}")
         self.saved = number
 
     def _resume(self) -> tuple[int, Positions]:
@@ -418,26 +418,24 @@ class _GradientSweep:
         self.late.update({(weight, sample): value for weight, value in kinds["late"].items()})
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
-        loss = sample_loss(
-            self.graph_module, output, self.samples[sample], self.numbers[sample], TaylorImportancePass.name
-        )
-        if not bool(loss.isfinite()):
-            bad = find_nonfinite(self.graph_module)
-            raise CalibrationError(
-                f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}",
-                where="calibration",
-                remedy="Repair the weights, or look for samples that the model cannot process",
-            )
-        return loss
+        number, name = self.numbers[sample], TaylorImportancePass.name
+        return finite_loss(self.graph_module, output, self.samples[sample], number, name)
 
 
-def _gradients_folder(part: int) -> str:
-    return f"gradients-{part}"
+def finite_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, number: int, name: str) -> torch.Tensor:
+    """The loss of a sample, as :func:`sample_loss`; CalibrationError if it is not finite."""
+    loss = sample_loss(graph_module, output, sample, number, name)
+    if not bool(loss.isfinite()):
+        bad = find_nonfinite(graph_module)
+        what = f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}"
+        remedy = "Repair the weights, or look for samples that the model cannot process"
+        raise CalibrationError(what, where="calibration", remedy=remedy)
+    return loss
 
 
 def _gradients_file(part: int, sample: int) -> str:
     """The cached file of the gradients that parts before a part need, for a sample by its number among all."""
-    return f"{_gradients_folder(part)}/{sample}.safetensors"
+    return f"gradients-{part}/{sample}.safetensors"
 
 
 def _cache_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, own: bool = False) -> None:
@@ -517,22 +515,13 @@ class FisherImportancePass(ForwardImportancePass):
             for span, consumer, units in places:
                 gate = spread_gates(gates[span], units)
                 by_consumer[consumer] = by_consumer[consumer] * gate if consumer in by_consumer else gate
-            loss = self._loss(graph_module, number, samples[number], by_consumer)
+            inputs = batched([samples[number]], graph_module)
+            with clear_sample_errors(inputs):
+                output = GatedRun(graph_module, by_consumer).run(*inputs.values())
+            loss = finite_loss(graph_module, output, samples[number], number, self.name)
             rows[number] = torch.autograd.grad(loss, gates)[0]
         all_reduce([rows])  # of each row, all but one are zeros
         return rows
-
-    def _loss(
-        self, graph_module: fx.GraphModule, number: int, sample: Sample, gates: Mapping[Consumer, torch.Tensor]
-    ) -> torch.Tensor:
-        inputs = batched([sample], graph_module)
-        with clear_sample_errors(inputs):
-            output = GatedRun(graph_module, gates).run(*inputs.values())
-        loss = sample_loss(graph_module, output, sample, number, self.name)
-        if not bool(loss.isfinite()):
-            remedy = "Check the weights and the samples"
-            raise CalibrationError(f"the loss is {loss.item()}", where="calibration", remedy=remedy)
-        return loss
 
 
 def greedy_costs(rows: torch.Tensor, shrinkage: float, steps: int) -> Costs:

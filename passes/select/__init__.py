@@ -1,7 +1,7 @@
 """Selection: how many units go from each group, and which."""
 
-from .base import PlanFromJsonPass
-from .ratio import SelectByGroupRatioPass, SelectByRatioPass
-from .search import SelectByGatesPass, SelectBySearchPass
-
-__all__ = ["PlanFromJsonPass", "SelectByGatesPass", "SelectByGroupRatioPass", "SelectByRatioPass", "SelectBySearchPass"]
+from .base import PlanFromJsonPass as PlanFromJsonPass
+from .ratio import SelectByGroupRatioPass as SelectByGroupRatioPass
+from .ratio import SelectByRatioPass as SelectByRatioPass
+from .search import SelectByGatesPass as SelectByGatesPass
+from .search import SelectBySearchPass as SelectBySearchPass

@@ -234,9 +234,9 @@ def _replace(held: dict[_Key, float], old: Mapping[_Key, float], new: Mapping[_K
 
 
 class _Trial:
-    """Choices that change in one slot at a time, and what they remove, kept term by term of the budget.
+    """Choices under repair, and their removed cost, term by term of the budget.
 
-    A change works out the terms of its slot anew; the sum is that of :meth:`BudgetSolver.removed` to the last bit.
+    Changing one slot recomputes its terms alone; the sum is that of :meth:`BudgetSolver.removed` to the last bit.
     """
 
     def __init__(self, slots: Sequence[Slot], budget: Budget, choices: Sequence[Choice]) -> None:
@@ -423,9 +423,7 @@ class SelectByRatioPass(SelectPass):
         target, budget = self._target, selection.budget
         if target is None:
             return None
-        counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
-        left = budget.left(counts, dict.fromkeys(removal.removed_blocks, 1.0))
-        return Reached(target.text, budget.word, target.of(budget.total), budget.total, left)
+        return Reached(target.text, budget.word, target.of(budget.total), budget.total, budget.left(removal))
 
     def foresee_model(self, model: nn.Module) -> None:
         target = self._target

@@ -1,19 +1,8 @@
 """Shrinking: the plan becomes smaller tensors and a graph that fits them."""
 
-from .shrink import (
-    BypassBlocksPass,
-    EliminateDeadCodePass,
-    PropagateShapesPass,
-    RewriteLiteralsPass,
-    ShrinkPass,
-    SliceParametersPass,
-)
-
-__all__ = [
-    "BypassBlocksPass",
-    "EliminateDeadCodePass",
-    "PropagateShapesPass",
-    "RewriteLiteralsPass",
-    "ShrinkPass",
-    "SliceParametersPass",
-]
+from .shrink import BypassBlocksPass as BypassBlocksPass
+from .shrink import EliminateDeadCodePass as EliminateDeadCodePass
+from .shrink import PropagateShapesPass as PropagateShapesPass
+from .shrink import RewriteLiteralsPass as RewriteLiteralsPass
+from .shrink import ShrinkPass as ShrinkPass
+from .shrink import SliceParametersPass as SliceParametersPass

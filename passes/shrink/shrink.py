@@ -203,7 +203,7 @@ class PropagateShapesPass(Pass):
 
 
 class _ShapeRun(FakeTensorProp):
-    """Runs all nodes except those whose calls are the ``same``; weights without storage are fake on ``device``.
+    """Recomputes the shapes of nodes whose call is not among the ``same``; weights on meta are fake on ``device``.
 
     It reads weights as fake tensors, so that an op that writes to one does not change it.
     """
@@ -305,7 +305,7 @@ def record_masked_outputs(graph_module: fx.GraphModule, *, by_block: bool, seed:
         why = "the module draws random numbers in evaluation" if is_random else "the weights are on meta"
         add_note(graph_module, f"not verified: {why}")
         return MaskedOutputs(inputs, None, None, {})
-    run = graph_module, removal.axes, removal.keep, removal.removed_blocks, inputs
+    run = graph_module, removal, inputs
     outputs, leaving = masked_by_block(*run) if by_block else (masked_outputs(*run), {})
     frees_dense = source is not None and source.shares
     return MaskedOutputs(inputs, outputs, None if frees_dense else fork(graph_module), leaving)
@@ -338,15 +338,13 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
 def _where(slim: fx.GraphModule, expected: MaskedOutputs, verified: Verified) -> str:
     first = next((block for block, error in verified.blocks.items() if not error <= TOLERANCE), "")
     if expected.dense is not None:
-        removal = facts_of(slim)[Removed].removal
-        kept = removal.axes, removal.keep, removal.removed_blocks
-        return find_divergence(expected.dense, slim, *kept, expected.inputs)
+        return find_divergence(expected.dense, slim, facts_of(slim)[Removed].removal, expected.inputs)
     return f"{first}, on its masked inputs" if first else "the outputs (prune with $inplace=False to see the node)"
 
 
 @dataclass(frozen=True, eq=False)
 class BypassBlocksPass(Pass):
-    """Replaces each removed block by the identity. Its code is dead then, and goes with eliminate-dead-code."""
+    """Replaces each removed block by the identity; eliminate-dead-code then removes its nodes."""
 
     name: ClassVar[str] = "bypass-blocks"
     stage: ClassVar[str] = "shrink"

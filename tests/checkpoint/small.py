@@ -1,16 +1,17 @@
-"""Slim models made without pruning: their blocks are built again by hand."""
+"""Slim models made without pruning, and what tests do with checkpoints."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxprune.checkpoint.manifest import content_digest
 from fxprune.emit import emit
-from tests.models import tiny
-
-__all__ = ["narrow", "sealed"]
+from tests.models import tiny, token_ids
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -29,3 +30,16 @@ def narrow(width: int = 24) -> Any:
     emission = emit(dense, tensors)
     assert emission.model is not None, emission.reasons
     return emission.model
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a file of JSON; a manifest has the digest of its new content."""
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(sealed(data) if "digest" in data else data))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=token_ids()).logits
+    return found

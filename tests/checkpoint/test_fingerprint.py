@@ -20,13 +20,8 @@ from fxprune.checkpoint.write import save_pretrained
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal
 from tests.architectures.library import LIBRARY, stirred
-from tests.checkpoint.small import narrow, sealed
+from tests.checkpoint.small import sealed
 from tests.models import token_ids
-
-
-@pytest.fixture(scope="module")
-def slim() -> Any:
-    return narrow()
 
 
 def put(path: str, name: str, value: Any) -> Callable[[nn.Module], object]:

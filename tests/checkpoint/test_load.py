@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from torch import nn
 import fxprune
 from fxprune.checkpoint.low_memory import request_key
 from fxprune.checkpoint.read import load_model, load_tokenizer
-from fxprune.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from fxprune.errors import CheckpointError, UnsupportedModelError
 from tests.models import tiny, token_ids
-from tests.tiers import tiers
 
 
 @pytest.fixture
@@ -92,37 +89,6 @@ def test_a_classifier_comes_back_in_its_own_auto_class(tmp_path: Path) -> None:
     ids = token_ids(2, 8)
     assert (loaded(ids).logits - result.model(ids).logits).abs().max() < 1e-6
     assert "AutoModelForSequenceClassification" in (tmp_path / "slim/README.md").read_text()
-
-
-@pytest.mark.parametrize("kinds", tiers(("mlp", "head")))
-def test_a_slim_model_is_copied_and_sent_to_other_processes(tmp_path: Path, kinds: str) -> None:
-    """Loaded ones could not be pickled: the class of their config has no name that a module knows."""
-    result = fxprune.prune(tiny("llama"), importance="l2", kinds=kinds, ratio=0.1)
-    result.save_pretrained(tmp_path / "slim")
-    loaded = fxprune.from_pretrained(tmp_path / "slim")
-    ids = token_ids(2, 8)
-    wanted = loaded(ids).logits
-    file = tmp_path / "slim.pt"
-    torch.save(loaded, file)
-    copies = [copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded)), torch.load(file, weights_only=False)]
-    for other in copies:
-        assert torch.equal(other(ids).logits, wanted) and other.config.to_dict() == loaded.config.to_dict()
-        other.save_pretrained(tmp_path / "again")
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        assert torch.equal(pool.apply(_logits, (loaded, ids)), wanted)
-
-
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids).logits  # type: ignore[no-any-return]
-
-
-def test_options_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="a ratio by kind names the kinds"):
-        fxprune.prune_pipeline(ratio={"head": 0.5}, kinds=("mlp",), importance="l2")
-    with pytest.raises(ArgumentError, match="both name the fraction"):
-        fxprune.prune_pipeline(ratio=0.5, group_ratio=0.2, importance="l2")
 
 
 def test_adapters_are_merged_first() -> None:

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.removal.plan import Plan
-from tests.checkpoint.small import narrow, sealed
-from tests.models import token_ids
+from tests.checkpoint.small import edit, logits, narrow
 from tests.remembered import pruned
 
 KEPT = list(range(24))
@@ -43,18 +41,6 @@ def folder(slim: Any, tmp_path: Path) -> Path:
 
 def plan(kept: list[int], removed: tuple[str, ...] = ()) -> Plan:
     return Plan({"model.layers.1.mlp.up_proj.weight": {0: kept}}, removed)
-
-
-def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = json.loads(file.read_text())
-    change(data)
-    file.write_text(json.dumps(sealed(data) if "digest" in data else data))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=token_ids()).logits
-    return found
 
 
 def test_a_model_is_what_it_was(slim: Any, folder: Path) -> None:

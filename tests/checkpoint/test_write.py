@@ -21,11 +21,6 @@ from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
 
 
-@pytest.fixture(scope="module")
-def slim() -> Any:
-    return narrow()
-
-
 def test_the_config_says_how_blocks_differ(slim: Any, tmp_path: Path) -> None:
     structure = save_pretrained(slim, tmp_path / "slim")
     config = json.loads((tmp_path / "slim/config.json").read_text())
@@ -67,17 +62,6 @@ def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "new", fill)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def uneven() -> fxprune.Result:
-    return fxprune.prune(tiny("llama"), importance="l2", kinds=("mlp",), ratio=0.1, protect=(1, 0))
-
-
-@pytest.fixture
-def folder(uneven: fxprune.Result, tmp_path: Path) -> Path:
-    uneven.save_pretrained(tmp_path / "slim")
-    return tmp_path / "slim"
 
 
 def test_a_result_is_saved_without_the_comparison_on_request(uneven: fxprune.Result, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +13,17 @@ from fxprune.data.calibration import (
     IGNORED,
     Sample,
     embedding_rows,
+    make_inputs,
     next_token_loss,
     noised,
     plain_tokens,
     stacked,
     token_input,
 )
-from fxprune.data.samples import read_calibration, read_token_rows
+from fxprune.data.samples import read_calibration
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace
+from tests import remembered
 from tests.oracle import Net
 from tests.tokens import character_tokenizer
 
@@ -85,15 +86,6 @@ def test_padding_is_cut_off_or_does_not_count(graph_module: fx.GraphModule) -> N
         assert sample.inputs["x"].tolist() == [[4, 5, 6, *rest]]
         assert sample.inputs["attention_mask"].tolist() == [[1, 1, 1, *rest]]
         assert sample.labels.tolist() == [[4, 5, 6, *([IGNORED] if rest else []) * 2]]
-
-
-def test_files_hold_one_row_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"input_ids": [1, 2]}\n\n{"input_ids": [3]}\n')
-    assert [row["input_ids"].tolist() for row in read_token_rows(path)] == [[1, 2], [3]]
-    path.write_text('{"input_ids": "text"}')
-    with pytest.raises(CalibrationError, match="not tokenised JSON lines"):
-        read_token_rows(path)
 
 
 def test_loss_is_that_of_the_next_token_and_skips_what_is_ignored() -> None:
@@ -196,3 +188,24 @@ def test_tokens_that_stand_for_text_are_told_from_special_ones() -> None:
     assert sorted(found.tolist()) == sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     assert int(plain_tokens(tokenizer, 50).max()) == 49, "what the model has no embedding for is left out"
     assert len(plain_tokens(None, 1000)) == len(plain_tokens(nn.Identity(), 1000)) == 0
+
+
+def test_random_ids_are_of_the_embedding_and_depend_on_the_seed() -> None:
+    net = Net(lambda net, x: net.out(net.table(x)), table=nn.Embedding(3, 4), out=nn.Linear(4, 3))
+    graph_module = trace(net, {"x": torch.zeros(2, 5, dtype=torch.long)}).graph_module
+    made = make_inputs(graph_module, None, seed=0)["x"]
+    assert made.shape == (2, 16) and made.dtype == torch.long
+    assert set(made.flatten().tolist()) == {0, 1, 2}
+    assert torch.equal(made, make_inputs(graph_module, None, seed=0)["x"])
+    assert not torch.equal(made, make_inputs(graph_module, None, seed=1)["x"])
+    flattened = make_inputs(remembered.traced("gpt2"), None, seed=0)["input_ids"]
+    assert len(flattened.unique()) > 10, "of the embedding also if the model flattens its ids first"
+
+
+def test_the_callers_inputs_are_taken_and_fixed_sizes_kept() -> None:
+    net = Net(lambda net, x: net.out(x), out=nn.Linear(4, 3))
+    graph_module = trace(net, {"x": torch.zeros(2, 5, 4)}).graph_module
+    given = torch.randn(1, 3, 4)
+    assert make_inputs(graph_module, {"x": given, "other": 1}, seed=0)["x"] is given
+    made = make_inputs(graph_module, {"other": 1}, seed=0)["x"]
+    assert made.shape == (2, 16, 4) and made.dtype == torch.float32 and made.std() > 0.5

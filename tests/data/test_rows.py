@@ -58,20 +58,6 @@ def test_sources_of_each_form_give_the_same_rows(tmp_path: Path, monkeypatch: py
     assert list(read_rows(tmp_path / "a.txt")) == [Row("a.txt", "text", {"text": "one"})]
 
 
-def test_a_hub_data_set_is_asked_for_by_name_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: asked.append((args, options)) or ROWS)
-    assert len(list(read_rows("owner/name:small"))) == 2
-    assert asked == [(("owner/name", "small"), {"split": "train"})]
-
-    def offline(*_: Any, **__: Any) -> None:
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(DataError, match="owner/name: cannot be loaded: ConnectionError: offline"):
-        read_rows("owner/name")
-
-
 def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n{"text"\n{"text": "two"}\n')

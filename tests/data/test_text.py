@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import split_calibration_heldout
 from fxprune.data.built_in import offline_text
 from fxprune.data.text import (
+    RUN,
     calibration_text,
     calibration_windows,
     paragraphs,
     read_text,
-    split_calibration_heldout,
     token_windows,
+    unseen,
 )
 from fxprune.errors import CalibrationError, DataError
 from tests.tokens import character_tokenizer
@@ -135,3 +137,19 @@ def test_files_without_text_are_refused(tmp_path: Path, name: str, content: byte
         (tmp_path / name).write_bytes(content)
     with pytest.raises((CalibrationError, DataError), match=says):
         calibration_text(tmp_path / name)
+
+
+def test_a_window_with_a_run_of_a_sample_was_seen() -> None:
+    windows = torch.arange(400).view(4, 100)
+    sample = torch.full((1, 50), 999)
+    sample[0, 10 : 10 + RUN] = torch.arange(250, 250 + RUN)
+    assert unseen(windows, [sample]).tolist() == [True, True, False, True]
+    sample[0, 10] = 999  # one token fewer in a row
+    assert unseen(windows, [sample]).all()
+    assert unseen(windows, []).all()
+
+
+@pytest.mark.parametrize(("sample", "expected"), [([5, 6, 7], [False, True]), ([7, 6, 5], [True, True])])
+def test_short_samples_and_windows_are_compared_whole(sample: list[int], expected: list[bool]) -> None:
+    assert unseen(torch.arange(40).view(2, 20), [torch.tensor([sample])]).tolist() == expected
+    assert unseen(torch.arange(20).view(2, 10), [torch.arange(30)[None]]).tolist() == [False, False]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -71,17 +69,6 @@ def test_recipes(recipe: str, family: str, tmp_path: Path) -> None:
 
 def test_rotation_of_experts(tmp_path: Path) -> None:
     require_same(tmp_path, "mixtral", (3,), recipe="fast", compensate="rotation")
-
-
-def test_processes_that_see_other_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cut the graph by none and the other by a terabyte: sums of different weights were added."""
-
-    def memory() -> SimpleNamespace:
-        return SimpleNamespace(available=(1 << 40) * (torch.distributed.get_rank() % 2))
-
-    monkeypatch.setattr(psutil, "virtual_memory", memory)
-    many = token_ids(33, 12)  # too many for activations in place of sums
-    require_same(tmp_path, "llama", (2,), calibration=many, recipe="llm-pruner", **_PRECISE["balanced"])
 
 
 _RATIO = "select-by-ratio{ratio=0.3, ranking=auto, protect=[]}"

@@ -166,11 +166,3 @@ def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
 )
 def test_every_stage_is_spelled_with_its_own_arguments(options: dict[str, Any], line: str) -> None:
     assert line in str(fxprune.prune_pipeline(recipe="llm-pruner", **options)).splitlines()
-
-
-def test_a_plan_is_carried_over_as_text() -> None:
-    model = tiny("llama")
-    plan = fxprune.prune(model, importance="l2", protect=()).plan
-    pipeline = fxprune.prune_pipeline(plan=plan)
-    slim = fxprune.Pipeline(str(pipeline))(fxprune.trace(model).graph_module).graph_module
-    assert fxprune.facts_of(slim)[fxprune.Removed].removal.plan == plan

@@ -67,6 +67,8 @@ def test_padding_on_the_left_changes_nothing(family: str) -> None:
 def test_a_model_that_went_to_disk_says_the_same(family: str) -> None:
     before, after = uneven(family).model, reloaded(family).model
     assert type(after) is type(before)
+    own = dict.fromkeys(("_name_or_path", "dtype"))
+    assert {**before.config.to_dict(), **own} == {**after.config.to_dict(), **own}
     assert distance(logits(before), logits(after)) < 1e-5
     assert torch.equal(greedy(before), greedy(after))
     first, second = before.state_dict(), after.state_dict()

@@ -22,6 +22,7 @@ from fxprune.offload import files
 from tests.export.small import tokenizer
 from tests.faults import Fault, Snapshot, contents, disk, full_disk, in_child, ops, put_back, spread
 from tests.models import tiny, token_ids
+from tests.tiers import SLOW
 from tests.tokens import character_tokenizer
 
 DISK = ("full", "forbidden", "full from then on", "interrupt", "no memory")
@@ -100,8 +101,16 @@ def starts(write: Write, root: Path) -> list[tuple[dict[str, bytes], dict[str, b
     return found
 
 
-def fail_on_disk(write: Write, stage: Stage, root: Path, number: int) -> int:
-    """Let a writer fail at events of the disk; returns the number of faults."""
+def some_and_all(few: int, many: int) -> list[Any]:
+    """Two writers with a few faults, and all of them with many in the second tier."""
+    return [("save", few), ("report", few), *(pytest.param(name, many, marks=SLOW) for name in WRITERS)]
+
+
+@pytest.mark.parametrize(("write", "number"), some_and_all(6, 40), indirect=["write"])
+def test_a_fault_of_the_disk_at_any_event_leaves_old_or_new(
+    write: Write, number: int, stage: Stage, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
     states, faults, kinds = starts(write, root), 0, cycle(DISK)
     models = Snapshot(stage.dense), Snapshot(stage.result.model), Snapshot(stage.result.graph_module)
     for before, after in states:
@@ -119,15 +128,18 @@ def fail_on_disk(write: Write, stage: Stage, root: Path, number: int) -> int:
     gc.collect()  # destructors of what was interrupted
     for model in models:
         model.check()
-    return faults
+    assert faults >= min(number, 10)
 
 
-def fill_disk(write: Write, root: Path, number: int) -> int:
-    """Let a writer in another process run out of space; returns the number of faults."""
-    faults = 0
+@pytest.mark.parametrize(("write", "number"), some_and_all(4, 12), indirect=["write"])
+def test_a_disk_full_at_any_byte_leaves_the_old(write: Write, number: int, tmp_path: Path) -> None:
+    """Writing a ``.pt2`` file ended the process."""
+    root = tmp_path / "root"
     for before, after in starts(write, root):
         largest = max(map(len, after.values()))
-        for size in [*spread(largest - 1, number // 2 - 1), largest - max(1, largest // 500)]:
+        sizes = [*spread(largest - 1, number // 2 - 1), largest - max(1, largest // 500)]
+        assert len(sizes) == number // 2
+        for size in sizes:
             put_back(root, before)
 
             def act(size: int = size) -> None:
@@ -137,33 +149,6 @@ def fill_disk(write: Write, root: Path, number: int) -> int:
             said = in_child(act)
             assert "cannot be written" in said, f"{size} bytes: {said}"
             assert contents(root) == before, f"{size} bytes"
-            faults += 1
-    return faults
-
-
-@pytest.mark.parametrize("write", ["save", "report"], indirect=True)
-def test_a_fault_of_the_disk_leaves_old_or_new(write: Write, stage: Stage, tmp_path: Path) -> None:
-    assert fail_on_disk(write, stage, tmp_path / "root", 6) == 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("write", WRITERS, indirect=True)
-def test_a_fault_of_the_disk_at_any_event_leaves_old_or_new(write: Write, stage: Stage, tmp_path: Path) -> None:
-    faults = fail_on_disk(write, stage, tmp_path / "root", 40)
-    print(f"{faults} faults")
-    assert faults >= 10
-
-
-@pytest.mark.parametrize("write", ["save", "report"], indirect=True)
-def test_a_full_disk_leaves_the_old(write: Write, tmp_path: Path) -> None:
-    assert fill_disk(write, tmp_path / "root", 4) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("write", WRITERS, indirect=True)
-def test_a_disk_full_at_any_byte_leaves_the_old(write: Write, tmp_path: Path) -> None:
-    """Writing a ``.pt2`` file ended the process."""
-    assert fill_disk(write, tmp_path / "root", 12) == 12
 
 
 class Net(nn.Module):
@@ -220,8 +205,17 @@ def language_model() -> Any:
     return tiny("llama", num_hidden_layers=1)
 
 
-def fail_in_memory(name: str, number: int) -> int:
-    """Let a run on a model fail at ops; returns the number of faults."""
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("weights", 12),
+        *(pytest.param(name, 40, marks=SLOW) for name in ("weights", "in place")),
+        pytest.param("plan", 30, marks=SLOW),
+        *(pytest.param(name, 6, marks=SLOW) for name in ("gradients", "fitted", "tuned")),
+    ],
+)
+def test_a_fault_of_any_op_leaves_the_model_as_it_was(name: str, number: int) -> None:
+    """Without memory for it, a check of gradients said that they differ."""
     act = runs(name)[1]
     act()
     if name == "in place":
@@ -238,21 +232,7 @@ def fail_in_memory(name: str, number: int) -> int:
         if error is not None or name != "in place":
             state.check(fault)
         faults += bool(fault.place)
-    return faults
-
-
-def test_a_fault_of_an_op_leaves_the_model_as_it_was() -> None:
-    assert fail_in_memory("weights", 12) >= 9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("weights", 40), ("plan", 30), ("in place", 40), ("gradients", 6), ("fitted", 6), ("tuned", 6)],
-)
-def test_a_fault_of_any_op_leaves_the_model_as_it_was(name: str, number: int) -> None:
-    """Without memory for it, a check of gradients said that they differ."""
-    assert fail_in_memory(name, number) >= number - 3  # what is kept from run to run saves some
+    assert faults >= number - 3  # what is kept from run to run saves some
 
 
 @pytest.mark.slow
@@ -283,8 +263,12 @@ def prune_folder(source: Path, root: Path) -> object:
     )
 
 
-def fail_folder(source: Path, root: Path, number: int) -> int:
-    """Let a prune from folder to folder fail at events of the disk; returns the number of faults."""
+@pytest.mark.slow
+def test_a_fault_of_the_disk_leaves_a_folder_to_resume_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SMALLEST", 1 << 10)
+    root = tmp_path / "root"
     root.mkdir()
     held = contents(source)
     prune_folder(source, root)
@@ -292,7 +276,7 @@ def fail_folder(source: Path, root: Path, number: int) -> int:
     with disk(counted := Fault(), root):
         prune_folder(source, root)
     faults, kinds = 0, cycle(DISK)
-    for at in spread(counted.count, number):
+    for at in spread(counted.count, 8):
         before = [{}, after][at % 2]
         put_back(root, before)
         fault = Fault(next(kinds), at)
@@ -307,16 +291,7 @@ def fail_folder(source: Path, root: Path, number: int) -> int:
         if error is None or left != found:
             fxprune.from_pretrained(root / "out", verify=True)
         faults += bool(fault.place)
-    assert contents(source) == held
-    return faults
-
-
-@pytest.mark.slow
-def test_a_fault_of_the_disk_leaves_a_folder_to_resume_from(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "_SMALLEST", 1 << 10)
-    assert fail_folder(source, tmp_path / "root", 8) >= 6
+    assert contents(source) == held and faults >= 6
 
 
 ROWS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(12)]

@@ -40,34 +40,6 @@ def fresh(made: Made, family: str) -> Any:
     return copy.deepcopy(made(family).model)
 
 
-def score_of(model: Any, said: torch.Tensor, start: int) -> torch.Tensor:
-    """The mean log-probability of the tokens from ``start`` on: ``(samples,)``."""
-    chances = logits(model, said)[:, start - 1 : -1].log_softmax(dim=-1)
-    return chances.gather(2, said[:, start:, None]).squeeze(2).mean(dim=1)
-
-
-def test_samples_are_the_same_with_and_without_cache_of_any_kind(family: str, made: Made) -> None:
-    model, found = made(family).model, []
-    for use_cache in (True, False):
-        torch.manual_seed(7)
-        found.append(greedy(model, do_sample=True, top_k=40, temperature=1.3, use_cache=use_cache))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], greedy(model))
-    assert tiny(family)._can_compile_fullgraph, "its class takes a cache of fixed size"
-    assert torch.equal(greedy(fresh(made, family), cache_implementation="static"), greedy(model))
-
-
-def test_beams_score_what_they_say(family: str, made: Made) -> None:
-    model = made(family).model
-    options = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True, "length_penalty": 1.0}
-    beams = greedy(model, **options)
-    plainly = greedy(model, **options, use_cache=False)
-    assert torch.equal(beams.sequences, plainly.sequences)
-    start = token_ids().shape[1]
-    assert distance(beams.sequences_scores, score_of(model, beams.sequences, start)) < 1e-4
-    assert (beams.sequences_scores >= score_of(model, greedy(model), start) - 1e-4).all()
-
-
 def test_a_cache_grows_by_any_number_of_tokens(family: str, made: Made) -> None:
     model, ids = made(family).model, token_ids(2, 12)
     with torch.no_grad():

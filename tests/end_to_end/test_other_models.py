@@ -195,18 +195,6 @@ def test_an_op_over_a_whole_width_freezes_it_and_leaves_the_rest() -> None:
     assert "fft" in frozen_axes(graph_of(dense))["embedding.weight[1]"].reason
 
 
-def test_a_plain_module_is_pruned_through_the_face_of_the_package() -> None:
-    model = stirred(vision.TokenMixer())
-    inputs = {"image": images(3, 6)}
-    before = model(**inputs)
-    result = fxprune.prune(model, None, importance="l2", ratio=0.15, protect=(), example_inputs=inputs)
-    assert result.model is None and result.report.model_reasons
-    assert result.report.achieved == pytest.approx(0.15, abs=0.02)
-    assert result.report.verification_error is not None and result.report.verification_error < 1e-4
-    assert result(**inputs).shape == before.shape
-    assert torch.equal(model(**inputs), before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["llm-pruner", "fast{tune}"])
 @pytest.mark.parametrize("name", ["vit", "vit-labels", "bert", "bert-labels", "t5", "t5-labels", "clip"])

@@ -108,19 +108,6 @@ class Labelled(nn.Module):
         return self.b(self.a(x) + self.table(ids)) * F.one_hot(self.order, 3).sum(0)
 
 
-def test_work_is_counted_where_inputs_share_a_size_and_ops_need_the_data() -> None:
-    inputs = {"x": torch.randn(2, 7, 5), "ids": torch.randint(7, (2, 7))}
-    result = fxprune.prune(
-        Labelled(),
-        importance="l2",
-        select="select-by-group-ratio{group_ratio=0.5}",
-        kinds=("mlp", "channel"),
-        example_inputs=inputs,
-        protect=(),
-    )
-    assert result.report.macs == (64 * 12 * (5 + 3), 64 * 6 * (5 + 3))
-
-
 class Codebooks(nn.Module):
     """Token ids of several codebooks a sample, as rows of one batch."""
 
@@ -134,14 +121,18 @@ class Codebooks(nn.Module):
         return self.b(self.a(both).relu())  # type: ignore[no-any-return]
 
 
-def test_work_is_counted_where_one_row_is_no_sample() -> None:
-    inputs = {"ids": torch.randint(7, (4, 9))}
-    result = fxprune.prune(
-        Codebooks(),
-        importance="l2",
-        select="select-by-group-ratio{group_ratio=0.5}",
-        kinds=("mlp",),
-        example_inputs=inputs,
-        protect=(),
-    )
-    assert result.report.macs == (2 * 64 * 12 * (5 + 3), 2 * 64 * 6 * (2 + 3))
+IDS = torch.randint(7, (4, 9))
+
+
+@pytest.mark.parametrize(
+    ("network", "kinds", "inputs", "macs"),
+    [
+        (Labelled, ("mlp", "channel"), {"x": torch.randn(4, 9, 5), "ids": IDS}, (64 * 12 * (5 + 3), 64 * 6 * (5 + 3))),
+        (Codebooks, ("mlp",), {"ids": IDS}, (2 * 64 * 12 * (5 + 3), 2 * 64 * 6 * (2 + 3))),
+    ],
+)
+def test_work_is_counted_where_inputs_share_a_size_or_one_row_is_no_sample(
+    network: type[nn.Module], kinds: tuple[str, ...], inputs: dict[str, torch.Tensor], macs: tuple[int, int]
+) -> None:
+    options = {"importance": "l2", "select": "select-by-group-ratio{group_ratio=0.5}", "protect": ()}
+    assert fxprune.prune(network(), kinds=kinds, example_inputs=inputs, **options).report.macs == macs

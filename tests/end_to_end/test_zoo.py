@@ -18,13 +18,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.trace import trace
-from tests.coverage_page import has_any, has_exact, is_complete, page
+from tests.coverage_page import has_any, has_exact, page
 from tests.coverage_table import rows_of
 from tests.coverage_types import Coverage, emission, examine, told, use
 from tests.oracle import groups_of
 from tests.tiers import SLOW, tiers
 from tests.zoo import NO_ATTENTION, VOCABULARY, forward, tiny_config, tiny_model, token_ids, types
-from tests.zoo_classes import auto_classes
 
 DIVERSE = {
     "biogpt": {"mlp", "head", "head_dim", "layer"},
@@ -162,51 +161,6 @@ def test_a_crash_or_a_hang_costs_one_type_alone() -> None:
     assert rows["crash"]["error"] == "the process ended with 3"
     assert (rows["hang"]["stage"], rows["hang"]["error"]) == ("remove", "not done after 1 s")
     assert (rows["llama"]["stage"], rows["llama"]["error"]) == ("done", "")
-
-
-def _row(name: str, *groups: tuple[str, bool, str], **more: Any) -> dict[str, Any]:
-    """What was found about a type, in the form the page is made from."""
-    rows = [
-        {"name": f"model/{kind}", "kind": kind, "size": 3, "renormalised": norm, "removal": removal}
-        for kind, norm, removal in groups
-    ]
-    return dataclasses.asdict(Coverage(name, stage="done", groups=rows)) | more
-
-
-def test_the_page_counts_what_goes_exactly_and_names_what_failed() -> None:
-    good = _row("llama", ("mlp", False, "exact"), ("head", False, "exact"), emitted={"mlp+head": "yes"})
-    kept = _row("olmo2", ("mlp", False, "exact"), ("head", False, "exact"), ("channel", True, "exact"))
-    kept["groups"][1]["masked"] = True
-    normed = _row("cohere", ("mlp", False, "exact"), ("head", True, "exact"))
-    broken = _row("broken", ("mlp", False, "differs by 2.0e-01"), frozen={"no rule for aten.x": 3})
-    assert [is_complete(row) for row in (good, normed, broken)] == [True, False, False]
-    assert is_complete(normed, has_any) and is_complete(_row("mamba", ("mlp", False, "exact")))
-    assert not has_exact(_row("llama", ("mlp", False, "inert")), "mlp")
-    absent = _row("absent", stage="build", error="ImportError: needs a library")
-    ran = {"torch": "2", "transformers": "5", "python": "3.11"}
-    text = page({"environment": ran, "rows": [good, kept, normed, broken, absent]}, {"rows": []})
-    assert "| **`mlp` and, where there is attention, `head` exact** | 2 |" in text
-    assert "| `olmo2` | 0 | mlp 1 | head 1 | channel 1 |" in text and "masked where that is possible" in text
-    assert "| `absent` | build | ImportError: needs a library |" in text
-    assert "- `broken`, model/mlp: differs by 2.0e-01" in text
-    assert "| no rule for aten.x | 1 | `broken` |" in text
-
-
-def test_the_page_counts_other_classes_and_names_what_is_missing() -> None:
-    exact = [("mlp", False, "exact"), ("head", False, "exact")]
-    done = {"emitted": {"mlp+head": "yes"}, "reloaded": {"mlp+head": "yes"}, "inputs": ["pixel_values", "made"]}
-    good = _row("AutoModelForDepthEstimation/a", *exact, **done)
-    part = _row(
-        "AutoModelForDepthEstimation/b", *exact, **done | {"whole": {"x/mlp": "no"}, "inputs": ["pixel_values"]}
-    )
-    less = {"emitted": {"mlp+head": "wanted (5,)", "mlp": "yes"}, "reloaded": {"mlp": "differs by 1.0e-01"}}
-    one = _row("AutoModelForDepthEstimation/c", *exact, **less)
-    ran = {"torch": "2", "transformers": "5", "python": "3.11"}
-    text = page({"environment": ran, "rows": []}, {"rows": [good, part, one]})
-    types = len(auto_classes()["AutoModelForDepthEstimation"])
-    assert f"| `AutoModelForDepthEstimation` | 3 of {types} | 3 | 3 | 3/3 | 3/3 | 2 | 1 | 3 | 2 | 1 |" in text
-    assert "| `DepthEstimation/b` | 1 groups whole, such as x/mlp: no |" in text and "DepthEstimation/a" not in text
-    assert "| `DepthEstimation/c` | mlp+head: wanted (5,) |" in text
 
 
 @pytest.mark.parametrize("name", tiers(["AutoModelForSeq2SeqLM/t5", "AutoModelForImageClassification/swinv2"]))

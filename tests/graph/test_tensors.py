@@ -20,14 +20,10 @@ from fxprune.graph.tensors import (
     is_input,
     map_tensors,
     names_by_identity,
-    output_name,
-    producer_of,
     read_argument,
     require_weights,
     set_argument,
     set_tensor,
-    starred,
-    tensor_name,
     weights,
     with_argument,
 )
@@ -84,18 +80,6 @@ def test_weights_are_those_the_graph_reads_and_refused_without_values() -> None:
     require_weights(whole, "some-pass")
     with pytest.raises(PassError, match=r"some-pass.*on meta"):
         require_weights(empty, "some-pass")
-
-
-def test_names_of_tensors_and_their_starred_form() -> None:
-    graph = fx.Graph()
-    weight = graph.create_node("get_attr", "model.a.weight", name="a_weight")
-    both = graph.call_function(torch.ops.aten.topk.default, (weight, 2))
-    assert tensor_name(weight) == "model.a.weight" and tensor_name(both) == "topk_default"
-    assert output_name(both, 1) == output_name("topk_default", 1) == "topk_default#1"
-    assert producer_of("topk_default#1") == "topk_default" and producer_of("model.a.weight") == "model.a.weight"
-    names = ("model.layers.12.mlp.fc1.weight[0]", "h.0/head.2", "layers.3", "a.0.b.1[1]", "plain")
-    found = ["model.layers.*.mlp.fc1.weight[0]", "h.*/head.2", "layers.*", "a.*.b.*[1]", "plain"]
-    assert [starred(name) for name in names] == found
 
 
 def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:

@@ -32,7 +32,7 @@ from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
 from tests.models import tiny
-from tests.oracle import Net, axes_of, discover, groups_of, slim_graph
+from tests.oracle import Net, discover, groups_of, removal_of, slim_graph
 from tests.remembered import grouped, run
 
 X = {"x": torch.randn(2, 3, generator=torch.Generator().manual_seed(0))}
@@ -71,14 +71,15 @@ def keep(dense: fx.GraphModule) -> Keep:
 
 
 def test_masked_and_slim_outputs_are_the_same_or_the_node_where_they_diverge_is_named(dense: fx.GraphModule) -> None:
-    masked = masked_outputs(dense, axes_of(dense), keep(dense), (), X)
+    removal = removal_of(dense, keep(dense))
+    masked = masked_outputs(dense, removal, X)
     slim = slim_graph(dense, keep(dense))
     assert compare(masked, slim_outputs(slim, X)) <= TOLERANCE
     assert compare(masked, slim_outputs(dense, X)) > TOLERANCE
-    assert find_divergence(dense, slim, axes_of(dense), keep(dense), (), X) == "the outputs"
+    assert find_divergence(dense, slim, removal, X) == "the outputs"
     with torch.no_grad():
         dict(slim.named_parameters())["a.bias"].add_(1.0)
-    assert find_divergence(dense, slim, axes_of(dense), keep(dense), (), X).endswith("a_bias (a.bias) in the model")
+    assert find_divergence(dense, slim, removal, X).endswith("a_bias (a.bias) in the model")
 
 
 class Counting(Prefetcher):
@@ -98,11 +99,11 @@ def test_paired_runs_compute_what_each_would_alone_and_fetch_weights_once(change
     prefetcher = Counting(torch.device("cpu"))
     net = Net(lambda net, x: net.b(net.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     dense = discover(net, batches[0])
-    kept = keep(dense)
+    removal = removal_of(dense, keep(dense))
     whole = [slim_outputs(dense, batch) for batch in batches]
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with offer_prefetcher(prefetcher), use_prefetcher(True), torch.no_grad():
-        both = PairedRuns(dense, axes_of(dense), kept, (), batches)
+        both = PairedRuns(dense, removal, batches)
         for node in both:
             changed = [used for used in node.all_input_nodes if used.target == "b.weight"]
             if changes and changed:
@@ -116,11 +117,11 @@ def test_paired_runs_compute_what_each_would_alone_and_fetch_weights_once(change
     assert prefetcher.copies == 4 + changes, "four tensors, and one again if it changed"
     for batch, before, (first, second) in zip(batches, whole, found, strict=True):
         assert compare(before, [first]) == 0
-        assert compare(masked_outputs(dense, axes_of(dense), kept, (), batch), [second]) == 0
+        assert compare(masked_outputs(dense, removal, batch), [second]) == 0
 
 
 def test_a_value_is_held_until_a_later_node_has_run(dense: fx.GraphModule) -> None:
-    both = PairedRuns(dense, axes_of(dense), keep(dense), (), [X])
+    both = PairedRuns(dense, removal_of(dense, keep(dense)), [X])
     weight = next(node for node in both.graph.nodes if node.target == "a.weight")
     (product,) = weight.users
     behind = next(iter(product.users))
@@ -149,7 +150,7 @@ def damage(slim: fx.GraphModule, name: str) -> None:
 def test_outputs_block_by_block_are_those_of_whole_runs(family: str) -> None:
     dense = decided(grouped(family), "mlp", "head")
     removal = facts_of(dense)[Removal]
-    arguments = dense, removal.axes, removal.keep, removal.removed_blocks, INPUTS
+    arguments = dense, removal, INPUTS
     outputs, leaving = masked_by_block(*arguments)
     assert compare(masked_outputs(*arguments), outputs) == 0
     nodes = block_output_nodes(dense.graph, removal.axes)

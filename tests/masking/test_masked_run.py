@@ -17,7 +17,7 @@ from fxprune.masking.compare import compare, masked_outputs
 from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, output_tensors, spread_gates
 from fxprune.pipeline.pipeline import Pipeline
 from tests.models import token_ids
-from tests.oracle import Net, axes_of, decide, discover, groups_of
+from tests.oracle import Net, axes_of, decide, discover, groups_of, removal_of
 from tests.remembered import grouped, model_of
 
 UNITS = np.array([True, False, True, True, False, True])
@@ -43,7 +43,7 @@ def test_a_statistic_is_taken_over_the_units_that_stay() -> None:
     assert group.factor is not None and group.renormalised
     kept = torch.from_numpy(UNITS)
     by_hand = F.layer_norm(net.a(x)[:, kept], (4,)) @ net.b.weight[:, kept].T
-    found = MaskedRun(dense, axes_of(dense), Keep({group.factor: UNITS})).run(x)
+    found = MaskedRun(dense, removal_of(dense, Keep({group.factor: UNITS}))).run(x)
     assert torch.allclose(found, by_hand, atol=1e-6)
 
 
@@ -55,7 +55,7 @@ def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
     assert group.factor is not None and group.renormalised
     x = torch.randn(3, 4, 3)
     by_hand = net.b(net.a(x)[..., torch.from_numpy(UNITS)].mean((1, 2))[:, None].exp())
-    found = MaskedRun(dense, axes_of(dense), Keep({group.factor: UNITS})).run(x)
+    found = MaskedRun(dense, removal_of(dense, Keep({group.factor: UNITS}))).run(x)
     assert torch.allclose(found, by_hand, atol=1e-6)
 
 
@@ -78,14 +78,14 @@ def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() 
         work = fork(dense)
         decide(work, keep)
         slim = Pipeline("shrink")(work).graph_module
-        assert torch.allclose(MaskedRun(dense, axes_of(dense), keep).run(x), slim(x), atol=1e-6)
+        assert torch.allclose(MaskedRun(dense, removal_of(dense, keep)).run(x), slim(x), atol=1e-6)
     assert halves
 
 
 def test_a_removed_block_is_bypassed_and_outputs_are_float_tensors() -> None:
     dense = grouped("llama")
     model = copy.deepcopy(model_of(dense))
-    found = MaskedRun(dense, axes_of(dense), Keep(), ("model.layers.1",)).run(token_ids())
+    found = MaskedRun(dense, removal_of(dense, blocks=("model.layers.1",))).run(token_ids())
     del model.model.layers[1]
     with torch.no_grad():
         wanted = model(token_ids(), use_cache=False).logits
@@ -110,7 +110,7 @@ def test_gates_mask_units_and_take_the_gradients() -> None:
     gates = torch.from_numpy(units).float().requires_grad_()
     spread = {c: spread_gates(gates, units_at(group, c, axes_of(dense))) for c in consumers}
     found = GatedRun(dense, spread).run(X)
-    assert compare(masked_outputs(dense, axes_of(dense), Keep({group.factor: units}), (), {"x": X}), [found]) < 1e-6
+    assert compare(masked_outputs(dense, removal_of(dense, Keep({group.factor: units})), {"x": X}), [found]) < 1e-6
     found.sum().backward()
     hidden = net.a(X).relu()
     slope = (hidden * (net.b.weight.sum(0) + net.c.weight.sum(0))).sum(0)

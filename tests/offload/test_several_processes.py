@@ -31,19 +31,6 @@ def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -
     assert found[0] == found[1] == found[2] == [[6.0] * 6, [3, 9], [4.5], [3.0] * 10, []]
 
 
-def test_processes_that_differ_all_raise_what_differs(tmp_path: Path) -> None:
-    def work(rank: int) -> str:
-        check_same(lambda: {"the pass": "l2"}, where="a pass")
-        try:
-            check_same(lambda: {"the pass": "l2", "the weights": rank // 2}, where="a pass")
-        except FxpruneError as error:
-            return str(error)
-        return ""
-
-    said = in_processes(work, 3, tmp_path)
-    assert len(set(said)) == 1 and "process 2 and the first process differ in the weights" in said[0]
-
-
 def test_the_first_writes_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
     """The others waited in a broadcast of the default group, and gave up after its timeout."""
 

@@ -8,17 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from fxprune.passes.emit import EmitModelPass, MakeReportPass, SaveCheckpointPass, Saved
-from fxprune.passes.prepare import FindGroupsPass
 from torch import nn
 
-from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.groups import Groups
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CheckpointError, PassError
 from fxprune.graph.facts import Source, facts_of
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.pipeline.registry import load_pass
-from fxprune.removal.removal import Scores
 from fxprune.report.report import Report
 from fxprune.trace import trace
 from tests.models import tiny
@@ -87,17 +82,3 @@ def test_groups_under_a_norm_are_named_and_can_be_left_out() -> None:
     assert any("norm" in node for node in nodes) and set(reports[0].renormalised) < set(reports[0].widths)
     assert reports[1].renormalised == reports[2].renormalised == {} and reports[1].widths == reports[2].widths
     assert max(report.verification_error or 0 for report in reports) < 1e-5
-
-
-def test_groups_are_recorded_and_scores_of_older_ones_dropped() -> None:
-    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
-    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
-    assert not FindGroupsPass()(dense).modified
-    facts = facts_of(dense)
-    assert [(group.kind, group.size) for group in facts[Groups]] == [("mlp", 12)]
-    assert facts[Dependencies].axes.parameters == ("a.weight", "a.bias", "b.weight", "b.bias")
-    assert facts[Groups].of_kinds(("head",)) == () and len(facts[Groups].of_kinds(("mlp",))) == len(facts[Groups])
-    load_pass("l1")(dense)
-    assert Scores in facts
-    FindGroupsPass()(dense)
-    assert Scores not in facts

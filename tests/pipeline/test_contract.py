@@ -213,17 +213,6 @@ def test_a_sequence_declares_what_its_steps_do() -> None:
     assert {"Removed", "Shaped"} <= {kind.__name__ for kind in load_pass("shrink").gives}
 
 
-def test_a_pipeline_runs_passes_in_turn_and_says_whether_one_changed_anything() -> None:
-    dense = small()
-    seen: list[str] = []
-    steps = ["find-groups", "l2", "select-by-ratio{ratio=0.3, protect=()}"]
-    result = Pipeline(steps, on_pass=lambda step: seen.append(step.name))(dense)
-    assert seen == ["find-groups", "l2", "select-by-ratio"] and not result.modified
-    assert result.graph_module is dense
-    result = Pipeline([*steps, Pipeline("shrink")])(dense)
-    assert result.modified and result.graph_module is not dense
-
-
 def test_what_goes_wrong_in_a_pipeline_names_the_pass() -> None:
     for pipeline in (Pipeline("find-groups, select-by-ratio"), Pipeline("find-groups, (select-by-ratio)")):
         with pytest.raises(PassError, match=r"Scores is not known. Run .*l1, l2, .* or .* first") as caught:

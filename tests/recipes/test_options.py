@@ -159,5 +159,9 @@ def test_deprecated_words_warn_and_still_work(old: dict[str, Any], new: dict[str
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ArgumentError, match="Leave taylor out"):
         prune_pipeline(IDS, taylor="first", importance="l2")
+    with pytest.raises(ArgumentError, match="a ratio by kind names the kinds"):
+        prune_pipeline(ratio={"head": 0.5}, kinds=("mlp",), importance="l2")
+    with pytest.raises(ArgumentError, match="both name the fraction"):
+        prune_pipeline(ratio=0.5, group_ratio=0.2, importance="l2")
     with pytest.raises(UnknownNameError, match=r"unknown argument 'ration'\. Did you mean 'ratio'"):
         prune_pipeline(IDS, ration=0.2)  # type: ignore[call-arg]

@@ -101,6 +101,10 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=_generator, dtype=torch.float64)
 
 
+def _two(*shape: int) -> list[torch.Tensor]:
+    return [x(*shape), x(*shape)]
+
+
 def up(*shape: int) -> torch.Tensor:
     return x(*shape).abs() + 0.3
 
@@ -180,30 +184,8 @@ _PRODUCTS: dict[str, list[Sample]] = {
         call(aten.gru.input, x(5, 2, 6), x(4, 2, 3), _recurrent(3, 6, 3, 2, 2), True, 2, 0.0, False, True, False),
     ],
     "lstm": [
-        call(
-            aten.lstm.input,
-            x(5, 2, 6),
-            [x(1, 2, 4), x(1, 2, 4)],
-            _recurrent(4, 6, 4, 1, 1),
-            True,
-            1,
-            0.0,
-            False,
-            False,
-            False,
-        ),
-        call(
-            aten.lstm.input,
-            x(2, 5, 6),
-            [x(4, 2, 3), x(4, 2, 3)],
-            _recurrent(4, 6, 3, 2, 2),
-            True,
-            2,
-            0.0,
-            False,
-            True,
-            True,
-        ),
+        call(aten.lstm.input, x(5, 2, 6), _two(1, 2, 4), _recurrent(4, 6, 4, 1, 1), True, 1, 0.0, *[False] * 3),
+        call(aten.lstm.input, x(2, 5, 6), _two(4, 2, 3), _recurrent(4, 6, 3, 2, 2), True, 2, 0.0, False, True, True),
     ],
     "conv3d": [call(aten.conv3d.default, x(2, 3, 4, 5, 6), x(4, 3, 2, 2, 2), x(4))],
     "convolution": [

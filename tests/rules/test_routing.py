@@ -37,6 +37,7 @@ from tests.oracle import (
     graph_of,
     groups_of,
     plain_outputs,
+    removal_of,
     slim_graph,
     zeroed,
 )
@@ -171,7 +172,7 @@ def check_removes_experts(
         plan = plan_of(axes_of(dense), keep)
         assert plan_of(axes_of(dense), keep_of(axes_of(dense), groups_of(dense), plan)) == plan
         got = slim_outputs(slim_graph(dense, keep), inputs)
-        assert compare(masked_outputs(dense, axes_of(dense), keep, (), inputs), got) <= TOLERANCE
+        assert compare(masked_outputs(dense, removal_of(dense, keep), inputs), got) <= TOLERANCE
         twin = zeroed(module, plan)
         twin.get_parameter("router.bias").data[sorted(set(range(EXPERTS)) - set(plan.kept["router.bias"][0]))] = NEVER
         assert compare(plain_outputs(twin, inputs), got) <= TOLERANCE
@@ -325,7 +326,7 @@ def test_each_expert_and_each_channel_of_a_released_architecture(model_type: str
     assert {group.least for group in chosen if group.kind == "expert"} == {2}
     units = {g.factor: np.arange(g.size) != i % g.size for i, g in enumerate(chosen) if g.factor is not None}
     got = slim_outputs(slim_graph(dense, Keep(units)), inputs)
-    assert compare(masked_outputs(dense, axes_of(dense), Keep(units), (), inputs), got) <= TOLERANCE
+    assert compare(masked_outputs(dense, removal_of(dense, Keep(units)), inputs), got) <= TOLERANCE
     assert compare(slim_outputs(dense, inputs), got) > TOLERANCE
 
 

@@ -156,7 +156,7 @@ class BlockRecorder(TorchDispatchMode):
                 maker.side_effect = maker.side_effect or "an internal tensor is used elsewhere"
 
     def groups(self) -> list[list[BlockCall]]:
-        """The blocks that were called once, grouped by what they did, in the order of their calls."""
+        """Blocks that were called once, those with the same computation together, in call order."""
         times = Counter(call.path for call in self.calls)
         groups: dict[object, list[BlockCall]] = {}
         for call in self.calls:

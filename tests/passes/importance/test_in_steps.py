@@ -97,7 +97,7 @@ def test_layers_that_went_add_nothing_and_stay_gone() -> None:
     assert min(found, key=lambda name: found[name]) == first and found[first] < 0
     removal = Removal(axes_of(graph), groups_of(graph), Keep(), (first.removesuffix("/layer"),))
     work = _zeroed_and_fitted(graph, removal, None)
-    (masked,) = masked_outputs(graph, removal.axes, Keep(), removal.removed_blocks, {"input": X[0]})
+    (masked,) = masked_outputs(graph, removal, {"input": X[0]})
     torch.testing.assert_close(work(X[0]), masked)
 
 
