@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
@@ -41,6 +42,7 @@ __all__ = [
     "TreeSpec",
     "argument_names",
     "clear_symbolic_caches",
+    "disable_modes",
     "disable_proxy_modes_tracing",
     "enable_python_dispatcher",
     "evaluate_expression",
