@@ -92,6 +92,20 @@ def map_tensors(value: Any, make: Any) -> Any:
     return tree_map(lambda leaf: make(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """Return the tensors in the output of a module, in order.
+
+    That of an output class, also within another, is the order of its fields: a model may set one after others that
+    come later.
+    """
+    if isinstance(output, Mapping):
+        names = dict.fromkeys((*getattr(output, "__dataclass_fields__", ()), *output))
+        output = [output[name] for name in names if name in output]
+    if isinstance(output, list | tuple):
+        return [tensor for item in output for tensor in tensors_of(item)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 def has_values(tensor: torch.Tensor, values: Any) -> bool:
     """Whether a tensor has ``values``, a nested list; one without storage counts as having them."""
     return tensor.is_meta or isinstance(tensor, FakeTensor) or bool(tensor.tolist() == values)
