@@ -18,6 +18,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.axes import Keep
+from fxprune.data.calibration import make_inputs
 from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
 from fxprune.emit import inexpressible
@@ -128,7 +129,7 @@ def _discover(found: Coverage, keep: Callable[[Coverage], None]) -> Traced:
     keep(found)
     traced = trace(model, inputs if auto_class else None)
     dense = traced.graph_module
-    inputs = dict(facts_of(dense)[Source].example_inputs) if auto_class else inputs  # in the order of the graph
+    inputs = make_inputs(dense, inputs, seed=0) if auto_class else inputs  # in the order of the graph
     found.notes, found.nodes = list(traced.notes), len(dense.graph.nodes)
     found.stage = "graph"
     keep(found)

@@ -242,7 +242,13 @@ def make_config(
     found |= {name: value for name, value in wanted.items() if name not in inside}
     if "kv_lora_rank" in names and "num_key_value_heads" in names:  # latent attention has a key for each query head
         found["num_key_value_heads"] = wanted.get("num_key_value_heads", found["num_attention_heads"])
-    return config_class(**found, **inside)
+    config = config_class(**found, **inside)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if sizes.lists is not None and "rope_theta" in rope and hasattr(config, "num_attention_heads"):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]  # of time, height and width, if any
+    return config
 
 
 def _default(config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:

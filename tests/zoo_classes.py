@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fxprune.trace.inputs import forward_parameters
-from tests.zoo import DEMANDS, FIELDS, Sizes, forward, make_config, spread
+from tests.zoo import DEMANDS, FIELDS, VOCABULARY, Sizes, forward, make_config, spread
 
 SAMPLES, TOKENS, DECODED, SIDE = 2, 7, 5, 32
 
@@ -26,7 +26,7 @@ _MORE: dict[Any, str] = {
     SIDE: "image_size crop_size pretrain_image_size img_size",
     4: "patch_size num_frames frames_per_clip num_conv_pos_embeddings stride query_size",
     3: "num_labels num_channels in_chans num_input_channels",
-    2: "window_size num_conv_pos_embedding_groups squeeze_factor temporal_patch_size tubelet_size groups_width "
+    2: "depth window_size num_conv_pos_embedding_groups squeeze_factor temporal_patch_size tubelet_size groups_width "
     "num_groups num_codevectors_per_group spatial_merge_size scale_factor",
     9: "num_queries relative_attention_max_distance",
     8: "relative_attention_num_buckets",
@@ -58,6 +58,10 @@ _LISTS: dict[str, tuple[int, ...]] = {
     "num_attractors": (4, 2, 2, 1),
 }
 """Entries, of which a field gets as many as it has; those of convolutions over sounds are two."""
+
+_WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1]}
+_FED_TWICE = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+_TILES = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
 
 _DEMANDS: dict[str, dict[str, Any]] = {
     "beit": {"patch_size": 8, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
@@ -103,7 +107,14 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "mpnet": {"relative_attention_num_buckets": 32},
     "pvt_v2": {"image_size": SIDE},
     "qwen2_vl": {"vision_config": {"embed_dim": 48}},
-    "qwen2_5_vl": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
+    **dict.fromkeys(("qwen2_5_vl_vision", "exaone4_5_vision", "qwen2_5_omni_vision_encoder"), _WINDOWS),
+    **dict.fromkeys(("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_omni_moe_vision_encoder"), _FED_TWICE),
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _TILES),
+    "aria": {"projector_patch_to_query_dict": {64: 16}},
+    **{name: {"image_token_index": VOCABULARY - 1} for name in ("blip-2", "instructblip", "instructblipvideo")},
+    "idefics2": {"perceiver_config": {"resampler_n_heads": 6, "resampler_head_dim": 8, "num_key_value_heads": 3}},
+    **{name: {"embed_dim": 48} for name in ("idefics_vision", "kosmos_2_text_model", "kosmos_2_5_text_model")},
+    "hunyuan_vl_vision": {"temporal_patch_size": 1},
     "regnet": {"groups_width": 8},
     "sew": {"squeeze_factor": 2},
     "squeezebert": {f"{name}_groups": 2 for name in ("q", "k", "v", "output", "intermediate")},
@@ -174,6 +185,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
     decodes = ["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []
     seen = ["pixel_values", "image_grid_thw"] if "input_ids" in named else []  # a text is about an image
+    seen += ["image_sizes"] if _stated(model.config, "image_grid_pinpoints") is not None else []
     seen += ["pixel_attention_mask", "spatial_shapes"] if "spatial_shapes" in named else []  # patches in rows
     names = dict.fromkeys(name for name in (model.main_input_name, *demanded, *decodes, *seen) if name in named)
     others = [name for name in _MAKERS if name in named and name not in names]
@@ -193,13 +205,14 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
     """``inputs`` that ``model`` runs on, with a token for each feature of an image in the text."""
     token = next((token for name in _IMAGE_TOKENS if (token := _stated(model.config, name)) is not None), None)
     counts: list[int] = []
-    if re.search(r"expected 5, got 4", _failure(model, inputs)):  # several images a sample
+    if re.search(r"expected (5, got 4|4, got 3)", _failure(model, inputs)):  # several images a sample
         inputs = inputs | {"pixel_values": inputs["pixel_values"].unsqueeze(1)}
     while True:
         ids, given = inputs.get("input_ids"), inputs
         if ids is not None and token is not None and counts:
             marked = torch.full((len(ids), counts.pop(0)), token)
             given = inputs | {"input_ids": torch.cat([ids[:, :2], marked, ids[:, 2:]], dim=1)}
+            given |= {"attention_mask": torch.ones_like(given["input_ids"])} if "attention_mask" in inputs else {}
             if "image_grid_thw" in inputs and "mm_token_type_ids" in forward_parameters(model):
                 given["mm_token_type_ids"] = (given["input_ids"] == token).long()
         try:
@@ -249,13 +262,15 @@ def _side(config: Any) -> tuple[int, int]:
 
 def _pixels(config: Any) -> tuple[int, ...]:
     channels = _stated(config, "num_channels", "in_chans") or 3
-    patch = _stated(config, "temporal_patch_size")
+    patch = _stated(config, "temporal_patch_size") or (_stated(config, "temporal_merge_size") and 1)
     if patch is not None and _stated(config, "spatial_merge_size") is not None:  # rows of patches, and a grid
         side = _stated(config, "patch_size")
         return (SAMPLES * 16, channels * patch * side * side)
-    if _stated(config, "num_patches") is not None:
+    if _stated(config, "num_patches") is not None and _stated(config, "image_size") is None:
         return (SAMPLES, _stated(config, "num_patches"), channels * _stated(config, "patch_size") ** 2)
     frames = _stated(config, "num_frames", "frames_per_clip")
+    if _stated(config, "image_grid_pinpoints") is not None:  # the image in tiles, and all of it
+        return (SAMPLES, 3, channels, *_side(config))
     return (SAMPLES, *((frames,) if frames else ()), channels, *_side(config))
 
 
@@ -280,6 +295,7 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
     "input_values": _sound,
     "input_features": _features,
     "decoder_input_ids": lambda _: (SAMPLES, DECODED),
+    "qformer_input_ids": lambda _: (SAMPLES, DECODED),
     "image_grid_thw": lambda _: (SAMPLES, 3),
     "pixel_values_videos": lambda config: (SAMPLES, _stated(config, "frames_per_clip") or 4, 3, *_side(config)),
     "pixel_attention_mask": lambda config: (SAMPLES, _stated(config, "num_patches")),
@@ -292,7 +308,7 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
 }
 """The shapes of inputs, the likeliest first."""
 
-_WHOLE = {"input_ids": (3, 100), "decoder_input_ids": (3, 100), "bbox": (0, 2)}
+_WHOLE = {**dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids"), (3, 100)), "bbox": (0, 2)}
 """Integer inputs, with their lowest value and the end of their range."""
 
 _GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {

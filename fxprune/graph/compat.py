@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
 from torch.utils._device import DeviceContext as DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec as TreeSpec
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -34,6 +35,9 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+disable_modes = _disable_current_modes
+"""A context without the modes that intercept calls of ops, such as those of a trace."""
 
 GRADIENTS = "wrap_with_set_grad_enabled"
 """A higher-order op that sets gradient mode around a subgraph; its first argument is the mode."""

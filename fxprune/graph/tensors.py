@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import GraphInputError, PassError
-from fxprune.graph.compat import tree_leaves, tree_map
+from fxprune.graph.compat import FakeTensor, tree_leaves, tree_map
 
 _SIGN = "#"
 """Separates the name of a node from the number of its output; no name of a node or weight contains it."""
@@ -101,6 +101,25 @@ class CheckedGraph(fx.GraphModule):
 def map_tensors(value: Any, make: Any) -> Any:
     """Return ``value`` with ``make(tensor)`` for each tensor in it."""
     return tree_map(lambda leaf: make(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    """Return the tensors in the output of a module, in order.
+
+    That of an output class, also within another, is the order of its fields: a model may set one after others that
+    come later.
+    """
+    if isinstance(output, Mapping):
+        names = dict.fromkeys((*getattr(output, "__dataclass_fields__", ()), *output))
+        output = [output[name] for name in names if name in output]
+    if isinstance(output, list | tuple):
+        return [tensor for item in output for tensor in tensors_of(item)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def has_values(tensor: torch.Tensor, values: Any) -> bool:
+    """Whether a tensor has ``values``, a nested list; one without storage counts as having them."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or bool(tensor.tolist() == values)
 
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))

@@ -17,8 +17,7 @@ from torch import fx
 
 from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product
 from fxprune.discovery.groups import Consumer
-from fxprune.graph.compat import tree_leaves
-from fxprune.graph.tensors import map_tensors, output_name, tensor_name, with_argument
+from fxprune.graph.tensors import map_tensors, output_name, tensor_name, tensors_of, with_argument
 from fxprune.offload.prefetch import current_prefetcher
 from fxprune.removal.removal import Removal
 from fxprune.rules.registry import written_sources
@@ -200,15 +199,8 @@ class MaskedRun(PreciseRun):
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
-    """Return the floating point tensors in the output of a module, in order.
-
-    That of an output class is the order of its fields: a model may set one after others that come later.
-    """
-    if isinstance(output, Mapping):
-        names = dict.fromkeys((*getattr(output, "__dataclass_fields__", ()), *output))
-        output = {name: output[name] for name in names if name in output}
-    leaves = tree_leaves(output)
-    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    """Return the floating point tensors in the output of a module, in order."""
+    return tuple(tensor for tensor in tensors_of(output) if tensor.is_floating_point())
 
 
 def _is_touched(expr: Expr, keep: Keep) -> bool:

@@ -269,7 +269,7 @@ def amend_config(
         folder: where the stock method saved the model.
         overrides: how the model differs from what its stock class builds.
         section: ``class``, ``blocks`` and ``part``; see ``SECTION``.
-        depth: number of layers that the config states.
+        depth: number of layers that the config states; None if it states none.
         more: further entries.
     """
     path = os.path.join(folder, "config.json")
@@ -279,12 +279,12 @@ def amend_config(
     nested.update(overrides.built_with)
     written = section_of(overrides, section)
     layers = written.pop("layers")
-    separate = bool(section.get("part")) or "per_layer_config" in config
+    # transformers counts the layers before it knows the class and its names of fields
+    separate = bool(section.get("part")) or "per_layer_config" in config or depth is None
     config[SECTION] = written | ({"layers": layers} if separate else {})
     if layers and not separate:
         config["per_layer_config"] = layers
-        if depth is not None:  # transformers counts the layers before it knows the class and its names of fields
-            config.setdefault("num_hidden_layers", depth)
+        config.setdefault("num_hidden_layers", depth)
         config[_ALLOWED] = True  # else stock config classes cannot even be loaded, for a tokenizer say
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config | more, file, indent=2, sort_keys=True)

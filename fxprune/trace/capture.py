@@ -44,6 +44,7 @@ from fxprune.trace.inputs import (
     name_arguments,
     without_cache,
 )
+from fxprune.trace.known import deciding_inputs, keep_values
 from fxprune.trace.lower import PLAIN_OPS, lower
 from fxprune.trace.repeats.copies import skip_repeats
 from fxprune.trace.repeats.grouping import Repeats, find_dependence, find_repeats
@@ -121,18 +122,22 @@ def trace(
     failure: Exception | None = None
     fidelity: Fidelity | None = None
     none, repeats = Repeats(), Repeats() if dry_run is None else dry_run.repeats
+    deciding = deciding_inputs(model, inputs)
     # from the fastest and most general way to export to the safest
-    attempts = [(portable, dynamic, repeats), (portable, dynamic, none), (native, dynamic, none), (native, False, none)]
-    for dtype, free, copied in dict.fromkeys(attempts):
+    attempts = [(portable, dynamic, repeats, False), (portable, dynamic, none, False)]
+    attempts += [(portable, dynamic, none, True)] if deciding else []
+    attempts += [(native, dynamic, none, False), (native, False, none, False)]
+    for dtype, free, copied, decided in dict.fromkeys(attempts):
+        known = deciding if decided else {}
         with defer_gc():
             try:
-                program = _export(model, inputs, native, dtype, free, copied)
+                program = _export(model, inputs, native, dtype, free, copied, known)
             except Exception as error:  # torch.export passes on any error of the model's own code
                 if copied == none:
                     failure = failure or error
                     notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
                 continue
-            graph_module, limits = _graph_of(program, model, inputs, native, dtype)
+            graph_module, limits = _graph_of(program, model, inputs, native, dtype, known)
             del program
         fidelity = compare_with_module(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:
@@ -159,9 +164,11 @@ def _graph_of(
     inputs: Mapping[str, Any],
     native: torch.dtype,
     dtype: torch.dtype,
+    known: Mapping[str, torch.Tensor],
 ) -> tuple[fx.GraphModule, list[str]]:
-    """The canonical graph of a program, bound to the weights, and the limits on its sizes in words."""
-    graph_module = lower(program, model, dtype if dtype != torch.float32 else None, fixed={"use_cache"} - set(inputs))
+    """The canonical graph of a program, bound to the weights, and the limits on its inputs in words."""
+    fixed = {"use_cache"} - set(inputs)
+    graph_module = lower(program, model, dtype if dtype != torch.float32 else None, fixed, known)
     if dtype != native:
         change_dtype(graph_module.graph, dtype, native)
     remove_in_place_ops(graph_module)
@@ -172,7 +179,8 @@ def _graph_of(
     graph_module.graph.eliminate_dead_code(is_impure)
     check_outputs(graph_module, model)
     pinned = pin_sizes(graph_module)
-    limits = [f"runs at {pinned}"] if pinned else []
+    limits = [f"runs at the values of {', '.join(known)} that it was traced with"] if known else []
+    limits += [f"runs at {pinned}"] if pinned else []
     limits += [f"holds for {limit}" for limit in limit_sizes(graph_module, sizes)]
     graph_module.graph.eliminate_dead_code(is_impure)
     return graph_module, limits
@@ -236,13 +244,21 @@ def _set_facts(
 
 
 def _export(
-    model: nn.Module, inputs: dict[str, Any], native: torch.dtype, dtype: torch.dtype, dynamic: bool, repeats: Repeats
+    model: nn.Module,
+    inputs: dict[str, Any],
+    native: torch.dtype,
+    dtype: torch.dtype,
+    dynamic: bool,
+    repeats: Repeats,
+    known: Mapping[str, torch.Tensor],
 ) -> torch.export.ExportedProgram:
     mode = fake_mode()
     twin = fake_twin(model, mode, native, dtype)
     inputs = tree_map(lambda value: blank(value, native, dtype), inputs) | without_cache(twin)
-    dims = dynamic_dims(inputs)
+    dims = dynamic_dims(inputs) | dict.fromkeys(known)
     name_arguments(twin, inputs)
+    if known:
+        keep_values(twin, known, dtype)
     skip_repeats(twin, repeats)
     if not dynamic:
         with mode:

@@ -30,12 +30,20 @@ from fxprune.graph.compat import (
     size_hint,
     size_range,
     spell_expression,
-    tree_leaves,
 )
 from fxprune.graph.context import quiet
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.shapes import failed_check
-from fxprune.graph.tensors import TRACED, get_tensor, has_meta_weights, input_tensors, is_input, map_tensors, weights
+from fxprune.graph.tensors import (
+    TRACED,
+    get_tensor,
+    has_meta_weights,
+    input_tensors,
+    is_input,
+    map_tensors,
+    tensors_of,
+    weights,
+)
 from fxprune.rules.registry import written_sources
 from fxprune.trace.inputs import alias_twin, free_axes, without_cache, written_parameters
 
@@ -237,7 +245,7 @@ class SideBySide:
     def resized(self, sizes: tuple[int, int]) -> dict[str, Any] | None:
         """Inputs with other sizes; None if the graph does not take them or its sizes are fixed."""
         inputs = resize_inputs(self.graph_module, self.inputs, sizes)
-        shapes, other = ([leaf.shape for leaf in _tensors(values)] for values in (self.inputs, inputs))
+        shapes, other = ([leaf.shape for leaf in tensors_of(values)] for values in (self.inputs, inputs))
         return None if shapes == other or failed_check(self.graph_module, inputs) else inputs
 
     def error(self, inputs: Mapping[str, Any]) -> float | None:
@@ -295,7 +303,7 @@ class SideBySide:
         outputs: list[tuple[str, torch.Tensor]] = []
 
         def record(path: str, output: Any) -> None:
-            found = next((leaf for leaf in _tensors(output) if leaf.is_floating_point()), None)
+            found = next((leaf for leaf in tensors_of(output) if leaf.is_floating_point()), None)
             if found is not None:
                 outputs.append((path, found.clone()))
 
@@ -315,7 +323,7 @@ class SideBySide:
         with _same_randomness(seed), quiet():
             output = twin(**(without_cache(twin) | _copies(inputs)))
         pairs = zip(self.model.parameters(), twin.parameters(), strict=True)
-        return _tensors(output), {id(parameter): alias for parameter, alias in pairs}
+        return tensors_of(output), {id(parameter): alias for parameter, alias in pairs}
 
     def _run_graph(self, inputs: Mapping[str, Any]) -> tuple[Outputs, dict[int, torch.Tensor]]:
         aliases: dict[int, torch.Tensor] = {}
@@ -328,7 +336,7 @@ class SideBySide:
                 aliases[id(tensor)] = tensor.detach().clone()
         with _same_randomness():
             output = _AliasRun(self.graph_module, aliases).run(*_copies(inputs).values())
-        return _tensors(output), aliases
+        return tensors_of(output), aliases
 
 
 def _gradient_digests(outputs: Outputs, aliases: Mapping[int, torch.Tensor]) -> dict[int, GradientDigest]:
@@ -393,11 +401,6 @@ def _same_randomness(seed: int = 0) -> Iterator[None]:
 
 def _copies(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: map_tensors(value, torch.clone) for name, value in inputs.items()}
-
-
-def _tensors(output: Any) -> Outputs:
-    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _difference(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:

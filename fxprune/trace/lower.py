@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Container, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from fxprune.graph.compat import (
     tree_map,
     tree_unflatten,
 )
-from fxprune.graph.tensors import TRACED, CheckedGraph, base_name
+from fxprune.graph.tensors import TRACED, CheckedGraph, base_name, has_values
 from fxprune.trace.inputs import forward_parameters
 
 PLAIN_OPS = (
@@ -206,7 +207,7 @@ def _read_leaves(graph: fx.Graph, called: Mapping[str, Any], made: Mapping[str, 
                 same = graph.call_function(operator.is_ if value is None else operator.eq, (node, value))
                 label = name + "".join(f"[{key!r}]" for key in path)
                 message = f"{TRACED}with {label}={value!r} and takes no other value"
-                graph.call_function(torch.ops.aten._assert_scalar.default, (same, message))
+                graph.call_function(aten._assert_scalar.default, (same, message))
     return env
 
 
@@ -245,13 +246,18 @@ _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 
 
 def lower(
-    program: torch.export.ExportedProgram, model: nn.Module, dtype: torch.dtype | None, fixed: Container[str] = ()
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    fixed: Container[str] = (),
+    known: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> fx.GraphModule:
     """Lower a program to a graph module that shares the tensors of ``model`` and has the signature of its call.
 
     Args:
         dtype: the dtype in ``program`` that means the dtype of the model; None to keep dtypes literal.
         fixed: names of inputs that the graph must not have.
+        known: values that inputs had in ``program``; the graph refuses others.
 
     Raises:
         TraceError: the program takes or returns something that is not a tensor or a container of tensors.
@@ -267,6 +273,10 @@ def lower(
     env: dict[fx.Node, Any] = {}
     attributes = _lower_weights(program, model, specs, graph, env)
     env.update(_read_leaves(graph, called, made))
+    for name, value in known.items():
+        same = graph.call_function(has_values, (made[name], value.tolist()))
+        message = f"{TRACED}with the values of {name} in its example and takes no others"
+        graph.call_function(aten._assert_scalar.default, (same, message))
     device = next(iter(attributes.values())).device.type if attributes else "cpu"
     copier = _Copier(graph, device)
     copier.copy(program.graph_module, env)

@@ -7,6 +7,7 @@ import operator
 import pytest
 import torch
 from torch import fx, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fxprune.errors import PassError
 from fxprune.graph.tensors import (
@@ -24,6 +25,7 @@ from fxprune.graph.tensors import (
     require_weights,
     set_argument,
     set_tensor,
+    tensors_of,
     weights,
     with_argument,
 )
@@ -118,3 +120,10 @@ def test_values_are_read_and_written_where_they_stand() -> None:
     assert node.kwargs == {"sizes": [4, 8], "end": 9}
     assert with_argument((node.args, {}), ("args", 1, 0), 5)[0] == (x, [5, (7, 3)])
     assert node.args == (x, [1, (7, 3)])
+
+
+def test_the_tensors_of_an_output_class_come_in_the_order_of_its_fields_at_any_depth() -> None:
+    """InternVL sets ``pooler_output`` last, though its class has it second: its graph seemed to be another model."""
+    late = BaseModelOutputWithPooling(last_hidden_state=torch.zeros(1), hidden_states=(torch.zeros(3),))
+    late.pooler_output = torch.zeros(2)
+    assert [len(tensor) for tensor in tensors_of({"first": torch.zeros(4), "rest": [late]})] == [4, 1, 2, 3]

@@ -56,7 +56,9 @@ def test_what_is_no_section_is_refused(section: dict[str, Any]) -> None:
 def test_a_config_file_is_told(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"intermediate_size": 88, "hidden_size": 42}))
-    amend_config(tmp_path, Overrides(block_fields=OVERRIDES.block_fields, built_with={"hidden_size": 48}), WHERE, x=1)
+    amend_config(
+        tmp_path, Overrides(block_fields=OVERRIDES.block_fields, built_with={"hidden_size": 48}), WHERE, 2, x=1
+    )
     told = json.loads(file.read_text())
     assert told["per_layer_config"] == {"1": {"intermediate_size": 24}} and told["hidden_size"] == 48 and told["x"] == 1
     assert told[SECTION]["built_with"] == {"hidden_size": 48} and "layers" not in told[SECTION]
@@ -70,6 +72,14 @@ def test_fields_of_blocks_are_kept_apart_where_stock_code_would_read_them(part: 
     told = json.loads(file.read_text())
     assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}}
     assert told.get("per_layer_config") == (None if part else {"0": {}})
+
+
+def test_fields_of_blocks_are_kept_apart_where_the_config_counts_no_layers(tmp_path: Path) -> None:
+    """HGNet and PVT have lists of depths in place of ``num_hidden_layers``: their configs could not be loaded."""
+    (tmp_path / "config.json").write_text("{}")
+    amend_config(tmp_path, OVERRIDES, WHERE, None)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}} and "per_layer_config" not in told
 
 
 def test_a_model_is_built_as_its_config_says() -> None:
