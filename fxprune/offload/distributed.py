@@ -25,6 +25,8 @@ _TABLES = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_lo
 
 def is_distributed(model: nn.Module) -> bool:
     """Whether weights are sharded over processes (DTensors), or a ``device_map`` spreads them or offloads some."""
+    if "_modules" not in vars(model):  # its __init__ called no other
+        return False
     places = {parameter.device for parameter in model.parameters()}
     dispatched = len(places) > 1 or any(place.type == "meta" for place in places)
     return is_sharded(model) or (
