@@ -166,7 +166,7 @@ def state_of(module: nn.Module) -> Any:
     """Return all that a run could change of a module: tensors, modes, and plain attributes."""
     tensors = {name: value.detach().clone() for name, value in module.state_dict(keep_vars=True).items()}
     plain = {
-        f"{path}.{name}": copy.deepcopy(value)
+        f"{path}.{name}": value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
         for path, part in module.named_modules()
         for name, value in vars(part).items()
         if isinstance(value, bool | int | float | str | list | torch.Tensor)
