@@ -37,7 +37,6 @@ from tests import reference_tables
 from tests.cli.running import COMMAND
 from tests.export.small import tokenizer as byte_tokenizer
 from tests.models import tiny, token_ids
-from tests.tiers import tiers
 from tests.tokens import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +159,7 @@ def read_quick_recipe(name: str) -> Recipe:
     return Recipe(name, re.sub(r"calibrate\{.*?\}", "calibrate{samples=8, written=8}", str(_READ("fast"))))
 
 
-@pytest.fixture(scope="module", params=["quick", pytest.param("default", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
 def start(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -181,10 +180,18 @@ def start(
 # ------------------------------------------------------------------------------------------------------- snippets
 
 
-@pytest.mark.parametrize("page", tiers([page for page in PAGES if blocks_of(page, "python")], "README.md", START))
+RUNS = [("quick", "README.md"), ("quick", START)]
+"""Pages in the first tier, by a quick recipe; in the second all run by the default one."""
+
+
+@pytest.mark.parametrize(
+    ("start", "page"),
+    [*RUNS, *(pytest.param("default", page, marks=pytest.mark.slow) for page in PAGES if blocks_of(page, "python"))],
+    indirect=["start"],
+)
 def test_the_snippets_of_a_page_run(
-    page: str,
     start: tuple[Path, dict[str, Any]],
+    page: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -329,6 +336,7 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["default"], indirect=True)
 def test_the_commands_of_their_page_run_one_after_the_other(
     start: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
