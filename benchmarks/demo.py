@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Annotated, Any
@@ -21,7 +20,6 @@ from fxprune.data.built_in import general_chats, offline_text
 from fxprune.data.text import token_windows
 from fxprune.evaluation import perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
-from fxprune.recipes import as_recipe
 
 PROMPT = "What is the capital of France?"
 app = typer.Typer(add_completion=False)
@@ -60,12 +58,6 @@ def _row(table: Table, name: str, dense: float, slim: float, form: str) -> None:
     table.add_row(name, f"{dense:{form}}", f"{slim:{form}}", f"{slim / dense - 1:+.1%}")
 
 
-def in_small_steps(recipe: str) -> str:
-    """Spell the passes of a recipe, tuned with two samples a step."""
-    passes: tuple[Any, ...] = as_recipe(recipe).passes
-    return "\n".join(str(replace(step, batch=2) if step.name == "tune" else step) for step in passes)
-
-
 def demo_samples(tokenizer: Any, samples: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids to calibrate on, `(samples, 128)`, a third of them chats, and held-out ones, `(windows, 256)`."""
     front, back = split_calibration_heldout(offline_text())
@@ -89,10 +81,9 @@ def main(
     windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 20,
     recipe: Annotated[str | None, typer.Option(help="A recipe other than the default.")] = None,
 ) -> None:
-    """Prune SmolLM2-135M by the default recipe, tuned for a shorter time, and compare it with the dense model.
+    """Prune SmolLM2-135M by the default recipe, on fewer samples than it can use, and compare it with the dense model.
 
-    A third of the samples are chats, since the model is asked as a chat; the others are documentation of Python. So few
-    samples are tuned two at a time, in twice as many steps as the recipe would take.
+    A third of the samples are chats, since the model is asked as a chat; the others are documentation of Python.
     """
     keep_freed()
     console = widened(Console())
@@ -101,8 +92,7 @@ def main(
     dense, tokenizer = load_demo_model()
     calibration, heldout = demo_samples(tokenizer, samples, windows)
     console.print(f"pruning {ratio:.0%} of the parameters, calibrated on {samples} x 128 tokens ...")
-    passes = in_small_steps(recipe or "balanced")
-    result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=passes, track=track, eval=False)
+    result = fxprune.prune(dense, calibration, ratio=ratio, tokenizer=tokenizer, recipe=recipe, track=track, eval=False)
     report = result.report
     console.print(demo_table(dense, result, heldout, console))
     console.print(f"ratio requested {ratio:.2%}, achieved {report.achieved:.2%}")

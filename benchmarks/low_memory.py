@@ -47,11 +47,11 @@ print(f"verified: masked and slim outputs differ by at most {result.report.verif
 _DEMO_CHILD = """
 import sys, time, fxprune
 from benchmarks.common import memory_bytes
-from benchmarks.demo import demo_samples, in_small_steps
+from benchmarks.demo import demo_samples
 from fxprune.checkpoint.read import load_tokenizer
 source, out, samples = sys.argv[1], sys.argv[2], int(sys.argv[3])
 calibration, _ = demo_samples(load_tokenizer(source), samples, 1)
-options = {"ratio": 0.2, "recipe": in_small_steps("balanced"), "tune": "tune{epochs=1, rank=8, truth=0.2, batch=1}"}
+options = {"ratio": 0.2, "tune": "tune{epochs=1, rank=8, truth=0.2, batch=1}"}
 begin = time.perf_counter()
 if "--in-memory" in sys.argv:
     result = fxprune.prune(source, calibration, eval=False, **options)
