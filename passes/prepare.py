@@ -249,8 +249,8 @@ class FindGroupsPass(Pass):
 
     norm: Norm = argument(
         "sliced",
-        """Treatment of a norm that loses units: ``sliced``, statistics of those that stay; ``masked``, what the dense
-        norm computes with the others zeroed, where a root mean square and a weight of its own allow that.""",
+        """Treatment of norms over removed units. ``sliced``: statistics over the remaining units. ``masked``: the
+        output of the dense norm with the removed units zeroed, possible for RMS norms with a weight of their own.""",
     )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

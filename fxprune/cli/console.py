@@ -196,7 +196,7 @@ class MeasuringCommand(Command):
 
 
 class QuickCommand(Command):
-    """A command that runs no model and imports only what it needs."""
+    """Base class of commands that run no model and load no library up front."""
 
     needs_library = False
 

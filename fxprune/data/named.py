@@ -41,7 +41,7 @@ _LONGEST = 300
 """Characters of another package's message that are repeated; some go on for pages."""
 
 _LONGEST_ID = 200
-"""Characters of a name: a hub takes fewer, and a file system refuses to look for what is much longer."""
+"""Maximum length of a data set's name, in characters: above what a hub allows, below what a file system refuses."""
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 

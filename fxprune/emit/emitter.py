@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import transformers
@@ -180,6 +180,10 @@ class Candidate:
     gaps: tuple[str, ...]
 
 
+_Kind: TypeAlias = tuple[type, frozenset[Axis]]
+"""The class of a block and the axes that change; blocks of one kind are built the same way."""
+
+
 @dataclass(frozen=True)
 class _Block:
     """A block that stays, with the ways to build it.
@@ -192,10 +196,10 @@ class _Block:
     """
 
     own: Mapping[str, int]
-    kind: tuple[type, frozenset[Axis]]
+    kind: _Kind
     rebuilder: Rebuilder | None
     pending: Iterator[Choice]
-    fields: dict[tuple[type, frozenset[Axis]], frozenset[str]]
+    fields: dict[_Kind, frozenset[str]]
     _found: list[Choice] = field(default_factory=list)
 
     def likeliest(self) -> Choice:
@@ -229,7 +233,7 @@ def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
     """Return the blocks that stay; those of one class, config and shapes share one search."""
     made: dict[object, _Block] = {}
     found: dict[str, _Block] = {}
-    fields = dict[tuple[type, frozenset[Axis]], frozenset[str]]()
+    fields = dict[_Kind, frozenset[str]]()
     whole = part_of(task.model.config, task.layout.part)
     for path, (index, module) in task.layout.blocks().items():
         if path in task.removed:
@@ -253,7 +257,7 @@ def _block(
     at: tuple[int, nn.Module],
     own: Mapping[str, int],
     wanted: Mapping[str, Shape],
-    fields: dict[tuple[type, frozenset[Axis]], frozenset[str]],
+    fields: dict[_Kind, frozenset[str]],
 ) -> _Block:
     index, module = at
     flags = {name: value for name, value in own.items() if type(value) is bool}

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices, batched, spread
+from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices, batched, next_token_loss, spread
 from fxprune.data.samples import is_in_memory
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import Fact, facts_of, fork
@@ -177,11 +177,12 @@ def divergence(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) ->
     return found
 
 
-def rejection(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
+def rejection(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) -> torch.Tensor:
     """Mean probability that speculative decoding rejects a token drafted by logits ``(batch, positions, classes)``.
 
     It is ``1 - sum min(p, q)`` of the probabilities of both models, over the classes that :func:`divergence` is taken
-    over, and never exceeds that over all classes. Outputs that are no scores of classes are refused.
+    over, and never exceeds that over all classes. Outputs that are no scores of classes are refused. ``truth`` counts
+    as in :func:`divergence`.
 
     Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192),
     theorem 3.5.
@@ -191,7 +192,8 @@ def rejection(logits: torch.Tensor, batch: TeacherBatch) -> torch.Tensor:
         raise PassError("the model gives no scores of classes, and drafts no tokens", where="model", remedy=remedy)
     likely = logits.float().softmax(-1).gather(-1, batch.classes)
     drafted = torch.cat((likely, (1 - likely.sum(-1, keepdim=True)).clamp_min(0)), dim=-1)
-    return 1 - torch.minimum(drafted, batch.likelihoods.exp()).sum(-1).mean()
+    rejected = 1 - torch.minimum(drafted, batch.likelihoods.exp()).sum(-1).mean()
+    return rejected + truth * next_token_loss(logits, batch.labels) if truth else rejected
 
 
 class _Divergence(torch.autograd.Function):

@@ -36,10 +36,9 @@ def is_distributed(model: nn.Module) -> bool:
 
 def tensor_parallel_size(model: nn.Module) -> int:
     """The number of processes that share the products of layers, of torch's tensor parallelism; else 1."""
-    tensors: list[Any] = [value for value in model.parameters() if hasattr(value, "placements")]
-    if not tensors or any(type(module).__bases__[0].__name__ == "FSDPModule" for module in model.modules()):
-        return 1
-    return int(tensors[0].device_mesh.size())
+    meshes = _meshes(model)
+    by_fsdp = any(_plain_class(module) is not type(module) for module in model.modules())
+    return 1 if by_fsdp or not meshes else int(meshes[0].size())
 
 
 def whole_copy(model: M) -> M:
@@ -58,8 +57,7 @@ def whole_copy(model: M) -> M:
         if sharded and _distributes(vars(module).get("forward")):
             what = "its forward was replaced by transformers' tensor parallelism"
             raise UnsupportedModelError(what, where=path or type(model).__name__, remedy=remedy)
-    tensors: list[Any] = [value for value in model.parameters() if hasattr(value, "placements")]
-    if len({str(value.device_mesh) for value in tensors}) > 1:
+    if len(set(map(str, _meshes(model)))) > 1:
         what = "its weights are sharded over several meshes"
         raise UnsupportedModelError(what, where=type(model).__name__, remedy=remedy)
     whole: Any = _copy(model, {}, dispatched=not sharded)
@@ -73,13 +71,13 @@ def distribute_like(slim: nn.Module, dense: nn.Module) -> None:
 
     Weights that a ``device_map`` keeps on disk are kept in host memory.
     """
-    modules = dict(dense.named_modules())
-    pairs = [(module, modules[path]) for path, module in slim.named_modules() if path in modules]
     if not is_sharded(dense):
         _dispatch(slim, dense)
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    modules = dict(dense.named_modules())
+    pairs = [(module, modules[path]) for path, module in slim.named_modules() if path in modules]
     if not any(isinstance(like, FSDPModule) for _, like in pairs):
         for module, like in pairs:
             _shard_parameters(module, like)
@@ -101,16 +99,22 @@ def _copy(module: Any, memo: dict[int, Any], *, dispatched: bool) -> Any:
         kept = [(key, hook) for key, hook in own[table].items() if not _distributes(hook)]
         own[table] = type(own[table])(kept)
     for table in ("_parameters", "_buffers"):
-        own[table] = {
-            name: None if value is None else memo.setdefault(id(value), _whole(module, name, value, dispatched))
-            for name, value in own[table].items()
-        }
+        for name, value in own[table].items():
+            if value is not None and id(value) not in memo:  # a tied tensor is gathered once
+                memo[id(value)] = _whole(module, name, value, dispatched)
+        own[table] = {name: memo.get(id(value)) for name, value in own[table].items()}
     vars(new).update(own)
     vars(new)["_modules"] = {
         name: None if part is None else _copy(part, memo, dispatched=dispatched)
         for name, part in module._modules.items()
     }
     return new
+
+
+def _meshes(module: nn.Module) -> list[Any]:
+    """The device mesh of each sharded parameter."""
+    parameters: list[Any] = list(module.parameters())
+    return [value.device_mesh for value in parameters if hasattr(value, "placements")]
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
@@ -157,8 +161,7 @@ def _fsdp_arguments(module: Any) -> Mapping[str, Any]:
     """Arguments of ``fully_shard`` for a module like one that it was called with."""
     state = module._get_fsdp_state()
     group = state._fsdp_param_group
-    mesh = next(value.device_mesh for value in module.parameters() if hasattr(value, "placements"))
-    arguments: dict[str, Any] = {"mesh": mesh, "mp_policy": state._mp_policy}
+    arguments: dict[str, Any] = {"mesh": _meshes(module)[0], "mp_policy": state._mp_policy}
     if group is not None:
         arguments["offload_policy"] = group.offload_policy
         if not state._auto_reshard_after_forward:

@@ -231,7 +231,7 @@ class Pass(Arguments, PassBase):
 
 
 def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
-    """Run a pass on a copy of a graph that shares no tensor with it; a write to a tensor of the graph is an error."""
+    """Run a pass on an independent copy of a graph, and raise an error if it wrote to a tensor of the original."""
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)
@@ -246,7 +246,7 @@ def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_mod
 
 
 def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphModule], set[Change]]:
-    """Record a graph module as it is; the function returned gives what is different in a later one.
+    """Take a snapshot of a graph module, and return a function that lists the changes in a later one.
 
     ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
     original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
@@ -333,7 +333,7 @@ class _Findings:
         return _identity(step), read, *self.graph_key(graph_module)
 
     def graph_key(self, graph_module: fx.GraphModule) -> tuple[Any, ...]:
-        """A key of what a graph computes: the names of its nodes, and its weights."""
+        """Cache key of a graph: a hash of its node names, and a digest of each weight."""
         nodes = hash(tuple(node.name for node in graph_module.graph.nodes))
         return nodes, tuple(self._digest(tensor) for _, tensor in weights(graph_module))
 

@@ -102,7 +102,7 @@ class SliceParametersPass(Pass):
 
 
 def _slice_in_place(graph_module: fx.GraphModule, removal: Removal, source: Source) -> None:
-    """Give graph and model slim tensors, one at a time; record what is cut off before the model changes."""
+    """Slice the tensors of graph and model in place, one at a time, after recording the removed entries."""
     facts, model = facts_of(graph_module), source.model
     aliases, source = names_by_identity(model), replace(source, dense=meta_twin(model))
     facts.put(source)
@@ -152,7 +152,7 @@ def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.T
 def cut_tensor(
     tensor: torch.Tensor, kept: Mapping[int, list[int]]
 ) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
-    """As :func:`slice_tensor`, with what is cut off: see :class:`~fxprune.graph.facts.Cut`."""
+    """The slice of a tensor, and the removed entries in the form of :class:`~fxprune.graph.facts.Cut`."""
     pieces = []
     value = tensor.detach()
     for axis, index in kept.items():

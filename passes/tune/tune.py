@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 from fxprune.axes import factors
-from fxprune.data.calibration import IGNORED, next_token_loss
+from fxprune.data.calibration import IGNORED
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, get_tensor, map_tensors, require_weights, weights
@@ -483,13 +483,9 @@ class Training:
             self.adam.step()
 
     def _loss(self, batch: TeacherBatch) -> torch.Tensor:
-        """What the samples of this process add to the loss of a whole batch."""
-        logits = self._logits(batch)
+        """Contribution of this process to the loss of a batch: the terms of its own samples."""
         truth = self.truth * batch.counted / batch.share if batch.share else 0.0
-        if self.settings.objective == "divergence":
-            return batch.share * divergence(logits, batch, truth)
-        loss = batch.share * self._error(logits, batch)
-        return loss + batch.share * truth * next_token_loss(logits, batch.labels) if truth else loss
+        return batch.share * self._error(self._logits(batch), batch, truth)
 
     def _measure(self) -> float:
         """The error on held-out samples, a mean over positions, in the precision of a step."""

@@ -39,7 +39,7 @@ def slim(rank: int, family: str, calibration: torch.Tensor = IDS, **options: Any
     return facts_of(found)[Removed].removal.plan.to_json(), digest, named if rank == 0 else {}
 
 
-def require_same(tmp_path: Path, family: str, counts: tuple[int, ...], **options: Any) -> None:
+def assert_same(tmp_path: Path, family: str, counts: tuple[int, ...], **options: Any) -> None:
     """Prune by one process and by several, and compare plans, weights and what each process holds."""
     for norm in ("sliced", "masked"):
         grouped(family, norm)  # for all forks
@@ -64,11 +64,11 @@ _PRECISE = {
 @pytest.mark.parametrize("recipe", ["fast", "balanced", "best", "llm-pruner"])
 def test_recipes(recipe: str, family: str, tmp_path: Path) -> None:
     counts = (2, 3, 4) if family == "llama" else (3,)
-    require_same(tmp_path, family, counts, recipe=recipe, **_PRECISE.get(recipe, {}))
+    assert_same(tmp_path, family, counts, recipe=recipe, **_PRECISE.get(recipe, {}))
 
 
 def test_rotation_of_experts(tmp_path: Path) -> None:
-    require_same(tmp_path, "mixtral", (3,), recipe="fast", compensate="rotation")
+    assert_same(tmp_path, "mixtral", (3,), recipe="fast", compensate="rotation")
 
 
 _RATIO = "select-by-ratio{ratio=0.3, ranking=auto, protect=[]}"
