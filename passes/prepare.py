@@ -21,9 +21,10 @@ from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
-from fxprune.graph.tensors import require_weights
+from fxprune.graph.tensors import device_of, require_weights
 from fxprune.masking.objective import Objective, OwnLoss, own_loss, predicts_next
 from fxprune.offload.files import is_offloading
+from fxprune.offload.prefetch import autocast, use_bf16
 from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
@@ -231,8 +232,16 @@ class CalibratePass(Pass):
         vocabulary = vocabulary if len(vocabulary) else torch.arange(rows)
         written = written_parameters(source.model, {name: torch.zeros(1, 2, dtype=torch.long)})
         model = alias_twin(source.model, written) if written else source.model
-        generate = partial(generated_samples, tokens=tokens, seed=self.seed, track=tracked, chats=chats)
-        found = attempt(generate, model, self.tokenizer, vocabulary, count)
+
+        def generate() -> torch.Tensor:
+            few = vocabulary[None, :2].to(device_of(graph_module))
+            bf16 = use_bf16("auto", graph_module, lambda: model(input_ids=few).logits, self.name)
+            with autocast(few.device, bf16):
+                return generated_samples(
+                    model, self.tokenizer, vocabulary, count, tokens, self.seed, tracked, chats=chats
+                )
+
+        found = attempt(generate)
         return f"the model generated none: {found}" if isinstance(found, Refusal) else found
 
 

@@ -55,7 +55,7 @@ FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
-GIVEN = str(read_recipe("balanced")).replace(", added=144", "").replace("weights=auto, ", "")
+GIVEN = str(read_recipe("balanced")).replace(", added=192", "").replace("=576", "=288").replace("weights=auto, ", "")
 BEST = _by_wanda("best", 128)
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (

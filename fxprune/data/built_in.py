@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fxprune.data.calibration import spread
 from fxprune.data.text import calibration_text, opening_tokens, paragraphs, token_windows
@@ -143,6 +143,24 @@ def can_generate(model: nn.Module) -> bool:
     return callable(can) and bool(can()) and not encodes
 
 
+class _Draw(LogitsProcessor):
+    """A draw of the next token, which greedy decoding then takes; never one of ``ends``.
+
+    It needs one random number a row; ``torch.multinomial``, by which transformers samples, one for each token of the
+    vocabulary, which takes longer than a small model does.
+    """
+
+    def __init__(self, ends: int | list[int] | None) -> None:
+        self.ends = [ends] if isinstance(ends, int) else list(ends or ())
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores[:, self.ends] = -torch.inf
+        reached = (scores.float() / _TEMPERATURE).softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(reached), 1, device=reached.device) * reached[:, -1:]
+        token = torch.searchsorted(reached, drawn, right=True).clamp_max(scores.shape[-1] - 1)
+        return scores.zero_().scatter_(1, token, 1)  # type: ignore[return-value]
+
+
 def generate_samples(
     model: Any,
     starts: torch.Tensor,
@@ -161,12 +179,10 @@ def generate_samples(
     """
     device = next(model.parameters()).device
     length = tokens - starts.shape[1]
-    drawn = GenerationConfig(
-        do_sample=True, temperature=_TEMPERATURE, top_k=0, top_p=1.0, use_cache=True,
-        repetition_penalty=1.0, min_new_tokens=length, max_new_tokens=length,
-    )  # fmt: skip
+    drawn = GenerationConfig(do_sample=False, use_cache=True, repetition_penalty=1.0, max_new_tokens=length)
     begun = starts[torch.arange(samples) % len(starts)].to(device).split(_BATCH)
     written: list[torch.Tensor] = []
+    draws = LogitsProcessorList([_Draw(model.generation_config.eos_token_id)])
     # transformers applies the model's own settings to every option that a call leaves open
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -177,7 +193,8 @@ def generate_samples(
             torch.manual_seed(seed)
             for ids in track(begun, what, len(begun)):
                 mask = torch.ones_like(ids)
-                written.append(model.generate(ids, attention_mask=mask, generation_config=drawn).cpu())
+                found = model.generate(ids, attention_mask=mask, generation_config=drawn, logits_processor=draws)
+                written.append(found.cpu())
     finally:
         model.generation_config = own
     return torch.cat(written)

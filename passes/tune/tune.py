@@ -479,7 +479,7 @@ class Training:
             numbers.grad = torch.zeros_like(numbers) if numbers.grad is None else numbers.grad
         gradients = [numbers.grad for numbers in self.numbers if numbers.grad is not None]
         all_reduce(gradients)
-        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if bool(nn.utils.get_total_norm(gradients).isfinite()):
             self.adam.step()
 
     def _loss(self, batch: TeacherBatch) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxprune.data.built_in import (
+    _Draw,
     built_in_samples,
     built_in_text,
     can_generate,
@@ -92,6 +93,16 @@ def test_tokens_are_drawn_by_what_the_model_says() -> None:
         readout.zero_()
     written = generate_samples(model, STARTS, 64, 34, 0)[:, 2:]
     assert len(written.unique()) > len(readout) // 2
+
+
+def test_tokens_are_drawn_by_their_probabilities_and_no_text_ends() -> None:
+    """At a temperature of 0.8; the last token ends a text."""
+    said = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.9]).log()
+    wanted = (said[:4] / 0.8).softmax(-1)
+    torch.manual_seed(0)
+    chosen = _Draw([4])(torch.zeros(20_000, 1, dtype=torch.long), said.repeat(20_000, 1)).argmax(-1)
+    found = chosen.bincount(minlength=5) / len(chosen)
+    assert found[3] == found[4] == 0 and (found[:4] - wanted).abs().max() < 4 * (0.25 / 20_000) ** 0.5
 
 
 def test_only_what_continues_token_ids_can_write() -> None:
