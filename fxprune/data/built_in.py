@@ -133,7 +133,10 @@ _MARK = "0a9f3c"
 """Stands for the user's message, to find the part of a template before it."""
 
 _LONGEST = 4
-"""At most one token in four of a sample comes from the chat template; a longer beginning is cut at its start."""
+"""At most one token in four of a sample comes from the chat template or an opening."""
+
+_FOREIGN = 4
+"""One sample in four that is no chat begins with an opening: random tokens of an English vocabulary lead to English."""
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -212,8 +215,9 @@ def generated_samples(
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
-    Each sample begins as the tokenizer begins a text, with one token drawn from the vocabulary; with ``chats``, if the
-    tokenizer has a chat template, half of them begin as a chat does, up to the user's message.
+    Each begins as the tokenizer begins a text. With ``chats``, if the tokenizer has a chat template, half of them go on
+    as a chat does, up to the user's message. Of the others, a quarter go on with the opening of a text in one of thirty
+    languages, the rest with one token drawn from the vocabulary.
 
     Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (arXiv 2305.17888),
     for the token; Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing"
@@ -226,11 +230,35 @@ def generated_samples(
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
     talks = samples // 2 if chat and chats else 0
-    drawn = vocabulary[torch.randint(len(vocabulary), (samples - talks,), generator=draw)][:, None]
-    starts = torch.cat([torch.tensor(opening_tokens(tokenizer), dtype=torch.long).expand(len(drawn), -1), drawn], dim=1)
-    kinds = (("the model writes", starts, len(starts)), ("the model chats", torch.tensor([chat]), talks))
-    written = [generate_samples(model, begun, n, tokens, seed, track, what) for what, begun, n in kinds if n]
+    opened = opening_rows(tokenizer, tokens // _LONGEST)
+    foreign = (samples - talks) // _FOREIGN if len(opened) else 0
+    opened = opened[torch.randperm(len(opened), generator=draw)]
+    drawn = vocabulary[torch.randint(len(vocabulary), (samples - talks - foreign,), generator=draw)][:, None]
+    first = torch.tensor(opening_tokens(tokenizer), dtype=torch.long)
+    begun = (
+        ("the model writes", drawn, len(drawn)),
+        ("the model writes in other languages", opened, foreign),
+    )
+    kinds = [(what, torch.cat([first.expand(len(rows), -1), rows], dim=1), count) for what, rows, count in begun]
+    kinds.append(("the model chats", torch.tensor([chat]), talks))
+    written = [generate_samples(model, starts, n, tokens, seed, track, what) for what, starts, n in kinds if n]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]
+
+
+def opening_texts() -> tuple[str, ...]:
+    """Openings of texts in thirty languages but English, two or three sentences each, written for this package."""
+    return tuple(files(__package__).joinpath("openings.txt").read_text(encoding="utf-8").splitlines())
+
+
+def opening_rows(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """The first token ids, at most ``tokens``, of the openings that a tokenizer can write: ``(openings, ids)``."""
+    if tokenizer is None or tokens < 1:
+        return torch.empty(0, 0, dtype=torch.long)
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in opening_texts()]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    known = [ids for ids in found if ids and unknown not in ids]
+    length = min([tokens, *map(len, known)])
+    return torch.tensor([ids[:length] for ids in known], dtype=torch.long).reshape(len(known), length)
 
 
 def chat_start(tokenizer: Any) -> list[int]:

@@ -21,6 +21,8 @@ from fxprune.data.built_in import (
     generated_samples,
     offline_docstrings,
     offline_text,
+    opening_rows,
+    opening_texts,
 )
 from fxprune.data.text import token_windows
 from tests.models import tiny, token_ids
@@ -134,9 +136,21 @@ def _own(tokenizer: Any, samples: int = 8, tokens: int = 16, seed: int = 0) -> t
 
 
 def test_without_a_chat_each_sample_begins_with_a_token_of_the_vocabulary() -> None:
-    written, shown = _own(character_tokenizer())
+    written, shown = _own(None)
     assert written.shape == (8, 16) and set(written[:, 0].tolist()) == {7, 9} and shown == ["the model writes 1"]
     assert torch.equal(written, _own(None)[0]) and not torch.equal(written, _own(None, seed=1)[0])
+
+
+def test_one_sample_in_four_begins_with_a_language_that_the_tokenizer_can_write() -> None:
+    tokenizer = character_tokenizer()
+    assert len(opening_texts()) == len(set(opening_texts())) == 30 and min(map(len, opening_texts())) > 50
+    rows = opening_rows(tokenizer, 4)
+    assert 0 < len(rows) < 30 and rows.shape[1] == 4 and tokenizer.unk_token_id not in rows
+    assert {tokenizer.decode(row) for row in rows} <= {text[:4] for text in opening_texts()}
+    assert opening_rows(None, 4).numel() == opening_rows(tokenizer, 0).numel() == 0
+    written, shown = _own(tokenizer)
+    begun = [any(torch.equal(sample[:4], row) for row in rows) for sample in written]
+    assert sum(begun) == 2 and shown == ["the model writes 1", "the model writes in other languages 1"]
 
 
 def test_half_of_the_samples_of_a_model_that_chats_are_chats() -> None:
@@ -144,9 +158,9 @@ def test_half_of_the_samples_of_a_model_that_chats_are_chats() -> None:
     start = torch.tensor(chat_start(chats))
     written, shown = _own(chats)
     begun = (written[:, : len(start)] == start).all(-1)
-    assert int(begun.sum()) == 4 and set(written[~begun, 0].tolist()) <= {7, 9}
+    assert int(begun.sum()) == 4 and sum(first in (7, 9) for first in written[~begun, 0].tolist()) == 3
     assert not bool(begun[:4].all()) and not bool(begun[4:].all()), "they take turns, so that a part has both"
-    assert shown == ["the model writes 1", "the model chats 1"]
+    assert shown == [f"the model {what} 1" for what in ("writes", "writes in other languages", "chats")]
     short, _ = _own(chats, samples=3, tokens=4)
     assert short.shape == (3, 4) and int((short[:, 0] == start[-1]).sum()) == 1, "a long start loses its own"
     assert _own(chats, samples=1)[1] == ["the model writes 1"]
