@@ -283,6 +283,7 @@ def lower(
     returned: Any = program.graph.output_node().args[0]
     results = [copier.read(env[value], True) if isinstance(value, fx.Node) else value for value in returned]
     graph.output(_rebuild(program.call_spec.out_spec, results, graph))
+    graph.eliminate_dead_code(is_impure)  # a weight that nothing else reads must not stay for its dtype
     _replace_literals(graph, attributes, dtype)
     graph.eliminate_dead_code(is_impure)
     order = {node: i for i, node in enumerate(graph.nodes)}
