@@ -337,7 +337,7 @@ def emit_from_graph(
 
 
 def _resized(source: Source, removal: Removal) -> list[Resized]:
-    """The numbers that change with each group; none for channels, whose number is that of too much else."""
+    """The numbers that change with each group; none for channels, whose number equals too many others."""
     found = []
     for group in removal.groups:
         if group.factor is None or group.kind == "channel" or not removal.keep.touches(group.factor):

@@ -123,7 +123,8 @@ def test_what_goes_wrong_with_a_cache_alone_is_refused(judge: SlimVerifier, cand
     fault = "it does not run: RuntimeError" if fails else "it computes something else"
     with pytest.raises(VerificationError, match=f"generation with its cache: {fault}"):
         judge(candidate)
-    for judge.dense in (meta_twin(judge.dense), candidate):
+    for dense in (meta_twin(judge.dense), candidate):
+        judge.dense = dense
         assert judge(candidate)
 
 
