@@ -1,4 +1,4 @@
-"""The Python face: prune a model, or apply a plan to one."""
+"""The Python API: prune a model, or apply a plan to one."""
 
 from __future__ import annotations
 

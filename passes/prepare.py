@@ -164,7 +164,7 @@ class CalibratePass(Pass):
         try:
             return own_loss(source.model, labelled[0])
         except FxpruneError as error:
-            add_note(graph_module, f"labels do not count, the divergence from the dense model does: {error}")
+            add_note(graph_module, f"labels are ignored, and the loss is the divergence from the dense model: {error}")
             return None
 
     def _check_opening(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> None:
@@ -177,8 +177,8 @@ class CalibratePass(Pass):
             written = self.tokenizer.decode(opening)  # type: ignore[union-attr]
             add_note(
                 graph_module,
-                f"no sample begins with {written}, with which the tokenizer begins a text; a model that was trained so "
-                "predicts badly without it, and is then scored and fitted on what it never does",
+                f"no sample begins with {written}, which the tokenizer puts before every text: a model trained with it "
+                "predicts badly without it, and is then scored and fitted on inputs that it does not see in use",
             )
 
     def _substitutes(self, graph_module: fx.GraphModule) -> tuple[torch.Tensor, int]:

@@ -130,7 +130,7 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
                     stack.enter_context(made_folder(work.parent))
                 run_on_first(lambda: _begin(work, request), CheckpointError)
                 there = file.read_text("utf-8", "replace") if file.is_file() else ""
-                check_same(lambda: {"the request": request, "what they see in the folder": there}, where=str(work))
+                check_same(lambda: {"the request": request, "the files that they see": there}, where=str(work))
             with offload_to(work, work if request is not None else None):
                 yield work
         except BaseException:  # an interrupt too leaves nothing that is of no use

@@ -113,7 +113,7 @@ def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:
     for output in filter(torch.numel, outputs[:1]):
         whole = output.full_tensor() if hasattr(output, "full_tensor") else output
         return Forward(shapes, whole)
-    return found if isinstance(found, Refusal) else Refusal(ValueError("its outputs are no numbers"))
+    return found if isinstance(found, Refusal) else Refusal(ValueError("its outputs are not numbers"))
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -71,7 +71,7 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
         elif any(end > start for (_, end), (start, _) in pairwise(sorted(spans.values()))):
             fault = "its tensors overlap"
         elif max(blocks, default=-1) >= layers:
-            fault = f"it holds {max(blocks) + 1:,} blocks and says {layers:,}"
+            fault = f"it holds {max(blocks) + 1:,} blocks, and its header says {layers:,}"
     except (OSError, ValueError, TypeError) as error:
         fault = str(error)
     if fault:

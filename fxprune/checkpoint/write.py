@@ -307,24 +307,7 @@ def save_pretrained(
     """
     verify = flag("verify", verify)
     check_request(folder, tokenizer, max_shard_size)
-    given: Any = model
-    if not isinstance(given, transformers.PreTrainedModel):
-        check_merged(given)
-        raise refuse("model", given, "a Hugging Face model, as in result.model", CheckpointError)
-    if (getattr(model, "_tp_size", None) or 1) > 1 and not is_sharded(model):
-        what = "each process holds a part of its weights, as a plain tensor"
-        raise CheckpointError(what, where="model", remedy="Load it without tp_plan to save it")
-    meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
-    if meta is not None:
-        raise CheckpointError("is on meta and has no values", where=meta, remedy="Load the weights first")
-    if plan is not None and not isinstance(plan, Plan):
-        raise refuse("plan", plan, "a Plan, as in result.plan, or None", CheckpointError)
-    if report is not None and not isinstance(report, Report):
-        raise refuse("report", report, "a Report, as in result.report, or None", CheckpointError)
-    digest = vars(model).get(PLAN_DIGEST) or (None if plan is None else plan.digest)
-    if plan is not None and plan.digest != digest:
-        remedy = "Pass the plan of the prune that gave this model, as in result.plan"
-        raise CheckpointError("it is the plan of another model", where="plan", remedy=remedy)
+    digest = _check_model(model, plan, report)
     check_place(folder, force=force)
     structure = describe_structure(model)
     forward = run_forward(model) if verify else None
@@ -342,6 +325,29 @@ def save_pretrained(
 
     run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
+
+
+def _check_model(model: PreTrainedModel, plan: Plan | None, report: Report | None) -> str | None:
+    """Refuse a model that cannot be saved, and a plan of another one; return the digest of the model's plan."""
+    given: Any = model
+    if not isinstance(given, transformers.PreTrainedModel):
+        check_merged(given)
+        raise refuse("model", given, "a Hugging Face model, as in result.model", CheckpointError)
+    if (getattr(model, "_tp_size", None) or 1) > 1 and not is_sharded(model):
+        what = "each process holds a part of its weights, as a plain tensor"
+        raise CheckpointError(what, where="model", remedy="Load it without tp_plan to save it")
+    meta = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if meta is not None:
+        raise CheckpointError("is on meta and has no values", where=meta, remedy="Load the weights first")
+    if plan is not None and not isinstance(plan, Plan):
+        raise refuse("plan", plan, "a Plan, as in result.plan, or None", CheckpointError)
+    if report is not None and not isinstance(report, Report):
+        raise refuse("report", report, "a Report, as in result.report, or None", CheckpointError)
+    digest: str | None = vars(model).get(PLAN_DIGEST) or (None if plan is None else plan.digest)
+    if plan is not None and plan.digest != digest:
+        remedy = "Pass the plan of the prune that gave this model, as in result.plan"
+        raise CheckpointError("it is the plan of another model", where="plan", remedy=remedy)
+    return digest
 
 
 def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object], *, force: bool = False) -> None:

@@ -120,7 +120,7 @@ def _lines(found: Estimate) -> Iterator[str]:
         duration = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
     yield f"time: about {duration} with nothing else running (within a factor of two)"
     if found.read:
-        yield f"disk: tuning reads up to {found.read / 1e9:,.0f} GB beside it if memory holds none of the weights"
+        yield f"disk: tuning reads up to {found.read / 1e9:,.0f} GB more, if no weights stay in memory"
     yield "no weight was read, and nothing was written; with real scores widths may be distributed differently"
 
 

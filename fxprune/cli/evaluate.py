@@ -65,14 +65,8 @@ def evaluate(
     from fxprune.evaluation.tasks import check_tasks
     from fxprune.offload.ranks import broadcast_object, is_first
 
-    for option, value, reason in (
-        ("--dtype", dtype, "weights on disk are used in the dtype of their files"),
-        ("--device", device, "weights on disk are used on the CPU"),
-        ("--tasks", tasks, "each question would read all weights"),
-        ("--answers", answers or None, "each token would read all weights"),
-    ):
-        if low_memory and value is not None:
-            raise EvaluationError(reason, where=f"--low-memory with {option}", remedy="Leave one of them out")
+    if low_memory:
+        _check_low_memory(dtype, device, tasks, answers)
     compared = check_models([*([compare] if compare else []), *models])
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if named:
@@ -103,12 +97,24 @@ def evaluate(
         console.print(comparison.table())
 
 
+def _check_low_memory(dtype: str | None, device: str | None, tasks: str | None, answers: bool | None) -> None:
+    """Refuse options that weights on disk cannot be used with."""
+    for option, value, reason in (
+        ("--dtype", dtype, "weights on disk are used in the dtype of their files"),
+        ("--device", device, "weights on disk are used on the CPU"),
+        ("--tasks", tasks, "each question would read all weights"),
+        ("--answers", answers or None, "each token would read all weights"),
+    ):
+        if value is not None:
+            raise EvaluationError(reason, where=f"--low-memory with {option}", remedy="Leave one of them out")
+
+
 def _check_written(models: Sequence[str], compare: str | None, *, low_memory: bool) -> None:
     """Refuse, before measuring, to write figures without a report or a dense model to compare with."""
     from fxprune.checkpoint.manifest import read_manifest
 
     if compare is None or low_memory:
-        what = "figures of a report are beside those of the dense model, which has to be in memory"
+        what = "they are compared with the dense model, which has to be in memory"
         remedy = "Leave --low-memory out" if low_memory else "Give --compare with the dense model"
         raise EvaluationError(what, where="--write", remedy=remedy)
     for model in models:

@@ -169,8 +169,8 @@ def _check_file(path: Path) -> None:
     if name in general_archs():
         what = "a GGUF file with uneven layers" if layers_differ(header) else f"a GGUF file of the architecture {name}"
         remedy = (
-            "Programs that read GGUF files run it; for this command name the folder that it was exported from, "
-            "or prune to a folder"
+            "`fxprune serve` and programs that read GGUF files run it; for this command name the folder that it was "
+            "exported from, or prune to a folder"
         )
         raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=remedy)
 

@@ -126,7 +126,7 @@ def gguf_multiple(source: str, quantization: str | None) -> int:
 def runners(out: Path) -> str:
     """The programs that run a file, by its suffix."""
     return {
-        ".gguf": "programs that read GGUF files run it",
+        ".gguf": "`fxprune serve` and programs that read GGUF files run it",
         ".onnx": "onnxruntime runs it",
         ".pt2": "torch.export.load runs it",
     }[out.suffix]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
@@ -14,12 +14,11 @@ from rich.table import Column, Table
 from fxprune.cli import options as flags
 from fxprune.cli.console import QuickCommand, app, console, print_json, print_lines
 from fxprune.cli.output import is_file
-from fxprune.errors import CheckpointError, FxpruneError, PlanError
+from fxprune.errors import CheckpointError, PlanError
 from fxprune.pipeline.arguments import MANIFEST
 
 if TYPE_CHECKING:
     from fxprune.removal.plan import Difference, Plan
-    from fxprune.report.report import Report
 
 plans = typer.Typer(help="Show what a plan removes, or how two plans differ.")
 app.add_typer(plans, name="plan")
@@ -32,10 +31,16 @@ Source = Annotated[Path, typer.Argument(help="A plan.json, a folder that has one
 
 @dataclass(frozen=True)
 class WrittenPlan:
-    """A plan that a prune wrote, and the report beside it, if there is one."""
+    """A plan that a prune wrote, and of the report beside it, if there is one, the widths and numbers of parameters.
+
+    Args:
+        widths: units before and after by group, as in the report.
+        parameters: before and after; None without a report.
+    """
 
     plan: Plan
-    report: Report | None = None
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    parameters: tuple[int, int] | None = None
 
 
 @plans.command(cls=QuickCommand)
@@ -45,7 +50,7 @@ def show(plan: Source, as_json: flags.Json = False) -> None:
 
     written = read_plan(plan)
     axes = differences(written.plan, Plan())
-    widths = written.report.widths if written.report else {}
+    widths = written.widths
     blocks, norm = list(written.plan.removed_blocks), written.plan.norm
     if as_json:
         cut = [{"block": one.block, "axes": one.axes, "size": one.size, "removed": one.first} for one in axes]
@@ -62,9 +67,9 @@ def show(plan: Source, as_json: flags.Json = False) -> None:
         lines.append(f"tokens that stay: {len(written.plan.vocabulary):,}")
     if not axes and not blocks and not written.plan.vocabulary:
         lines.append("the plan removes nothing")
-    if written.report:
-        dense, slim = written.report.parameters
-        lines.append(f"parameters: {dense:,} to {slim:,}, {written.report.achieved:.2%} removed")
+    if written.parameters:
+        dense, slim = written.parameters
+        lines.append(f"parameters: {dense:,} to {slim:,}, {1 - slim / dense:.2%} removed")
     print_lines([*lines, f"norms over removed units: {norm}"])
 
 
@@ -116,12 +121,11 @@ def read_plan(path: Path) -> WrittenPlan:
         raise PlanError(error.what, where=str(path), remedy=_REMEDY) from error
     if plan is None:
         raise PlanError("the checkpoint was saved without a plan", where=str(path), remedy="Name a plan.json")
-    return WrittenPlan(plan, report)
+    return WrittenPlan(plan) if report is None else WrittenPlan(plan, report.widths, report.parameters)
 
 
 def _from_files(path: Path, report: Path) -> WrittenPlan:
     from fxprune.removal.plan import Plan
-    from fxprune.report.report import Report
 
     if not path.is_file():
         remedy = "Name a plan.json, a folder that has one, or the file that a prune wrote"
@@ -133,9 +137,18 @@ def _from_files(path: Path, report: Path) -> WrittenPlan:
     if not report.is_file() or report == path:
         return WrittenPlan(plan)
     try:
-        return WrittenPlan(plan, Report.from_dict(json.loads(report.read_text(encoding="utf-8"))))
-    except (ValueError, RecursionError, FxpruneError) as error:
+        data = json.loads(report.read_text(encoding="utf-8"))
+        return WrittenPlan(plan, {name: _pair(of) for name, of in data["widths"].items()}, _pair(data["parameters"]))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise PlanError("it is not a report", where=str(report), remedy="Remove it, or prune again") from error
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """Two whole numbers, the first above 0; a ValueError for anything else."""
+    before, after = value
+    if not (type(before) is type(after) is int and before > 0 and after >= 0):
+        raise ValueError(value)
+    return before, after
 
 
 def _widths_table(widths: Mapping[str, tuple[int, int]]) -> Table:

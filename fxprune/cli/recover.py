@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from fxprune.cli.output import check_output, is_file
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import MANIFEST
 from fxprune.recovery.settings import RecoverySettings
+
+if TYPE_CHECKING:
+    from fxprune.removal.plan import Plan
+    from fxprune.report.report import Report
 
 
 @app.command(cls=Command)
@@ -42,20 +46,13 @@ def recover(
     **options: Any,
 ) -> None:
     """Train MODEL briefly, by LoRA on its pruned layers, and write it to OUT with its plan and report."""
-    from fxprune.checkpoint.manifest import read_manifest
     from fxprune.data.named import ROW_SUFFIXES
     from fxprune.data.rows import read_rows
     from fxprune.offload.ranks import is_first
     from fxprune.recovery import Distillation
 
     check_models([model, *([distil] if distil else [])])
-    kind, _, number = (device or "").partition(":")
-    if number:
-        raise ArgumentError(
-            f"training takes every {kind} device that it sees, and {device} is one of them",
-            where="--device",
-            remedy=f"Give --device {kind} with CUDA_VISIBLE_DEVICES={number} in the environment",
-        )
+    _check_device(device)
     if is_file(out):
         raise ArgumentError(f"{out} is a file", where="--out", remedy="Name a folder; `fxprune export` writes files")
     check_output(out, model, force=force)
@@ -65,13 +62,7 @@ def recover(
         read_rows(rows)  # refuses a file that cannot be read before the model is loaded
     keep_freed()
     loaded, tokenizer = load_pair(model, dtype=dtype, device=device)
-    plan = report = None
-    if (Path(model) / MANIFEST).is_file():
-        manifest = read_manifest(Path(model))
-        plan, report = manifest.read_plan(Path(model)), manifest.read_report(Path(model))
-        if report is not None and (report.quality or report.measured):
-            report = replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
-        loaded.config._name_or_path = manifest.source["name"]  # that of the dense model
+    plan, report = _read_origin(model, loaded)
     teacher = None
     if distil is not None:
         dense, words = load_pair(distil, needed=False, dtype=dtype, device=device)
@@ -95,8 +86,37 @@ def recover(
     more: dict[str, Any] = {"plan": plan, "report": report, "force": force, "also": write_recovery}
     fxprune.save_pretrained(recovery.model, out, tokenizer, **more)
     if is_first():
-        before, after = recovery.held_out
-        print_lines(f"note: {note}" for note in recovery.notes)
-        size = f"{recovery.data.train:,} samples, {recovery.trained:,} parameters trained"
-        print_lines([f"{recovery.steps:,} steps on {size}"])
-        print_lines([f"held-out loss {before:.3f} before, {after:.3f} after; model written to {out}"])
+        _print_recovery(recovery, out)
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse one of several devices."""
+    kind, _, number = (device or "").partition(":")
+    if number:
+        raise ArgumentError(
+            f"training takes every {kind} device that it sees, and {device} is one of them",
+            where="--device",
+            remedy=f"Give --device {kind} with CUDA_VISIBLE_DEVICES={number} in the environment",
+        )
+
+
+def _read_origin(model: str, loaded: Any) -> tuple[Plan | None, Report | None]:
+    """The plan and the report of a slim model, without figures that training changes, if it was saved with them."""
+    from fxprune.checkpoint.manifest import read_manifest
+
+    if not (Path(model) / MANIFEST).is_file():
+        return None, None
+    manifest = read_manifest(Path(model))
+    plan, report = manifest.read_plan(Path(model)), manifest.read_report(Path(model))
+    if report is not None and (report.quality or report.measured):
+        report = replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
+    loaded.config._name_or_path = manifest.source["name"]  # that of the dense model
+    return plan, report
+
+
+def _print_recovery(recovery: fxprune.Recovery, out: Path) -> None:
+    before, after = recovery.held_out
+    print_lines(f"note: {note}" for note in recovery.notes)
+    size = f"{recovery.data.train:,} samples, {recovery.trained:,} parameters trained"
+    print_lines([f"{recovery.steps:,} steps on {size}"])
+    print_lines([f"held-out loss {before:.3f} before, {after:.3f} after; model written to {out}"])

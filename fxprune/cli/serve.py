@@ -47,7 +47,7 @@ def serve(
 
     engine: dict[str, Any] = load_data("quantizations")["engine"]
     if find_spec(engine["server"]) is None:
-        what = f"{engine['name']} serves it, and is not installed"
+        what = f"it is served by {engine['name']}, which is not installed"
         raise FxpruneError(what, where="serve", remedy=engine["install"])
     given = [one for one in (model, draft) if one is not None]
     if quantization is not None and all(map(is_gguf, given)):

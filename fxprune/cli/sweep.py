@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ from fxprune.cli.models import check_model, load
 from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.errors import ArgumentError
 from fxprune.recipes.options import WHAT_GOES, Options
+
+if TYPE_CHECKING:
+    from fxprune.sweep import Sweep
 
 
 @app.command(cls=MeasuringCommand)
@@ -82,6 +85,11 @@ def sweep(
         track=progress,
         **options,
     )
+    _print_sweep(found, most, as_json=as_json)
+
+
+def _print_sweep(found: Sweep, most: float | None, *, as_json: bool) -> None:
+    """Print the table, and the model to recommend if a limit ``most`` of the perplexity was given."""
     best = None if most is None else found.recommend(most)
     if as_json:
         print_json({**found.to_dict(), "recommended": None if best is None else best.name})

@@ -90,7 +90,7 @@ class _Op:
 
 
 class ZeroWalk:
-    """One walk over a graph in order; ``held`` are the values of masked units that are not just any value."""
+    """A walk over a graph in order; ``held`` has the values of masked units, where they are known."""
 
     def __init__(
         self, graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str]
@@ -126,7 +126,7 @@ class ZeroWalk:
         self.aliases = {node: members[root[node]] for node in root if writes(node)}
 
     def visit(self, node: fx.Node) -> None:
-        """Find the factors that ``node`` must see the kept units of, and the values of masked units in its results."""
+        """Find the factors of which ``node`` must see kept units alone, and masked values in its results."""
         op = _Op(node, self.stated)
         for places in self.sums.get(node.name, ()):
             for factor in self.free(places[0]):

@@ -131,7 +131,8 @@ class SlimVerifier:
         """Whether outputs are the same in evaluation mode, under each attention implementation.
 
         An implementation under which the dense model fails too, or gives other outputs than under its own, is ignored;
-        a failure under any other implementation than the model's own is a ``VerificationError``.
+        a failure under any other implementation than the model's own is a ``VerificationError``. So is a cache with
+        which the model does not generate, or generates something else, if the dense model has storage and does better.
         """
         if has_meta_weights(self.slim):
             return True
@@ -139,11 +140,14 @@ class SlimVerifier:
         with eval_mode(candidate):
             if not self.agrees(candidate):
                 return False
+            fault = _cache_fault(candidate, self.inputs)
+            comparable = not any(p.is_meta for p in self.dense.parameters())
+            if fault and comparable and not _cache_fault(self.dense, self.inputs):
+                raise VerificationError(fault, where="generation with its cache", remedy=_REMEDY)
             for name in others:
                 fault = _fault(self._wanted, _outputs(candidate, self.inputs, name))
                 if fault and self._dense_passes(name, crashed=fault != _DIFFERS):
-                    remedy = "Use the graph, or report the model's config"
-                    raise VerificationError(fault, where=f"under {name} attention", remedy=remedy)
+                    raise VerificationError(fault, where=f"under {name} attention", remedy=_REMEDY)
         return True
 
     def agrees(self, candidate: PreTrainedModel) -> bool:
@@ -175,6 +179,7 @@ class SlimVerifier:
 
 
 _DIFFERS = "it computes something else"
+_REMEDY = "Use the graph, or report the model's config"
 
 
 def _fault(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor] | Refusal | None) -> str:
@@ -194,6 +199,22 @@ def _outputs(
     with using_attention(model, implementation) as accepted, torch.no_grad():
         found = attempt(partial(model, **inputs, **({"use_cache": False} if takes else {}))) if accepted else None
     return found if found is None or isinstance(found, Refusal) else output_tensors(found)
+
+
+def _cache_fault(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> str:
+    """Return the fault of the logits of two tokens generated with a cache beside those without; empty if none.
+
+    The tokens are prescribed: which has the largest logit may be a matter of rounding.
+    """
+    if not model.can_generate():
+        return ""
+    twin: Any = alias_twin(model, written_parameters(model, inputs))
+    options: dict[str, Any] = {"max_new_tokens": 2, "num_beams": 1, "do_sample": False, "eos_token_id": None}
+    options |= {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    generate = partial(twin.generate, **inputs, **options, prefix_allowed_tokens_fn=lambda *_: [1])
+    with quiet(), torch.no_grad():
+        plain, cached = attempt(generate, use_cache=False), attempt(generate, use_cache=True)
+    return str(plain) if isinstance(plain, Refusal) else _fault(plain.logits, getattr(cached, "logits", cached))
 
 
 def outputs_agree(want: torch.Tensor, got: torch.Tensor) -> bool:
@@ -316,7 +337,7 @@ def emit_from_graph(
 
 
 def _resized(source: Source, removal: Removal) -> list[Resized]:
-    """The numbers that change with each group; none for channels, whose number is that of too much else."""
+    """The numbers that change with each group; none for channels, whose number equals too many others."""
     found = []
     for group in removal.groups:
         if group.factor is None or group.kind == "channel" or not removal.keep.touches(group.factor):

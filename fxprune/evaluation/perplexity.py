@@ -269,7 +269,7 @@ class _AlignedWindows:
         common: tuple[Tensor, Tensor],
         offsets: Sequence[Offsets],
     ) -> _AlignedWindows:
-        """The windows that are those of the model as nearly as the tokens allow.
+        """The windows of the reference nearest to those of the model, as far as its tokens allow.
 
         Args:
             windows: those of the model.

@@ -304,7 +304,7 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """Train and merge; the outcome by field of :class:`Recovery`."""
         set_seed(self.settings.seed)
-        notes = [f"no update of {name}: {why}" for name, why in self.targets.skipped.items()]
+        notes = [f"{name} is not trained: {why}" for name, why in self.targets.skipped.items()]
         if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
             dtype = torch.bfloat16 if has_bf16(self.model.device) else torch.float32
             self.model.to(dtype=dtype)  # type: ignore[call-arg]

@@ -232,8 +232,9 @@ class FileBudget(Budget):
 
 
 def check_budget(name: str, value: Any) -> str:
-    """Return ``value``, the argument ``name``: one of :data:`BUDGETS`, ``bytes@`` and a format, ``memory@`` and a
-    context, or a phase, ``@`` and a table.
+    """Return ``value``, the argument ``name``, if it names a budget.
+
+    That is one of :data:`BUDGETS`, ``bytes@`` and a format, ``memory@`` and a context, or a phase, ``@`` and a table.
     """
     if not isinstance(value, str):
         return one_of(name, value, BUDGETS)

@@ -1,4 +1,7 @@
-"""The plan: kept indices of each parameter, as data; and the difference of two plans."""
+"""The plan: kept indices of each parameter, as data; and the difference of two plans.
+
+Plans are read and compared without torch, which takes seconds to import: what needs it is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fxprune.axes import Expr, Factor, Keep, factors, kept_mask, unit_index
-from fxprune.discovery.dependency import AxisMap
-from fxprune.discovery.groups import Group
-from fxprune.discovery.norms import NORMS
 from fxprune.errors import PlanError
-from fxprune.graph.context import wrap_errors
-from fxprune.graph.facts import within
-from fxprune.graph.tensors import starred
-from fxprune.pipeline.arguments import format_value
-from fxprune.pipeline.pipeline import html_table
+from fxprune.pipeline.arguments import NORMS, format_value
+
+if TYPE_CHECKING:
+    from fxprune.discovery.dependency import AxisMap
+    from fxprune.discovery.groups import Group
 
 _VERSION = 1
 
@@ -80,6 +80,8 @@ class Plan:
         return "\n".join((self._summary, *(f"  {axis}: {left} kept" for axis, left in self._rows())))
 
     def _repr_html_(self) -> str:
+        from fxprune.pipeline.pipeline import html_table
+
         return html_table(f"Plan: {self._summary}", self._rows(), ("axis", "units kept"))
 
     @property
@@ -91,6 +93,8 @@ class Plan:
 
     def _rows(self) -> list[tuple[str, str]]:
         """Kept units of axes whose names differ only in numbers: smallest and largest count, and the size."""
+        from fxprune.graph.tensors import starred
+
         found: dict[str, list[tuple[int, int]]] = {}
         for name, axes in self.kept.items():
             for axis, index in axes.items():
@@ -124,8 +128,10 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Return the plan from the output of :meth:`to_json`."""
-        with wrap_errors("plan", _WRITTEN, PlanError):
+        try:
             data: Any = json.loads(text, object_pairs_hook=_once)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _no_plan("plan", f"{type(error).__name__}: {error}") from error
         if not isinstance(data, Mapping):
             raise _no_plan("plan", f"it is {format_value(data)}")
         version = data.get("version")
@@ -174,6 +180,8 @@ def _by_axis(what: str, value: Any) -> dict[str, dict[int, Any]]:
 
 def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> Plan:
     """Return the plan that keeps the units of ``keep``."""
+    from fxprune.graph.facts import within
+
     names = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
     kept = _kept(axes, keep, names)
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}

@@ -209,7 +209,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Reached:
-    """What became of a target.
+    """The outcome of a target.
 
     Args:
         target: as it was asked for.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,30 +110,38 @@ def trace(
     if check:
         check_values(model)
     inputs = default_inputs(model, example_inputs)
+    graph_module, fidelity, notes = _first_that_agrees(model, example_inputs, inputs, dynamic, check)
+    if check and fidelity.error is None and example_inputs is not None and not has_meta_weights(graph_module):
+        check_runs(model, example_inputs)
+    graph_module.recompile()
+    _set_facts(graph_module, model, example_inputs, notes, fidelity)
+    return Traced(graph_module, model, tuple(notes))
+
+
+def _first_that_agrees(
+    model: nn.Module, example_inputs: Mapping[str, Any] | None, inputs: dict[str, Any], dynamic: bool, check: bool
+) -> tuple[fx.GraphModule, Fidelity, list[str]]:
+    """The first export whose graph computes what the model does, in the order of :func:`_exports`; with notes."""
     native = model_dtype(model)
-    notes: list[str] = []
     portable = torch.bfloat16 if native == torch.float32 else native
     with defer_gc():
         dry_run = find_repeats(model, inputs, native)
         depends = find_dependence(model, inputs, native, portable, dry_run)
+    notes: list[str] = []
     if depends.dtype:
         notes.append(f"runs in {native} alone: the model's code depends on its dtype, in {depends.dtype}")
         portable = native
     failure: Exception | None = None
     fidelity: Fidelity | None = None
-    none, repeats = Repeats(), Repeats() if dry_run is None else dry_run.repeats
     deciding = deciding_inputs(model, inputs)
-    # from the fastest and most general way to export to the safest
-    attempts = [(portable, dynamic, repeats, False), (portable, dynamic, none, False)]
-    attempts += [(portable, dynamic, none, True)] if deciding else []
-    attempts += [(native, dynamic, none, False), (native, False, none, False)]
-    for dtype, free, copied, decided in dict.fromkeys(attempts):
+    repeats = Repeats() if dry_run is None else dry_run.repeats
+    for dtype, free, copied, decided in _exports(native, portable, dynamic, repeats, bool(deciding)):
         known = deciding if decided else {}
         with defer_gc():
             try:
                 program = _export(model, inputs, native, dtype, free, copied, known)
             except Exception as error:  # torch.export passes on any error of the model's own code
-                if copied == none:
+                if copied == Repeats():
                     failure = failure or error
                     notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
                 continue
@@ -142,20 +150,28 @@ def trace(
         fidelity = compare_with_module(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:
             break
-        if copied == none:
+        if copied == Repeats():
             notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
         raise _trace_error(model, failure, fidelity)
-    if check and fidelity.error is None and example_inputs is not None and not has_meta_weights(graph_module):
-        check_runs(model, example_inputs)
     hooked = hooks_left_out(model)
     notes += [*limits, *fidelity.notes]
     notes += [f"without the hooks of {', '.join(hooked)}"] if hooked else []
     in_eval = f"the graph is the model in eval(): in train() it differs, first in {depends.mode}"
-    notes += [in_eval] if depends.mode else []
-    graph_module.recompile()
-    _set_facts(graph_module, model, example_inputs, notes, fidelity)
-    return Traced(graph_module, model, tuple(notes))
+    return graph_module, fidelity, notes + ([in_eval] if depends.mode else [])
+
+
+def _exports(
+    native: torch.dtype, portable: torch.dtype, dynamic: bool, repeats: Repeats, decided: bool
+) -> Iterable[tuple[torch.dtype, bool, Repeats, bool]]:
+    """Ways to export, from the fastest and most general to the safest: dtype, dynamic sizes, blocks to copy.
+
+    The last is whether values of inputs that decide the graph are those of the example.
+    """
+    none = Repeats()
+    ways = [(portable, dynamic, repeats, False), (portable, dynamic, none, False)]
+    ways += [(portable, dynamic, none, True)] if decided else []
+    return dict.fromkeys([*ways, (native, dynamic, none, False), (native, False, none, False)])
 
 
 def _graph_of(

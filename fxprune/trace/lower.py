@@ -364,7 +364,10 @@ def _replace_literals(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtyp
     body = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
     if not tensors or body is None:
         return
-    weights = [n for n in tensors if n.op == "get_attr" and n.meta["val"].dtype == dtype]
+    named = [node for node in tensors if node.op == "get_attr"]
+    read = {id(attributes[str(node.target)]) for node in named if node.users}  # perhaps by another name
+    # a weight that nothing reads must not stay for its dtype
+    weights = [n for n in named if n.meta["val"].dtype == dtype and id(attributes[str(n.target)]) in read]
     with graph.inserting_before(body):
         device = graph.call_function(getattr, (tensors[0], "device"))
         dtype_node = graph.call_function(getattr, (weights[0], "dtype")) if dtype is not None and weights else None

@@ -61,7 +61,7 @@ def check_alone(values: Mapping[str, Any]) -> None:
             "budget", f"{values['budget']!r} cannot be given with the kind vocab, which is sized in parameters"
         )
     if values["compensate"] not in (None, "none") and not has_others(values):
-        raise _refused("compensate", "only rows of the vocabulary go, and nothing that other weights could make up for")
+        raise _refused("compensate", "only rows of the vocabulary go, for which no other weight can compensate")
 
 
 def check_parts(model: Any, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tuning: a few vectors trained end to end on the slim model, and folded into its weights."""
+"""Tuning: vectors, low-rank updates or weights of the slim model, trained end to end."""
 
 from .teacher import RecordTeacherPass
 from .tune import TunePass

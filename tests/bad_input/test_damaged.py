@@ -513,12 +513,13 @@ def load_words(folder: Path) -> Any:
 
 def load_plan(folder: Path) -> Any:
     written = read_plan(folder / "plan.json")
-    report = written.report.to_dict() if written.report else {}
     axes, groups = (facts_of(grouped("llama", num_hidden_layers=1))[kind] for kind in (Dependencies, fxprune.Groups))
     keep = keep_of(axes.axes, groups.all, written.plan)
-    return {
-        name: by_axis for name, by_axis in plan_of(axes.axes, keep, written.plan.removed_blocks).kept.items()
-    }, report
+    return (
+        {name: by_axis for name, by_axis in plan_of(axes.axes, keep, written.plan.removed_blocks).kept.items()},
+        dict(written.widths),
+        written.parameters,
+    )
 
 
 def load_run(folder: Path) -> Any:

@@ -31,7 +31,7 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     out = tmp_path / "slim.gguf"
     options = ("--recipe", "llm-pruner", "--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
     code, output = shown("prune", dense, "--out", out, *options)
-    assert code == 0 and f"written to {out}: programs that read GGUF files run it" in output, output
+    assert code == 0 and f"written to {out}: `fxprune serve` and programs that read GGUF files run it" in output, output
     assert {path.name for path in tmp_path.iterdir()} == {
         *("slim.gguf", "slim.plan.json", "slim.report.json", "slim.report.html", "slim.run.yaml")
     }
@@ -66,7 +66,7 @@ def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
     even("llama").save_pretrained(tmp_path / "stock")
     tokenizer().save_pretrained(tmp_path / "stock")
     code, output = shown("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
-    assert code == 0 and output.endswith("slim.gguf written: programs that read GGUF files run it"), output
+    assert code == 0 and output.endswith("written: `fxprune serve` and programs that read GGUF files run it"), output
     code, output = shown("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
     assert code == 0, output
     names = [name for name in gguf.GGUFReader(tmp_path / "slim.gguf").fields if name.startswith("tokenizer.")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import fxprune
@@ -62,10 +64,20 @@ def test_a_plan_beside_a_file_is_found(tmp_path: Path) -> None:
     report = Report((10, 9), (20, 18), 64, widths={"model.layers.0/mlp": (8, 5)})
     (tmp_path / "slim.report.json").write_text(report.to_json())
     found = read_plan(tmp_path / "slim.gguf")
-    assert found.plan == plan(0) and found.report == report
+    assert (found.plan, found.widths, found.parameters) == (plan(0), report.widths, report.parameters)
     assert read_plan(tmp_path / "slim.plan.json") == found
-    (tmp_path / "slim.report.json").write_text("[]")
-    assert "slim.report.json: it is not a report" in refused("plan", "show", tmp_path / "slim.gguf")
+    for wrong in ("[]", '{"widths": {"mlp": [8]}, "parameters": [10, 9]}', '{"widths": {}, "parameters": [0, 9]}'):
+        (tmp_path / "slim.report.json").write_text(wrong)
+        assert "slim.report.json: it is not a report" in refused("plan", "show", tmp_path / "slim.gguf")
+
+
+def test_a_plan_is_shown_and_compared_without_torch(models: Path) -> None:
+    """Its import takes seconds."""
+    code = "import sys; from fxprune.cli import app; app(standalone_mode=False); print('torch' in sys.modules)"
+    for arguments in (["show", models / "slim"], ["diff", models / "slim", models / "slim"]):
+        command = [sys.executable, "-c", code, "plan", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_json_has_all_axes(tmp_path: Path) -> None:

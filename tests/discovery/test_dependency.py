@@ -72,19 +72,6 @@ def stated_over(*roles: Role) -> tuple[Statements, Factor]:
     return stated, factor
 
 
-def test_a_softmax_over_experts_is_a_statistic_and_keeps_any_other_axis() -> None:
-    for roles in ((Role.EXPERT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE)):
-        stated, factor = stated_over(*roles)
-        resolve_experts(stated)
-        assert [found.expr for found in stated.statistics] == [factor]
-        assert factor not in stated.solver.frozen_factors()
-        assert Role.EXPERT in stated.solver.tagged_factors()[factor]
-    for roles in ((), (Role.SHARED_OUT,), (Role.SHARED_OUT, Role.SIDE_BY_SIDE, Role.HEAD)):
-        stated, factor = stated_over(*roles)
-        resolve_experts(stated)
-        assert stated.statistics == [] and stated.solver.frozen_factors()[factor].reason.startswith("a softmax")
-
-
 def test_as_many_units_stay_as_are_picked() -> None:
     stated, factor = stated_over(Role.EXPERT)
     stated.at_least.append(AtLeast(factor, 4))

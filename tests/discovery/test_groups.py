@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import networkx as nx
 import pytest
 import torch
 from torch import nn
@@ -10,31 +9,14 @@ from torch import nn
 from fxprune.discovery.groups import (
     DEFAULT_KINDS,
     as_kinds,
-    axes_by_factor,
     bare_kind,
     consumers_of,
     find_consumers,
-    find_groups,
-    propagate,
     read_weight,
     units_at,
 )
 from fxprune.errors import FxpruneError
-from tests.oracle import Net, axes_of, discover, graph_of, groups_of
-
-
-def test_a_trigger_reaches_what_holds_its_factor() -> None:
-    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
-    graph = graph_of(discover(net, {"x": torch.randn(2, 10)}))
-    (group,) = find_groups(graph)
-    assert group.factor is not None and group.trigger is not None
-    holding = axes_by_factor(graph)[group.factor]
-    reached = propagate(graph, group.trigger, holding)
-    assert {(m.name, m.axis) for m in group.members} == {("a.weight", 0), ("a.bias", 0), ("b.weight", 1)}
-    assert {(m.name, m.axis) for m in group.members} <= reached == holding
-    cut = nx.Graph(graph)
-    cut.remove_nodes_from([axis for axis in holding if axis.tensor.startswith("relu")])
-    assert ("b.weight", 1) not in propagate(cut, group.trigger, holding & set(cut))
+from tests.oracle import Net, axes_of, discover, groups_of
 
 
 def test_kinds_are_checked_and_one_may_stand_alone() -> None:

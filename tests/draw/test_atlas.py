@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import networkx as nx
 import pytest
 import torch
 from torch import nn
@@ -19,20 +18,6 @@ from fxprune.trace import trace
 from tests.models import tiny
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_axes_are_found_by_factor_and_stand_in_order_of_execution(small: nx.Graph) -> None:
-    atlas = Atlas(small)
-    units = next(group for group in atlas.groups if group.size == 4)
-    assert units.factor is not None and atlas.by_factor[units.factor] is units
-    assert atlas.weights == {"a.weight", "a.bias", "b.weight", "b.bias"}
-    held = [axis for axis in atlas.in_order(atlas.holding[units.factor]) if axis.tensor in atlas.weights]
-    assert [f"{axis.tensor}[{axis.dim}]" for axis in held] == ["a.weight[0]", "a.bias[0]", "b.weight[1]"]
-    assert [atlas.module(axis) for axis in held] == ["a", "a", "b"]
-    assert all(atlas.factors(axis) == [units.factor] for axis in held)
-    rank = {f"{axis.tensor}[{axis.dim}]": atlas.rank(axis) for axis in small.nodes}
-    assert rank["a.weight[1]"] == rank["a.weight[0]"] - 0.5
-    assert rank["a.weight[0]"] == rank["a.bias[0]"] < rank["b.weight[1]"] < rank["b.weight[0]"]
 
 
 def test_a_tied_weight_is_used_where_its_modules_use_it() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
-import itertools
 import re
 
 import networkx as nx
@@ -12,42 +10,15 @@ import pytest
 import torch
 
 from fxprune.discovery.dependency import dependency_graph
-from fxprune.discovery.groups import KINDS
 from fxprune.draw.atlas import Atlas, find_folds
 from fxprune.draw.graphviz import Legend, _quoted, draw, hue_of
-from fxprune.draw.view import Labels, View, contracted, searched
+from fxprune.draw.view import Labels, View, contracted
 from fxprune.trace import trace
 from tests.draw.test_atlas import Block, Stack
 
 
-def test_each_kind_has_a_hue_of_its_own_in_every_shade() -> None:
-    hues = {}
-    for kind in (*KINDS, "kv_head"):
-        shades = [hue_of(kind, shade, strong) for shade in range(3) for strong in (False, True)]
-        assert len(set(shades)) == len(shades)
-        channels = ([int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)] for shade in shades)
-        found = [colorsys.rgb_to_hls(*rgb)[0] for rgb in channels]
-        assert max(found) - min(found) < 0.02
-        hues[kind] = found[0]
-    ordered = sorted(hues.values())
-    assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.05
-    assert hue_of("head") == hue_of("query_head") != hue_of("kv_head")
-
-
 def legend(atlas: Atlas, view: View) -> str:
     return Legend(atlas, view, Labels(atlas, view.folds), lambda factor: "#123456").table()
-
-
-def test_the_legend_explains_groups_and_signs_of_the_picture(small: nx.Graph) -> None:
-    atlas = Atlas(small)
-    shown = [axis for axis, data in small.nodes(data=True) if data["role"] == "parameter"]
-    text = legend(atlas, contracted(atlas, "title", shown))
-    (units,) = (group for group in atlas.groups if group.size == 4)
-    assert f'BGCOLOR="#123456" BORDER="1" WIDTH="24"></TD><TD ALIGN="LEFT">{units.name}</TD>' in text
-    assert "the arrow follows the data" in text and "frozen: cannot be removed" in text
-    assert not re.findall("stream|residual|dashed|thick|plan|removed as a whole|widest", text)
-    text = legend(atlas, searched(atlas, "title", units))
-    assert "the arrow follows the search" in text and "dashed" in text and "follows the data" not in text
 
 
 @pytest.mark.parametrize(("widths", "cells"), [((5, 5), []), ((5, 10, 8), ["50", "100", "80"])])

@@ -12,35 +12,11 @@ from torch import nn
 
 import fxprune
 from fxprune.emit import Blueprint, emit, rebuild
-from fxprune.emit.layout import find_layout
-from fxprune.emit.structure import combined_inputs, remove_blocks
+from fxprune.emit.structure import combined_inputs
 from fxprune.modelling.blocks import BUILT_AT
 from fxprune.modelling.table_rows import INPUTS, select_inputs
-from tests.emit.small import small
 from tests.emitted import cut, distance, greedy, logits, padding_error, through_disk
 from tests.models import tiny, token_ids
-
-
-def test_blocks_behind_move_up() -> None:
-    model = small(depth=3)
-    first, _, last = model.blocks
-    vars(last)["window"] = 2
-    remove_blocks(model, ("blocks.1",), find_layout(model))
-    assert list(model.blocks) == [first, last] and model.config.depth == 2
-    assert (first.layer_idx, last.layer_idx) == (0, 1)
-    assert vars(last)["window"] == 2, "not called like an index"
-    assert BUILT_AT not in vars(last)
-
-
-def test_a_block_of_another_kind_says_where_it_was_built() -> None:
-    model = small()
-    remove_blocks(model, ("blocks.0",), find_layout(model))
-    assert BUILT_AT not in vars(model.blocks[1])
-    assert vars(model.blocks[2])[BUILT_AT] == {"index": 3, "fields": {"depth": 4}}
-    assert model.blocks[2].layer_idx == 2
-    again = small(depth=3)
-    remove_blocks(again, (), find_layout(again))
-    assert len(again.blocks) == 3
 
 
 def test_rows_of_rows_are_counted_in_the_first_table() -> None:

@@ -109,6 +109,25 @@ def test_what_differs_under_another_implementation_alone_is_refused(
         assert judge(candidate)
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_goes_wrong_with_a_cache_alone_is_refused(judge: SlimVerifier, candidate: Any, fails: bool) -> None:
+    """XLNet's slim model computed the same and did not generate. One that goes wrong as the dense one does passes."""
+
+    def forward(self: Any, **given: Any) -> Any:
+        found = type(self).__base__.forward(self, **given)
+        if given["input_ids"].shape[1] == 1:
+            found.logits = found.logits.view(7) if fails else found.logits + 1
+        return found
+
+    candidate.__class__ = type("Broken", (type(candidate),), {"forward": forward})
+    fault = "it does not run: RuntimeError" if fails else "it computes something else"
+    with pytest.raises(VerificationError, match=f"generation with its cache: {fault}"):
+        judge(candidate)
+    for dense in (meta_twin(judge.dense), candidate):
+        judge.dense = dense
+        assert judge(candidate)
+
+
 @pytest.mark.slow
 def test_heads_without_key_heads_of_their_own_go_under_every_implementation() -> None:
     """The config said six key/value heads beside four heads: their quotient was zero, and eager attention broke."""

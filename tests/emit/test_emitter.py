@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import fxprune.emit.emitter as emitter
+from fxprune.emit.emitter import Blueprint, rebuild
+from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
 from tests.emit.small import SmallModel, small
 
 
@@ -24,20 +26,6 @@ def narrow(model: SmallModel, width: int = 8) -> dict[str, torch.Tensor]:
     tensors["blocks.1.up.bias"] = tensors["blocks.1.up.bias"].detach()[:width]
     tensors["blocks.1.down.weight"] = tensors["blocks.1.down.weight"].detach()[:, :width]
     return tensors
-
-
-def test_a_narrower_block_is_emitted_and_overrides_go_by_the_names_of_the_slim_model() -> None:
-    model = small()
-    emission = emitter.emit(model, narrow(model))
-    slim: Any = emission.model
-    assert emission.reasons == () and slim.blocks[1].up.out_features == 8
-    assert slim.fxprune_overrides.block_fields == {"blocks.1": {"inner": 8}}
-    assert slim.fxprune_blueprint["block_fields"] == {"blocks.1": {"inner": 8}}
-    assert slim(torch.tensor([[1, 2]])).shape == (1, 2, 12)
-    tensors = {name: tensor for name, tensor in narrow(model).items() if not name.startswith("blocks.0.")}
-    slim = emitter.emit(model, tensors, ("blocks.0",)).model
-    assert slim.fxprune_overrides.block_fields == {"blocks.0": {"inner": 8}}
-    assert slim.fxprune_blueprint["block_fields"] == {"blocks.1": {"inner": 8}}
 
 
 def test_modules_that_the_user_added_are_a_reason() -> None:
@@ -79,3 +67,14 @@ def test_a_defect_of_ours_is_raised(place: str, monkeypatch: pytest.MonkeyPatch)
     model = small()
     with pytest.raises(TypeError, match="NoneType"):
         emitter.emit(model, narrow(model))
+
+
+def test_a_block_lacks_what_is_absent_and_is_built_where_its_kind_is() -> None:
+    blueprint = Blueprint(fields={"head_dim": 2}, absent={"blocks.1": ["head_dim"]}, block_fields={"blocks.1": {}})
+    assert [block.head_dim for block in rebuild(small(depth=2), blueprint).blocks] == [2, 4]
+    blueprint = Blueprint(built_at={"blocks.1": {"index": 3, "fields": {"depth": 4}}})
+    slim = rebuild(small(depth=2), blueprint)
+    assert isinstance(slim.blocks[1].up, nn.Identity) and slim.blocks[1].layer_idx == 1
+    assert vars(slim.blocks[1])[BUILT_AT]["index"] == 3 and slim.config.depth == 2
+    with pytest.raises(CannotBuildError, match="norm"):
+        rebuild(small(), Blueprint(block_fields={"norm": {"inner": 4}}))

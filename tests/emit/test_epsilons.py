@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.emit.emitter import emit
-from fxprune.emit.patch import NormEpsilons, enlarged_epsilons, epsilon_fields, find_epsilons, set_attributes
+from fxprune.emit.patch import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
 from fxprune.removal.removal import RescaledNumber
 from fxprune.trace import trace
 from tests.models import tiny
@@ -52,15 +52,6 @@ def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tu
     return graph, {
         (norms[i].name, ("args", 3)): RescaledNumber(norms[i].args[3], 2 * norms[i].args[3]) for i in numbers
     }  # type: ignore[arg-type, operator, misc]
-
-
-def test_the_innermost_module_with_such_an_attribute_holds_it() -> None:
-    model = Two(Norm(eps=0.5), Norm(eps=0.25), "own")
-    graph, changes = changes_in(model, 0, 1, 2)
-    places = find_epsilons(graph, model, changes)
-    assert places.attributes == {"first": {"eps": 1.0}, "second": {"eps": 0.5}, "": {"small": 1.0}}
-    assert places.reasons == () and set(places.nodes) == set(places.values)
-    assert find_epsilons(graph, model, {("gone", ("args", 3)): RescaledNumber(1.0, 2.0)}) == NormEpsilons()
 
 
 @pytest.mark.parametrize(
@@ -112,15 +103,6 @@ def places_of(model: Any, leave: str = "") -> NormEpsilons:
         if "variance_epsilon" in vars(module) and (not leave or leave not in path)
     }
     return NormEpsilons(found)
-
-
-def test_a_config_field_says_it_where_it_moves_these_and_no_others() -> None:
-    model = tiny("llama", num_hidden_layers=2, rms_norm_eps=1e-3)
-    assert epsilon_fields(model, "", places_of(model)) == {"rms_norm_eps": 2e-3}
-    some = places_of(model, leave="layers.1")
-    assert epsilon_fields(model, "", some) == {}
-    assert epsilon_fields(model, "", some, ("model.layers.1",)) == {"rms_norm_eps": 2e-3}
-    assert epsilon_fields(model, "", NormEpsilons()) == {}
 
 
 def test_an_emitted_model_has_them_in_its_config_or_in_its_modules() -> None:

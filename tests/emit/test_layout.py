@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fxprune.emit.layout import block_rebuilder, find_layout, model_rebuilder
+from fxprune.emit.layout import block_rebuilder, find_layout
 from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.solve import Search
-from tests.emit.small import SmallModel, rebuilder, small
+from tests.emit.small import small
 from tests.models import tiny
 
 
@@ -29,21 +29,6 @@ def test_blocks_and_what_counts_them_are_found() -> None:
     layout = find_layout(tiny("gemma3_text"))  # where lists count blocks
     assert layout.depth == 3 and layout.count_field is not None
     assert layout.stacks[0].path == "model.layers"
-
-
-def test_a_block_is_built_from_fields_and_those_of_its_own() -> None:
-    block = rebuilder(small())
-    seen = block.observe({"inner": 8})
-    assert seen is not None and seen.shapes["up.weight"] == (8, 12)
-    assert block.observe({"inner": 8}) is seen
-    assert block.observe({"inner": 7}) is None, "the constructor refuses odd widths"
-    assert block.value({"inner": 8}, "inner") == 8 and block.value({}, "inner") == 20
-    assert block.known({"head_dim": 2}) == ("heads", "hidden", "inner", "head_dim")
-    model = small()
-    found = block_rebuilder(model, find_layout(model), 1, model.blocks[1], {"inner": 6})
-    assert found is not None
-    built = found.build({})
-    assert isinstance(built, nn.Module) and built.up.out_features == 6 and built.layer_idx == 1
 
 
 class Listed(nn.Module):
@@ -79,14 +64,3 @@ def test_a_block_that_asks_for_more_is_not_built() -> None:
 
     model = small()
     assert block_rebuilder(model, find_layout(model), 0, Demanding(None, 0, model), {}) is None
-
-
-def test_the_model_is_built_with_few_blocks() -> None:
-    model = small()
-    around = model_rebuilder(model, find_layout(model))
-    built = around.build({"hidden": 24})
-    assert isinstance(built, SmallModel) and len(built.blocks) == 1 and built.norm.weight.shape == (24,)
-    assert around.skip == ("blocks",)
-    seen = around.observe({})
-    assert seen is not None and seen.shapes.keys() == {"embed.weight", "norm.weight", "norm.bias"}
-    assert len(model.blocks) == model.config.depth == 4

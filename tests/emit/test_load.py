@@ -60,16 +60,6 @@ def test_misfits_are_told() -> None:
     assert "norm.bias: no tensor given for it" in shape_errors(slim, tensors, lambda name: name, frozenset())
 
 
-def test_a_model_runs_without_storage_or_says_what_stops_it() -> None:
-    assert run_on_meta(blank()) is None
-    broken = blank()
-    broken.norm = nn.LayerNorm(5, device="meta")
-    assert str(run_on_meta(broken)).startswith("RuntimeError: ")
-    model = nn.Module()
-    vars(model)["table"] = torch.empty(2, device="meta")
-    assert names_on_meta(model) == [".table"]
-
-
 @pytest.mark.parametrize(("width", "odd"), [(8, False), (6, True)])
 def test_experts_of_odd_widths_run_one_by_one(width: int, odd: bool) -> None:
     class Experts(nn.Module):
@@ -83,14 +73,6 @@ def test_experts_of_odd_widths_run_one_by_one(width: int, odd: bool) -> None:
     assert has_unaligned_experts(model) is odd
     use_eager_experts(model)
     assert (vars(model.config)["_experts_implementation_internal"] == "eager") is odd
-
-
-def test_a_class_has_its_own_first_and_what_it_can_be_switched_to() -> None:
-    model = tiny("llama", num_hidden_layers=1)
-    assert attention_implementations(model) == ("sdpa", "eager", "flex_attention")
-    model.set_attn_implementation("eager")
-    assert attention_implementations(model) == ("eager", "sdpa", "flex_attention")
-    assert attention_implementations(tiny("bloom", num_hidden_layers=1)) == ("eager",)
 
 
 def test_a_model_runs_under_another_and_is_as_it_was() -> None:
@@ -144,15 +126,6 @@ def broken(model: Any, name: str) -> Any:
 
     layer.o_proj.forward = fails
     return model
-
-
-def test_the_dense_model_is_not_run_where_the_slim_one_runs(asked: Asked) -> None:
-    dense, slim = llama(), llama()
-    assert DryRuns(dense).failure_of(slim) is None
-    assert asked == [(id(slim), "sdpa"), (id(slim), "eager")]
-    asked.clear()
-    assert DryRuns(dense).failure_of(slim, patched=False) is None
-    assert asked == [(id(slim), "sdpa")]
 
 
 def test_what_stops_the_slim_model_alone_is_reported(asked: Asked) -> None:

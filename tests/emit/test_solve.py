@@ -13,41 +13,8 @@ from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import Rebuilder
 from fxprune.emit.snapshot import Reads, record_reads, shapes_of
-from fxprune.emit.solve import Search, explicit_fields, minimal, with_companions
+from fxprune.emit.solve import Search, with_companions
 from fxprune.modelling.blocks import put_fields
-from tests.emit.small import rebuilder, small
-
-
-def test_one_field_is_found_unless_the_search_ends_before() -> None:
-    block, wanted = rebuilder(small()), shapes_of(small(inner=14).blocks[0])
-    assert Search(block, {}, wanted).solutions() == [{"inner": 14}]
-    assert Search(block, {}, wanted, limit=0).solutions() == []
-
-
-def test_a_default_is_made_explicit_so_that_others_can_move_alone() -> None:
-    model = small()
-    block = rebuilder(model)
-    dense = block.observe({})
-    assert dense is not None
-    optional = explicit_fields(block, dense)
-    assert optional == {"head_dim": 4}
-    wanted = shapes_of(small(heads=2, head_dim=4).blocks[0])
-    solutions = Search(block, optional, wanted).solutions()
-    assert {"heads": 2} in solutions
-    assert minimal(block, {}, {"heads": 2}, optional) == {"heads": 2, "head_dim": 4}
-    assert minimal(block, {}, {"inner": 14}, optional) == {"inner": 14}, "the default stands for itself"
-
-
-def test_nothing_reaches_a_shape_of_its_own() -> None:
-    model = small()
-    wanted = {**shapes_of(model.blocks[0]), "up.weight": (14, 12), "up.bias": (14,), "back.weight": (12, 11)}
-    search = Search(rebuilder(model), {}, wanted)
-    assert search.solutions() == [] and search.best == {}
-    assert search.wrong({}) == {("up.weight", 0), ("up.bias", 0), ("back.weight", 1)}
-    assert search.wrong({"inner": 7}) is None
-    wanted = {**shapes_of(model.blocks[0]), "up.weight": (14, 12)}
-    search = Search(rebuilder(model), {}, wanted, counted=frozenset({("up.weight", 0)}))
-    assert search.solutions() == [{"inner": 14}], "only the axes that count must be right"
 
 
 def test_a_wrong_value_of_one_field_is_not_tried_with_all_values_of_the_others() -> None:
@@ -113,16 +80,3 @@ def test_a_quotient_stays_whole(divides: str, wanted: dict[str, int]) -> None:
     assert found == {"heads": 4, **wanted}
     found = with_companions(builds(Config(partners=2), "partners", ("heads", "partners")), {}, {"heads": 4})
     assert found == {"heads": 4}, "a quotient that follows the field needs no other"
-
-
-def test_a_field_that_moves_shapes_is_left_alone() -> None:
-    rebuilder = builds(Config(), "groups", ("heads", "groups"))
-    make = rebuilder.make
-
-    def other(fields: Any) -> nn.Module:
-        module = make(fields)
-        module.table = nn.Parameter(torch.empty(fields.get("partners", 6)))
-        return module
-
-    rebuilder.make = other
-    assert "partners" not in with_companions(rebuilder, {}, {"heads": 4})

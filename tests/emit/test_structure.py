@@ -14,11 +14,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fxprune.emit import structure
-from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.snapshot import shapes_of
-from fxprune.emit.structure import Structure, describe_structure, parse_config, pruned_class
+from fxprune.emit.structure import Structure, describe_structure, parse_config
 from fxprune.errors import CheckpointError
-from fxprune.modelling.layerwise import AnyWidths, Layerwise, Overrides
+from fxprune.modelling.layerwise import Overrides
 from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
 from tests.remembered import pruned
@@ -27,26 +26,6 @@ from tests.remembered import pruned
 @pytest.fixture(scope="module")
 def slim() -> Any:
     return narrow()
-
-
-def test_a_stock_model_needs_no_words() -> None:
-    model = tiny("llama")
-    structure = describe_structure(model)
-    assert structure.is_stock and structure.differences == () and structure.overrides == Overrides()
-    assert structure.where == {"class": type(model).__name__, "blocks": "model.layers", "part": ""}
-
-
-def test_widths_attributes_and_shapes_that_no_field_sets_are_reported(slim: Any) -> None:
-    structure = describe_structure(slim)
-    assert structure.overrides == Overrides(block_fields={"model.layers.1": {"intermediate_size": 24}})
-    assert structure.differences == ("its blocks differ in width",)
-    model = copy.deepcopy(slim)
-    layer = model.model.layers[0]
-    layer.mlp.up_proj.out_features = 5
-    layer.mlp.up_proj.weight = nn.Parameter(torch.zeros(5, 48))
-    overrides = describe_structure(model).overrides
-    assert overrides.attributes == {"model.layers.0.mlp.up_proj": {"out_features": 5}}
-    assert overrides.shapes == {"model.layers.0.mlp.up_proj.weight": [5, 48]}
 
 
 def test_buffers_of_other_values_are_kept() -> None:
@@ -76,18 +55,6 @@ def test_every_difference_has_words() -> None:
     told = Structure(overrides, {}, "no").differences
     assert told[0] == "its config class refuses these widths: no" and told[1] == "its blocks differ in width"
     assert told[3].endswith("an attribute of: the model") and told[4].endswith("x and 1 more") and len(told) == 6
-
-
-def test_a_pruned_class_is_like_its_stock_class() -> None:
-    model = tiny("llama", num_hidden_layers=1)
-    stock, config = type(model), type(model.config)
-    other = pruned_class(stock, config)
-    assert issubclass(other, Layerwise) and issubclass(other, stock) and other.__name__ == stock.__name__
-    assert issubclass(other.config_class, AnyWidths) and stock_config(other.config_class) is config
-    assert pruned_class(stock, other.config_class) is other
-    assert stock_class(model) is stock
-    model.__class__ = other
-    assert stock_class(model) is stock
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

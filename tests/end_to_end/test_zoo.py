@@ -95,14 +95,15 @@ def test_what_is_found_goes_exactly(model_type: str) -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    tiers(["llama", "axk2", "bamba", "gemma4_unified_text", "got_ocr2", "laguna", "moshi", "zamba"]),
+    tiers(["llama", "axk2", "bamba", "gemma4_unified_text", "got_ocr2", "laguna", "moshi", "xlnet", "zamba"]),
 )
 def test_a_slim_model_is_stored_loaded_and_run(model_type: str) -> None:
     """Also one whose config has an infinite number, or a width for a kind of layer, or a second stack of layers.
 
     And one whose class cannot fill modules of new widths with initial values, which transformers' loader asks of it.
     And one with heads under a norm over a group of them, which has the group's size as a number of its own. And many
-    kinds at once, numbers of heads in a list with an entry a layer, and layers whose class asks for a flag.
+    kinds at once, numbers of heads in a list with an entry a layer, and layers whose class asks for a flag. And one
+    with parameters that only its generation reads.
     """
     found = examine(model_type)
     assert (found.stage, found.error) == ("done", "")

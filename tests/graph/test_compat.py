@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxprune.graph.compat import (
     UNKNOWN_SIZE,
-    argument_names,
     clear_symbolic_caches,
     fake_mode,
     is_free,
-    is_impure,
-    is_pointwise,
-    is_random,
     size_hint,
     size_range,
 )
-
-aten = torch.ops.aten
 
 
 def sizes(low: int | None = None) -> torch.Size:
@@ -40,19 +34,6 @@ def test_a_symbolic_size_is_free_and_has_a_hint_and_a_bound_unless_it_depends_on
         found = torch.zeros(5).nonzero().shape[0]
     assert is_free(found)
     assert size_hint(found) == UNKNOWN_SIZE
-
-
-def test_ops_are_told_apart_by_their_tags_and_schema() -> None:
-    assert is_pointwise(aten.add.Tensor) and not is_pointwise(aten.mm.default) and not is_pointwise(torch.add)
-    assert is_random(aten.rand.default) and not is_random(aten.zeros.default)
-    assert argument_names(aten.softmax.int) == [("self", None, False), ("dim", None, False), ("dtype", None, False)]
-    assert argument_names(aten.add.Tensor)[2] == ("alpha", 1, True)
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    written = graph.call_function(aten.add_.Tensor, (x, 1))
-    drawn = graph.call_function(aten.rand.default, ([2],))
-    out = graph.output(x)
-    assert [is_impure(node) for node in (x, written, drawn, out)] == [True, True, False, True]
 
 
 def test_nothing_is_remembered_of_a_trace_that_is_over() -> None:

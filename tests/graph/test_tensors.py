@@ -11,20 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fxprune.errors import PassError
 from fxprune.graph.tensors import (
-    as_parameter,
-    copy_tensor,
-    delete_tensor,
     device_of,
-    get_tensor,
     has_meta_weights,
-    input_tensors,
-    is_input,
-    map_tensors,
     names_by_identity,
     read_argument,
     require_weights,
     set_argument,
-    set_tensor,
     tensors_of,
     weights,
     with_argument,
@@ -49,24 +41,6 @@ def reading(module: nn.Module, *names: str) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output([graph.get_attr(name) for name in names])
     return fx.GraphModule(module, graph)
-
-
-def test_a_tensor_is_replaced_where_it_stands_and_a_parameter_stays_one() -> None:
-    module = Tied()
-    for name in ("a.weight", "shift"):
-        new = as_parameter(torch.zeros(2), get_tensor(module, name))
-        set_tensor(module, name, new)
-        assert get_tensor(module, name) is new
-    assert {name for name, _ in module.named_buffers()} == {"shift"}
-    assert "a.weight" in dict(module.named_parameters())
-    delete_tensor(module, "a.weight")
-    assert "a.weight" not in dict(module.named_parameters())
-    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    made = as_parameter(torch.zeros(3), frozen)
-    assert isinstance(made, nn.Parameter) and not made.requires_grad
-    assert not isinstance(as_parameter(torch.zeros(3), torch.ones(2)), nn.Parameter)
-    twin = copy_tensor(frozen)
-    assert isinstance(twin, nn.Parameter) and torch.equal(twin, frozen) and twin.data_ptr() != frozen.data_ptr()
 
 
 def test_weights_are_those_the_graph_reads_and_refused_without_values() -> None:
@@ -97,14 +71,6 @@ def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
         node.meta["val"] = torch.zeros(2, 3)
     xs.meta["val"], first.meta["val"] = {"p": [torch.zeros(2, 3)]}, [torch.zeros(2, 3)]
     return found, {"x": x, "xs": xs, "first": first, "inner": inner, "total": total, "part": part}
-
-
-def test_items_of_inputs_are_inputs_and_only_tensors_are_mapped() -> None:
-    found, nodes = graph()
-    assert {name for name, node in nodes.items() if is_input(node)} == {"x", "xs", "first", "inner"}
-    assert dict(input_tensors(found)) == {nodes["x"]: "x", nodes["inner"]: "xs['p'][0]"}
-    made = map_tensors({"p": [torch.zeros(2), 3], "q": None}, torch.ones_like)
-    assert made["p"][0].sum() == 2 and made["p"][1] == 3 and made["q"] is None
 
 
 def test_values_are_read_and_written_where_they_stand() -> None:

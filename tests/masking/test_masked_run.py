@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,9 @@ from fxprune.axes import Keep
 from fxprune.discovery.groups import consumers_of, find_consumers, units_at
 from fxprune.graph.facts import fork
 from fxprune.masking.compare import compare, masked_outputs
-from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, output_tensors, spread_gates
+from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, spread_gates
 from fxprune.pipeline.pipeline import Pipeline
-from tests.models import token_ids
 from tests.oracle import Net, axes_of, decide, discover, groups_of, removal_of
-from tests.remembered import grouped, model_of
 
 UNITS = np.array([True, False, True, True, False, True])
 
@@ -31,20 +28,6 @@ def test_narrow_weights_are_run_in_float32() -> None:
     assert found.dtype == torch.float32
     assert torch.equal(found, F.linear(x, net.a.weight.float(), net.a.bias.float()))
     assert graph_module.a.weight.dtype == torch.bfloat16
-
-
-def test_a_statistic_is_taken_over_the_units_that_stay() -> None:
-    net = Net(
-        lambda net, x: net.b(F.layer_norm(net.a(x), (6,))), a=nn.Linear(3, 6, bias=False), b=nn.Linear(6, 2, bias=False)
-    )
-    x = torch.randn(2, 3)
-    dense = discover(net, {"x": x})
-    (group,) = (group for group in groups_of(dense) if group.size == 6)
-    assert group.factor is not None and group.renormalised
-    kept = torch.from_numpy(UNITS)
-    by_hand = F.layer_norm(net.a(x)[:, kept], (4,)) @ net.b.weight[:, kept].T
-    found = MaskedRun(dense, removal_of(dense, Keep({group.factor: UNITS}))).run(x)
-    assert torch.allclose(found, by_hand, atol=1e-6)
 
 
 def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
@@ -80,19 +63,6 @@ def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() 
         slim = Pipeline("shrink")(work).graph_module
         assert torch.allclose(MaskedRun(dense, removal_of(dense, keep)).run(x), slim(x), atol=1e-6)
     assert halves
-
-
-def test_a_removed_block_is_bypassed_and_outputs_are_float_tensors() -> None:
-    dense = grouped("llama")
-    model = copy.deepcopy(model_of(dense))
-    found = MaskedRun(dense, removal_of(dense, blocks=("model.layers.1",))).run(token_ids())
-    del model.model.layers[1]
-    with torch.no_grad():
-        wanted = model(token_ids(), use_cache=False).logits
-    assert torch.allclose(found["logits"] if isinstance(found, dict) else found.logits, wanted, atol=1e-4)
-    a, b = torch.ones(1), torch.zeros(2)
-    assert output_tensors({"y": a, "rest": [torch.zeros(1, dtype=torch.long), (b, None)]}) == (a, b)
-    assert output_tensors(a) == (a,)
 
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))

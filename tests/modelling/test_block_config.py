@@ -10,19 +10,6 @@ from transformers import AutoConfig
 from fxprune.modelling.blocks import block_config
 
 
-def test_a_copy_has_fields_of_its_own() -> None:
-    config = AutoConfig.for_model("llama", intermediate_size=40, head_dim=8)
-    own = block_config(config, {"intermediate_size": 24, "new": 1}, absent=("head_dim",))
-    assert isinstance(own, type(config)) and own.intermediate_size == 24 and vars(own)["new"] == 1
-    assert "head_dim" not in vars(own) and config.intermediate_size == 40 and config.head_dim == 8
-
-
-def test_a_number_for_a_list_is_all_of_its_entries() -> None:
-    config = AutoConfig.for_model("llama", heads_of=[3, 4])
-    assert block_config(config, {"heads_of": 2}).heads_of == [2, 2] and config.heads_of == [3, 4]
-    assert block_config(config, {"heads_of": [2, 4]}).heads_of == [2, 4]
-
-
 def test_the_choice_of_kernels_is_the_models() -> None:
     config = AutoConfig.for_model("llama")
     own = block_config(config, {})

@@ -10,21 +10,10 @@ from transformers import PreTrainedConfig
 
 from fxprune.modelling.blocks import (
     BUILT_AT,
-    CannotBuildError,
     block_builder,
     builder_of,
-    list_and_index,
     names_index,
-    renumber,
 )
-
-
-class Plain(nn.Module):
-    """Takes a config alone."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
 
 
 class Numbered(nn.Module):
@@ -52,34 +41,6 @@ def config(**fields: Any) -> PreTrainedConfig:
 )
 def test_names_of_an_index(name: str, answer: bool) -> None:
     assert names_index(name) is answer
-
-
-def test_a_class_is_called_with_what_it_takes() -> None:
-    plain, numbered = block_builder(Plain), block_builder(Numbered)
-    assert plain is not None and numbered is not None
-    given = config(depth=3)
-    assert vars(plain(given, 4))["config"] is given
-    assert vars(numbered(given, 4))["layer_idx"] == 4
-
-
-def test_a_class_that_asks_for_more_has_no_builder() -> None:
-    class Third(nn.Module):
-        """Wants a third argument."""
-
-        def __init__(self, config: Any, layer_idx: int, other: Any) -> None: ...
-
-    class Second(nn.Module):
-        """Wants something other than an index."""
-
-        def __init__(self, config: Any, other: Any) -> None: ...
-
-    class Named(nn.Module):
-        """Wants an argument by name."""
-
-        def __init__(self, config: Any, *, other: Any) -> None: ...
-
-    assert [block_builder(kind) for kind in (Third, Second, Named)] == [None, None, None]
-    assert block_builder(nn.Identity) is None, "it takes no config"
 
 
 def test_a_flag_or_a_word_that_a_class_asks_for_is_what_its_block_holds() -> None:
@@ -142,21 +103,3 @@ def test_a_kind_is_built_where_its_class_builds_it() -> None:
     assert held[BUILT_AT] == {"index": 2, "fields": {"depth": 3}}
     again = builder_of(block)
     assert again is not None and isinstance(again(given, 0).inner, nn.Linear)
-
-
-def test_an_index_follows_by_name_or_by_what_is_known() -> None:
-    block = Numbered(config(depth=1), 2)
-    renumber(block, 2, 1, follows=lambda path, name: name == "heads")
-    assert (block.layer_idx, block.heads) == (2, 1)
-    renumber(block, 2, 1)
-    assert block.layer_idx == block._block_index == 1
-    renumber(block, 1, 1, follows=lambda path, name: pytest.fail("nothing moves"))
-
-
-def test_a_block_is_in_a_list() -> None:
-    model = nn.Module()
-    model.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
-    model.other = nn.Sequential(nn.Identity())
-    assert list_and_index(model, "blocks.1") == (model.blocks, 1)
-    with pytest.raises(CannotBuildError, match=r"other\.0"):
-        list_and_index(model, "other.0")

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from fxprune.emit.structure import pruned_class
-from fxprune.modelling.layerwise import SECTION, AnyWidths, Overrides, amend_config, overrides_in, section_of
-from tests.models import tiny
+from fxprune.modelling.layerwise import SECTION, Overrides, amend_config, overrides_in
 
 WHERE = {"class": "Stock", "blocks": "model.layers", "part": ""}
 OVERRIDES = Overrides(
@@ -27,13 +24,6 @@ def config_with(section: Any) -> PreTrainedConfig:
     config = AutoConfig.for_model("llama")
     vars(config)[SECTION] = section
     return config
-
-
-def test_a_section_is_read_as_it_was_written() -> None:
-    section = json.loads(json.dumps(section_of(OVERRIDES, WHERE)))
-    assert section["layers"] == {"1": {"intermediate_size": 24}} and section["class"] == "Stock"
-    assert overrides_in(config_with(section)) == OVERRIDES
-    assert overrides_in(AutoConfig.for_model("llama")) == Overrides()
 
 
 def test_sections_of_the_first_releases_are_read() -> None:
@@ -53,17 +43,6 @@ def test_what_is_no_section_is_refused(section: dict[str, Any]) -> None:
         overrides_in(config_with(section))
 
 
-def test_a_config_file_is_told(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({"intermediate_size": 88, "hidden_size": 42}))
-    amend_config(
-        tmp_path, Overrides(block_fields=OVERRIDES.block_fields, built_with={"hidden_size": 48}), WHERE, 2, x=1
-    )
-    told = json.loads(file.read_text())
-    assert told["per_layer_config"] == {"1": {"intermediate_size": 24}} and told["hidden_size"] == 48 and told["x"] == 1
-    assert told[SECTION]["built_with"] == {"hidden_size": 48} and "layers" not in told[SECTION]
-
-
 @pytest.mark.parametrize("part", ["", "text_config"])
 def test_fields_of_blocks_are_kept_apart_where_stock_code_would_read_them(part: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
@@ -80,15 +59,3 @@ def test_fields_of_blocks_are_kept_apart_where_the_config_counts_no_layers(tmp_p
     amend_config(tmp_path, OVERRIDES, WHERE, None)
     told = json.loads((tmp_path / "config.json").read_text())
     assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}} and "per_layer_config" not in told
-
-
-def test_a_model_is_built_as_its_config_says() -> None:
-    dense = tiny("llama")
-    pruned = pruned_class(type(dense), type(dense.config))
-    assert issubclass(pruned.config_class, AnyWidths) and pruned.__name__ == type(dense).__name__
-    data = {**dense.config.to_dict(), "hidden_size": 42, SECTION: section_of(OVERRIDES, WHERE)}
-    with torch.device("meta"):
-        model: Any = pruned(pruned.config_class.from_dict(data))
-    assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == [88, 24, 88]
-    assert model.config.pad_token_id == 5 and model.model.norm.weight.shape == (42,)
-    assert model.fxprune_overrides == OVERRIDES

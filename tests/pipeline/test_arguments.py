@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import fxprune
 from fxprune.errors import ArgumentError, FxpruneError, RatioError
 from fxprune.pipeline.arguments import (
     as_path,
@@ -21,20 +18,7 @@ from fxprune.pipeline.arguments import (
     function,
     instance,
     number,
-    numbers,
-    whole_number,
 )
-from tests.models import tiny
-
-
-def test_numbers_of_any_library_are_numbers() -> None:
-    for value in (0.25, Fraction(1, 4), np.float32(0.25), torch.tensor(0.25), np.array(0.25)):
-        found = number("ratio", value, least=0, below=1)
-        assert found == 0.25 and type(found) is float
-    for value in (3, np.int8(3), torch.tensor(3)):
-        found = whole_number("batch", value, least=1, most=3)
-        assert found == 3 and type(found) is int
-        assert numbers("protect", [value, value], "two numbers") == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +66,3 @@ def test_values_are_formatted_in_few_words() -> None:
     assert len(format_value("x" * 5000)) < 100
     error = FxpruneError("it is\nbroken.", where="here", remedy="Mend it")
     assert str(error) == "here: it is broken. Mend it", "an error is one line"
-
-
-def test_each_pass_is_logged_with_its_time(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "fxprune"):
-        fxprune.prune(tiny("llama"), importance="l2", ratio=0.1)
-    logged = [record.getMessage().partition(": ")[0] for record in caplog.records]
-    assert logged[:3] == ["trace", "find-groups", "l2"] and logged[-2:] == ["make-report", "quality"]

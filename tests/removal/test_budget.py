@@ -6,25 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from fxprune.errors import FxpruneError, PassError
+from fxprune.errors import FxpruneError
 from fxprune.graph.counting import count_macs
 from fxprune.removal.budget import check_budget, make_budget, read_timing
-from tests.oracle import Net, axes_of, discover
+from tests.oracle import axes_of
 from tests.remembered import grouped, pruned
 
 
 def test_work_of_experts_is_that_of_the_tokens_routed_to_them() -> None:
     graph = grouped("mixtral", num_hidden_layers=1)
     assert make_budget("macs", graph, axes_of(graph)).total == pytest.approx(count_macs(graph), rel=1e-6)
-
-
-def test_a_model_without_a_cache_has_none_to_count() -> None:
-    plain = discover(Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), {"x": torch.randn(2, 3)})
-    with pytest.raises(PassError, match="no bytes of the key-value cache"):
-        make_budget("kv", plain, axes_of(plain))
 
 
 def bench_table(folder: Path, engines: tuple[str, ...] = ("transformers",), fixed: float = 0.25) -> Path:

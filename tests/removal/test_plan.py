@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxprune.axes import Keep
 from fxprune.errors import PlanError
-from fxprune.removal.plan import Difference, Plan, differences, keep_of, kept_of_constants, plan_of
+from fxprune.removal.plan import Difference, Plan, differences, keep_of, plan_of
 from tests.oracle import Net, axes_of, discover, groups_of
 
 X = {"x": torch.randn(2, 3)}
@@ -30,16 +30,6 @@ def without(dense: fx.GraphModule, *gone: int) -> Keep:
     (group,) = groups_of(dense)
     assert group.factor is not None
     return Keep({group.factor: ~np.isin(np.arange(group.size), gone)})
-
-
-def test_the_axes_of_the_model_that_shrink_are_in_the_plan(dense: fx.GraphModule) -> None:
-    plan = plan_of(axes_of(dense), without(dense, 1))
-    assert plan.kept == {"a.weight": {0: [0, 2, 3]}, "a.bias": {0: [0, 2, 3]}, "b.weight": {1: [0, 2, 3]}}
-    (constant,) = axes_of(dense).constants
-    assert kept_of_constants(axes_of(dense), without(dense, 1)) == {constant: {0: [0, 2, 3]}}
-    assert plan_of(axes_of(dense), without(dense)) == Plan()
-    plan = plan_of(axes_of(dense), without(dense, 1), ("a",))
-    assert list(plan.kept) == ["b.weight"] and plan.removed_blocks == ("a",), "nothing below a removed block"
 
 
 def test_a_plan_survives_json_and_gives_its_units_back(dense: fx.GraphModule) -> None:

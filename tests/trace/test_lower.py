@@ -58,8 +58,9 @@ def test_devices_and_the_dtype_of_the_model_are_read_at_run_time() -> None:
     def body(net: Any, x: torch.Tensor) -> torch.Tensor:
         return net.a(x) + torch.zeros(4, dtype=torch.bfloat16, device="cpu")
 
-    net = Net(body, a=nn.Linear(3, 4, dtype=torch.bfloat16))
+    net = Net(body, unused=nn.Linear(3, 4, dtype=torch.bfloat16), a=nn.Linear(3, 4, dtype=torch.bfloat16))
     graph_module = lowered(net, torch.randn(2, 3, dtype=torch.bfloat16), dtype=torch.bfloat16)
+    assert targets(graph_module, "get_attr") == ["a.weight", "a.bias"]  # XLNet's mask embedding stayed for its dtype
     literals = [value for node in graph_module.graph.nodes for value in (*node.args, *node.kwargs.values())]
     assert not any(isinstance(value, torch.device | torch.dtype) for value in literals)
     assert graph_module.float()(torch.randn(2, 3)).dtype == torch.float32

@@ -307,7 +307,7 @@ def test_it_never_ends_worse_than_it_began(slim: fx.GraphModule) -> None:
     tuned = TunePass(rate=50.0, epochs=3)(slim)
     assert not tuned.modified
     assert all(torch.equal(get_tensor(slim, name), value) for name, value in weights(tuned.graph_module))
-    assert "nothing was better than no change" in facts_of(tuned.graph_module)[Notes].lines[-1]
+    assert "training did not help, and nothing was changed" in facts_of(tuned.graph_module)[Notes].lines[-1]
 
 
 class Stopped(KeyboardInterrupt):
