@@ -116,6 +116,18 @@ def model_class(model: str) -> Any:
     return None if found is transformers.AutoModelForCausalLM else found
 
 
+def load_samples(source: str, model: str, most: int | None = None) -> tuple[list[dict[str, Any]], Any]:
+    """Read samples with the processor of a model, or with its tokenizer if it has none; return both."""
+    from transformers import PreTrainedConfig
+
+    from fxprune.checkpoint.read import load_processor
+    from fxprune.data.processed import processed_samples
+
+    processor = load_processor(locate_model(model)) or load_words(model, needed=False)
+    config, _ = PreTrainedConfig.get_config_dict(str(Path(model).expanduser()) if Path(model).exists() else model)
+    return processed_samples(source, processor, dict(config.get("label2id") or {}), most), processor
+
+
 def load_pair(model: str, *, needed: bool = True, **options: Any) -> tuple[Any, Any]:
     """Load a model and its tokenizer."""
     tokenizer = load_words(model, needed=needed)

@@ -11,7 +11,7 @@ from inspect import signature
 from typing import Any
 
 import fxprune
-from fxprune.cli.models import is_config_alone, load_words, locate_model
+from fxprune.cli.models import is_config_alone, load_samples, load_words, locate_model
 from fxprune.errors import ArgumentError, FxpruneError
 
 
@@ -126,25 +126,20 @@ def prepare(
 
 def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, Any]) -> Prepared:
     """The same with samples that the processor of the model makes: a fifth of ten or more are held out."""
-    from transformers import AutoConfig
     from transformers.utils.generic import find_labels
 
-    from fxprune.checkpoint.read import load_config_only, load_processor
-    from fxprune.data.processed import processed_samples
+    from fxprune.checkpoint.read import load_config_only
     from fxprune.graph.context import Refusal, attempt
     from fxprune.trace.inputs import default_inputs, forward_parameters
 
-    place = locate_model(model)
     assert text.source is not None
-    processor = load_processor(place) or load_words(model, needed=False)
     passes = tuple(fxprune.prune_pipeline((), **options).passes)
     reader = reader_of(passes)
     most = text.samples or getattr(reader, "samples", None)
-    classes = dict(getattr(AutoConfig.from_pretrained(place), "label2id", None) or {})
-    every = processed_samples(text.source, processor, classes, None if most is None else most * 5 // 4)
+    every, processor = load_samples(text.source, model, None if most is None else most * 5 // 4)
     held_out = tuple(every[::5]) if len(every) >= _FEWEST else ()
     samples = [one for i, one in enumerate(every) if i % 5] if held_out else every
-    empty = load_config_only(place)
+    empty = load_config_only(locate_model(model))
     labels = {*find_labels(type(empty)), "labels"}
     inputs = {name: value for name, value in samples[0].items() if name not in labels}
     named = forward_parameters(empty)

@@ -38,6 +38,8 @@ def test_an_image_classifier_is_pruned_on_a_folder_of_images(tmp_path: Path, mon
     slim = hf.AutoModelForImageClassification.from_pretrained("slim", trust_remote_code=True)
     pixels = hf.AutoImageProcessor.from_pretrained("slim")(torch.zeros(3, 20, 20), return_tensors="pt").pixel_values
     assert slim(pixels).logits.shape == (1, 2) and slim.num_parameters() < 11_450
+    code, output = shown("eval", "slim", "--compare", "vit", "--data", "images")
+    assert code == 0 and "accuracy, 12 samples" in output and "cosine of the outputs" in output, output
     assert json.loads(Path("slim/report.json").read_text())["measured"][1][0] == "accuracy, 3 samples"
 
 
