@@ -30,6 +30,7 @@ from fxprune.evaluation.comparison import graph_predictor, measure_quality, wind
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights, weights
+from fxprune.masking.objective import Objective, predicts_next
 from fxprune.offload.distributed import distribute_like, is_distributed, tensor_parallel_size, whole_copy
 from fxprune.offload.files import finish_writes, is_offloading, release_freed
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
@@ -611,4 +612,7 @@ def _unmeasured(slim: fx.GraphModule, values: Mapping[str, Any]) -> str:
         return "the weights are on disk, and each batch would read them all"
     if has_meta_weights(slim):
         return "the model has no weights"
+    form = facts_of(slim).get(Objective)
+    if not (predicts_next(slim) if form is None else form.next_token):
+        return "the model does not predict next tokens"
     return ""

@@ -27,7 +27,7 @@ _MORE: dict[Any, str] = {
     4: "patch_size num_frames frames_per_clip num_conv_pos_embeddings stride query_size",
     3: "num_labels num_channels in_chans num_input_channels",
     2: "depth window_size num_conv_pos_embedding_groups squeeze_factor temporal_patch_size tubelet_size groups_width "
-    "num_groups num_codevectors_per_group spatial_merge_size scale_factor",
+    "num_groups num_codevectors_per_group spatial_merge_size scale_factor top_k_experts",
     9: "num_queries relative_attention_max_distance",
     8: "relative_attention_num_buckets",
     10: "d_kv input_feat_per_channel feature_projection_input_dim",
@@ -93,6 +93,7 @@ _DEMANDS: dict[str, dict[str, Any]] = {
         "key_dim": [4, 4, 4],
         "patch_size": 16,
         "image_size": 128,
+        "down_ops": [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]],
     },
     "mobilebert": {"true_hidden_size": 24, "intra_bottleneck_size": 24, "embedding_size": 48},
     "mobilenet_v1": {"depth_multiplier": 0.25, "min_depth": 4},
@@ -111,17 +112,38 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_omni_moe_vision_encoder"), _FED_TWICE),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _TILES),
     "aria": {"projector_patch_to_query_dict": {64: 16}},
-    **{name: {"image_token_index": VOCABULARY - 1} for name in ("blip-2", "instructblip", "instructblipvideo")},
+    **{name: {"image_token_index": VOCABULARY - 1} for name in ("instructblip", "instructblipvideo")},
     "idefics2": {"perceiver_config": {"resampler_n_heads": 6, "resampler_head_dim": 8, "num_key_value_heads": 3}},
     **{name: {"embed_dim": 48} for name in ("idefics_vision", "kosmos_2_text_model", "kosmos_2_5_text_model")},
     "hunyuan_vl_vision": {"temporal_patch_size": 1},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
+    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 16},
+    "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision"}},
+    "llama4_vision_model": {
+        **{"intermediate_size": 192, "projector_input_dim": 40, "projector_output_dim": 40, "vision_output_dim": 40}
+    },
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 8, "input_size": SIDE},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 144},
+    "sam_vision_model": {"global_attn_indexes": [1], "window_size": 2},
+    "kosmos-2": {"latent_query_num": 4},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 0, 1, 1]},
+    "chmv2": {
+        "backbone_config": {
+            **{"model_type": "dinov3_vit", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+            **{"return_class_token": True, "reshape_hidden_states": True},
+        }
+    },
+    "align": {"vision_config": {"hidden_dim": 48}},
+    "blip-2": {"image_token_index": VOCABULARY - 1},
+    "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 4},
+    "oneformer": {"conv_dim": 32, "mask_dim": 32, "hidden_dim": 32, "num_attention_heads": 4},
     "regnet": {"groups_width": 8},
     "sew": {"squeeze_factor": 2},
     "squeezebert": {f"{name}_groups": 2 for name in ("q", "k", "v", "output", "intermediate")},
     "swin": {"patch_size": 2},
     "swinv2": {"patch_size": 2},
     "swin2sr": {"embed_dim": 24, "num_heads": [3], "depths": [2], "patch_size": 1, "upscale": 2},
-    "textnet": {"hidden_sizes": [12, 12, 16, 20, 24], "image_size": [64, 64]},
+    "textnet": {"stem_out_channels": 12, "hidden_sizes": [12, 12, 16, 20, 24], "image_size": [64, 64]},
     "xlm": {"n_heads": 6},
     "vivit": {"tubelet_size": [2, 8, 8]},
 }
@@ -184,10 +206,17 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     named = forward_parameters(model)
     demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
     decodes = ["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []
-    seen = ["pixel_values", "image_grid_thw"] if "input_ids" in named else []  # a text is about an image
+    seen = (
+        ["pixel_values", "high_res_pixel_values", "image_grid_thw"] if "input_ids" in named else []
+    )  # a text is about an image
     seen += ["image_sizes"] if _stated(model.config, "image_grid_pinpoints") is not None else []
+    seen += ["aspect_ratio_ids", "aspect_ratio_mask", "image_position_ids", "visual_feats", "visual_pos"]
     seen += ["pixel_attention_mask", "spatial_shapes"] if "spatial_shapes" in named else []  # patches in rows
-    names = dict.fromkeys(name for name in (model.main_input_name, *demanded, *decodes, *seen) if name in named)
+    seen += ["qformer_input_ids", "image_attention_mask", "image_embeds_position_mask"]
+    main = model.main_input_name  # a name, or several
+    wanted = [*([main] if isinstance(main, str) else main), *demanded, *decodes, *seen]
+    wanted += ["input_ids"] if model.can_generate() else []
+    names = dict.fromkeys(name for name in wanted if name in named)
     others = [name for name in _MAKERS if name in named and name not in names]
     first: Exception | None = None
     while True:
@@ -205,15 +234,21 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
     """``inputs`` that ``model`` runs on, with a token for each feature of an image in the text."""
     token = next((token for name in _IMAGE_TOKENS if (token := _stated(model.config, name)) is not None), None)
     counts: list[int] = []
-    if re.search(r"expected (5, got 4|4, got 3)", _failure(model, inputs)):  # several images a sample
-        inputs = inputs | {"pixel_values": inputs["pixel_values"].unsqueeze(1)}
+    if "pixel_values" in inputs and not _is_about_text(_failure(model, inputs)):
+        named = [name for name in ("pixel_values", "high_res_pixel_values") if name in inputs]
+        wide = re.search(r"\(\d+x\d+ and (\d+)x", _failure(model, inputs))
+        others = [_in_patches(model.config, form, int(wide[1]) if wide else None) for form in _FORMS]
+        tried = [{name: inputs[name].unsqueeze(1) for name in named}, *({"pixel_values": one} for one in others)]
+        several = next((one for one in tried if _is_about_text(_failure(model, inputs | one))), {})
+        inputs = inputs | several
     while True:
         ids, given = inputs.get("input_ids"), inputs
         if ids is not None and token is not None and counts:
             marked = torch.full((len(ids), counts.pop(0)), token)
             given = inputs | {"input_ids": torch.cat([ids[:, :2], marked, ids[:, 2:]], dim=1)}
             given |= {"attention_mask": torch.ones_like(given["input_ids"])} if "attention_mask" in inputs else {}
-            if "image_grid_thw" in inputs and "mm_token_type_ids" in forward_parameters(model):
+            named = "mm_token_type_ids"
+            if "image_grid_thw" in inputs and (named in forward_parameters(model) or named in _failure(model, given)):
                 given["mm_token_type_ids"] = (given["input_ids"] == token).long()
         try:
             forward(model, **given)
@@ -225,6 +260,22 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
                 counts = [found, found // model.config.get_text_config().hidden_size]
             if not counts or token is None or ids is None:
                 raise
+
+
+_FORMS = (1, 2, 3)
+
+
+def _in_patches(config: Any, form: int, width: int | None) -> torch.Tensor:
+    """Images as patches of a width: a row for each sample (1), or rows of all (3); or as small images of all (2)."""
+    side, channels = _stated(config, "patch_size") or 4, _stated(config, "num_channels", "in_chans") or 3
+    width = width or channels * side * side
+    shapes = {1: (SAMPLES, 16, width), 2: (SAMPLES * 16, channels, side, side), 3: (SAMPLES * 16, width)}
+    return torch.randn(shapes[form], generator=torch.Generator().manual_seed(form))
+
+
+def _is_about_text(failure: str) -> bool:
+    """Whether a model read its images: it runs, or misses tokens for them in the text."""
+    return not failure or re.search(r"features:? \(?(\d+)", failure) is not None
 
 
 def _failure(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
@@ -269,6 +320,8 @@ def _pixels(config: Any) -> tuple[int, ...]:
     if _stated(config, "num_patches") is not None and _stated(config, "image_size") is None:
         return (SAMPLES, _stated(config, "num_patches"), channels * _stated(config, "patch_size") ** 2)
     frames = _stated(config, "num_frames", "frames_per_clip")
+    if _stated(config, "max_num_tiles") is not None:
+        return (SAMPLES, 1, _stated(config, "max_num_tiles"), channels, *_side(config))
     if _stated(config, "image_grid_pinpoints") is not None:  # the image in tiles, and all of it
         return (SAMPLES, 3, channels, *_side(config))
     return (SAMPLES, *((frames,) if frames else ()), channels, *_side(config))
@@ -289,7 +342,12 @@ def _features(config: Any) -> tuple[int, ...]:
     return (SAMPLES, 24, width or _stated(config, "num_mel_bins") or 10)
 
 
-_MAKERS: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
+def _patches(config: Any) -> tuple[int, ...] | None:
+    count = _stated(config, "num_patches")
+    return None if count is None else (SAMPLES, count)
+
+
+_MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
     "input_ids": lambda _: (SAMPLES, TOKENS),
     "pixel_values": _pixels,
     "input_values": _sound,
@@ -298,17 +356,29 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...]]] = {
     "qformer_input_ids": lambda _: (SAMPLES, DECODED),
     "image_grid_thw": lambda _: (SAMPLES, 3),
     "pixel_values_videos": lambda config: (SAMPLES, _stated(config, "frames_per_clip") or 4, 3, *_side(config)),
-    "pixel_attention_mask": lambda config: (SAMPLES, _stated(config, "num_patches")),
+    "pixel_attention_mask": _patches,
+    "image_attention_mask": lambda _: (SAMPLES, TOKENS, 1),
+    "image_embeds_position_mask": lambda _: (SAMPLES, TOKENS),
+    "task_inputs": lambda config: (SAMPLES, _stated(config, "task_seq_len")),
     "spatial_shapes": lambda _: (SAMPLES, 2),
     "bbox": lambda _: (SAMPLES, TOKENS, 4),
     "attention_mask": lambda _: (SAMPLES, TOKENS),
     "image_sizes": lambda _: (SAMPLES, 2),
+    "high_res_pixel_values": lambda config: (SAMPLES, 3, *_side(config.high_res_vision_config)),
+    "aspect_ratio_ids": lambda _: (SAMPLES, 1),
+    "aspect_ratio_mask": lambda config: (SAMPLES, 1, _stated(config, "max_num_tiles")),
+    "image_position_ids": lambda _: (SAMPLES, 16, 2),
+    "visual_feats": lambda config: (SAMPLES, 9, config.visual_feat_dim),
+    "visual_pos": lambda _: (SAMPLES, 9, 4),
     "past_values": lambda config: (SAMPLES, _stated(config, "context_length") or 32, 1),
     "decoder_input_values": lambda config: (SAMPLES, DECODED, _stated(config, "num_mel_bins")),
 }
 """The shapes of inputs, the likeliest first."""
 
-_WHOLE = {**dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids"), (3, 100)), "bbox": (0, 2)}
+_WHOLE = {
+    **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids", "task_inputs"), (3, 100)),
+    "bbox": (0, 2),
+}
 """Integer inputs, with their lowest value and the end of their range."""
 
 _GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
@@ -317,5 +387,10 @@ _GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "pixel_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
     "spatial_shapes": lambda shape: torch.full(shape, 8),
     "image_sizes": lambda shape: torch.full(shape, SIDE),
+    "image_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
+    "image_embeds_position_mask": lambda shape: (torch.arange(shape[1]) < 4).expand(shape),
+    "aspect_ratio_ids": lambda shape: torch.ones(shape, dtype=torch.long),
+    "aspect_ratio_mask": lambda shape: torch.ones(shape, dtype=torch.long),
+    "image_position_ids": lambda shape: (torch.arange(16)[:, None] // torch.tensor([1, 4]) % 4).expand(shape),
 }
 """Inputs that are not random."""

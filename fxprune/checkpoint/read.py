@@ -18,7 +18,8 @@ import gguf
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_loaded, check_weights, read_manifest
 from fxprune.emit.emitted import PLAN_DIGEST
@@ -351,7 +352,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, dense or slim, in evaluation mode.
+    """Load a model, dense or slim, in evaluation mode: of the class that its config names, or a causal language model.
 
     Args:
         source: a folder, a GGUF file, or a hub id.
@@ -368,13 +369,24 @@ def load_model(
     if _is_slim(source):
         slim: Any = from_pretrained(source)
         return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
-    read: Any = AutoModelForCausalLM.from_pretrained
     options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
     with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line
-        model, found = read(**locate(source, gguf_file), **options)
+        config = AutoConfig.from_pretrained(**locate(source, gguf_file), **_SAFE)
+        model, found = class_of(config.to_dict()).from_pretrained(**locate(source, gguf_file), **options)
     require_all_weights(source, found, model)
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
+
+
+def class_of(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a config names; the Auto class of causal language models for these and others."""
+    section = config.get(SECTION)
+    names = [section.get("class") if isinstance(section, dict) else None, *(config.get("architectures") or ())]
+    name = next((one for one in names if isinstance(one, str)), "")
+    named = getattr(transformers, name, None)
+    is_other = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
+    return named if is_other and name != causal else AutoModelForCausalLM
 
 
 @contextlib.contextmanager
@@ -412,7 +424,9 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
         if not 1 <= layers <= _MOST_LAYERS:
             raise _size_error(source, f"of {layers:,} layers")
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **_SAFE)
+            kind = class_of(config.to_dict())
+            auto = kind is AutoModelForCausalLM
+            model: PreTrainedModel = kind.from_config(config, **_SAFE) if auto else kind._from_config(config)
     place = Path(source).expanduser() / (gguf_file or "")
     files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.bin")]
     size = sum(file.stat().st_size for file in files if file.is_file())
@@ -463,6 +477,13 @@ def load_tokenizer(
             options["config"] = PreTrainedConfig.from_pretrained(Path(source).expanduser())
         tokenizer = AutoTokenizer.from_pretrained(**locate(source, gguf_file), **options)
     return tokenizer
+
+
+def load_processor(source: str | os.PathLike[str]) -> Any:
+    """Load the processor of a model, which may be a tokenizer or for images or sounds alone; None if there is none."""
+    with quiet(WARNING):
+        found = attempt(AutoProcessor.from_pretrained, **locate(source), **_SAFE)
+    return None if isinstance(found, Refusal) else found
 
 
 @contextlib.contextmanager

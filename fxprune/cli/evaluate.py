@@ -38,6 +38,13 @@ def evaluate(
         str | None,
         typer.Option(help="Model to compare predictions, choices and answers with, usually the dense one."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of texts and tasks, for models of other classes, with --compare: a folder of images or .wav "
+            "files, or rows in .jsonl, as `fxprune prune --calibration` takes them."
+        ),
+    ] = None,
     answers: Annotated[
         bool | None,
         typer.Option("--answers/--no-answers", help="Answer plain questions (default: with --compare)."),
@@ -67,6 +74,9 @@ def evaluate(
 
     if low_memory:
         _check_low_memory(dtype, device, tasks, answers)
+    if data is not None:
+        _print_agreement(data, models, compare, dtype, device, as_json=as_json)
+        return
     compared = check_models([*([compare] if compare else []), *models])
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if named:
@@ -107,6 +117,35 @@ def _check_low_memory(dtype: str | None, device: str | None, tasks: str | None, 
     ):
         if value is not None:
             raise EvaluationError(reason, where=f"--low-memory with {option}", remedy="Leave one of them out")
+
+
+def _print_agreement(
+    data: str, models: Sequence[str], compare: str | None, dtype: str | None, device: str | None, *, as_json: bool
+) -> None:
+    """Compare models with the dense one on samples that its processor makes."""
+    from dataclasses import asdict
+
+    from fxprune.cli.models import load, load_samples
+    from fxprune.evaluation.agreement import agreement
+    from fxprune.report.quality import figures_table
+
+    if compare is None:
+        remedy = "Give --compare with the dense model"
+        raise EvaluationError(
+            "models are compared on samples, and there is one side alone", where="--data", remedy=remedy
+        )
+    compared = check_models([compare, *models], any_class=True)
+    samples, _ = load_samples(data, compare)
+    dense = load(compare, dtype=dtype, device=device)
+    samples = [{name: value.to(dense.device) for name, value in sample.items()} for sample in samples]
+    others = {name: place for name, place in compared.items() if place != compare}
+    found = {n: agreement(dense, load(place, dtype=dtype, device=device), samples) for n, place in others.items()}
+    if as_json:
+        print_json({name: asdict(one) for name, one in found.items()})
+        return
+    dense_name = next(iter(compared))
+    for name, one in found.items():
+        console.print(figures_table(("", dense_name, name), [*one.rows()][1:]))
 
 
 def _check_written(models: Sequence[str], compare: str | None, *, low_memory: bool) -> None:

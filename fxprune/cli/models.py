@@ -35,8 +35,10 @@ def is_config_alone(model: str, gguf_file: str | None) -> bool:
     return model != DEMO and gguf_file is None and path.is_dir() and not _has_weights(path)
 
 
-def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool = False) -> None:
-    """Refuse a model that does not exist, lacks weights that are needed, or does not predict the next token."""
+def check_model(
+    model: str, gguf_file: str | None = None, *, with_weights: bool = False, any_class: bool = False
+) -> None:
+    """Refuse a model that does not exist, lacks weights that are needed, or is no language model unless any will do."""
     path = Path(model).expanduser()
     if not model:
         raise FxpruneError("no such folder or file", where="MODEL", remedy=_REMEDY)
@@ -50,7 +52,7 @@ def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool 
             raise FxpruneError(f"there is no {gguf_file} in it", where=str(path), remedy=_advice(path))
         _check_file(path / gguf_file)
     elif path.is_dir():
-        _check_task(path, _config(path))
+        _check_task(path, _config(path), any_class=any_class)
         if with_weights and not _has_weights(path):
             raise FxpruneError("there is a config, but no file of weights", where=str(path), remedy=_REMEDY)
     elif path.exists():
@@ -61,11 +63,11 @@ def check_model(model: str, gguf_file: str | None = None, *, with_weights: bool 
         check_hub(model)
 
 
-def check_models(models: Sequence[str]) -> dict[str, str]:
+def check_models(models: Sequence[str], *, any_class: bool = False) -> dict[str, str]:
     """Check all models before the first is loaded; by the last part of their paths, or by all if two are equal."""
     places = list(dict.fromkeys(models))
     for place in places:
-        check_model(place, with_weights=True)
+        check_model(place, with_weights=True, any_class=any_class)
     short = [Path(place).name for place in places]
     return dict(zip(short if len({*short}) == len(short) else places, places, strict=True))
 
@@ -97,6 +99,33 @@ def load_words(model: str, gguf_file: str | None = None, *, needed: bool = True,
     from fxprune.checkpoint.read import load_tokenizer
 
     return load_tokenizer(locate_model(model), gguf_file, needed=needed, instead=instead)
+
+
+def model_class(model: str) -> Any:
+    """The class of transformers that the config of a model names, where it is no causal language model; else None."""
+    import transformers
+
+    from fxprune.checkpoint.read import class_of
+    from fxprune.graph.context import Refusal, attempt
+
+    path = Path(model).expanduser()
+    if model == DEMO or path.is_file():
+        return None
+    read = attempt(transformers.PreTrainedConfig.get_config_dict, str(path) if path.is_dir() else model)
+    found = transformers.AutoModelForCausalLM if isinstance(read, Refusal) else class_of(read[0])
+    return None if found is transformers.AutoModelForCausalLM else found
+
+
+def load_samples(source: str, model: str, most: int | None = None) -> tuple[list[dict[str, Any]], Any]:
+    """Read samples with the processor of a model, or with its tokenizer if it has none; return both."""
+    from transformers import PreTrainedConfig
+
+    from fxprune.checkpoint.read import load_processor
+    from fxprune.data.processed import processed_samples
+
+    processor = load_processor(locate_model(model)) or load_words(model, needed=False)
+    config, _ = PreTrainedConfig.get_config_dict(str(Path(model).expanduser()) if Path(model).exists() else model)
+    return processed_samples(source, processor, dict(config.get("label2id") or {}), most), processor
 
 
 def load_pair(model: str, *, needed: bool = True, **options: Any) -> tuple[Any, Any]:
@@ -175,19 +204,19 @@ def _check_file(path: Path) -> None:
         raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=remedy)
 
 
-def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a model that does not predict the next token, and name the call that prunes it."""
+def _check_task(folder: Path, config: Mapping[str, Any], *, any_class: bool) -> None:
+    """Refuse a model that does not predict the next token unless any will do, and name the commands that take it."""
     named = config.get("architectures")
     classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     other = classes and not any(name.endswith(causal) for name in classes)
     encodes = config.get("is_encoder_decoder") is True
-    if (folder / MANIFEST).is_file() or config.get("auto_map") or not (other or encodes):
+    if any_class or (folder / MANIFEST).is_file() or config.get("auto_map") or not (other or encodes):
         return
     name = classes[0] if classes else "AutoModel"
-    what = f"it holds a {name} ({config['model_type']}); commands are for models that predict the next token of a text"
-    call = f"fxprune.prune(transformers.{name}.from_pretrained({str(folder)!r}), importance='l2')"
-    raise UnsupportedModelError(what, where=str(folder), remedy=f"Prune it from Python: {call}")
+    what = f"it holds a {name} ({config['model_type']}); this command is for models that predict the next token"
+    remedy = "`fxprune prune` takes it, and `fxprune eval` with --data"
+    raise UnsupportedModelError(what, where=str(folder), remedy=remedy)
 
 
 def _config(folder: Path) -> dict[str, Any]:

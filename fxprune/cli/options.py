@@ -64,7 +64,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="Text to calibrate on: a text file, rows in .json, .jsonl or .parquet, or a data set: wikitext2, c4, ptb, "
-        "OWNER/NAME (default: built-in text).",
+        "OWNER/NAME (default: built-in text); or a folder of images or .wav files, or rows in .jsonl that name some.",
         rich_help_panel=DATA,
     ),
 ]

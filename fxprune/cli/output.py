@@ -199,6 +199,7 @@ def write_run(run: str | None, file: Path) -> None:
 def print_result(result: fxprune.Result, out: Path, loading: str, *, as_json: bool) -> None:
     """Print the numbers, the widths that changed, and how to load the model."""
     from fxprune.offload.ranks import is_first
+    from fxprune.report.quality import figures_table
 
     if not is_first():
         return
@@ -208,6 +209,9 @@ def print_result(result: fxprune.Result, out: Path, loading: str, *, as_json: bo
     console.print(result.report.table())
     if result.report.quality is not None:
         console.print(result.report.quality.table())
+    elif result.report.measured:
+        head, *rows = result.report.measured
+        console.print(figures_table(head, rows))
     print_lines(_lines(result.report, out, loading))
 
 
@@ -227,12 +231,14 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
     if report.verification_error is not None:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
-    if loading == OURS and report.widths:
+    if loading == OURS and report.widths and not report.measured:
         price = f"for {uniform_price()} (docs/quality.md)"
         yield f"with --uniform, layers have the same widths and any transformers loads it, {price}"
 
 
 def _quality_lines(report: Any) -> Iterator[str]:
+    if report.quality is None and report.measured:
+        return
     if report.quality is None:
         yield f"quality not measured: {report.unmeasured}" if report.unmeasured else "quality not measured"
         return

@@ -6,27 +6,39 @@ A dry run prepares as a prune does, so that both refuse the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import fxprune
-from fxprune.cli.models import is_config_alone, load_words
-from fxprune.errors import ArgumentError
+from fxprune.cli.models import is_config_alone, load_samples, load_words, locate_model
+from fxprune.errors import ArgumentError, FxpruneError
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The calibration text of a command; None for built-in text and for the defaults of the recipe."""
+    """The calibration text of a command; None for built-in text and for the defaults of the recipe.
+
+    ``model_class`` is that of a model that is no causal language model.
+    """
 
     source: str | None
     samples: int | None
     tokens: int | None
+    model_class: Any = None
+
+    @property
+    def needs_processor(self) -> bool:
+        """Whether it is no text, but images, sounds or rows that the processor of the model reads."""
+        from fxprune.data.processed import needs_processor
+
+        return self.model_class is not None and self.source is not None and needs_processor(self.source)
 
     def check(self) -> None:
         """Refuse numbers without a text, and a text that cannot be read."""
         from fxprune.data.text import calibration_text
 
-        if self.source is not None:
+        if self.source is not None and not self.needs_processor:
             calibration_text(self.source)
         for option, value in (("--samples", self.samples), ("--tokens", self.tokens)):
             if self.source is None and value is not None:
@@ -44,11 +56,20 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs of a prune besides the model."""
+    """Inputs of a prune besides the model.
+
+    Args:
+        processor: of a model that is no causal language model, saved beside the slim one.
+        held_out: samples to compare dense and slim on, of such a model.
+        inputs: the option that names what it is traced with, if it cannot be traced without.
+    """
 
     passes: tuple[Any, ...]
     tokenizer: Any
     samples: Any
+    processor: Any = None
+    held_out: tuple[Any, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -61,6 +82,8 @@ def prepare(
     dry_run: bool,
 ) -> Prepared:
     """Build the passes of a prune, and load tokenizer and samples; in a dry run a bare config needs no tokenizer."""
+    from fxprune.checkpoint.read import load_processor
+    from fxprune.data.samples import FileSamples
     from fxprune.recipes.recipe import needs_samples
 
     bare = fxprune.prune_pipeline(None, **options).passes  # only a file in the recipe gives these samples
@@ -69,6 +92,13 @@ def prepare(
             remedy = "Add one; `fxprune recipes fast` prints a whole pipeline"
             raise ArgumentError(f"it has no pass of the stage {stage}", where="--recipe", remedy=remedy)
     built_in = reader_of(bare) is None and any(map(needs_samples, bare))
+    kind = text.model_class
+    if text.needs_processor:
+        return _prepare_processed(model, text, options)
+    if kind is not None and kind.main_input_name != "input_ids" and (built_in or text.source is not None):
+        what = f"{kind.__name__} reads {kind.main_input_name}, and there are no samples of that"
+        remedy = "Give --calibration with a folder of images or sounds, or rows in .jsonl; or --recipe llm-pruner"
+        raise ArgumentError(what, where="--calibration", remedy=f"{remedy} --importance l2, by weights alone")
     wanted = built_in or text.source is not None or needs_tokenizer
     needed = wanted and not (dry_run and is_config_alone(model, gguf_file))
     instead = "; a prune by weights alone, as with --importance l2, needs none" if built_in else ""
@@ -83,7 +113,47 @@ def prepare(
     for step in passes:
         if step is not reader or data is None:
             step.check_arguments()
-    return Prepared(passes, tokenizer, samples)
+    if kind is None:
+        return Prepared(passes, tokenizer, samples)
+    processor = load_processor(locate_model(model))
+    decodes = "decoder_input_ids" in signature(kind.forward).parameters
+    if decodes or samples is None or len(samples["input_ids"]) < _FEWEST:
+        return Prepared(passes, tokenizer, samples, processor)
+    rows = samples["input_ids"]
+    kept = FileSamples(rows[[i for i in range(len(rows)) if i % 5]], samples.source, samples.text)
+    return Prepared(passes, tokenizer, kept, processor, tuple({"input_ids": row[None]} for row in rows[::5]))
+
+
+def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, Any]) -> Prepared:
+    """The same with samples that the processor of the model makes: a fifth of ten or more are held out."""
+    from transformers.utils.generic import find_labels
+
+    from fxprune.checkpoint.read import load_config_only
+    from fxprune.graph.context import Refusal, attempt
+    from fxprune.trace.inputs import default_inputs, forward_parameters
+
+    assert text.source is not None
+    passes = tuple(fxprune.prune_pipeline((), **options).passes)
+    reader = reader_of(passes)
+    most = text.samples or getattr(reader, "samples", None)
+    every, processor = load_samples(text.source, model, None if most is None else most * 5 // 4)
+    held_out = tuple(every[::5]) if len(every) >= _FEWEST else ()
+    samples = [one for i, one in enumerate(every) if i % 5] if held_out else every
+    empty = load_config_only(locate_model(model))
+    labels = {*find_labels(type(empty)), "labels"}
+    inputs = {name: value for name, value in samples[0].items() if name not in labels}
+    named = forward_parameters(empty)
+    inputs = {name: value for name, value in inputs.items() if name in named}
+    made = attempt(default_inputs, empty, None, refusals=(FxpruneError,))
+    known = {} if isinstance(made, Refusal) else {name: value.shape[1:] for name, value in made.items()}
+    floats = {name: value.shape[1:] for name, value in inputs.items() if value.is_floating_point()}
+    fits = all(known.get(name) == shape for name, shape in floats.items())
+    given = {} if fits and known else {"example_inputs": inputs}
+    return Prepared(passes, None, samples, processor, held_out, given)
+
+
+_FEWEST = 10
+"""Samples of which some are held out."""
 
 
 def reader_of(passes: Sequence[Any]) -> Any:

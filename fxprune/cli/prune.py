@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import format_run, run_file
 from fxprune.cli.console import Command, app, is_given, keep_freed, notes, option_name, run_progress, working
-from fxprune.cli.models import check_model, is_gguf, load, locate_model
+from fxprune.cli.models import check_model, is_gguf, load, locate_model, model_class
 from fxprune.cli.output import (
     OURS,
     check_output,
@@ -65,8 +66,8 @@ def prune(
     to_gguf = out is not None and out.suffix == ".gguf"
     if to_gguf:
         quantization = _quantization(options.get("target"), quantization)
-    text = CalibrationText(calibration, samples, tokens)
-    check_model(model, gguf_file, with_weights=not dry_run)
+    check_model(model, gguf_file, with_weights=not dry_run, any_class=True)
+    text = CalibrationText(calibration, samples, tokens, None if gguf_file is not None else model_class(model))
     check_quantization(quantization, out)
     if to_gguf:  # one epsilon for all norms, and rows of whole blocks
         options = {"norm": "sliced", "round_to": {"mlp": gguf_multiple(model, quantization)}, **options}
@@ -76,7 +77,9 @@ def prune(
         check_output(out, model, force=force)
     text.check()
     as_device(device)
-    if calibration is not None:
+    if low_memory:
+        check_model(model, gguf_file)  # of other classes the weights are in memory
+    if calibration is not None and not text.needs_processor:
         options = {"eval_text": calibration, **options}
     effective = {"memory": "low", **options} if low_memory else options
     needs_tokenizer = (to_gguf and not is_gguf(model)) or has_vocab(options)
@@ -97,9 +100,10 @@ def prune(
         keep_freed()
         dense = load(model, gguf_file, dtype=dtype, device=device)
         export = gguf_options(model, prepared.tokenizer, quantization) if to_gguf else {}
-        result = _prune_in_memory(dense, prepared, export, options)
+        result = _prune_in_memory(dense, prepared, export, {**options, **prepared.inputs})
+        words = prepared.processor or prepared.tokenizer
         with working(f"writing {out}"):
-            loading = write_result(result, out, prepared.tokenizer, export, run=run, force=force)
+            loading = write_result(result, out, words, export, run=run, force=force)
     print_result(result, out, loading, as_json=as_json)
     if push_to_hub is not None:
         push(out, push_to_hub)
@@ -117,14 +121,21 @@ def _prune_on_disk(source: Any, out: Path, prepared: Prepared, run: str, **optio
 
 
 def _prune_in_memory(dense: Any, prepared: Prepared, export: dict[str, Any], options: dict[str, Any]) -> fxprune.Result:
-    """Prune a model in memory, if a GGUF file to be written with options ``export`` can hold it."""
+    """Prune a model in memory, if a GGUF file to be written with options ``export`` can hold it; compare the two."""
+    from fxprune.evaluation.agreement import agreement
+
     if export:
         from fxprune.export.gguf.write import check_gguf
 
         with working("checking that a GGUF file can hold the model"):
             check_gguf(dense, **{name: value for name, value in export.items() if name != "quantization"})
     with run_progress("pruning") as shown:
-        return fxprune.prune(dense, prepared.samples, tokenizer=prepared.tokenizer, **shown, **options)
+        result = fxprune.prune(dense, prepared.samples, tokenizer=prepared.tokenizer, **shown, **options)
+    if not prepared.held_out or result.model is None or result.report.quality is not None or options.get("inplace"):
+        return result
+    with working("comparing dense and slim"):
+        rows = tuple(agreement(dense, result.model, prepared.held_out).rows())
+    return replace(result, report=replace(result.report, measured=rows, unmeasured=""))
 
 
 def _quantization(target: str | None, given: str | None) -> str | None:

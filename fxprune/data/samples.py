@@ -267,9 +267,9 @@ def _rows(
     for i in range(size):
         where = f"calibration sample {number + i}"
         odd = next((key for key, value in batch.items() if not value.dim() or len(value) != size), None)
-        if odd is not None:
+        if odd is not None and size > 1:  # of one sample a tensor may have any rows, as those of its patches
             raise _error(f"{odd} is {format_value(batch[odd])} beside {size} samples of {names[0]}", where)
-        row = {key: value[i : i + 1] for key, value in batch.items()}
+        row = {key: value if size == 1 else value[i : i + 1] for key, value in batch.items()}
         mask = row.get("attention_mask") if is_cut else None
         if "attention_mask" not in names:
             row.pop("attention_mask", None)

@@ -1,6 +1,7 @@
 """Evaluation: perplexity on texts, zero-shot accuracy on tasks, speed of generation and of widths."""
 
 from fxprune.data.named import CORPORA
+from fxprune.evaluation.agreement import Agreement, agreement
 from fxprune.evaluation.comparison import Evaluation, Reference, evaluate
 from fxprune.evaluation.generation import Answers, Generation, answer_questions, compare_answers, plain_questions
 from fxprune.evaluation.perplexity import Divergence, Perplexity, logits_of, perplexity, text_perplexity
@@ -10,6 +11,7 @@ from fxprune.evaluation.tasks import PAPER_TASKS, LocalTask, TaskScore, zero_sho
 __all__ = [
     "CORPORA",
     "PAPER_TASKS",
+    "Agreement",
     "Answers",
     "Divergence",
     "Evaluation",
@@ -19,6 +21,7 @@ __all__ = [
     "Reference",
     "TaskScore",
     "Widths",
+    "agreement",
     "answer_questions",
     "compare_answers",
     "evaluate",

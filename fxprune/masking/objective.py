@@ -74,13 +74,13 @@ class Objective(Fact):
 def predicts_next(graph_module: fx.GraphModule) -> bool:
     """Whether a graph predicts next tokens: its first output, at each token, does not depend on later ones.
 
-    A graph that cannot be tried counts as one, and so does that of a module outside transformers, whose labels are next
-    tokens.
+    Outputs that have names, and none of them ``logits``, are vectors and no predictions. A graph that cannot be tried
+    counts as one, and so does that of a module outside transformers, whose labels are next tokens.
     """
     source, name = facts_of(graph_module).get(Source), token_input(graph_module)
     if source is None or not is_hugging_face(source.model):
         return True
-    if name is None:
+    if name is None or "logits" not in (named_outputs(graph_module) or {"logits"}):
         return False
     if is_offloading() or has_meta_weights(graph_module):
         return True

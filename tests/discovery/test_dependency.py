@@ -90,6 +90,25 @@ def test_the_axes_of_data_that_no_parameter_produces_are_no_units() -> None:
     check_removes_exactly(scaled, {"x": rand(2, 5)}, [8])
 
 
+class Typed(nn.Module):
+    """A parameter of which nothing but the dtype is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind, self.first, self.last = nn.Parameter(rand(7)), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).float().relu().to(self.kind.dtype))
+
+
+def test_a_parameter_whose_values_are_not_read_keeps_its_units() -> None:
+    """That of a tower that sees no image lost the class token of each later image."""
+    dense = discover(Typed(), {"x": rand(2, 5)})
+    assert any(node.target == "kind" for node in dense.graph.nodes)
+    found = {member.name for group in groups_of(dense) for member in group.members}
+    assert found == {"first.weight", "first.bias", "last.weight"}
+
+
 def test_standardised_weights_are_under_a_statistic() -> None:
     """BiT's convolutions normalise their weights by a batch norm of them: removal was taken for exact."""
 

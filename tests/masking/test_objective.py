@@ -15,6 +15,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.masking.objective import Objective, drawn_divergence, gives_classes, own_loss, predicts_next, sample_loss
 from fxprune.trace import trace
 from tests.architectures.library import LIBRARY, stirred
+from tests.models import tiny
 from tests.remembered import grouped
 
 IDS = torch.randint(3, 31, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -30,6 +31,12 @@ def test_a_model_predicts_next_tokens_if_no_output_reads_later_ones(bert: fx.Gra
     """A masked language model was scored on the next token, which it sees."""
     assert predicts_next(grouped("llama")) and not predicts_next(bert)
     assert gives_classes(bert)
+
+
+def test_vectors_are_no_predictions() -> None:
+    """A model without a head, as encoders for search are, was scored on its hidden states as if they were logits."""
+    headless = tiny("llama").base_model
+    assert not predicts_next(trace(headless, check=False).graph_module)
 
 
 def test_labels_of_another_form_stay_as_they_are(bert: fx.GraphModule) -> None:
