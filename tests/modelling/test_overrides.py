@@ -41,7 +41,7 @@ def test_blocks_that_differ_are_built_again() -> None:
     made = model()
     before = list(made.blocks)
     overrides = Overrides(block_fields={"blocks.1": {"width": 3}}, absent={"blocks.2": ["more"]})
-    build_blocks(made, config(), overrides)
+    build_blocks(made, lambda _: config(), overrides)
     assert made.blocks[0] is before[0]
     assert made.blocks[1].up.out_features == 3 and made.blocks[1].layer_idx == 1
     assert made.blocks[2] is not before[2] and made.blocks[2].more is None and made.blocks[1].more == 1
@@ -53,7 +53,7 @@ def test_the_class_may_come_from_another_model() -> None:
 
     made, like = model(), model()
     like.blocks[0] = Other(config())
-    build_blocks(made, config(), Overrides(block_fields={"blocks.0": {}}), like)
+    build_blocks(made, lambda _: config(), Overrides(block_fields={"blocks.0": {}}), like)
     assert type(made.blocks[0]) is Other
 
 
@@ -61,7 +61,7 @@ def test_a_block_that_cannot_be_built_is_named() -> None:
     made = model()
     made.blocks[0] = nn.Linear(2, 2)
     with pytest.raises(CannotBuildError, match=r"blocks\.0"):
-        build_blocks(made, config(), Overrides(block_fields={"blocks.0": {}}))
+        build_blocks(made, lambda _: config(), Overrides(block_fields={"blocks.0": {}}))
 
 
 def test_attributes_shapes_and_inputs_are_set() -> None:
