@@ -28,7 +28,7 @@ from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import Plan, keep_of, kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
-from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written_parameters
+from fxprune.trace.inputs import alias_twin, default_inputs, is_hugging_face, meta_twin, written_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
         emission = emit(empty, _left_by(part.plan, empty), kept_units=kept, inputs=inputs, resized=resized)
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         if emission.model is not None and not on_meta and run_on_meta(empty, inputs) is not None:
-            agrees, left = partial(_runs, inputs or {}), _left_by(part.plan, model)  # on meta no run shows anything
+            agrees, left = partial(_runs, default_inputs(model, inputs)), _left_by(part.plan, model)
             emission = emit(model, left, agrees=agrees, kept_units=kept, inputs=inputs, resized=resized)  # type: ignore[arg-type]
     return "" if emission.model is not None else emission.reasons[0]
 

@@ -149,7 +149,9 @@ class FixedBlock(AttendingBlock):
 
 
 class FixedModel(SmallModel):
-    """Reads the lengths of the parts of a text as numbers, which it has none of without storage."""
+    """Does not run without storage if it is given lengths, which it reads as numbers, or if it is ``real``."""
+
+    real = False
 
     def __init__(self, config: SmallConfig) -> None:
         super().__init__(config)
@@ -157,15 +159,19 @@ class FixedModel(SmallModel):
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """One score a channel."""
+        if self.real and input_ids.is_meta:
+            raise RuntimeError("no values")
         x = super().forward(input_ids)
         return x if lengths is None else torch.cat(torch.split(x, lengths.tolist(), dim=1)[::-1], dim=1)
 
 
-@pytest.mark.parametrize("numbers", [False, True])
-def test_groups_that_the_code_of_a_block_holds_stay_whole(numbers: bool) -> None:
+@pytest.mark.parametrize("how", ["plain", "lengths", "real"])
+def test_groups_that_the_code_of_a_block_holds_stay_whole(how: str) -> None:
     """Blocks that are built from a config were taken to express all groups, and then there was no slim model."""
     model = FixedModel(SmallConfig(depth=2))
-    inputs = {"input_ids": torch.arange(10).view(2, 5)} | ({"lengths": torch.tensor([2, 3])} if numbers else {})
+    model.real = how == "real"
+    tokens = {"input_ids": torch.arange(10).view(2, 5)}
+    inputs = {"plain": tokens, "lengths": tokens | {"lengths": torch.tensor([2, 3])}}.get(how)
     graph_module = run(trace(model.eval(), inputs).graph_module, "find-groups")
     groups = [group for group in groups_of(graph_module) if group.kind in ("mlp", "head")]
     removal = decide(graph_module, Keep({group.factor: np.arange(group.size) > 0 for group in groups}))
