@@ -167,7 +167,7 @@ class Groups(Fact):
 
 @defer_gc()
 def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
-    """Every group of the model, in order of execution of their triggers; frozen factors make none.
+    """Every group of the model, in order of execution of their triggers; frozen factors and those of no unit make none.
 
     Complexity: linear in the size of the graph times the number of factors of an axis.
     """
@@ -179,7 +179,7 @@ def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
     ordered = sorted(axes.parameters, key=lambda name: axes.order[name])
     for trigger in (Axis(name, i) for name in ordered for i in range(len(axes.tensors[name]))):
         for factor in factors(graph.nodes[trigger]["expr"]):
-            if factor in seen:
+            if factor in seen or not factor.size:
                 continue
             seen.add(factor)
             reached = propagate(graph, trigger, by_factor[factor])

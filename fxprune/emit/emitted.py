@@ -26,10 +26,9 @@ from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, withi
 from fxprune.graph.tensors import as_parameter, copy_tensor, has_meta_weights, names_by_identity, weights
 from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
-from fxprune.modelling.blocks import builder_of
 from fxprune.removal.plan import Plan, keep_of, kept_of_constants
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
-from fxprune.trace.inputs import alias_twin, is_hugging_face, meta_twin, written_parameters
+from fxprune.trace.inputs import alias_twin, default_inputs, is_hugging_face, meta_twin, written_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +52,7 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
         keep = keep_of(axes, groups, plan)
         numbers = scaled_numbers(axes, keep) if axes.norms else {}
         epsilons = find_epsilons(graph_module.graph, source.model, numbers) if numbers else NormEpsilons()
-        slim = _without_storage(empty, plan)
+        slim = _left_by(plan, empty)
         model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons).model  # type: ignore[arg-type]
         try:
             return model is not None and describe_structure(model).is_stock
@@ -63,15 +62,17 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
     return accepts
 
 
-def _without_storage(empty: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """The tensors that a plan leaves of a model on ``meta``, by all their names."""
-    tensors = dict(empty.named_parameters(remove_duplicate=False)) | dict(empty.named_buffers(remove_duplicate=False))
+def _left_by(plan: Plan, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a plan leaves of a model, which may be on ``meta``, by all their names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     slim: dict[str, torch.Tensor] = {}
-    for aliases in names_by_identity(empty).values():
+    for aliases in names_by_identity(model).values():
         dense_tensor = tensors[aliases[0]]
         kept = next((plan.kept[name] for name in aliases if name in plan.kept), {})
-        shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(dense_tensor.shape)]
-        tensor = as_parameter(torch.empty(shape, dtype=dense_tensor.dtype, device="meta"), dense_tensor)
+        tensor = dense_tensor.detach()
+        for axis, units in kept.items():
+            tensor = tensor.index_select(axis, torch.tensor(units, device=tensor.device))
+        tensor = as_parameter(tensor, dense_tensor)
         slim.update((name, tensor) for name in aliases if not within(name, plan.removed_blocks))
     return slim
 
@@ -79,18 +80,14 @@ def _without_storage(empty: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
 def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collection[str]) -> dict[str, str]:
     """The groups of some kinds that shrink although a Hugging Face model's classes cannot express it, with reasons.
 
-    Those of blocks that are built from a config are not asked about: their classes can, as a rule. The others are tried
-    without storage; if they cannot shrink together, one of each kind and class of module is tried alone.
+    They are tried without storage; if they cannot shrink together, one of each kind and class of module is tried alone.
     """
     source = facts_of(graph_module).get(Source)
     if source is None or not is_hugging_face(source.model):
         return {}
     model = source.model
 
-    def is_plain(group: Group) -> bool:
-        return group.block is not None and builder_of(model.get_submodule(group.block)) is not None
-
-    asked = [group for group in removal.groups if group.kind in kinds and not is_plain(group)]
+    asked = [group for group in removal.groups if group.kind in kinds]
     shrunk = [group for group in asked if group.factor is not None and removal.keep.touches(group.factor)]
     if not shrunk or not _refusal(graph_module, source, removal, shrunk):
         return {}
@@ -98,7 +95,8 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collect
     for group in shrunk:
         axes = tuple((m.name.rpartition(".")[2], m.axis) for m in group.parameters)
         scopes = [type(model.get_submodule(one.scope)) for one in _resized(source, replace(removal, groups=(group,)))]
-        alike.setdefault((group.kind, axes, *scopes), []).append(group)
+        block = None if group.block is None else type(model.get_submodule(group.block))
+        alike.setdefault((group.kind, axes, block, *scopes), []).append(group)
     found = {}
     for same in alike.values():
         reason = _refusal(graph_module, source, removal, same[:1])
@@ -113,10 +111,23 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
     part = replace(removal, keep=Keep(units, outer), removed_blocks=())
     empty: Any = meta_twin(source.model)
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
-    slim = _without_storage(empty, part.plan)
+    inputs, model = source.example_inputs, source.model
     with defer_gc(), quiet():
-        emission = emit(empty, slim, kept_units=kept, inputs=source.example_inputs, resized=resized)
+        emission = emit(empty, _left_by(part.plan, empty), kept_units=kept, inputs=inputs, resized=resized)
+        on_meta = any(parameter.is_meta for parameter in model.parameters())
+        if emission.model is not None and not on_meta and run_on_meta(empty, inputs) is not None:
+            agrees, left = partial(_runs, default_inputs(model, inputs)), _left_by(part.plan, model)
+            emission = emit(model, left, agrees=agrees, kept_units=kept, inputs=inputs, resized=resized)  # type: ignore[arg-type]
     return "" if emission.model is not None else emission.reasons[0]
+
+
+def _runs(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> bool:
+    """Whether a model runs under the attention implementation that it has, else an error."""
+    with eval_mode(model):
+        got = _outputs(model, inputs, attention_implementations(model)[0])
+    if isinstance(got, Refusal):
+        raise got.error
+    return got is not None
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import (
+    BlockStack,
     Layout,
     Rebuilder,
     block_rebuilder,
@@ -116,7 +117,8 @@ def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None 
         config = plain_config(dense)
         put_fields(part_of(config, layout.part), {**blueprint.fields, **blueprint.epsilons})
         model: PreTrainedModel = call_foreign(stock_class(dense), config)
-        build_blocks(model, part_of(model.config, layout.part), overrides, like=dense)
+        parts = {path: stack.part for stack in layout.stacks for path in stack.paths()}
+        build_blocks(model, lambda path: part_of(model.config, parts.get(path, layout.part)), overrides, like=dense)
     carry_over(dense, model)
     apply_overrides(model, overrides)
     remove_blocks(model, blueprint.removed, layout)
@@ -189,12 +191,14 @@ class _Block:
     """A block that stays, with the ways to build it.
 
     Args:
+        part: of the config that describes it.
         own: fields in which the dense block already differs from the model's config.
         kind: the class and the axes that change; blocks of one kind are built the same way.
         pending: the ways that were not asked for yet; their fields are added to ``own``.
         fields: for each kind, the names of the fields that its first block is built by; none if by attributes.
     """
 
+    part: str
     own: Mapping[str, int]
     kind: _Kind
     rebuilder: Rebuilder | None
@@ -234,19 +238,20 @@ def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
     made: dict[object, _Block] = {}
     found: dict[str, _Block] = {}
     fields = dict[_Kind, frozenset[str]]()
-    whole = part_of(task.model.config, task.layout.part)
     for path, (index, module) in task.layout.blocks().items():
         if path in task.removed:
             continue
+        stack = task.layout.stack_of(path)
+        whole = part_of(task.model.config, stack.part)
         config = next((vars(m)["config"] for m in module.modules() if "config" in vars(m)), whole)
         own: dict[str, int] = {}
         if config is not whole and isinstance(config, PreTrainedConfig):
             own = {k: v for k, v in vars(config).items() if type(v) in (int, bool) and vars(whole).get(k) != v}
         wanted, have = names_in(task.wanted, path), shapes_of(module)
         flags = flags_of(module)
-        key = (type(module), *(tuple(sorted(part.items())) for part in (own, flags, wanted, have)))
+        key = (type(module), stack.part, *(tuple(sorted(part.items())) for part in (own, flags, wanted, have)))
         if key not in made:
-            made[key] = _block(task, shared, (index, module), own, wanted, fields)
+            made[key] = _block(task, shared, stack, (index, module), own, wanted, fields)
         found[path] = made[key]
     return found
 
@@ -254,22 +259,27 @@ def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
 def _block(
     task: EmissionTask,
     shared: SharedWidths,
+    stack: BlockStack,
     at: tuple[int, nn.Module],
     own: Mapping[str, int],
     wanted: Mapping[str, Shape],
     fields: dict[_Kind, frozenset[str]],
 ) -> _Block:
     index, module = at
+    is_first = stack.part == task.layout.part
+    depth = task.layout.depth if is_first else len(stack.blocks)
     flags = {name: value for name, value in own.items() if type(value) is bool}
     own = {name: value for name, value in own.items() if name not in flags}
-    rebuilder = block_rebuilder(task.model, task.layout, index, module, own)
+    rebuilder = block_rebuilder(task.model, stack.part, depth, index, module, own)
     if flags and not _builds(rebuilder, module):  # a flag may decide what a block consists of
-        flagged = block_rebuilder(task.model, task.layout, index, module, {**own, **flags})
+        flagged = block_rebuilder(task.model, stack.part, depth, index, module, {**own, **flags})
         if _builds(flagged, module):
             own, rebuilder = {**own, **flags}, flagged
     outside = task.outside()
 
     def harm(fields: Mapping[str, int]) -> int:
+        if not is_first:
+            return 0
         seen = task.rebuilder.observe({**shared.fields, **fields})
         return len(outside) if seen is None else len(mismatches(seen.shapes, outside))
 
@@ -277,10 +287,10 @@ def _block(
     if seen is not None:  # leave out the buffers that the model, not the block's class, adds to a block
         buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
         wanted = {name: shape for name, shape in wanted.items() if name in seen.shapes or name not in buffers}
-    bases = [shared.fields, {}] if shared.fields else [{}]
+    bases = [shared.fields, {}] if shared.fields and is_first else [{}]
     kind = type(module), mismatches(shapes_of(module), wanted)
     choices = choices_for(module, rebuilder, bases, wanted, harm, lambda: fields.get(kind, frozenset()))
-    return _Block(own, kind, rebuilder, choices, fields)
+    return _Block(stack.part, own, kind, rebuilder, choices, fields)
 
 
 def _builds(rebuilder: Rebuilder | None, block: nn.Module) -> bool:
@@ -296,9 +306,12 @@ def _candidate(
     extra = {name: value for name, value in fields.items() if name not in shared.fields}
     around = shared.patches(task.rebuilder, task.outside(), extra)
     dense = vars(part_of(task.model.config, task.layout.part))
-    whole = {**dense, **fields}
     block_fields, absent = dict[str, dict[str, int]](), dict[str, list[str]]()
     for path, own in full.items():
+        if blocks[path].part != task.layout.part:
+            block_fields.update({path: own} if own else {})
+            continue
+        whole = {**dense, **fields}
         # a block whose choice does not name a field of the model needs the dense value of that field
         held = {**{name: dense[name] for name in fields if name in dense}, **own}
         differing = {name: value for name, value in held.items() if whole.get(name) != value}
@@ -336,6 +349,8 @@ def _with_adopted(
     """Return the fields of the whole model and of each block; fields that all blocks share are moved to the model."""
     full = {path: {**block.own, **chosen[path].fields} for path, block in blocks.items()}
     fields = dict(shared.fields)
+    others = {path: own for path, own in full.items() if blocks[path].part != task.layout.part}
+    full = {path: own for path, own in full.items() if path not in others}
     for name in sorted({name for own in full.values() for name in own} - fields.keys()):
         adopted = _adopted(name, blocks, full)
         if adopted is None:
@@ -345,7 +360,7 @@ def _with_adopted(
         if harmless:
             fields[name] = adopted
             full = {path: {**own, name: adopted} for path, own in full.items()}
-    return fields, full
+    return fields, full | others
 
 
 def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping[str, int]]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -56,10 +56,11 @@ def plain_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class BlockStack:
-    """A module list of blocks, by its module path."""
+    """A module list of blocks, by its module path, and the ``part`` of the config that it is built from, as a path."""
 
     path: str
     blocks: tuple[nn.Module, ...]
+    part: str = ""
 
     def paths(self) -> tuple[str, ...]:
         return tuple(f"{self.path}.{index}" for index in range(len(self.blocks)))
@@ -71,7 +72,7 @@ class Layout:
 
     Args:
         stacks: the outermost module lists, those of the text decoder first where there are others, the longest first.
-        part: name of the nested config that describes the blocks; empty for the model's own.
+        part: name of the nested config that describes the first stack; empty for the model's own.
         count_field: the field that sets the length of the first stack; empty if lists with one entry per block set
             it, None if nothing does.
     """
@@ -83,6 +84,10 @@ class Layout:
     @property
     def depth(self) -> int:
         return len(self.stacks[0].blocks) if self.stacks else 0
+
+    def stack_of(self, block: str) -> BlockStack:
+        """The list that holds a block, by the block's module path."""
+        return next(stack for stack in self.stacks if stack.path == block.rpartition(".")[0])
 
     def blocks(self) -> dict[str, tuple[int, nn.Module]]:
         """Index and module of every block by its module path."""
@@ -111,7 +116,20 @@ def find_layout(model: PreTrainedModel) -> Layout:
     config = config_of(stacks[0])
     nested = (name for name, value in vars(model.config).items() if value is config)
     part = next(nested, "") if isinstance(config, PreTrainedConfig) else ""
+    parts = {stack.path: _part(model.config, config_of(stack), part) for stack in stacks[1:]}
+    stacks = tuple(replace(stack, part=parts.get(stack.path, part)) for stack in stacks)
     return Layout(stacks, part, _count_field(model, stacks[0], part))
+
+
+def _part(whole: PreTrainedConfig, config: object, default: str) -> str:
+    """Path of the config nested in ``whole`` that is ``config``, or the only one of its class; else the default."""
+    pending, found = [("", whole)], dict[str, PreTrainedConfig]()
+    for path, here in pending:
+        nested = [(f"{path}.{name}".strip("."), v) for name, v in vars(here).items() if isinstance(v, PreTrainedConfig)]
+        pending.extend(nested)
+        found.update((name, value) for name, value in nested if stock_config(type(value)) is type(config))
+    same = [path for path, value in found.items() if value is config]
+    return same[0] if same else next(iter(found)) if len(found) == 1 else default
 
 
 def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | None:
@@ -197,23 +215,25 @@ def model_rebuilder(model: PreTrainedModel, layout: Layout) -> Rebuilder:
 
 
 def block_rebuilder(
-    model: PreTrainedModel, layout: Layout, index: int, block: nn.Module, own: Mapping[str, int]
+    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int]
 ) -> Rebuilder | None:
     """Return the rebuilder of one block at its index in the dense model; None if its class cannot be called.
+
+    It is one of ``depth`` that are described by a ``part`` of the config.
 
     ``own`` are the fields in which the block already differs from the model's config.
     """
     builder = builder_of(block)
     if builder is None:
         return None
-    start = part_of(plain_config(model), layout.part)
+    start = part_of(plain_config(model), part)
 
     def make(fields: Mapping[str, int]) -> nn.Module:
         config = copy.deepcopy(start)
         put_fields(config, fields)
         return builder(config, index)
 
-    entries = block_entries(start, layout.depth, index)
+    entries = block_entries(start, depth, index)
     if entries:
         trial = Rebuilder(make, start, Reads((), ()))
         whole, alone = trial.observe({}), trial.observe(entries)

@@ -300,7 +300,7 @@ def _is_kept(name: str, value: object, there: Mapping[str, object]) -> bool:
         if isinstance(value, functools.partial):  # set by the user: copied if it holds no module
             parts = (*value.args, *value.keywords.values())
             return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)
-        return isinstance(value, float | bool | str)
+        return isinstance(value, float | bool | str) and not name.startswith("_")  # such as a mark of hooks that it has
     if name.startswith("_") or is_number(there[name]):
         return False
     return isinstance(value, float | bool | str) or value is None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -173,8 +174,8 @@ class Reads:
 
 
 def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
-    """Nested config that the blocks are built from; the config itself for an empty name."""
-    nested: PreTrainedConfig = getattr(config, part) if part else config
+    """Nested config that blocks are built from, by its path; the config itself for an empty one."""
+    nested: PreTrainedConfig = attrgetter(part)(config) if part else config
     return nested
 
 

@@ -295,7 +295,7 @@ def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layo
 def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Sequence[int]) -> None:
     """Shorten one list of blocks. The config counts the blocks of the first list only."""
     counted = stack is layout.stacks[0]
-    blocks, whole = model.get_submodule(stack.path), part_of(model.config, layout.part)
+    blocks, whole = model.get_submodule(stack.path), part_of(model.config, stack.part)
     shorter = copy.deepcopy(whole)
     if counted:
         keep_blocks(shorter, layout.count_field, layout.depth, kept)

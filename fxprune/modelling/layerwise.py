@@ -67,13 +67,16 @@ class Overrides:
 
 
 def build_blocks(
-    model: nn.Module, config: PreTrainedConfig, overrides: Overrides, like: nn.Module | None = None
+    model: nn.Module,
+    config_of: Callable[[str], PreTrainedConfig],
+    overrides: Overrides,
+    like: nn.Module | None = None,
 ) -> None:
     """Rebuild the blocks of a model that have a config or a kind of their own.
 
     Args:
         model: as its stock class builds it.
-        config: the config that its blocks are built from.
+        config_of: returns the config that a block is built from, by its path.
         overrides: which blocks differ, and how.
         like: the model from whose blocks the classes are taken; by default ``model`` itself.
 
@@ -87,7 +90,7 @@ def build_blocks(
         build = block_builder(type(block), overrides.built_at.get(path), flags_of(block))
         if build is None:
             raise CannotBuildError(f"{path}: its class is not called with a config and an index")
-        own = block_config(config, overrides.block_fields.get(path, {}), overrides.absent.get(path, ()))
+        own = block_config(config_of(path), overrides.block_fields.get(path, {}), overrides.absent.get(path, ()))
         blocks[index] = build(own, index)
 
 
@@ -171,7 +174,7 @@ class Layerwise:
         root = str(getattr(self, "base_model_prefix", ""))
         is_inner = section.get("blocks", "").startswith(f"{root}.") and not hasattr(self, root)
         own = overrides.below(root if is_inner else "")
-        build_blocks(self, _blocks_config(self.config, section), own)
+        build_blocks(self, lambda _: _blocks_config(self.config, section), own)
         apply_overrides(self, own)
         initialise: Any = self.init_weights  # of the blocks that were built anew
         initialise()

@@ -324,7 +324,8 @@ def check_model(model: Any) -> None:
     if is_marked_quantised(model):
         _check_dequantised(model)
     for name, parameter in named:
-        _check_parameter(name, parameter)
+        own = model.get_submodule(name.rpartition(".")[0])._parameters.values()
+        _check_parameter(name, parameter, any(one is not None and one is not parameter for one in own))
     check_one_device(model)
 
 
@@ -363,7 +364,8 @@ def _check_module(model: Any) -> None:
             raise UnsupportedModelError(f"its {packed} holds packed weights", where=where, remedy=_DEQUANTISE)
 
 
-def _check_parameter(name: str, parameter: torch.Tensor) -> None:
+def _check_parameter(name: str, parameter: torch.Tensor, beside: bool) -> None:
+    """Check one parameter; ``beside`` tells whether its module has others."""
     what = ""
     if nn.parameter.is_lazy(parameter):
         what, remedy = "it is lazy and has no shape yet", "Run the model once, on any input"
@@ -374,7 +376,7 @@ def _check_parameter(name: str, parameter: torch.Tensor) -> None:
     elif parameter.layout != torch.strided or parameter.is_nested:
         what = f"its layout is {'nested' if parameter.is_nested else parameter.layout}"
         remedy = "Convert it to a dense tensor first, as with weight.to_dense()"
-    elif not parameter.numel():
+    elif not parameter.numel() and (parameter.dim() == 1 or beside):  # not by its class: a shard, or cut by hand
         what = f"it is empty, of shape {tuple(parameter.shape)}"
         remedy = "Remove it from the model, or gather the weights if they are sharded over processes"
     if what:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers.models.llama import modeling_llama
 import fxprune
 from fxprune.axes import Keep
 from fxprune.discovery.dependency import Dependencies
-from fxprune.emit.emitted import SlimVerifier, check_own_forward, emit_from_graph, outputs_agree
+from fxprune.emit.emitted import SlimVerifier, check_own_forward, emit_from_graph, inexpressible, outputs_agree
 from fxprune.emit.snapshot import attention_implementations
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import PlanError, VerificationError
@@ -22,9 +23,11 @@ from fxprune.graph.facts import Source, facts_of
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
 from fxprune.trace.inputs import meta_twin
+from tests.emit.small import SmallBlock, SmallConfig, SmallModel
 from tests.emitted import cut, distance, logits
 from tests.models import tiny, token_ids
-from tests.remembered import grouped, model_of, traced
+from tests.oracle import decide, groups_of
+from tests.remembered import grouped, model_of, run, traced
 
 
 def test_a_graph_from_which_nothing_was_removed_gives_the_model_itself() -> None:
@@ -143,6 +146,57 @@ def test_heads_without_key_heads_of_their_own_go_under_every_implementation() ->
     stock = cut(model, ("head",), ranking="local", uniform=True)
     assert describe_structure(stock.model).is_stock, "what a stock checkpoint says has to fit as well"
     assert stock.model.config.num_attention_heads == stock.model.config.num_key_value_heads < 6
+
+
+class AttendingBlock(SmallBlock):
+    """Attends with one projection for all; its number of heads is an attribute, and so is their width if ``free``."""
+
+    free = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual sum."""
+        wide = self.head_dim if self.free else x.shape[2] // self.num_heads
+        one = self.mix(x).view(*x.shape[:2], self.num_heads, wide).transpose(1, 2)
+        mixed = (one @ one.transpose(2, 3)).softmax(-1) @ one
+        return x + self.back(mixed.transpose(1, 2).flatten(2)) + self.down(torch.relu(self.up(x)))
+
+
+class FixedBlock(AttendingBlock):
+    """Divides the width of its input among the heads."""
+
+    free = False
+
+
+class FixedModel(SmallModel):
+    """Does not run without storage if it is given lengths, which it reads as numbers, or if it is ``real``."""
+
+    real = False
+
+    def __init__(self, config: SmallConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList([AttendingBlock(config, 0), FixedBlock(config, 1)])
+
+    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """One score a channel."""
+        if self.real and input_ids.is_meta:
+            raise RuntimeError("no values")
+        x = super().forward(input_ids)
+        return x if lengths is None else torch.cat(torch.split(x, lengths.tolist(), dim=1)[::-1], dim=1)
+
+
+@pytest.mark.parametrize("how", ["plain", "lengths", "real"])
+def test_groups_that_the_code_of_a_block_holds_stay_whole(how: str) -> None:
+    """Blocks that are built from a config were taken to express all groups, and then there was no slim model."""
+    model = FixedModel(SmallConfig(depth=2))
+    model.real = how == "real"
+    tokens = {"input_ids": torch.arange(10).view(2, 5)}
+    inputs = {"plain": tokens, "lengths": tokens | {"lengths": torch.tensor([2, 3])}}.get(how)
+    graph_module = run(trace(model.eval(), inputs).graph_module, "find-groups")
+    groups = [group for group in groups_of(graph_module) if group.kind in ("mlp", "head")]
+    removal = decide(graph_module, Keep({group.factor: np.arange(group.size) > 0 for group in groups}))
+    heads = [group.name for group in groups if group.kind == "head"]
+    assert len(heads) == 2 and len(groups) == 4
+    assert list(inexpressible(graph_module, removal, ("mlp", "head"))) == heads[1:]
 
 
 def test_outputs_agree_but_for_rounding() -> None:

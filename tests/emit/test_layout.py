@@ -12,6 +12,7 @@ from fxprune.emit.snapshot import shapes_of
 from fxprune.emit.solve import Search
 from tests.emit.small import small
 from tests.models import tiny
+from tests.zoo_classes import tiny_model_of
 
 
 def test_blocks_and_what_counts_them_are_found() -> None:
@@ -31,6 +32,17 @@ def test_blocks_and_what_counts_them_are_found() -> None:
     assert layout.stacks[0].path == "model.layers"
 
 
+def test_each_list_of_blocks_has_its_part_of_the_config() -> None:
+    """Vision towers of LLaVA-like models were built from the config of the text."""
+    layout = find_layout(tiny_model_of("AutoModelForImageTextToText", "llava"))
+    parts = {stack.path: stack.part for stack in layout.stacks}
+    assert parts == {
+        "model.language_model.layers": "text_config",
+        "model.vision_tower.encoder.layers": "vision_config",
+    }
+    assert layout.part == "text_config" and layout.count_field == "num_hidden_layers"
+
+
 class Listed(nn.Module):
     """Is as wide as its entry of a list; wider where another list names its index."""
 
@@ -45,7 +57,7 @@ def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], 
     model = small()
     vars(model.config).update(widths=[4, 5, 6, 7], wider=wider)
     block = Listed(model.config, 1)
-    found = block_rebuilder(model, find_layout(model), 1, block, {})
+    found = block_rebuilder(model, "", find_layout(model).depth, 1, block, {})
     assert found is not None
     seen = found.observe({})
     assert seen is not None and seen.shapes == shapes_of(block)
@@ -63,4 +75,4 @@ def test_a_block_that_asks_for_more_is_not_built() -> None:
             super().__init__()
 
     model = small()
-    assert block_rebuilder(model, find_layout(model), 0, Demanding(None, 0, model), {}) is None
+    assert block_rebuilder(model, "", find_layout(model).depth, 0, Demanding(None, 0, model), {}) is None

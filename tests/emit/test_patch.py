@@ -60,12 +60,12 @@ def pair() -> tuple[nn.Sequential, nn.Sequential]:
 
 def test_scales_stay_and_sizes_do_not() -> None:
     dense, slim = pair()
-    vars(dense[0]).update(scale=0.5, heads=6, mode="wide", _private=1.5, nothing=None)
+    vars(dense[0]).update(scale=0.5, heads=6, mode="wide", _private=1.5, nothing=None, _hooked=True)
     vars(slim[0]).update(scale=0.7, heads=4, mode="narrow", _private=2.5, nothing=0.1)
     carry_over(dense, slim)
     held = vars(slim[0])
     assert (held["scale"], held["heads"], held["mode"], held["_private"]) == (0.5, 4, "wide", 2.5)
-    assert held["nothing"] is None
+    assert held["nothing"] is None and "_hooked" not in held, "a mark of hooks that the slim model lacks"
     dense, slim = pair()  # what the user put on a module comes along where it is safe
     apply, bound = functools.partial(pair, 2.0), functools.partial(pair, by=nn.Identity())
     vars(dense[0]).update(note="mine", apply=apply, bound=bound, count=3, table=torch.ones(2))

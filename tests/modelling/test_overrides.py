@@ -41,7 +41,7 @@ def test_a_block_that_cannot_be_built_is_named() -> None:
     made = model()
     made.blocks[0] = nn.Linear(2, 2)
     with pytest.raises(CannotBuildError, match=r"blocks\.0"):
-        build_blocks(made, config(), Overrides(block_fields={"blocks.0": {}}))
+        build_blocks(made, lambda _: config(), Overrides(block_fields={"blocks.0": {}}))
 
 
 def test_attributes_shapes_and_inputs_are_set() -> None:

@@ -330,7 +330,6 @@ FROZEN = {
 REFUSED = {
     "weight, complex": "Keep real and imaginary parts as two parameters",
     "weight, complex, next": "Keep real and imaginary parts as two parameters",
-    "weight, empty": "it is empty",
 }
 
 SOME = (
