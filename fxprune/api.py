@@ -554,7 +554,8 @@ def _run_passes(
         release_freed()
         _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
-        with offer_prefetcher(prefetcher_to(values["device"], device_of(graph_module))):
+        home = device_of(graph_module)
+        with offer_prefetcher(prefetcher_to(values["device"], home, in_files=is_offloading())):
             result = Result.of(pipeline(graph_module, inplace=values["inplace"]).graph_module)
             if not has_meta_weights(result.graph_module):
                 # processes that loaded other weights, or round in another way, end with different ones

@@ -19,6 +19,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_loaded, check_weights, read_manifest
@@ -30,6 +31,8 @@ from fxprune.errors import CheckpointError, FxpruneError
 from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.offload.atomic import folder_identity, linked_copy, restore_replaced
+from fxprune.offload.distributed import sharding_plan
+from fxprune.offload.ranks import world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse
 
 if TYPE_CHECKING:
@@ -351,6 +354,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: Any = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Load a model, dense or slim, in evaluation mode: of the class that its config names, or a causal language model.
 
@@ -359,6 +363,7 @@ def load_model(
         gguf_file: the GGUF file inside the folder or repository.
         dtype: of the weights; None for that of the files.
         device: where the model is put.
+        sharded: shard it over processes by FSDP2, by transformers' own loader: each process reads its shards alone.
 
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing.
@@ -366,10 +371,15 @@ def load_model(
     place = Path(source).expanduser()
     if (place / _ADAPTER).is_file() and not (place / "config.json").is_file():  # transformers would load both, unmerged
         raise CheckpointError("cannot be loaded: there is no model in it", where=str(place), remedy=merge_advice(place))
+    spread: dict[str, Any] = {}
+    if sharded and world_size() > 1:
+        plan = sharding_plan(load_config_only(source, gguf_file))
+        spread = {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=plan)}
+        device = None  # that of its process
     if _is_slim(source):
-        slim: Any = from_pretrained(source)
+        slim: Any = from_pretrained(source, **spread)
         return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
-    options = {**LOADING, **_SAFE, "dtype": "auto" if dtype is None else dtype}
+    options = {**LOADING, **_SAFE, **spread, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
     with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line
         config = AutoConfig.from_pretrained(**locate(source, gguf_file), **_SAFE)

@@ -77,7 +77,14 @@ def locate_model(model: str) -> str:
     return str(demo_checkpoint()) if model == DEMO else model
 
 
-def load(model: str, gguf_file: str | None = None, *, dtype: str | None = None, device: str | None = None) -> Any:
+def load(
+    model: str,
+    gguf_file: str | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    sharded: bool = False,
+) -> Any:
     """Load a model, dense or slim; ``dtype`` by its name in torch, None for that of the files."""
     import torch
     from transformers.utils import logging
@@ -91,7 +98,7 @@ def load(model: str, gguf_file: str | None = None, *, dtype: str | None = None, 
     bars = silence_stderr() if notes.quiet else contextlib.nullcontext()  # of the conversion of GGUF tensors
     with working(f"loading {model}"), bars:
         named = None if dtype is None else getattr(torch, dtype)
-        return load_model(locate_model(model), gguf_file, dtype=named, device=device)
+        return load_model(locate_model(model), gguf_file, dtype=named, device=device, sharded=sharded)
 
 
 def load_words(model: str, gguf_file: str | None = None, *, needed: bool = True, instead: str = "") -> Any:

@@ -41,6 +41,9 @@ def recover(
     device: Annotated[
         str | None, typer.Option(help="Device to train on: cpu, cuda or mps (default: all accelerators).")
     ] = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Under torchrun: shard the weights of model and teacher over processes.")
+    ] = False,
     force: flags.Force = False,
     quiet: flags.Quiet = False,
     **options: Any,
@@ -61,11 +64,11 @@ def recover(
     if isinstance(rows, Path):
         read_rows(rows)  # refuses a file that cannot be read before the model is loaded
     keep_freed()
-    loaded, tokenizer = load_pair(model, dtype=dtype, device=device)
+    loaded, tokenizer = load_pair(model, dtype=dtype, device=device, sharded=sharded)
     plan, report = _read_origin(model, loaded)
     teacher = None
     if distil is not None:
-        dense, words = load_pair(distil, needed=False, dtype=dtype, device=device)
+        dense, words = load_pair(distil, needed=False, dtype=dtype, device=device, sharded=sharded)
         teacher = Distillation(dense, tokenizer=words)
     recovery = fxprune.recover(
         loaded,

@@ -57,6 +57,7 @@ class PairedRuns:
         self.dense = [PreciseRun(graph_module) for _ in batches]
         self.masked = [MaskedRun(graph_module, removal) for _ in batches]
         for runs in (self.dense, self.masked):
+            runs[0].in_step()
             for run, inputs in zip(runs, batches, strict=True):
                 run.args_iter = iter(inputs.values())
 
@@ -140,7 +141,7 @@ def masked_by_block(
         return value
 
     with torch.no_grad():
-        run = MaskedRun(graph_module, removal)
+        run = MaskedRun(graph_module, removal).in_step()
         outputs = output_tensors(run.run_nodes(inputs_on_device(graph_module, inputs), visit))
     return outputs, found
 
@@ -167,7 +168,8 @@ def slim_by_block(
         return leaving.value if may_replace and value.shape == leaving.value.shape else value
 
     with torch.no_grad():
-        return output_tensors(PreciseRun(graph_module).run_nodes(inputs_on_device(graph_module, inputs), visit)), found
+        run = PreciseRun(graph_module).in_step()
+        return output_tensors(run.run_nodes(inputs_on_device(graph_module, inputs), visit)), found
 
 
 TOLERANCE = 1e-4
@@ -206,13 +208,13 @@ def masked_outputs(
 ) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of the dense graph with the removed structures zeroed."""
     with torch.no_grad():
-        return output_tensors(MaskedRun(graph_module, removal).run(*inputs_on_device(graph_module, inputs)))
+        return output_tensors(MaskedRun(graph_module, removal).in_step().run(*inputs_on_device(graph_module, inputs)))
 
 
 def slim_outputs(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
     """Return the float outputs of a graph, computed in at least float32."""
     with torch.no_grad():
-        return output_tensors(PreciseRun(graph_module).run(*inputs_on_device(graph_module, inputs)))
+        return output_tensors(PreciseRun(graph_module).in_step().run(*inputs_on_device(graph_module, inputs)))
 
 
 def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:

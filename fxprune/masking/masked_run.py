@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,11 +30,17 @@ class UntouchedRun(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self._written = written_sources(graph_module.graph)
         self._copies: dict[str, Any] = {}
-        self._prefetcher = current_prefetcher()
+        prefetcher = current_prefetcher()
+        self._prefetcher = None if prefetcher is None or prefetcher.gathers else prefetcher
         self._next_weight: dict[str, str] = {}
-        if self._prefetcher is not None:
+        if prefetcher is not None:
             read = list(dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"))
             self._next_weight = dict(itertools.pairwise(read))
+
+    def in_step(self) -> Self:
+        """Read weights together with the other processes, all of which make this run, over the same nodes."""
+        self._prefetcher = current_prefetcher()
+        return self
 
     def run_nodes(
         self, inputs: Iterable[Any], visit: Callable[[fx.Node, Any], Any], until: fx.Node | None = None

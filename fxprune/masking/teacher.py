@@ -17,12 +17,13 @@ from fxprune.graph.facts import Fact, facts_of, fork
 from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes, read_heldout
-from fxprune.masking.parts import Part, output_numel, run_in_parts
+from fxprune.masking.parts import Part, PartRuns, output_numel, parts_by_weights, run_in_parts
 from fxprune.offload.files import is_offloading, no_resume
-from fxprune.offload.prefetch import autocast, compute_device, use_bf16
-from fxprune.offload.ranks import batch_for_all, deal, gathered
+from fxprune.offload.prefetch import autocast, compute_device, current_prefetcher, gathers_weights, use_bf16
+from fxprune.offload.ranks import batch_for_all, deal, gathered, shard_indices
 from fxprune.pipeline.contract import Pass, shared
 from fxprune.removal.removal import Removal
+from fxprune.rules.registry import written_sources
 
 _LARGEST_LOGITS = 0.05
 """Logits of a batch beside the bytes of weights in files: three copies of them are as much as a part of the model."""
@@ -84,7 +85,7 @@ def logits_use_bf16(precision: str, graph_module: fx.GraphModule, sample: Sample
     """Whether to run a graph in bfloat16: :func:`fxprune.offload.prefetch.use_bf16` with a trial on a sample."""
 
     def trial() -> torch.Tensor:
-        return run_logits(UntouchedRun(graph_module), batched([sample], graph_module))
+        return run_logits(UntouchedRun(graph_module).in_step(), batched([sample], graph_module))
 
     return use_bf16(precision, graph_module, trial, where)
 
@@ -106,9 +107,7 @@ def record_teacher_logits(
     batches = list(batch_indices(samples, graph_module, size))
     mine = deal(batches)
     with torch.no_grad():
-        for numbers in track(mine, len(mine)):
-            inputs = batched([samples[i] for i in numbers], graph_module)
-            logits = run_logits(UntouchedRun(graph_module), inputs).float()
+        for numbers, logits in _each_logits(graph_module, samples, mine, track):
             if not classes_given:
                 for row, i in enumerate(numbers):
                     found[i] = torch.empty(1, 0, dtype=torch.int), logits[row].cpu().clone()
@@ -120,6 +119,30 @@ def record_teacher_logits(
     every = gathered([[found[i] for i in numbers] for numbers in mine])
     whole = {i: one for numbers, row in zip(batches, every, strict=True) for i, one in zip(numbers, row, strict=True)}
     return tuple(TeacherLogits(sample, *whole[i]) for i, sample in enumerate(samples))
+
+
+def _each_logits(
+    graph_module: fx.GraphModule,
+    samples: Sequence[Sample],
+    batches: Sequence[Sequence[int]],
+    track: Callable[[Iterable[Any], int], Iterable[Any]],
+) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+    """Yield the numbers of the samples of each batch, and its logits in float32.
+
+    Where weights are fetched, those of a part are fetched once for all batches.
+    """
+    inputs = (batched([samples[i] for i in numbers], graph_module) for numbers in batches)
+    if current_prefetcher() is None or written_sources(graph_module.graph):
+        for numbers, given in track(zip(batches, inputs, strict=True), len(batches)):
+            yield numbers, run_logits(UntouchedRun(graph_module), given).float()
+        return
+    parts, found = parts_by_weights(graph_module), list[Any]()
+    runs = PartRuns(graph_module, parts, list(inputs), ())
+    watch = {graph_module.graph.output_node(): found.append}
+    steps = ((part, number) for part in parts for number in runs.forward(part, watch))
+    for part, number in track(steps, len(parts) * len(batches)):
+        if part is parts[-1]:
+            yield batches[number], scores_of(graph_module, found.pop()).float()
 
 
 def _batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: int) -> int:
@@ -157,6 +180,16 @@ def teacher_batches(
             share=len(mine) / len(numbers),
             counted=sum(counts[i] for i in mine) / max(1, sum(counts.values())),
         )
+
+
+def deal_in_step(batches: Sequence[TeacherBatch]) -> list[tuple[TeacherBatch, bool]]:
+    """This process's share of some batches, and whether the results count.
+
+    Where processes read weights together, all get the same number, and results that another one has do not count.
+    """
+    count = len(batches)
+    numbers = shard_indices(count) if gathers_weights() else deal(range(count))
+    return [(batches[i % count], i < count) for i in numbers]
 
 
 def divergence(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) -> torch.Tensor:
@@ -249,8 +282,13 @@ def run_logits(run: UntouchedRun, inputs: Mapping[str, Any], parts: Sequence[Par
     With ``parts``, a backward run computes each of them again.
     """
     output = run_in_parts(run, parts, inputs.values()) if parts else run.run(*inputs.values())
+    return scores_of(run.module, output)  # type: ignore[arg-type]
+
+
+def scores_of(graph_module: fx.GraphModule, output: Any) -> torch.Tensor:
+    """Scores of classes ``(batch, positions, classes)`` in the output of a graph; else all its outputs."""
     outputs = output_tensors(output)
-    if outputs and not gives_classes(run.module):  # type: ignore[arg-type]
+    if outputs and not gives_classes(graph_module):
         return torch.cat([value.flatten(1) for value in outputs], dim=-1)[:, None]
     if not outputs or outputs[0].dim() < 2:
         raise PassError(
@@ -291,7 +329,7 @@ class DivergenceJudge:
 
         teacher = shared(graph_module, ("judge", batch, *samples), record)
         batches = tuple(teacher_batches(teacher, graph_module, _batch_size(graph_module, samples, batch)))
-        self.batches, self.positions = deal(batches), sum(batch.positions for batch in batches)
+        self.batches, self.positions = deal_in_step(batches), sum(batch.positions for batch in batches)
 
     def divergence(self, removal: Removal) -> float:
         work = self.graph_module
@@ -303,9 +341,10 @@ class DivergenceJudge:
                 work = self.fit(work, inplace=True).graph_module
         found = []
         with torch.no_grad(), autocast(self.device, self.bf16):
-            for batch in self.batches:
-                run = MaskedRun(work, removal)
-                found.append(float(divergence(run_logits(run, batch.inputs), batch)) * batch.positions)
+            for batch, counts in self.batches:
+                run = MaskedRun(work, removal).in_step()
+                value = float(divergence(run_logits(run, batch.inputs), batch)) * batch.positions
+                found += [value] if counts else []
         return sum(gathered(found)) / self.positions
 
 

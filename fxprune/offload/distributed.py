@@ -6,7 +6,8 @@ accelerate with its offloading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -34,11 +35,34 @@ def is_distributed(model: nn.Module) -> bool:
     )
 
 
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the weights of a model, and gathers those of a module when it runs."""
+    return any(_plain_class(module) is not type(module) for module in model.modules())
+
+
+def sharding_plan(model: nn.Module) -> dict[str, str]:
+    """The modules that FSDP2 shards one by one, those of the outer lists, as an ``fsdp_plan`` of transformers."""
+    found: dict[str, str] = {}
+    outer: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
+            outer.append(path)
+            found[f"{re.sub(r'[.][0-9]+[.]', '.*.', path)}.*"] = "free_full_weight"
+    return found
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that FSDP2 keeps after a forward run, so that parameters are shards again."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if _plain_class(module) is not type(module):
+            module.reshard()
+
+
 def tensor_parallel_size(model: nn.Module) -> int:
     """The number of processes that share the products of layers, of torch's tensor parallelism; else 1."""
     meshes = _meshes(model)
-    by_fsdp = any(_plain_class(module) is not type(module) for module in model.modules())
-    return 1 if by_fsdp or not meshes else int(meshes[0].size())
+    return 1 if is_fully_sharded(model) or not meshes else int(meshes[0].size())
 
 
 def whole_copy(model: M) -> M:

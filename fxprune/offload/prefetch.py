@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -14,7 +14,7 @@ from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.tensors import device_of, map_tensors, weights
-from fxprune.offload.ranks import broadcast_object
+from fxprune.offload.ranks import broadcast_object, start_gather, world_size
 
 _offered: ContextVar[Prefetcher | None] = ContextVar("offered", default=None)
 _used: ContextVar[Prefetcher | None] = ContextVar("used", default=None)
@@ -32,6 +32,9 @@ class Prefetcher:
 
     It holds the copies made ahead, and of those fetched only the last: the caller holds the rest.
     """
+
+    gathers: ClassVar[bool] = False
+    """Whether it takes all processes to fetch a weight."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -103,11 +106,32 @@ class StreamPrefetcher(Prefetcher):
         self._thread.shutdown(cancel_futures=True)
 
 
-def prefetcher_to(device: Any, home: torch.device) -> Prefetcher | None:
-    """Return a prefetcher to a device; None if no device is named, or it is ``home``, where the weights are."""
+class GatheringPrefetcher(Prefetcher):
+    """Reads a share of each weight from its file, and gets the rest from the other processes, which do the same.
+
+    All processes must fetch the same weights in the same order: those of a part for all samples, not for each.
+    """
+
+    gathers: ClassVar[bool] = True
+
+    def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start to gather a tensor; small ones, which are read as fast as they are sent, are read whole."""
+        shared = world_size() > 1 and tensor.is_contiguous() and tensor.nbytes >= _LEAST_SHARED
+        return start_gather(tensor) if shared else super().start_copy(tensor)
+
+
+_LEAST_SHARED = 1 << 16
+"""Bytes of a weight that is worth a collective."""
+
+
+def prefetcher_to(device: Any, home: torch.device, *, in_files: bool = False) -> Prefetcher | None:
+    """Return a prefetcher to a device; None if no device is named, or it is ``home``, where the weights are.
+
+    Of weights in files several processes read a share each.
+    """
     target = as_device(device)
     if target is None or target == home:
-        return None
+        return GatheringPrefetcher(home) if in_files and home.type == "cpu" and world_size() > 1 else None
     return StreamPrefetcher(target) if target.type == "cuda" else Prefetcher(target)
 
 
@@ -147,8 +171,9 @@ def offer_prefetcher(prefetcher: Prefetcher | None) -> Iterator[None]:
 
 @contextmanager
 def use_prefetcher(wanted: bool) -> Iterator[None]:
-    """Use the prefetcher on offer, if any and if wanted; else compute on the device of the weights."""
-    token = _used.set(_offered.get() if wanted else None)
+    """Use the prefetcher on offer, if any, and if wanted or if it leaves weights on their device."""
+    offered = _offered.get()
+    token = _used.set(offered if wanted or (offered is not None and offered.gathers) else None)
     try:
         yield
     finally:
@@ -158,6 +183,12 @@ def use_prefetcher(wanted: bool) -> Iterator[None]:
 def current_prefetcher() -> Prefetcher | None:
     """The prefetcher in use; None if weights are read where they are."""
     return _used.get()
+
+
+def gathers_weights() -> bool:
+    """Whether each process reads a share of a weight, so that all must fetch it."""
+    prefetcher = current_prefetcher()
+    return prefetcher is not None and prefetcher.gathers
 
 
 def compute_device(graph_module: fx.GraphModule) -> torch.device:

@@ -216,6 +216,26 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
+def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to assemble a tensor of which each process reads its share; the returned function waits, and returns it.
+
+    All must call it for the same tensors in the same order. It is for tensors in files that are mapped, of which pages
+    are read where they are used; of one whose elements lie in another order, all of it is read.
+    """
+    count = world_size()
+    size = -(-tensor.numel() // count)
+    own, whole = tensor.new_empty(size), tensor.new_empty(size * count)
+    share = tensor.detach().reshape(-1)[rank() * size : (rank() + 1) * size]
+    own[: len(share)] = share
+    gathering = dist.all_gather(list(whole.split(size)), own, async_op=True)
+
+    def finish() -> torch.Tensor:
+        gathering.wait()
+        return whole[: tensor.numel()].view(tensor.shape)
+
+    return finish
+
+
 def check_same(find: Callable[[], Mapping[str, Any]], where: str) -> None:
     """Compare values over processes; raise an error in all of them if one differs.
 

@@ -15,6 +15,7 @@ from fxprune.emit.snapshot import slim_name
 from fxprune.errors import RecoveryError, VerificationError
 from fxprune.graph.context import eval_mode
 from fxprune.masking.compare import TOLERANCE, compare
+from fxprune.offload.distributed import is_fully_sharded, reshard
 from fxprune.recovery.settings import RecoverySettings
 from fxprune.removal.plan import Plan
 
@@ -87,7 +88,7 @@ def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any
 
 
 def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, float]:
-    """Merge the updates into the weights of the model.
+    """Merge the updates into the weights of the model; of a sharded one, each process into its shards.
 
     Args:
         inputs: keyword inputs on which the model before and after is compared.
@@ -100,13 +101,28 @@ def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, f
             precision the merged weights are rounded again, so any finite change is accepted.
     """
     before = _logits(wrapped, inputs)
-    model = wrapped.merge_and_unload(safe_merge=True)
+    model = _merge_shards(wrapped) if is_fully_sharded(wrapped) else wrapped.merge_and_unload(safe_merge=True)
     error = compare([before], [_logits(model, inputs)])
     precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
     if error > TOLERANCE if precise else error == float("inf"):
         what = f"merging moved the logits by {error:.2e}, more than {TOLERANCE:.0e}"
         raise VerificationError(what, where="merge", remedy="Please report the model's config")
     return model, error
+
+
+def _merge_shards(wrapped: Any) -> Any:
+    """The model of a wrapper, with the updates added to its shards; the update of one weight is whole at a time."""
+    from peft.tuners.lora import LoraLayer
+    from torch.distributed.tensor import distribute_tensor
+
+    reshard(wrapped)
+    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        weight: Any = layer.get_base_layer().weight
+        update = layer.get_delta_weight(layer.active_adapters[0]).detach().to(weight.dtype)
+        part = distribute_tensor(update, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.detach().to_local().add_(part.to_local())
+    return wrapped.unload()
 
 
 def _candidates(model: nn.Module, plan: Plan | None) -> Iterator[str]:

@@ -23,6 +23,7 @@ from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.atomic import write_file
+from fxprune.offload.distributed import is_fully_sharded
 from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import check_trainable
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
@@ -96,10 +97,11 @@ def recover(
     """Train low-rank updates of the pruned projections and merge them; names and shapes of the model stay the same.
 
     Under ``torchrun``, ``accelerate launch`` or ``deepspeed`` every process calls this function, and training is
-    distributed as these tools are configured.
+    distributed as these tools are configured. A model that FSDP2 has sharded, and a teacher, stay so: no process
+    holds more than its shards of their weights, and those of one block while it runs.
 
     Args:
-        pruned: the result of :func:`fxprune.prune`, or a slim Hugging Face model.
+        pruned: the result of :func:`fxprune.prune`, or a slim Hugging Face model; a sharded one with ``inplace=True``.
         data: a path (.json, .jsonl, .txt, .parquet), the id of a hub data set, a ``datasets.Dataset`` or a list of
             rows: instructions (``instruction``, ``input``, ``output``), chats (``messages``) or texts (``text``). None
             for the built-in text.
@@ -122,9 +124,9 @@ def recover(
     chosen = settings_from(settings, changes)
     result = pruned if isinstance(pruned, Result) else None
     source: PreTrainedModel = pruned if result is None else result.model
-    _check_model(source, result, tokenizer)
-    _check_options(plan, distil, folder, arguments)
     flag("inplace", inplace)
+    _check_model(source, result, tokenizer, inplace)
+    _check_options(plan, distil, folder, arguments)
     check_track(track)
     if isinstance(distil, PreTrainedModel):
         distil = Distillation(distil)
@@ -146,14 +148,18 @@ def recover(
     return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
 
 
-def _check_model(model: Any, result: Result | None, tokenizer: Any) -> None:
+def _check_model(model: Any, result: Result | None, tokenizer: Any, inplace: bool) -> None:
     """Refuse an object that is not a model to train, and one that is not a tokenizer."""
     if not isinstance(model, PreTrainedModel):
         reasons = "" if result is None else "; ".join(result.report.model_reasons[:3])
         what = f"there is no Hugging Face model to train{f': {reasons}' if reasons else ''}"
         remedy = "Pass the result of a prune that has one; train a graph in a loop of your own"
         raise UnsupportedModelError(what, where="pruned", remedy=remedy)
-    check_trainable(model, "pruned")
+    if not is_fully_sharded(model):
+        check_trainable(model, "pruned")
+    elif result is not None or not inplace:
+        what = "it is sharded, and a copy, or the graph of a result, would hold whole weights"
+        raise UnsupportedModelError(what, where="pruned", remedy="Pass the model, plan=result.plan and inplace=True")
     function("tokenizer", tokenizer, "the tokenizer of the model", RecoveryError)
     missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
     if missing:
@@ -209,7 +215,8 @@ def restored_state(model: PreTrainedModel) -> Iterator[None]:
             delattr(model, name)
         vars(model.config).clear()
         vars(model.config).update(config)
-        model.to(device=device)  # type: ignore[call-arg]
+        if not is_fully_sharded(model):  # that stays where its mesh is
+            model.to(device=device)  # type: ignore[call-arg]
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(name, True))
@@ -258,7 +265,8 @@ def weight_sums(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
     They are rounded to six digits, so that sums taken in another order are equal.
     """
     tensors = [model.get_submodule(name)._parameters["weight"] for name in names]
-    sums = [float(t.detach().double().abs().sum()) for t in tensors if t is not None]
+    totals: list[Any] = [t.detach().double().abs().sum() for t in tensors if t is not None]
+    sums = [float(total.full_tensor() if hasattr(total, "full_tensor") else total) for total in totals]
     return [float(f"{sum(sums):.6g}"), float(f"{max(sums):.6g}")]
 
 
@@ -312,6 +320,9 @@ class _Run:
             notes.append(f"the weights were fp16 and are {name} now: fp16 loses small updates")
         launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
         sharded = launched or bool(self.arguments.get("fsdp") or self.arguments.get("deepspeed"))
+        if sharded and is_fully_sharded(self.model):
+            remedy = "Leave fsdp and deepspeed out, and start with torchrun"
+            raise RecoveryError("the model is sharded already", where="arguments", remedy=remedy)
         padding = padding_id(self.tokenizer, self.model)
         with quiet(logging.WARNING):
             wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)

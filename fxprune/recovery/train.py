@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import RecoveryError
 from fxprune.graph.context import eval_mode
+from fxprune.offload.distributed import is_fully_sharded, reshard
 from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import input_device
 from fxprune.pipeline.arguments import Arguments, argument, instance
@@ -64,6 +65,9 @@ class Distillation(Arguments):
         """
         instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
         if self.tokenizer is not None and has_other_tokens(tokenizer, self.tokenizer):
+            if is_fully_sharded(self.teacher):
+                what = "it is sharded and has other tokens, so that processes would run it at different times"
+                raise RecoveryError(what, where="teacher", remedy="Pass it whole")
             return AlignedDistillation(**vars(self), words=tokenizer, common=common_ids(tokenizer, self.tokenizer))
         sizes = [vocabulary_of(model) for model in (self.teacher, student)]
         if sizes[0] != sizes[1]:
@@ -87,6 +91,7 @@ class Distillation(Arguments):
                 attention_mask=None if mask is None else mask.to(device),
                 use_cache=False,
             ).logits
+        reshard(self.teacher)
         counted = inputs["labels"][:, 1:] != IGNORED
         ours, theirs = logits[:, :-1][counted], theirs[:, :-1][counted.to(device)].to(logits.device)
         return distillation_sum(ours, theirs, self.temperature)
@@ -286,8 +291,12 @@ def make_trainer(
     Raises:
         RecoveryError: the batch cannot be divided over the devices, or an argument is unknown or invalid.
     """
+    chosen = _training_arguments(settings, folder, len(data.train), dict(arguments or {}))
+    is_sharded = is_fully_sharded(model)
+    if is_sharded:  # the trainer then leaves the shards alone, and averages the gradients of the updates
+        model.is_distributed_loading_by_transformers = chosen["save_only_model"] = True
     try:
-        training = TrainingArguments(**_training_arguments(settings, folder, len(data.train), dict(arguments or {})))
+        training = TrainingArguments(**chosen)
     except (TypeError, ValueError) as error:
         remedy = "Pass arguments of transformers.TrainingArguments"
         raise RecoveryError(f"transformers refuses them: {error}", where="arguments", remedy=remedy) from error
@@ -302,6 +311,7 @@ def make_trainer(
         callbacks=[_EarlyStopping(settings, vocabulary_of(model)), _Progress(track)],
         distillation=distillation,
     )
+    training.save_only_model = training.save_only_model and not is_sharded  # it refuses to resume for the weights' sake
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -94,9 +94,10 @@ class FitSite:
         places = self.channels[:, None] * taps + torch.arange(taps, device=self.channels.device)
         return places.flatten()
 
-    def matrices(self, graph_module: fx.GraphModule) -> torch.Tensor:
+    def matrices(self, graph_module: fx.GraphModule, run: PairedRuns) -> torch.Tensor:
         """The weight in float32 at least, as ``(matrices, out, in)``, on the device that the graph runs on."""
-        W = get_tensor(graph_module, self.name).detach().to(compute_device(graph_module))
+        there = run.dense[0].env.get(self.weight)  # what was read for the product is not read again
+        W = get_tensor(graph_module, self.name).detach().to(compute_device(graph_module)) if there is None else there
         W = W.to(torch.promote_types(W.dtype, torch.float32)).permute(_weight_order(self.product))
         return W if isinstance(self.product, StackedProduct) else W.flatten(1)[None]
 

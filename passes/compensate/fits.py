@@ -225,7 +225,7 @@ class LeastSquaresPass(FitPass):
     bias: bool = argument(True, "Whether biases are fitted too.")
 
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
-        W = site.matrices(graph_module)
+        W = site.matrices(graph_module, run)
         w = W[..., site.kept]
         added = site.bias if self.bias else None
         front, back = (StackedMoments.empty(w, added is not None) for _ in range(2))
@@ -277,7 +277,7 @@ class RotationPass(FitPass):
     )
 
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
-        W = site.matrices(graph_module)
+        W = site.matrices(graph_module, run)
         w = W[..., site.kept]
         both = W.new_zeros(len(W), W.shape[1], W.shape[1], dtype=torch.float64)
         scale = both.new_zeros(len(W))

@@ -19,7 +19,7 @@ from fxprune.errors import PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import get_tensor, require_weights, tensor_name
 from fxprune.masking.parts import Observers, observe_nodes
-from fxprune.offload.ranks import all_reduce, batch_for_all, check_enough, deal
+from fxprune.offload.ranks import all_reduce, batch_for_all, check_enough, deal, gathered
 from fxprune.pipeline.arguments import argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
@@ -192,14 +192,14 @@ class WandaImportancePass(ForwardImportancePass):
         for consumer, moments in self.moments(graph_module, consumers).items():
             uses.setdefault(consumer.name, {}).setdefault(consumer.axis, []).append(moments)
         found: Positions = {}
-        for name in names:
+        for name in deal(sorted(names)):  # each process reads its weights alone
             weight = get_tensor(graph_module, name).detach().float().abs()
             for axis, there in uses.get(name, {}).items():
                 squares = torch.stack([moments.squares for moments in there]).sum(0)
                 rms = (squares / max(sum(moments.count for moments in there), 1)).sqrt().float().to(weight.device)
                 weight = weight * rms.view(-1, *[1] * (weight.dim() - axis - 1))
             found.update({key: axis_sums(weight, key[1]) for key in wanted if key[0] == name})
-        return found
+        return dict(item for items in gathered([list(found.items())]) for item in items)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,12 +235,17 @@ class FlapImportancePass(ForwardImportancePass):
         axes = facts_of(graph_module)[Dependencies].axes
         consumers = [c for c in find_consumers(graph_module.graph, axes) if (c.name, c.axis) in wanted]
         found: Positions = {}
-        for consumer, moments in self.moments(graph_module, consumers).items():
+        moments_of = self.moments(graph_module, consumers)
+        names = dict.fromkeys(consumer.name for consumer in moments_of)
+        mine = set(deal(list(names)))  # each process reads its weights alone
+        for consumer, moments in moments_of.items():
+            if consumer.name not in mine:
+                continue
             key = (consumer.name, consumer.axis)
             columns = axis_sums(get_tensor(graph_module, key[0]).detach().double().square(), key[1])
             score = moments.variance * columns.to(moments.sums.device)
             found[key] = found[key] + score if key in found else score
-        return found
+        return dict(item for items in gathered([list(found.items())]) for item in items)
 
 
 @dataclass

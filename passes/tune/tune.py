@@ -27,17 +27,16 @@ from fxprune.masking.compare import TOLERANCE, Verified
 from fxprune.masking.masked_run import UntouchedRun, at_least_float32
 from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
-from fxprune.masking.teacher import TeacherBatch, divergence, rejection, run_logits, teacher_batches
+from fxprune.masking.teacher import TeacherBatch, deal_in_step, divergence, rejection, run_logits, teacher_batches
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import is_offloading, write_values
-from fxprune.offload.prefetch import autocast, free_bytes, use_bf16
+from fxprune.offload.prefetch import autocast, free_bytes, gathers_weights, use_bf16
 from fxprune.offload.ranks import (
     all_reduce,
     batch_for_all,
     broadcast,
     broadcast_object,
     check_same,
-    deal,
     gathered,
     is_first,
 )
@@ -383,8 +382,9 @@ class Training:
         self.device = device_of(graph_module)
         size = batch_for_all(settings.batch, len(teacher.heldout))
         heldout = list(teacher_batches(teacher.heldout, graph_module, size))
-        self.heldout, self.measured = deal(heldout), sum(batch.positions for batch in heldout)
+        self.heldout, self.measured = deal_in_step(heldout), sum(batch.positions for batch in heldout)
         self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch, in_shards=True))
+        self.parts = self._parts()
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
         highest = settings.rate or trained.rate
         self.rates = [highest * rate for rate in trained.rates(graph_module)]
@@ -394,7 +394,6 @@ class Training:
         self.truth = settings.truth if tries else 0.0
         self._error = {"divergence": divergence, "acceptance": rejection}[settings.objective]
         self.steps = max(1, round(settings.epochs * len(self.batches)))
-        self.parts = self._parts()
         self.bf16 = use_bf16(
             settings.precision,
             graph_module,
@@ -445,7 +444,9 @@ class Training:
             taken = (value for value in self.batches[0].inputs.values() if isinstance(value, torch.Tensor))
             more = max((value.numel() for value in taken), default=1) / max(1, traced)
             wanted = 4.0 * more * sum(output_numel(node) for node in nodes if node.op == "call_function")
-            memory = broadcast_object("fast" if 2 * wanted <= free_bytes(self.device) else "low")
+            # a run that keeps all activations keeps the weights that processes have read together
+            fits = 2 * wanted <= free_bytes(self.device) and not gathers_weights()
+            memory = broadcast_object("fast" if fits else "low")
         if memory == "fast" or written_sources(graph_module.graph):
             return ()
         return parts_to_run_again(graph_module)
@@ -473,10 +474,10 @@ class Training:
             with autocast(self.device, self.bf16):
                 loss = self._loss(batch)  # in a frame of its own, so that the logits are freed before the backward run
             self.adam.zero_grad()
-            if batch.share:
+            if batch.share or gathers_weights():  # others wait for what this process reads of the weights
                 loss.backward()
         for numbers in self.numbers:
-            numbers.grad = torch.zeros_like(numbers) if numbers.grad is None else numbers.grad
+            numbers.grad = torch.zeros_like(numbers) if numbers.grad is None or not batch.share else numbers.grad
         gradients = [numbers.grad for numbers in self.numbers if numbers.grad is not None]
         all_reduce(gradients)
         if bool(nn.utils.get_total_norm(gradients).isfinite()):
@@ -490,8 +491,11 @@ class Training:
     def _measure(self) -> float:
         """The error on held-out samples, a mean over positions, in the precision of a step."""
         with torch.no_grad(), autocast(self.device, self.bf16):
-            found = [float(self._error(self._logits(batch), batch)) * batch.positions for batch in self.heldout]
-        return sum(gathered(found)) / self.measured
+            found = [
+                (float(self._error(self._logits(batch), batch)) * batch.positions, counts)
+                for batch, counts in self.heldout
+            ]
+        return sum(gathered([error for error, counts in found if counts])) / self.measured
 
     def _predicts_next(self, batch: TeacherBatch) -> bool:
         """Whether the model predicts next tokens: the label is an input, and no output depends on later inputs."""
@@ -517,7 +521,7 @@ class Training:
 
     def _logits(self, batch: TeacherBatch) -> torch.Tensor:
         parts = self.parts if torch.is_grad_enabled() else ()
-        return run_logits(self.trained.run(self.graph_module, self.numbers), batch.inputs, parts)
+        return run_logits(self.trained.run(self.graph_module, self.numbers).in_step(), batch.inputs, parts)
 
 
 _KEPT = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fxprune
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import weights
+from fxprune.masking.masked_run import UntouchedRun
+from fxprune.offload import prefetch
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal, Removed
 from tests.forked import in_processes
-from tests.models import token_ids
+from tests.models import tiny, token_ids
 from tests.remembered import grouped
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -69,6 +73,48 @@ def test_recipes(recipe: str, family: str, tmp_path: Path) -> None:
 
 def test_rotation_of_experts(tmp_path: Path) -> None:
     assert_same(tmp_path, "mixtral", (3,), recipe="fast", compensate="rotation")
+
+
+def from_files(rank: int, family: str, source: Path, out: Path) -> tuple[str, int, int]:
+    """Prune a folder; the plan, the bytes read together with other processes, and those read whole by runs."""
+    together, whole = [0], [0]
+    prefetch._LEAST_SHARED = 0
+    gather, read = prefetch.start_gather, UntouchedRun.read
+
+    def counted_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        together[0] += tensor.nbytes
+        return gather(tensor)
+
+    def counted_read(run: Any, name: str) -> Any:
+        value = run.fetch_attr(name)
+        if run._prefetcher is None and isinstance(value, torch.Tensor):
+            whole[0] += value.nbytes
+        return read(run, name)
+
+    prefetch.start_gather, UntouchedRun.read = counted_gather, counted_read  # type: ignore[method-assign]
+    options = {"ratio": 0.3, "recipe": "balanced", "tune": "tune{epochs=1, rank=4, truth=0.2, precision=float32}"}
+    result = fxprune.prune_checkpoint(source, out, IDS, **options)  # type: ignore[arg-type]
+    return result.plan.to_json(), together[0], whole[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weights_in_files_are_read_once_in_all(family: str, tmp_path: Path) -> None:
+    """Each process read all of them, in each sweep."""
+    dense = tiny(family)
+    dense.save_pretrained(tmp_path / "dense")
+    size = sum(value.nbytes for value in dense.parameters())
+    plans, slim = [], []
+    for count in (1, 3):
+        out = tmp_path / f"slim{count}"
+        work = partial(from_files, family=family, source=tmp_path / "dense", out=out)
+        for plan, together, whole in in_processes(work, count, tmp_path / str(count), timeout=240):
+            plans.append(plan)
+            if count > 1:
+                assert together > 10 * size and whole < size, "the emitted model alone is compared with its whole graph"
+        slim.append(load_file(out / "model.safetensors"))
+    assert len(set(plans)) == 1
+    for name, value in slim[1].items():
+        assert (value - slim[0][name]).norm() <= 1e-5 * slim[0][name].norm(), name
 
 
 _RATIO = "select-by-ratio{ratio=0.3, ranking=auto, protect=[]}"

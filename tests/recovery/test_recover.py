@@ -290,6 +290,77 @@ def test_two_processes_train_what_one_does(
         assert spread["steps"] == alone.steps and spread["merge_error"] < 1e-4
 
 
+SHARDED = """
+    import gc, json, sys, torch
+    torch.set_num_threads(1)
+    import fxprune
+    from fxprune.checkpoint.read import load_model
+    from fxprune.offload.ranks import process_group, rank
+    from tests.models import token_ids
+    from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
+
+    def held():
+        gc.collect()
+        found = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not one.is_meta)
+        sizes = {}
+        for own in (getattr(one, "_local_tensor", one) for one in found):
+            size = min(own.nbytes, own.untyped_storage().nbytes())  # shards are views of mapped files
+            place = own.untyped_storage().data_ptr()
+            sizes[place] = max(size, sizes.get(place, 0))
+        return sum(sizes.values())
+
+    def track(items, what, total):
+        for item in items:
+            sizes.append(held())
+            yield item
+
+    folder, sizes = sys.argv[1], []
+    with process_group():
+        slim, dense = (load_model(f"{folder}/{name}", sharded=True) for name in ("slim", "dense"))
+        slim(token_ids())  # what ran before has gathered weights, and knows that they are not frozen
+        plan = fxprune.Plan.from_json(open(f"{folder}/slim/plan.json").read())
+        done = fxprune.recover(
+            slim, SUMS, TOKENIZER, plan=plan, distil=dense, settings=QUICK, batch=10, dropout=0.0, inplace=True,
+            folder=folder, arguments={"use_cpu": True}, track=track,
+        )
+        shards = sum(value._local_tensor.nbytes for model in (slim, dense) for value in model.parameters())
+        assert done.model is slim
+        fxprune.save_pretrained(slim, f"{folder}/recovered", plan=plan)
+        record = {"sizes": sizes, "shards": shards, "trained": done.trained, "notes": done.notes}
+        open(f"{folder}/rank{rank()}.json", "w").write(json.dumps(record))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_shards_of_student_and_teacher_alone(
+    pruned: fxprune.Result, dense: PreTrainedModel, tmp_path: Path
+) -> None:
+    """It held three whole copies of the student, and a whole teacher."""
+    pruned.save_pretrained(tmp_path / "slim")
+    dense.save_pretrained(tmp_path / "dense")
+    (tmp_path / "train.py").write_text(textwrap.dedent(SHARDED))
+    command = [sys.executable, "-m", *TORCHRUN, str(tmp_path / "train.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    assert pruned.model is not None
+    whole = sum(value.nbytes for model in (pruned.model, dense) for value in model.parameters())
+    for again in (False, True):  # from the last checkpoint
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+            assert found["shards"] == pytest.approx(whole / 2, rel=0.01)
+            assert any("resumed" in note for note in found["notes"]) == again
+            updates = 3 * 4 * found["trained"]  # with the moments of the optimizer
+            assert all(size < whole / 2 + updates + 0.1 * whole for size in found["sizes"]), (whole, found)
+    alone = fxprune.recover(
+        pruned, SUMS, TOKENIZER, settings=QUICK, batch=10, distil=dense, dropout=0.0, arguments={"use_cpu": True}
+    )
+    loaded = fxprune.from_pretrained(tmp_path / "recovered").state_dict()
+    before = pruned.model.state_dict()
+    for name, value in alone.model.state_dict().items():
+        assert (loaded[name] - value).norm() <= 1e-3 * (value - before[name]).norm(), name
+
+
 def test_accelerate_has_the_options_that_the_documentation_gives_it() -> None:
     launch: Any = importlib.import_module("accelerate.commands.launch")
     (command,) = re.findall(r"`accelerate launch (.*?)`", (ROOT / "docs/scale.md").read_text(encoding="utf-8"))
