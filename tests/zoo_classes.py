@@ -331,7 +331,7 @@ def _sound(config: Any) -> tuple[int, ...]:
     bins = _stated(config, "num_mel_bins")
     if _stated(config, "max_length") and bins and _stated(config, "conv_stride") is None:
         return (SAMPLES, _stated(config, "max_length"), bins)
-    return (SAMPLES, 16 * math.prod(_stated(config, "conv_stride") or (8,)))
+    return (SAMPLES, 24 * math.prod(_stated(config, "conv_stride") or (8,)))
 
 
 def _features(config: Any) -> tuple[int, ...]:
