@@ -449,7 +449,8 @@ def _write_model(
     auto_map = write_modelling(model, work)
     more = {"auto_map": auto_map} if auto_map else {}
     blocks = getattr(model.config, structure.where["part"]) if structure.where.get("part") else model.config
-    depth = getattr(blocks, "num_hidden_layers", None)
+    known = all(hasattr(blocks, name) for own in structure.overrides.block_fields.values() for name in own)
+    depth = getattr(blocks, "num_hidden_layers", None) if known else None  # else transformers refuses values of a layer
     layerwise.amend_config(work, structure.overrides, structure.where, depth, **more)
 
 

@@ -291,17 +291,14 @@ def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str
     stated, descriptions = Statements(), RuleDescriber()
     owner: dict[int, TensorAxes] = {}
     rules: dict[str, str] = {}
-    held = {node: get_tensor(graph_module, str(node.target)) for node in graph_module.graph.find_nodes(op="get_attr")}
-    read = {id(value) for node, value in held.items() if any(user.target is not getattr for user in node.users)}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            name, value = tensor_name(node), held[node]
+            name = tensor_name(node)
+            value = get_tensor(graph_module, name)
             weight = stated.tensors[name] = fresh_axes(name, value, weight=True)
             tied = owner.setdefault(id(value), weight)
             if tied is not weight:
                 OpSite(node, stated, (weight,)).tie_all(tied)
-            for axis in weight.axes if id(value) not in read else ():
-                stated.solver.freeze(axis, "no op reads its values", node.name)
         elif is_input(node):
             tensor = fresh_axes(node.name, node.meta["val"])
             stated.tensors[node.name] = tensor

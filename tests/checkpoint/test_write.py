@@ -19,6 +19,7 @@ from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError, FxpruneError
 from tests.checkpoint.small import narrow
 from tests.models import tiny, token_ids
+from tests.zoo_classes import inputs_of, tiny_model_of
 
 
 def test_the_config_says_how_blocks_differ(slim: Any, tmp_path: Path) -> None:
@@ -29,6 +30,19 @@ def test_the_config_says_how_blocks_differ(slim: Any, tmp_path: Path) -> None:
     classes = {"AutoConfig": "LlamaConfig", "AutoModel": "LlamaModel", "AutoModelForCausalLM": type(slim).__name__}
     assert list(config["auto_map"].items()) == [(name, f"{MODELLING}.{kind}") for name, kind in classes.items()]
     assert structure == describe_structure(slim)
+
+
+@pytest.mark.slow
+def test_fields_that_the_config_of_the_class_lacks_are_kept_apart(tmp_path: Path) -> None:
+    """BEiT's blocks read a `head_dim` that its config does not have; transformers refuses one of a few layers alone."""
+    model = tiny_model_of("AutoModelForSemanticSegmentation", "beit")
+    chosen: Any = {"recipe": "llm-pruner", "importance": "l2", "kinds": ["head"], "ratio": 0.005, "protect": (1, 0)}
+    result = fxprune.prune(model, example_inputs=inputs_of(model), **chosen)
+    result.save_pretrained(tmp_path / "slim")
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert "per_layer_config" not in config
+    assert any("head_dim" in own for own in config["fxprune"]["layers"].values())
+    fxprune.from_pretrained(tmp_path / "slim")
 
 
 def test_a_model_is_as_it_was_after_it_was_saved(slim: Any, tmp_path: Path) -> None:

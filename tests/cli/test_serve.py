@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_served_and_a_missing_engine_are_reported(
     assert "no.gguf: it cannot be served" in refused("serve", tmp_path / "no.gguf", "--port", 0)
     assert "--quantization: " in refused("serve", tmp_path / "no.gguf", "--quantization", "q8_0")
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    assert "llama.cpp serves it, and is not installed. pip install 'fxprune[llama]'" in refused(
+    assert "it is served by llama.cpp, which is not installed. pip install 'fxprune[llama]'" in refused(
         "serve", models / "slim"
     )
 
