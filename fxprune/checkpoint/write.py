@@ -450,8 +450,9 @@ def _write_model(
     more = {"auto_map": auto_map} if auto_map else {}
     blocks = getattr(model.config, structure.where["part"]) if structure.where.get("part") else model.config
     known = all(hasattr(blocks, name) for own in structure.overrides.block_fields.values() for name in own)
-    depth = getattr(blocks, "num_hidden_layers", None) if known else None  # else transformers refuses values of a layer
-    layerwise.amend_config(work, structure.overrides, structure.where, depth, **more)
+    depth = getattr(blocks, "num_hidden_layers", None)
+    counted = known and isinstance(depth, int)  # else transformers refuses values of single layers
+    layerwise.amend_config(work, structure.overrides, structure.where, depth if counted else None, **more)
 
 
 @contextmanager
