@@ -47,7 +47,7 @@ FROM_LIBRARY: dict[str, Kinds] = {
     "convnext": {"channel~": [6, 10], "mlp": [24, 40]},
     "resnet": {"conv": [6, 8, 12], "mlp": [8, 12]},
     "regnet": {"conv": [6, 8, 12], "mlp": [2, 4, 4, 2, 3, 4, 4, 2]},
-    "wav2vec2": {"mlp": [24, 6, 26], "mlp~": [8], "channel~": [2, 12], "head": [4], "head_dim": [6, 6]},
+    "wav2vec2": {"mlp": [6, 26], "mlp~": [8], "channel~": [2, 12], "head": [4], "head_dim": [6, 6]},
     "clip": {"head": [4, 4], "head_dim": [4, 4, 6, 6], "mlp": [22, 26]},
 }
 """For each model of transformers the sizes of its groups; a tilde where a statistic runs over them."""
