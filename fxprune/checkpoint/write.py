@@ -43,7 +43,7 @@ from fxprune.checkpoint.read import read_model
 from fxprune.data.named import CORPORA, is_data_set
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.layout import stock_class, stock_config
-from fxprune.emit.snapshot import has_unaligned_experts
+from fxprune.emit.snapshot import has_unaligned_experts, part_of
 from fxprune.emit.structure import Structure, describe_structure, pruned_class
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, default_modes, quiet
@@ -448,7 +448,7 @@ def _write_model(
         return
     auto_map = write_modelling(model, work)
     more = {"auto_map": auto_map} if auto_map else {}
-    blocks = getattr(model.config, structure.where["part"]) if structure.where.get("part") else model.config
+    blocks = part_of(model.config, structure.where.get("part", ""))
     known = all(hasattr(blocks, name) for own in structure.overrides.block_fields.values() for name in own)
     depth = getattr(blocks, "num_hidden_layers", None)
     counted = known and isinstance(depth, int)  # else transformers refuses values of single layers

@@ -110,29 +110,35 @@ def load_words(model: str, gguf_file: str | None = None, *, needed: bool = True,
 
 def model_class(model: str) -> Any:
     """The class of transformers that the config of a model names, where it is no causal language model; else None."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
     from fxprune.checkpoint.read import class_of
     from fxprune.graph.context import Refusal, attempt
 
-    path = Path(model).expanduser()
-    if model == DEMO or path.is_file():
+    if model == DEMO or Path(model).expanduser().is_file():
         return None
-    read = attempt(transformers.PreTrainedConfig.get_config_dict, str(path) if path.is_dir() else model)
-    found = transformers.AutoModelForCausalLM if isinstance(read, Refusal) else class_of(read[0])
-    return None if found is transformers.AutoModelForCausalLM else found
+    config = attempt(_read_config, model)
+    found = AutoModelForCausalLM if isinstance(config, Refusal) else class_of(config)
+    return None if found is AutoModelForCausalLM else found
 
 
 def load_samples(source: str, model: str, most: int | None = None) -> tuple[list[dict[str, Any]], Any]:
     """Read samples with the processor of a model, or with its tokenizer if it has none; return both."""
-    from transformers import PreTrainedConfig
-
     from fxprune.checkpoint.read import load_processor
     from fxprune.data.processed import processed_samples
 
     processor = load_processor(locate_model(model)) or load_words(model, needed=False)
-    config, _ = PreTrainedConfig.get_config_dict(str(Path(model).expanduser()) if Path(model).exists() else model)
-    return processed_samples(source, processor, dict(config.get("label2id") or {}), most), processor
+    classes = dict(_read_config(model).get("label2id") or {})
+    return processed_samples(source, processor, classes, most), processor
+
+
+def _read_config(model: str) -> dict[str, Any]:
+    """The config of a model in a folder or on the hub, as transformers reads it."""
+    from transformers import PreTrainedConfig
+
+    path = Path(model).expanduser()
+    config: dict[str, Any] = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else model)[0]
+    return config
 
 
 def load_pair(model: str, *, needed: bool = True, **options: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -27,7 +28,7 @@ class CalibrationText:
     tokens: int | None
     model_class: Any = None
 
-    @property
+    @cached_property
     def needs_processor(self) -> bool:
         """Whether it is no text, but images, sounds or rows that the processor of the model reads."""
         from fxprune.data.processed import needs_processor
@@ -82,6 +83,8 @@ def prepare(
     dry_run: bool,
 ) -> Prepared:
     """Build the passes of a prune, and load tokenizer and samples; in a dry run a bare config needs no tokenizer."""
+    import torch
+
     from fxprune.checkpoint.read import load_processor
     from fxprune.data.samples import FileSamples
     from fxprune.recipes.recipe import needs_samples
@@ -117,11 +120,11 @@ def prepare(
         return Prepared(passes, tokenizer, samples)
     processor = load_processor(locate_model(model))
     decodes = "decoder_input_ids" in signature(kind.forward).parameters
-    if decodes or samples is None or len(samples["input_ids"]) < _FEWEST:
+    if decodes or samples is None:
         return Prepared(passes, tokenizer, samples, processor)
-    rows = samples["input_ids"]
-    kept = FileSamples(rows[[i for i in range(len(rows)) if i % 5]], samples.source, samples.text)
-    return Prepared(passes, tokenizer, kept, processor, tuple({"input_ids": row[None]} for row in rows[::5]))
+    rows, apart = _held_out(samples["input_ids"])
+    kept = FileSamples(torch.stack(rows), samples.source, samples.text)
+    return Prepared(passes, tokenizer, kept, processor, tuple({"input_ids": row[None]} for row in apart))
 
 
 def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, Any]) -> Prepared:
@@ -137,8 +140,7 @@ def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, 
     reader = reader_of(passes)
     most = text.samples or getattr(reader, "samples", None)
     every, processor = load_samples(text.source, model, None if most is None else most * 5 // 4)
-    held_out = tuple(every[::5]) if len(every) >= _FEWEST else ()
-    samples = [one for i, one in enumerate(every) if i % 5] if held_out else every
+    samples, apart = _held_out(every)
     empty = load_config_only(locate_model(model))
     labels = {*find_labels(type(empty)), "labels"}
     inputs = {name: value for name, value in samples[0].items() if name not in labels}
@@ -149,11 +151,18 @@ def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, 
     floats = {name: value.shape[1:] for name, value in inputs.items() if value.is_floating_point()}
     fits = all(known.get(name) == shape for name, shape in floats.items())
     given = {} if fits and known else {"example_inputs": inputs}
-    return Prepared(passes, None, samples, processor, held_out, given)
+    return Prepared(passes, None, samples, processor, tuple(apart), given)
 
 
 _FEWEST = 10
 """Samples of which some are held out."""
+
+
+def _held_out(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The samples to prune on, and those held out: every fifth if there are enough."""
+    if len(samples) < _FEWEST:
+        return list(samples), []
+    return [one for i, one in enumerate(samples) if i % 5], list(samples[::5])
 
 
 def reader_of(passes: Sequence[Any]) -> Any:

@@ -41,7 +41,7 @@ _LONGEST = 300
 """Characters of another package's message that are repeated; some go on for pages."""
 
 _LONGEST_ID = 200
-"""Maximum length of a data set's name, in characters: above what a hub allows, below what a file system refuses."""
+"""Maximum length of a data set's name, in characters; hubs allow fewer, and file systems refuse far longer ones."""
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 

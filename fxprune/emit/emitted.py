@@ -114,11 +114,15 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
     inputs, model = source.example_inputs, source.model
     with defer_gc(), quiet():
         emission = emit(empty, _left_by(part.plan, empty), kept_units=kept, inputs=inputs, resized=resized)
-        on_meta = any(parameter.is_meta for parameter in model.parameters())
-        if emission.model is not None and not on_meta and run_on_meta(empty, inputs) is not None:
+        if emission.model is not None and not _is_on_meta(model) and run_on_meta(empty, inputs) is not None:
             agrees, left = partial(_runs, default_inputs(model, inputs)), _left_by(part.plan, model)
             emission = emit(model, left, agrees=agrees, kept_units=kept, inputs=inputs, resized=resized)  # type: ignore[arg-type]
     return "" if emission.model is not None else emission.reasons[0]
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    """Whether a parameter of a model has no storage."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _runs(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> bool:
@@ -151,9 +155,8 @@ class SlimVerifier:
         with eval_mode(candidate):
             if not self.agrees(candidate):
                 return False
-            fault = _cache_fault(candidate, self.inputs)
-            comparable = not any(p.is_meta for p in self.dense.parameters())
-            if fault and comparable and not _cache_fault(self.dense, self.inputs):
+            fault = "" if _is_on_meta(self.dense) else _cache_fault(candidate, self.inputs)
+            if fault and not _cache_fault(self.dense, self.inputs):
                 raise VerificationError(fault, where="generation with its cache", remedy=_REMEDY)
             for name in others:
                 fault = _fault(self._wanted, _outputs(candidate, self.inputs, name))
@@ -181,7 +184,7 @@ class SlimVerifier:
 
         If it is on ``meta``, only whether it runs can be checked.
         """
-        if any(p.is_meta for p in self.dense.parameters()):
+        if _is_on_meta(self.dense):
             return crashed and run_on_meta(meta_twin(self.dense), self.inputs, implementation=name) is None
         first, *_ = attention_implementations(self.dense)
         twin = alias_twin(self.dense, written_parameters(self.dense, self.inputs))

@@ -121,7 +121,7 @@ def trace(
 def _first_that_agrees(
     model: nn.Module, example_inputs: Mapping[str, Any] | None, inputs: dict[str, Any], dynamic: bool, check: bool
 ) -> tuple[fx.GraphModule, Fidelity, list[str]]:
-    """The first export whose graph computes what the model does, in the order of :func:`_exports`; with notes."""
+    """The graph of the first faithful export, its fidelity, and notes; exports are tried in a fixed order."""
     native = model_dtype(model)
     portable = torch.bfloat16 if native == torch.float32 else native
     with defer_gc():
