@@ -53,7 +53,7 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
         numbers = scaled_numbers(axes, keep) if axes.norms else {}
         epsilons = find_epsilons(graph_module.graph, source.model, numbers) if numbers else NormEpsilons()
         slim = _left_by(plan, empty)
-        model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons).model  # type: ignore[arg-type]
+        model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons, known=source.found).model  # type: ignore[arg-type]
         try:
             return model is not None and describe_structure(model).is_stock
         except CheckpointError:
@@ -111,12 +111,13 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
     part = replace(removal, keep=Keep(units, outer), removed_blocks=())
     empty: Any = meta_twin(source.model)
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
-    inputs, model = source.example_inputs, source.model
+    inputs, model, known = source.example_inputs, source.model, source.found
     with defer_gc(), quiet():
-        emission = emit(empty, _left_by(part.plan, empty), kept_units=kept, inputs=inputs, resized=resized)
+        left = _left_by(part.plan, empty)
+        emission = emit(empty, left, kept_units=kept, inputs=inputs, resized=resized, known=known)
         if emission.model is not None and not _is_on_meta(model) and run_on_meta(empty, inputs) is not None:
             agrees, left = partial(_runs, default_inputs(model, inputs)), _left_by(part.plan, model)
-            emission = emit(model, left, agrees=agrees, kept_units=kept, inputs=inputs, resized=resized)  # type: ignore[arg-type]
+            emission = emit(model, left, (), agrees, kept, None, inputs, resized, known)  # type: ignore[arg-type]
     return "" if emission.model is not None else emission.reasons[0]
 
 
@@ -336,7 +337,8 @@ def emit_from_graph(
                 tensors[name] = tensor if source.shares else copy_tensor(tensor)
     with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
         resized = _resized(source, removal)
-        emission = emit(dense, tensors, removed, verifier, _kept_units(slim, removal), epsilons, inputs, resized)
+        kept = _kept_units(slim, removal)
+        emission = emit(dense, tensors, removed, verifier, kept, epsilons, inputs, resized, source.found)
     if emission.model is None:
         return emission
     carry_structure(emission.model)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import (
     BlockStack,
+    Found,
     Layout,
     Rebuilder,
     block_rebuilder,
@@ -75,6 +76,7 @@ class EmissionTask:
     kept_units: KeptUnits = field(default_factory=dict)
     epsilons: NormEpsilons = field(default_factory=NormEpsilons)
     resized: tuple[Resized, ...] = ()
+    known: Found = field(default_factory=dict)
 
     def outside(self) -> dict[str, Shape]:
         return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
@@ -270,9 +272,9 @@ def _block(
     depth = task.layout.depth if is_first else len(stack.blocks)
     flags = {name: value for name, value in own.items() if type(value) is bool}
     own = {name: value for name, value in own.items() if name not in flags}
-    rebuilder = block_rebuilder(task.model, stack.part, depth, index, module, own)
+    rebuilder = block_rebuilder(task.model, stack.part, depth, index, module, own, task.known)
     if flags and not _builds(rebuilder, module):  # a flag may decide what a block consists of
-        flagged = block_rebuilder(task.model, stack.part, depth, index, module, {**own, **flags})
+        flagged = block_rebuilder(task.model, stack.part, depth, index, module, {**own, **flags}, task.known)
         if _builds(flagged, module):
             own, rebuilder = {**own, **flags}, flagged
     outside = task.outside()
@@ -412,6 +414,7 @@ def emit(
     epsilons: NormEpsilons | None = None,
     inputs: Mapping[str, Any] | None = None,
     resized: Sequence[Resized] = (),
+    known: Found | None = None,
 ) -> Emission:
     """Return a model of the same class that holds the slim tensors, or the reasons why none can.
 
@@ -428,9 +431,10 @@ def emit(
         kept_units: which units remain in the tables that the model's code makes for all units.
         inputs: of the shapes that models are run on without storage; token ids by default.
         resized: numbers that change, for attributes that are set by hand where no config field does.
+        known: what earlier emissions of the same model found out; it is added to.
     """
-    removed = tuple(removed_blocks)
-    layout, twin = attempt(find_layout, model), attempt(meta_twin, model)
+    removed, known = tuple(removed_blocks), {} if known is None else known
+    layout, twin = attempt(find_layout, model, known), attempt(meta_twin, model)
     if isinstance(layout, Refusal):
         return Emission(None, (f"its blocks cannot be found: {layout}",))
     if isinstance(twin, Refusal):
@@ -440,8 +444,8 @@ def emit(
     refused = _request_errors(model, layout, tensors, removed) or epsilons.reasons[:_MOST_REASONS]
     if refused:
         return Emission(None, refused)
-    rebuilder = model_rebuilder(model, layout)
-    task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized))
+    rebuilder = model_rebuilder(model, layout, known)
+    task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized), known)
     return _Emitter(task, tensors, agrees, DryRuns(twin, inputs)).first_that_fits()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -23,7 +23,7 @@ from fxprune.emit.snapshot import (
 )
 from fxprune.graph.context import Refusal, call_foreign
 from fxprune.graph.facts import within
-from fxprune.modelling.blocks import builder_of, put_fields
+from fxprune.modelling.blocks import BUILT_AT, builder_of, flags_of, put_fields
 from fxprune.modelling.layerwise import SECTION, AnyWidths, Layerwise
 
 if TYPE_CHECKING:
@@ -98,7 +98,11 @@ class Layout:
         }
 
 
-def find_layout(model: PreTrainedModel) -> Layout:
+Found: TypeAlias = dict[object, Any]
+"""What was found out about how the classes of one model are built, by what it was: kept for its next emission."""
+
+
+def find_layout(model: PreTrainedModel, known: Found | None = None) -> Layout:
     """Find the lists of blocks of a model, the config that describes them and the field that counts them."""
 
     def config_of(stack: BlockStack) -> object:
@@ -118,7 +122,11 @@ def find_layout(model: PreTrainedModel) -> Layout:
     part = next(nested, "") if isinstance(config, PreTrainedConfig) else ""
     parts = {stack.path: _part(model.config, config_of(stack), part) for stack in stacks[1:]}
     stacks = tuple(replace(stack, part=parts.get(stack.path, part)) for stack in stacks)
-    return Layout(stacks, part, _count_field(model, stacks[0], part))
+    known = {} if known is None else known
+    counted = "count", stacks[0].path, part
+    if counted not in known:
+        known[counted] = _count_field(model, stacks[0], part)
+    return Layout(stacks, part, known[counted])
 
 
 def _part(whole: PreTrainedConfig, config: object, default: str) -> str:
@@ -189,33 +197,37 @@ class Rebuilder:
         return tuple(dict.fromkeys((*self.reads.integers, *fields)))
 
 
-def model_rebuilder(model: PreTrainedModel, layout: Layout) -> Rebuilder:
+def model_rebuilder(model: PreTrainedModel, layout: Layout, known: Found) -> Rebuilder:
     """Return the rebuilder of the model around its blocks, with as few blocks as its config allows."""
-    start = plain_config(model)
+    if "model" in known:
+        return known["model"]  # type: ignore[no-any-return]
+    start, kind, part = plain_config(model), stock_class(model), layout.part
     if layout.count_field is not None:
-        keep_blocks(part_of(start, layout.part), layout.count_field, layout.depth, range(1))
-    if isinstance(build_on_meta(stock_class(model), copy.deepcopy(start)), Refusal):
+        keep_blocks(part_of(start, part), layout.count_field, layout.depth, range(1))
+    if isinstance(build_on_meta(kind, copy.deepcopy(start)), Refusal):
         start = plain_config(model)
 
     def make(fields: Mapping[str, int]) -> nn.Module:
         config = copy.deepcopy(start)
-        put_fields(part_of(config, layout.part), fields)
-        built: nn.Module = call_foreign(stock_class(model), config)
+        put_fields(part_of(config, part), fields)
+        built: nn.Module = call_foreign(kind, config)
         return built
 
     def make_from(nested: PreTrainedConfig) -> nn.Module:
         config = copy.deepcopy(start)
-        if layout.part:
-            vars(config)[layout.part] = nested
-        built: nn.Module = call_foreign(stock_class(model), config if layout.part else nested)
+        if part:
+            vars(config)[part] = nested
+        built: nn.Module = call_foreign(kind, config if part else nested)
         return built
 
-    nested = part_of(start, layout.part)
-    return Rebuilder(make, nested, record_reads(nested, make_from), tuple(stack.path for stack in layout.stacks))
+    nested = part_of(start, part)
+    skip = tuple(stack.path for stack in layout.stacks)
+    found = known["model"] = Rebuilder(make, nested, record_reads(nested, make_from), skip)
+    return found
 
 
 def block_rebuilder(
-    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int]
+    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int], known: Found
 ) -> Rebuilder | None:
     """Return the rebuilder of one block at its index in the dense model; None if its class cannot be called.
 
@@ -223,6 +235,15 @@ def block_rebuilder(
 
     ``own`` are the fields in which the block already differs from the model's config.
     """
+    key = "block", type(block), str(vars(block).get(BUILT_AT)), str(flags_of(block)), part, depth, index, str(own)
+    if key not in known:
+        known[key] = _block_rebuilder(model, part, depth, index, block, own)
+    return known[key]  # type: ignore[no-any-return]
+
+
+def _block_rebuilder(
+    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int]
+) -> Rebuilder | None:
     builder = builder_of(block)
     if builder is None:
         return None

@@ -72,6 +72,6 @@ def small(**fields: Any) -> SmallModel:
 
 def rebuilder(model: SmallModel, index: int = 0) -> Rebuilder:
     """What builds a block of a model again."""
-    found = block_rebuilder(model, "", find_layout(model).depth, index, model.blocks[index], {})
+    found = block_rebuilder(model, "", find_layout(model).depth, index, model.blocks[index], {}, {})
     assert found is not None
     return found

@@ -41,7 +41,7 @@ def around(model: SmallModel, hidden: int) -> dict[str, Shape]:
 
 def test_a_field_that_gives_all_shapes_comes_first() -> None:
     model = small()
-    rebuilder = model_rebuilder(model, find_layout(model))
+    rebuilder = model_rebuilder(model, find_layout(model), {})
     found = shared_widths_for(rebuilder, around(model, 9))
     assert found[0].fields["hidden"] == 9 and found[-1] == SharedWidths({})
     assert found[0].patches(rebuilder, around(model, 9), {}) == {}

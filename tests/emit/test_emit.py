@@ -13,6 +13,7 @@ import transformers as hf
 from torch import nn
 
 from fxprune.emit import Blueprint, Emission, emit, rebuild
+from fxprune.emit.snapshot import build_on_meta
 
 HIDDEN, HEADS, KV, DIM, FFN, LAYERS = 48, 4, 2, 12, 56, 3
 Cuts = dict[str, dict[int, torch.Tensor]]
@@ -211,6 +212,25 @@ def test_the_caller_decides_between_assignments_of_the_same_shapes() -> None:
     slim = emitted(emit(dense, slim_tensors(dense, cuts), agrees=agrees))
     assert seen[0] == (2, DIM) and seen[-1] == (HEADS, DIM // 2)
     assert slim.model.decoder.layers[0].self_attn.scaling == DIM**-0.5
+
+
+def test_what_one_emission_finds_out_serves_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prune emits up to three times: as it selects, without and with storage, and in the end."""
+    dense, known = build("llama"), dict[object, Any]()
+    tensors = slim_tensors(dense, heads_cut("model.layers.1", [0, 1], [0]))
+    first = emitted(emit(dense, tensors, known=known))
+    built = list[Any]()
+
+    def counted(build: Any, *args: Any, **kwargs: Any) -> Any:
+        built.append(build)
+        return build_on_meta(build, *args, **kwargs)
+
+    monkeypatch.setattr("fxprune.emit.layout.build_on_meta", counted)
+    second = emitted(emit(dense, tensors, known=known))
+    assert second.fxprune_blueprint == first.fxprune_blueprint
+    few = len(built)
+    emitted(emit(dense, tensors))
+    assert few < 5 and len(built) - few > 20
 
 
 def test_requests_that_cannot_be_met_are_refused_with_names_and_shapes() -> None:

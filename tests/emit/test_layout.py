@@ -57,7 +57,7 @@ def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], 
     model = small()
     vars(model.config).update(widths=[4, 5, 6, 7], wider=wider)
     block = Listed(model.config, 1)
-    found = block_rebuilder(model, "", find_layout(model).depth, 1, block, {})
+    found = block_rebuilder(model, "", find_layout(model).depth, 1, block, {}, {})
     assert found is not None
     seen = found.observe({})
     assert seen is not None and seen.shapes == shapes_of(block)
@@ -75,4 +75,4 @@ def test_a_block_that_asks_for_more_is_not_built() -> None:
             super().__init__()
 
     model = small()
-    assert block_rebuilder(model, "", find_layout(model).depth, 0, Demanding(None, 0, model), {}) is None
+    assert block_rebuilder(model, "", find_layout(model).depth, 0, Demanding(None, 0, model), {}, {}) is None
