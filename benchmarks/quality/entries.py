@@ -51,6 +51,8 @@ def _fitted_and_tuned(importance: str, select: str) -> str:
     return str(recipe)
 
 
+SECOND = "taylor{order=second, samples=32}"
+READERS = "wanda{readers_only, samples=64}"
 FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
@@ -89,6 +91,10 @@ ENTRIES = (
         {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
         ("block-influence",),
     ),
+    Entry("fast, by gradients alone", {"recipe": "fast", "importance": SECOND}),
+    Entry("balanced, by gradients alone", {"importance": SECOND}),
+    Entry("fast, by forward passes alone", {"recipe": "fast", "importance": READERS}),
+    Entry("balanced, by forward passes alone", {"importance": READERS}),
     Entry("fast by forward passes", {**FORWARD, "importance": "wanda{readers_only}"}),
     Entry("fast by forward passes, random units", {**FORWARD, "importance": "random"}),
     Entry("balanced by local ranking", {"ranking": "local"}),
@@ -147,9 +153,9 @@ ENTRIES = (
     ),
 )
 """Recipes first, with their controls: random units of the same widths, and the selections of other methods with the fit
-and the tuning of the default recipe. Then the recipes with the scores they had before, then ``balanced by wanda`` with
-one change. Most of these are not tuned: tuning evens out differences between its starting points, and takes the most
-time."""
+and the tuning of the default recipe. Then the recipes by one of their two criteria alone and with the scores they had
+before, and ``balanced by wanda`` with one change. Most of these are not tuned: tuning evens out differences between its
+starting points, and takes the most time."""
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:

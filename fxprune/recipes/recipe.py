@@ -139,8 +139,10 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
             choice: the pass, its spelling, or None.
             arguments: further arguments of a pass given as text, for those it has and does not spell itself.
         """
-        first = [one for step in self[stage] for one in _passes_inside(step) if one.stage == stage][:1]
-        before = [*first, *self[stage]]
+        inside = [one for step in self[stage] for one in _passes_inside(step) if one.stage == stage]
+        name = choice.partition("{")[0].strip() if isinstance(choice, str) else ""
+        alike = [one for one in inside if one.name == name]  # its own arguments, before those of another criterion
+        before = [*(alike or inside)[:1], *self[stage]]
         old = {key: value for step in before for key, value in _arguments(step).items() if key in _INHERITED}
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
         made = made_for(stage, choice, **{**old, **inner, **arguments})

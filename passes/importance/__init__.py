@@ -13,7 +13,7 @@ from .forward import ForwardImportancePass as ForwardImportancePass
 from .forward import Moments as Moments
 from .forward import ReapImportancePass as ReapImportancePass
 from .forward import WandaImportancePass as WandaImportancePass
-from .in_steps import ChooseScoresPass as ChooseScoresPass
+from .in_steps import MultiplyScoresPass as MultiplyScoresPass
 from .in_steps import ScoreInStepsPass as ScoreInStepsPass
 from .reconstruction import ReconstructionImportancePass as ReconstructionImportancePass
 from .taylor import FisherImportancePass as FisherImportancePass

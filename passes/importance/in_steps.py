@@ -1,8 +1,8 @@
-"""Criteria made of others: scoring in steps, and the choice among several by divergence on held-out samples."""
+"""Criteria made of others: scoring in steps, and products of the scores of several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -13,16 +13,14 @@ from torch import fx
 from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
-from fxprune.errors import ArgumentError
-from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of, fork
+from fxprune.errors import ArgumentError, PassError
+from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
-from fxprune.masking.teacher import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.files import resume_scope
-from fxprune.offload.ranks import broadcast_object
 from fxprune.pipeline.arguments import argument, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.pipeline.registry import load_pass, pass_argument
-from fxprune.removal.removal import Removal, Scores
+from fxprune.removal.removal import Array, Removal, Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +90,7 @@ class ScoreInStepsPass(Pass):
 
     @property
     def _select(self) -> Pass:
-        return _selection(self.select)
-
-
-def _selection(given: Any) -> Pass:
-    return given if isinstance(given, Pass) else load_pass("select-by-ratio")
+        return self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
 
 
 def _criteria(name: str, value: Any) -> tuple[Pass, ...]:
@@ -106,18 +100,18 @@ def _criteria(name: str, value: Any) -> tuple[Pass, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class ChooseScoresPass(Pass):
-    """Scores by several criteria, and keeps the scores whose selection harms the model least.
+class MultiplyScoresPass(Pass):
+    """Scores by several criteria, and multiplies the scores of each unit.
 
-    The selection by each criterion is carried out as a mask, and the masked model compared with the dense one on
-    held-out calibration samples, by the divergence of their predictions. No criterion is the best for all families of
-    models, and no fit makes up for a bad one.
+    A unit goes where all of them say that it matters little; what one criterion gets wrong, the others put right. No
+    criterion is the best for all families of models, and no fit makes up for a bad one.
     """
 
-    name: ClassVar[str] = "choose-scores"
+    name: ClassVar[str] = "multiply-scores"
     stage: ClassVar[str] = "importance"
     changes: ClassVar[Change] = "nothing"
-    needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Calibration, Runnable)
+    needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Runnable)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Calibration,)
     preconditions = (require_weights,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Removal,)
@@ -125,39 +119,29 @@ class ChooseScoresPass(Pass):
     criteria: tuple[Pass, ...] = argument(
         ("wanda{readers_only}", "taylor{order=second}"), "The criteria, two or more.", check=_criteria
     )
-    select: Pass | str | None = argument(
-        None, "The selection that follows, with its ratio; None for that of the recipe.", check=pass_argument("select")
-    )
-    heldout: int = argument(16, "Most samples to compare on, of at most a third; the criteria see the others.", least=1)
-    batch: int = argument(4, "Samples that run at once.", least=1)
 
     def cost(self, samples: int) -> PassCost:
         inner = [step.cost(samples) for step in self.criteria]
-        held = min(self.heldout, samples // 3 or 1)
-        choice = _selection(self.select).cost(samples).runs
-        runs = sum(cost.runs + choice for cost in inner) + (1 + len(inner)) * held
-        return replace(max(inner, key=lambda cost: cost.batch), runs=runs)
+        return replace(max(inner, key=lambda cost: cost.batch), runs=sum(cost.runs for cost in inner))
 
-    def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
-        super().foresee(graph_module, given)
-        foresee_split(graph_module, given, None, self.heldout)
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        super().requires(graph_module)
+        for step in self.criteria:
+            step.requires(graph_module)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        select = _selection(self.select)
-        samples, heldout = split_samples(graph_module, None, self.heldout)
-        judge = DivergenceJudge(graph_module, heldout, self.batch)
-        found: list[tuple[float, Scores]] = []
+        found: list[Mapping[str, Array]] = []
         for number, step in enumerate(self.criteria):
             work = fork(graph_module)
-            facts_of(work).put(Calibration(samples))
             with resume_scope(f"criterion-{number}"):
                 step(work)
-            select(work)
-            found.append((judge.divergence(facts_of(work)[Removal]), facts_of(work)[Scores]))
-        best = broadcast_object(min(range(len(found)), key=lambda i: found[i][0]))
-        listed = ", ".join(f"{step} {error:.3f}" for step, (error, _) in zip(self.criteria, found, strict=True))
-        add_note(graph_module, f"scored by {self.criteria[best]}; divergence of the masked model in nats: {listed}")
-        facts_of(graph_module).put(replace(found[best][1], source=str(self)))
+            found.append(facts_of(work)[Scores].units)
+            if any((row < 0).any() for row in found[-1].values()):
+                what, remedy = "some of its scores are below zero, and cannot be multiplied", "Choose other criteria"
+                raise PassError(what, where=f"pass {step.name}", remedy=remedy)
+        every = [name for name in found[0] if all(name in units for units in found)]
+        units = {name: np.prod([units[name] for units in found], axis=0) for name in every}
+        facts_of(graph_module).put(Scores(units, str(self)))
         return PassResult(graph_module, False)
 
 

@@ -147,7 +147,7 @@ def test_a_killed_run_is_resumed(
     [
         ("least-squares{reach=stream}", "rotation\nleast-squares{damping=0.1}"),
         (
-            "\ntaylor{order=second, samples=32}",
+            "\nmultiply-scores{criteria=[wanda{readers_only, samples=64}, taylor{order=second, samples=32}]}",
             "\nscore-in-steps{steps=2, importance=wanda, select='select-by-ratio{ratio=0.4}'}",
         ),
         ("select-by-ratio{", "select-by-search{fit=least-squares, trials=4, samples=2, "),

@@ -123,7 +123,7 @@ _CHOICES = (
     *(f"taylor{{order={order}}}, {_RATIO}" for order in ("vector", "first", "second", "mix")),
     *(f"{name}, {_RATIO}" for name in ("taylor{memory=low}", "wanda", "wanda{readers_only}", "flap")),
     *(f"{name}, {_RATIO}" for name in ("fisher", "reconstruction")),
-    f"choose-scores{{criteria=[wanda, taylor{{order=first}}]}}, {_RATIO}",
+    f"multiply-scores{{criteria=[wanda, taylor{{order=first}}]}}, {_RATIO}",
     f"score-in-steps{{importance=wanda, compensate=least-squares}}, {_RATIO}",
     "block-influence, select-by-ratio{ratio=0.3, kinds=[layer]}",
     "wanda, select-by-gates{ratio=0.3, precision=float32}",

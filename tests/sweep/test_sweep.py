@@ -27,7 +27,7 @@ FIT = Recipe(
 )
 TUNED = Recipe(
     "tuned",
-    "calibrate{samples=6}, find-groups, choose-scores{criteria=[wanda, l2]}, select-by-ratio, record-teacher, "
+    "calibrate{samples=6}, find-groups, multiply-scores{criteria=[wanda, l2]}, select-by-ratio, record-teacher, "
     "least-squares, shrink, tune{epochs=1, measurements=1}, emit-model, make-report",
 )
 SAMPLES = token_ids(6, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,11 @@ from torch import fx, nn
 import fxprune
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample
-from fxprune.errors import ArgumentError, CalibrationError
+from fxprune.errors import ArgumentError, CalibrationError, PassError
 from fxprune.graph.facts import facts_of, fork
 from fxprune.masking.compare import masked_outputs
-from fxprune.masking.teacher import DivergenceJudge, split_samples
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.pipeline.registry import load_pass
+from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.removal import Removal, Scores
 from tests.models import tiny, token_ids
 from tests.oracle import Net, axes_of, discover, groups_of
@@ -101,31 +101,37 @@ def test_layers_that_went_add_nothing_and_stay_gone() -> None:
     torch.testing.assert_close(work(X[0]), masked)
 
 
-def test_the_criterion_is_kept_that_harms_the_held_out_samples_least(dense: fx.GraphModule) -> None:
-    """Each is selected by, as a mask, and measured on samples that no criterion saw."""
-    criteria = ("random{seed=3}", "wanda{readers_only}", "l1")
-    work = fork(dense)
-    load_pass("choose-scores", criteria=criteria, select=SELECT, heldout=2)(work)
-    measured = []
-    samples, heldout = split_samples(dense, None, 2)
-    assert len(heldout) == 2 and not {id(sample) for sample in samples} & {id(sample) for sample in heldout}
+def test_scores_of_several_criteria_are_multiplied(dense: fx.GraphModule, tmp_path: Path) -> None:
+    """Of the groups that all of them score: one that scores experts alone leaves the others out."""
+    some, *others = (group.name for group in groups_of(dense))
+    Scores({some: np.arange(12.0)}).save(tmp_path / "scores")
+    loaded = load_pass("load-scores", file=str(tmp_path / "scores"))
+    criteria = (parse_pass("random{seed=3}"), parse_pass("wanda{readers_only}"), loaded)
+    found = []
     for criterion in criteria:
         alone = fork(dense)
-        facts_of(alone).put(Calibration(samples))
-        Pipeline([criterion, SELECT])(alone, inplace=True)
-        facts = facts_of(alone)
-        measured.append((DivergenceJudge(dense, heldout, 4).divergence(facts[Removal]), facts[Scores]))
-    best = min(measured, key=lambda one: one[0])[1]
-    for name, row in facts_of(work)[Scores].units.items():
-        np.testing.assert_array_equal(row, best.units[name])
-    assert len(facts_of(work)[Calibration].samples) == len(X), "the passes behind it have all samples"
+        criterion(alone)
+        found.append(facts_of(alone)[Scores].units[some])
+    work = fork(dense)
+    load_pass("multiply-scores", criteria=criteria)(work)
+    scores = facts_of(work)[Scores]
+    assert others and list(scores.units) == [some]
+    np.testing.assert_allclose(scores.units[some], found[0] * found[1] * found[2])
+    assert scores.source == str(load_pass("multiply-scores", criteria=criteria))
     with pytest.raises(ArgumentError, match="two or more"):
-        load_pass("choose-scores", criteria=("l1",))
+        load_pass("multiply-scores", criteria=("l1",))
+
+
+def test_scores_below_zero_are_not_multiplied(dense: fx.GraphModule) -> None:
+    """A unit that two criteria take for worse than useless would come out as good."""
+    steps = f"score-in-steps{{importance=l1, steps=2, select={SELECT}}}"
+    with pytest.raises(PassError, match="pass score-in-steps: some of its scores are below zero"):
+        load_pass("multiply-scores", criteria=("l1", steps))(fork(dense))
 
 
 def test_a_criterion_inside_another_takes_the_kinds_of_the_prune() -> None:
     """Passes inside a pass given as text kept their default kinds, and the selection had no scores."""
-    for spelled in ("choose-scores{criteria=[random, l1], heldout=1}", "score-in-steps{importance=l1, steps=2}"):
+    for spelled in ("multiply-scores{criteria=[random, l1]}", "score-in-steps{importance=l1, steps=2}"):
         result = fxprune.prune(
             tiny("llama"), token_ids(3, 8), importance=spelled, kinds=["layer"], ratio=0.3, compensate="none"
         )
