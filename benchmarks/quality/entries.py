@@ -51,8 +51,7 @@ def _fitted_and_tuned(importance: str, select: str) -> str:
     return str(recipe)
 
 
-SECOND = "taylor{order=second, samples=32}"
-READERS = "wanda{readers_only, samples=64}"
+SECOND, READERS = "taylor{order=second}", "wanda{readers_only}"
 FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")

@@ -194,7 +194,8 @@ def _as_file(task: Task) -> Task:
     if isinstance(task, LocalTask):
         return task
     suffix = Path(task).suffix
-    is_file = suffix in (".jsonl", ".json") or (isinstance(task, Path) and suffix not in _YAML)
+    is_there = isinstance(task, Path) or Path(task).is_file()
+    is_file = suffix in (".jsonl", ".json") or (is_there and suffix not in _YAML)
     return LocalTask(task) if is_file else task
 
 
