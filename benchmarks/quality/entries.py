@@ -52,8 +52,7 @@ def _fitted_and_tuned(importance: str, select: str) -> str:
 
 
 SECOND, READERS = "taylor{order=second}", "wanda{readers_only}"
-FAST_GIVEN = str(read_recipe("fast")).replace(", added=32", "")
-FORWARD = {"recipe": FAST_GIVEN, "ranking": "local"}
+FORWARD = {"recipe": "fast", "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
@@ -95,8 +94,6 @@ ENTRIES = (
     Entry("balanced, by gradients alone", {"importance": SECOND}),
     Entry("fast, by forward passes alone", {"recipe": "fast", "importance": READERS}),
     Entry("balanced, by forward passes alone", {"importance": READERS}),
-    Entry("fast by gradients on the given text", {"recipe": FAST_GIVEN, "importance": SECOND}),
-    Entry("fast by gradients on the given text, random units", {"recipe": FAST_GIVEN, "importance": "random"}),
     Entry("fast by forward passes", {**FORWARD, "importance": "wanda{readers_only}"}),
     Entry("fast by forward passes, random units", {**FORWARD, "importance": "random"}),
     Entry("balanced by local ranking", {"ranking": "local"}),
