@@ -85,10 +85,8 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
 @pytest.mark.parametrize(
     ("recipe", "runs"),
     [
-        (
-            "fast",
-            3 * 22 + (64 + 3 * 32) + 3 * 16 + 4 * 64,
-        ),  # generated samples, scores of two criteria, both rankings, a fit
+        # generated samples, scores of two criteria, both rankings, and a fit
+        ("fast", 3 * 22 + (64 + 3 * 32) + 3 * 16 + 4 * 64),
         ("fast, given text", (64 + 3 * 32) + 3 * 16 + 4 * 64),
         ("fast, on disk", (64 + 3 * 32) + 3 * 16 + 4 * 64),  # nothing is generated
         # generated samples, scores of two criteria, both rankings, teacher logits, a fit, an epoch, measurements
