@@ -156,16 +156,16 @@ def uniform_price(data: Mapping[str, Any]) -> str:
         data: Results of `benchmarks.quality` on texts.
     """
     section = sections(data)[0]
+    measured = {row.entry for row in section.rows}
+    name = next(one for one in ("fast", "fast, by gradients alone") if f"{one}, uniform" in measured)
     values = {}
-    for entry in ("fast", "fast, uniform"):
+    for entry in (name, f"{name}, uniform"):
         rows = [row.at(section.protocol.lengths[0]) for row in section.rows if row.entry == entry]
         values[entry] = [fmean(row[text].value for row in rows) for text in _ENGLISH]
-    pairs = zip(values["fast, uniform"], values["fast"], strict=True)
+    pairs = zip(values[f"{name}, uniform"], values[name], strict=True)
     more = [100 * (uniform / own - 1) for uniform, own in pairs]
-    ratio = section.ratios[0]
-    return (
-        f"{min(more):.0f} to {max(more):.0f}% more perplexity on English text, at {ratio:.0%} of the demo model by fast"
-    )
+    price = f"{min(more):.0f} to {max(more):.0f}% more perplexity on English text"
+    return f"{price}, at {section.ratios[0]:.0%} of the demo model by {name.partition(',')[0]}"
 
 
 def _pyplot() -> Any:

@@ -91,6 +91,7 @@ ENTRIES = (
         ("block-influence",),
     ),
     Entry("fast, by gradients alone", {"recipe": "fast", "importance": SECOND}),
+    Entry("fast, by gradients alone, uniform", {"recipe": "fast", "importance": SECOND, "uniform": True}),
     Entry("balanced, by gradients alone", {"importance": SECOND}),
     Entry("fast, by forward passes alone", {"recipe": "fast", "importance": READERS}),
     Entry("balanced, by forward passes alone", {"importance": READERS}),
