@@ -188,6 +188,7 @@ RUNS = [("quick", "README.md"), ("quick", START)]
     ("start", "page"),
     [*RUNS, *(pytest.param("default", page, marks=pytest.mark.slow) for page in PAGES if blocks_of(page, "python"))],
     indirect=["start"],
+    scope="module",  # else the fixture is made anew for each page
 )
 def test_the_snippets_of_a_page_run(
     start: tuple[Path, dict[str, Any]],
