@@ -95,7 +95,7 @@ ENTRIES = (
     Entry("balanced, by gradients alone", {"importance": SECOND}),
     Entry("fast, by forward passes alone", {"recipe": "fast", "importance": READERS}),
     Entry("balanced, by forward passes alone", {"importance": READERS}),
-    Entry("fast by forward passes", {**FORWARD, "importance": "wanda{readers_only}"}),
+    Entry("fast by forward passes", {**FORWARD, "importance": READERS}),
     Entry("fast by forward passes, random units", {**FORWARD, "importance": "random"}),
     Entry("balanced by local ranking", {"ranking": "local"}),
     Entry("fast by wanda", {**FORWARD, "importance": "wanda"}),

@@ -53,7 +53,7 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
         numbers = scaled_numbers(axes, keep) if axes.norms else {}
         epsilons = find_epsilons(graph_module.graph, source.model, numbers) if numbers else NormEpsilons()
         slim = _left_by(plan, empty)
-        model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons, known=source.found).model  # type: ignore[arg-type]
+        model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons, known=source.known).model  # type: ignore[arg-type]
         try:
             return model is not None and describe_structure(model).is_stock
         except CheckpointError:
@@ -111,7 +111,7 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
     part = replace(removal, keep=Keep(units, outer), removed_blocks=())
     empty: Any = meta_twin(source.model)
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
-    inputs, model, known = source.example_inputs, source.model, source.found
+    inputs, model, known = source.example_inputs, source.model, source.known
     with defer_gc(), quiet():
         left = _left_by(part.plan, empty)
         emission = emit(empty, left, kept_units=kept, inputs=inputs, resized=resized, known=known)
@@ -338,7 +338,7 @@ def emit_from_graph(
     with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
         resized = _resized(source, removal)
         kept = _kept_units(slim, removal)
-        emission = emit(dense, tensors, removed, verifier, kept, epsilons, inputs, resized, source.found)
+        emission = emit(dense, tensors, removed, verifier, kept, epsilons, inputs, resized, source.known)
     if emission.model is None:
         return emission
     carry_structure(emission.model)

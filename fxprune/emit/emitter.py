@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import (
     BlockStack,
-    Found,
+    Known,
     Layout,
     Rebuilder,
     block_rebuilder,
@@ -76,7 +76,7 @@ class EmissionTask:
     kept_units: KeptUnits = field(default_factory=dict)
     epsilons: NormEpsilons = field(default_factory=NormEpsilons)
     resized: tuple[Resized, ...] = ()
-    known: Found = field(default_factory=dict)
+    known: Known = field(default_factory=dict)
 
     def outside(self) -> dict[str, Shape]:
         return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
@@ -414,7 +414,7 @@ def emit(
     epsilons: NormEpsilons | None = None,
     inputs: Mapping[str, Any] | None = None,
     resized: Sequence[Resized] = (),
-    known: Found | None = None,
+    known: Known | None = None,
 ) -> Emission:
     """Return a model of the same class that holds the slim tensors, or the reasons why none can.
 

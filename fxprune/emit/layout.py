@@ -98,11 +98,11 @@ class Layout:
         }
 
 
-Found: TypeAlias = dict[object, Any]
-"""What was found out about how the classes of one model are built, by what it was: kept for its next emission."""
+Known: TypeAlias = dict[object, Any]
+"""Findings about how the classes of one model are built, by subject; kept from one emission to the next."""
 
 
-def find_layout(model: PreTrainedModel, known: Found | None = None) -> Layout:
+def find_layout(model: PreTrainedModel, known: Known | None = None) -> Layout:
     """Find the lists of blocks of a model, the config that describes them and the field that counts them."""
 
     def config_of(stack: BlockStack) -> object:
@@ -197,7 +197,7 @@ class Rebuilder:
         return tuple(dict.fromkeys((*self.reads.integers, *fields)))
 
 
-def model_rebuilder(model: PreTrainedModel, layout: Layout, known: Found) -> Rebuilder:
+def model_rebuilder(model: PreTrainedModel, layout: Layout, known: Known) -> Rebuilder:
     """Return the rebuilder of the model around its blocks, with as few blocks as its config allows."""
     if "model" in known:
         return known["model"]  # type: ignore[no-any-return]
@@ -227,7 +227,7 @@ def model_rebuilder(model: PreTrainedModel, layout: Layout, known: Found) -> Reb
 
 
 def block_rebuilder(
-    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int], known: Found
+    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int], known: Known
 ) -> Rebuilder | None:
     """Return the rebuilder of one block at its index in the dense model; None if its class cannot be called.
 

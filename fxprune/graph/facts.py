@@ -244,7 +244,7 @@ class Source(Fact):
             copy of the graph does not count as sharing: its tensors are replaced before they are written to.
         dense: a copy of the model on ``meta`` from before its own tensors were cut; None while it is whole.
         cut: pieces cut off the model's own tensors, to restore it if the removal fails.
-        found: what was found out about how its classes are built, for the next emission.
+        known: findings about how its classes are built, kept from one emission to the next.
     """
 
     model: nn.Module
@@ -253,7 +253,7 @@ class Source(Fact):
     shares: bool = True
     dense: nn.Module | None = None
     cut: tuple[Cut, ...] = ()
-    found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

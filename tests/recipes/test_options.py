@@ -52,9 +52,7 @@ def test_invalid_options_are_refused_with_argument_and_value(wrong: dict[str, An
 @pytest.mark.parametrize("name", ["fast", "balanced", "best", "llm-pruner"])
 def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
     """With samples given the model writes none."""
-    recipe = read_recipe(name)
-    recipe["importance"] = [changed(step, {"select": recipe["select"][0]}) for step in recipe["importance"]]
-    first, *others = recipe.passes
+    first, *others = read_recipe(name).passes
     assert lines(calibration=IDS, recipe=name) == [str(changed(first, {"written": 0})), *map(str, others)]
 
 
