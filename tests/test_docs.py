@@ -180,13 +180,12 @@ def start(
 # ------------------------------------------------------------------------------------------------------- snippets
 
 
-RUNS = [("quick", "README.md"), ("quick", START)]
-"""Pages in the first tier, by a quick recipe; in the second all run by the default one."""
+SECOND = [pytest.param("default", page, marks=pytest.mark.slow) for page in PAGES if blocks_of(page, "python")]
 
 
 @pytest.mark.parametrize(
     ("start", "page"),
-    [*RUNS, *(pytest.param("default", page, marks=pytest.mark.slow) for page in PAGES if blocks_of(page, "python"))],
+    [("quick", "README.md"), *SECOND],  # in the second tier all pages, by the default recipe
     indirect=["start"],
     scope="module",  # else the fixture is made anew for each page
 )

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from tests.cli.folders import fill_with_wrong_things, save_tiny
 from tests.cli.running import COMMAND
+from tests.tiers import tiers
 
 LINE = re.compile(r"(?P<arguments>[^#].*?) => (?P<words>.*)")
 
@@ -77,10 +78,11 @@ def check_all(folder: Path, uses: list[WrongUse]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("part", tiers(range(3), 0))
 @pytest.mark.timeout(900)
-def test_each_ends_in_one_line_and_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_ends_in_one_line_and_writes_nothing(part: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    check_all(folder, USES)
+    check_all(folder, USES[part::3])
 
 
 @pytest.mark.slow

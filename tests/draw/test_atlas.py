@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fxprune.draw.atlas import Atlas, block_ranges, find_folds
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
+from tests.tiers import SLOW
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,16 +54,20 @@ def test_pictures_are_the_same_in_every_process(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_blocks_of_equal_structure_are_folded() -> None:
+WINDOWS = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "numbers"),
+    [
+        ("gemma3_text", {"num_hidden_layers": 4, "layer_types": WINDOWS}, [[0, 1, 3], [2]]),
+        pytest.param("qwen2_moe", {"num_hidden_layers": 3}, [[0], [1, 2]], marks=SLOW),
+    ],
+)
+def test_blocks_of_equal_structure_are_folded(family: str, config: dict[str, Any], numbers: list[list[int]]) -> None:
     """Windows and experts are structure; the first and the last block are like the others."""
-    kinds = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
-    windows, experts = (
-        tiny("gemma3_text", num_hidden_layers=4, layer_types=kinds),
-        tiny("qwen2_moe", num_hidden_layers=3),
-    )
-    for model, numbers in ((windows, [[0, 1, 3], [2]]), (experts, [[0], [1, 2]])):
-        folds = find_folds(Atlas(dependency_graph(trace(model, dynamic=False))))
-        assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
+    folds = find_folds(Atlas(dependency_graph(trace(tiny(family, **config), dynamic=False))))
+    assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
 
 
 class Block(nn.Module):

@@ -17,6 +17,7 @@ from fxprune.modelling.blocks import BUILT_AT
 from fxprune.modelling.table_rows import INPUTS, select_inputs
 from tests.emitted import cut, distance, greedy, logits, padding_error, through_disk
 from tests.models import tiny, token_ids
+from tests.tiers import SLOW
 
 
 def test_rows_of_rows_are_counted_in_the_first_table() -> None:
@@ -30,9 +31,11 @@ def test_rows_of_rows_are_counted_in_the_first_table() -> None:
     assert vars(module[0])[INPUTS]["bias"]["kept"] == [1, 2, 5], "the module itself stays as it is"
 
 
+BIASED = [("falcon", {"alibi": True, "num_hidden_layers": 2}, 1), ("bloom", {}, 2), ("mpt", {}, 1)]
+
+
 @pytest.mark.parametrize(
-    ("family", "changes", "cuts"),
-    [("bloom", {}, 2), ("mpt", {}, 1), ("falcon", {"alibi": True, "num_hidden_layers": 2}, 1)],
+    ("family", "changes", "cuts"), [BIASED[0], *(pytest.param(*row, marks=SLOW) for row in BIASED[1:])]
 )
 def test_position_biases_stay_with_their_heads(family: str, changes: Mapping[str, Any], cuts: int) -> None:
     """A head is removed, and its bias with it; then another one, of the model that was read from disk."""

@@ -16,7 +16,7 @@ import fxprune
 from tests.end_to_end.test_processes import parallel, sharded
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
-from tests.tiers import SLOW
+from tests.tiers import SLOW, tiers
 
 OPTIONS: dict[str, Any] = {
     "ratio": 0.3,
@@ -71,7 +71,7 @@ def test_sharded_models_are_pruned_and_come_back_sharded_alike(way: str, tmp_pat
     torch.testing.assert_close(loaded, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", tiers(["llama", "gpt2"], "llama"))
 def test_a_model_offloaded_by_a_device_map_is_pruned(family: str, tmp_path: Path) -> None:
     """Its weights were there only while their layer ran, and it was refused."""
     tiny(family).save_pretrained(tmp_path / "dense")

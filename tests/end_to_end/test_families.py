@@ -18,7 +18,7 @@ from tests.tiers import tiers
 KINDS_OF_ALL = {"mlp", "head", "head_dim", "channel", "layer"}
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, "llama", "gpt2", "bloom"))
+@pytest.mark.parametrize("family", tiers(FAMILIES, "llama", "gpt2"))
 def test_groups_remove_exactly(family: str) -> None:
     depth = "n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers"
     model = tiny(family, use_cache=False, **{depth: 2})

@@ -31,6 +31,7 @@ from fxprune.offload.atomic import (
     write_file,
 )
 from tests.checkpoint.small import narrow
+from tests.tiers import tiers
 
 WIDTHS = (16, 24)
 
@@ -41,7 +42,7 @@ def models() -> dict[int, Any]:
     return {width: narrow(width) for width in WIDTHS}
 
 
-@pytest.fixture(params=["exchange", "two renames"])
+@pytest.fixture(params=tiers(["exchange", "two renames"], "exchange"))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With and without a system that exchanges two names."""
     if request.param == "two renames":

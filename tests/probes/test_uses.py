@@ -268,7 +268,7 @@ USES: tuple[Use, ...] = (
 LEFT_OUT: dict[Use, tuple[str, ...]] = {
     generation: ("bert",),  # an encoder does not generate
 }
-FIRST_TIER = {vocabulary: ("t5",)}
+FIRST_TIER: dict[Use, tuple[str, ...]] = {vocabulary: ("t5",), compiled: (), copies: (), twice: ()}
 """Kinds that uses are tried on in the first tier, other than one."""
 
 

@@ -23,6 +23,7 @@ from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal, Removed
 from tests.models import tiny, token_ids
 from tests.oracle import Net, decide, discover, groups_of
+from tests.tiers import SLOW
 
 X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
 DAMPING = 0.03
@@ -196,7 +197,10 @@ def calibrated(family: str, **config: Any) -> tuple[nn.Module, fx.GraphModule]:
 
 @pytest.mark.parametrize(
     ("family", "kinds"),
-    [("llama", DEPTH), ("gpt2", WIDTH), ("bloom", BOTH), ("mixtral", BOTH), ("qwen2_moe", "[mlp]")],
+    [
+        *(("llama", DEPTH), ("gpt2", WIDTH), ("mixtral", BOTH)),
+        *(pytest.param("bloom", BOTH, marks=SLOW), pytest.param("qwen2_moe", "[mlp]", marks=SLOW)),
+    ],
 )
 @torch.no_grad()
 def test_a_fit_brings_the_slim_model_nearer_to_the_dense_one_and_moves_nothing_else(family: str, kinds: str) -> None:
