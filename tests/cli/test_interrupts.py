@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from fxprune.cli import main
 from tests.cli.folders import save_tiny
 from tests.export.small import tokenizer
 
@@ -21,20 +23,42 @@ def heed() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def command_line(arguments: list[str], folder: Path, streams: tuple[int, int]) -> NoReturn:
+    """Run a command in this process, a fork, with two pipes as its outputs; and end the process."""
+    os.chdir(folder)
+    for number, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream, number)
+    sys.argv, sys.stdout, sys.stderr = ["fxprune", *arguments], open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    code: Any = 1
+    try:
+        heed()
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 def stopped(arguments: list[str], folder: Path, moment: str, number: int) -> tuple[int, str, str]:
     """Exit code and outputs of a command that is stopped when it prints a line that begins with ``moment``."""
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-    command, pipe = [sys.executable, "-m", "fxprune", *arguments], subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, preexec_fn=heed, text=True, stdout=pipe, stderr=pipe
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(moment):
+    (printed, first), (errors, second) = os.pipe(), os.pipe()
+    if moment == "starting":  # before the imports, which a fork has behind it
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+        line = [sys.executable, "-m", "fxprune", *arguments]
+        child = subprocess.Popen(line, cwd=folder, env=environment, preexec_fn=heed, stdout=first, stderr=second).pid
+    else:
+        child = os.fork() or command_line(arguments, folder, (first, second))
+    os.close(first)
+    os.close(second)
+    with open(printed) as output, open(errors) as told:
+        for line_told in told:
+            if line_told.startswith(moment):
                 break
-        process.send_signal(number)
-        printed, errors = process.stdout.read(), process.stderr.read()
-        return process.wait(timeout=120), printed, errors
+        os.kill(child, number)
+        found = output.read(), told.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *found
 
 
 def ran(code: str) -> tuple[int, str, str]:
