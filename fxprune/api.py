@@ -393,7 +393,7 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         widths |= {"ratio": DEFAULT_RATIO, "budget": "params"}
     elif ratio is not None:
         widths |= {"target": "", "context": 0}
-    for name in ("round_to", "tensor_parallel", "budget"):
+    for name in ("part", "round_to", "tensor_parallel", "budget"):
         default = option_table()[name][1].default
         if type(values[name]) is not type(default) or values[name] != default:
             widths[name] = values[name]

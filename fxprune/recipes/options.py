@@ -181,6 +181,13 @@ class Options(ApplyOptions, total=False):
             "leaves out its groups that a norm runs over."
         ),
     ]
+    part: Annotated[
+        str | None,
+        _what_goes(
+            "Module that alone loses structures, by its name, as in `language_model`; the rest stays whole and counts "
+            "in the ratio."
+        ),
+    ]
     importance: Annotated[
         str | Pass | None,
         _what_goes(

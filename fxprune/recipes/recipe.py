@@ -24,7 +24,7 @@ _OPTIONAL = ("teach", "compensate", "tune")
 """Stages that a prune does without."""
 
 _INHERITED = (
-    *("kinds", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
+    *("kinds", "part", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
     *("target", "context"),
     *("reduction", "samples", "reach"),
 )

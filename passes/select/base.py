@@ -214,6 +214,16 @@ def make_slots(
     return [slot for slot in slots if any(option.most for option in slot.options)]
 
 
+def _lies_in(path: str, part: str) -> bool:
+    return not part or f".{part}." in f".{path}."
+
+
+def _is_inside(group: Group, part: str) -> bool:
+    """Whether all that a group removes lies in a module of this name."""
+    paths = [group.block or ""] if group.factor is None else [member.name for member in group.parameters]
+    return all(_lies_in(path, part) for path in paths)
+
+
 def _slot_key(group: Group) -> object:
     if group.kind == "head" and group.outer is not None:
         return group.outer
@@ -293,6 +303,11 @@ class SelectPass(Pass):
     """Chooses which units stay."""
 
     kinds: tuple[str, ...] = argument(DEFAULT_KINDS, "Kinds of groups that may shrink.", check=as_kinds)
+    part: str = argument(
+        "",
+        """Module that alone loses units, by its name, as in ``language_model``; the rest stays whole and counts in the
+        ratio. All by default.""",
+    )
     ranking: Ranking = argument(
         "local",
         """``local``: the same fraction of every group; ``global``: the lowest scores anywhere, normalised within groups
@@ -434,7 +449,17 @@ class SelectPass(Pass):
 
     def _selection(self, graph_module: fx.GraphModule, scores: Scores, accepts: Callable[[Plan], bool]) -> Selection:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
-        protected = protected_blocks(axes.blocks, () if self.uniform else self.protect)
+        inside = Groups(tuple(group for group in groups.all if _is_inside(group, self.part)))
+        if self.part and not inside.of_kinds(self.kinds):
+            raise PassError(
+                f"no group of $kinds={self.kinds} lies in {self.part!r}",
+                where=f"pass {self.name}",
+                remedy="Name a module that the samples reach, as in language_model",
+                argument="part",
+                value=self.part,
+            )
+        blocks = [block for block in axes.blocks if _lies_in(block, self.part)]
+        protected = protected_blocks(blocks, () if self.uniform else self.protect)
         round_to = self.round_to
         if isinstance(round_to, str):
             widths = decide_on_first(lambda: read_widths(device_of(graph_module)), FxpruneError)
@@ -442,11 +467,11 @@ class SelectPass(Pass):
             add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
         budget = make_budget(self.budget_of(graph_module), graph_module, axes)
         rounding = Rounding(round_to, self.tensor_parallel, self.blocks_of(budget))
-        sizes = by_kind(budget, groups.of_kinds(self.kinds))
+        sizes = by_kind(budget, inside.of_kinds(self.kinds))
         note = partial(add_note, graph_module)
 
         def with_scores(scores: Scores) -> Selection:
-            slots = self.slots_of(make_slots(groups.all, scores, self.kinds, protected, rounding), budget)
+            slots = self.slots_of(make_slots(inside.all, scores, self.kinds, protected, rounding), budget)
 
             def removal_for(choices: Sequence[Choice]) -> Removal:
                 keep = _make_keep(slots, choices, scores)

@@ -528,7 +528,7 @@ class SelectByRatioPass(SelectPass):
 
     def _unreachable(self, selection: Selection, asked: str, largest: float) -> RatioError:
         defaults = type(self)
-        names = ("protect", "round_to", "tensor_parallel")
+        names = ("part", "protect", "round_to", "tensor_parallel")
         changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
         limits = ", ".join(f"${name}={getattr(self, name)}" for name in ("kinds", *changed))
         if self.target:

@@ -15,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from fxprune.errors import ArgumentError, CalibrationError, FxpruneError, PlanError, RatioError, UnknownNameError
+from fxprune.errors import (
+    ArgumentError,
+    CalibrationError,
+    FxpruneError,
+    PassError,
+    PlanError,
+    RatioError,
+    UnknownNameError,
+)
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.pipeline.arguments import read_steps
@@ -68,6 +76,14 @@ def widths(state: Removal, kind: str, size: int | None = None) -> list[int]:
     """Units left in the groups of a kind, block by block."""
     groups = [g for g in state.groups if g.kind == kind and g.factor is not None and size in (None, g.size)]
     return [state.keep.count(group.factor) for group in groups if group.factor is not None]
+
+
+def test_a_part_alone_loses_units_and_the_whole_counts_in_the_ratio(dense: fx.GraphModule) -> None:
+    plan = select(dense, ratio=0.03, part="layers.3", protect=()).plan
+    assert plan.kept and all(name.startswith("model.layers.3.") for name in plan.kept)
+    assert parameters_left(dense, plan) == pytest.approx(0.97 * count_parameters(dense), rel=0.002)
+    with pytest.raises(PassError, match=r"no group of kinds=.* lies in 'layers.30'"):
+        select(dense, ratio=0.03, part="layers.30")
 
 
 def test_the_budget_counts_what_is_really_left_and_tied_parameters_once(dense: fx.GraphModule) -> None:
