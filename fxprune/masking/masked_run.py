@@ -132,6 +132,7 @@ class MaskedRun(PreciseRun):
         self.touched = {factor for factor in keep.units if keep.touches(factor)}
         self.bypassed = {axes.bypasses[b].target: axes.bypasses[b].source for b in removal.removed_blocks}
         self.nodes = {node.name: node for node in graph_module.graph.nodes}
+        self.constants = frozenset(axes.constants)
         self.sizes: dict[Factor, int] = {}
         self.statistics: dict[str, Keep] = {}
         for factor, nodes in axes.renormalised.items():
@@ -151,8 +152,10 @@ class MaskedRun(PreciseRun):
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return a weight with the removed slices set to zero."""
+        """Return a weight with the removed slices set to zero; constants of the code stay as they are."""
         value = super().get_attr(target, args, kwargs)
+        if str(target) in self.constants:
+            return value
         scaling = self.scaled.get(self.axes.tied.get(str(target), str(target)))
         if scaling is not None:
             stored = self.fetch_attr(str(target))

@@ -81,6 +81,12 @@ NETWORKS: dict[str, tuple[Callable[[], Net], list[int], list[int]]] = {
     "squeezed": (made(lambda m, h: h.unsqueeze(1).squeeze() + h.squeeze(-1) + h.squeeze((0, 2)), 12), [12], []),
     # the columns of a constant made by the code are no units, nor is what reads them
     "constant": (made(lambda m, h: F.linear(h @ torch.eye(12), m.w.exp()), 6, w=(6, 12)), [6, 12], []),
+    # which masking leaves as they are: something may be divided by them
+    "divided": (
+        made(lambda m, h: (h.mean(-1, keepdim=True) / torch.arange(1, 7)).sin() * m.w, 6, w=(6,)),
+        [6],
+        [12],
+    ),
 }
 
 
