@@ -41,6 +41,7 @@ from fxprune.graph.tensors import (
     read_argument,
     set_argument,
     set_tensor,
+    tensor_name,
     weights,
 )
 from fxprune.masking.compare import (
@@ -376,8 +377,9 @@ class BypassBlocksPass(Pass):
 class RewriteLiteralsPass(Pass):
     """Rewrites view sizes, slice bounds, split sizes, normalised shapes, repeat and group counts to the slim axes.
 
-    A size computed at run time that has a pruned part (batch times heads) is scaled by new over old. The epsilon added
-    to an average is multiplied by old over new in a norm that is kept as in the masked model.
+    A size computed at run time that has a pruned part (batch times heads) is scaled by new over old, unless it is read
+    off a tensor that lost that part. The epsilon added to an average is multiplied by old over new in a norm that is
+    kept as in the masked model.
     """
 
     name: ClassVar[str] = "rewrite-literals"
@@ -402,6 +404,9 @@ class RewriteLiteralsPass(Pass):
                 continue
             if isinstance(current, fx.Node):
                 graph = node.graph
+                old = _slim_value(current, removal, old)
+                if old == new:
+                    continue
                 with graph.inserting_before(node):
                     product = graph.call_function(operator.mul, (current, new))
                     size = graph.call_function(operator.floordiv, (product, old))
@@ -417,6 +422,23 @@ class RewriteLiteralsPass(Pass):
         facts.put(Runnable())
         graph_module.recompile()
         return PassResult(graph_module, changed)
+
+
+def _slim_value(size: fx.Node, removal: Removal, dense: int) -> int:
+    """The value of a size computed at run time once tensors are slim; ``dense`` if it is not one of their sizes."""
+
+    def value(node: fx.Node) -> Any:
+        if node.target is torch.ops.aten.sym_size.int:
+            source, axis = node.args
+            return kept_size(removal.axes.tensors[tensor_name(source)][axis], removal.keep)
+        if not callable(node.target) or isinstance(node.target, OpOverload):
+            raise KeyError(node.name)
+        return node.target(*fx.map_arg(node.args, value))
+
+    try:
+        return int(value(size))
+    except KeyError:
+        return dense
 
 
 @dataclass(frozen=True, eq=False)

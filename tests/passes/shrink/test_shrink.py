@@ -133,6 +133,18 @@ def test_rewrite_literals_scales_a_size_computed_at_run_time() -> None:
     assert [tuple(slim(torch.randn(n, 5, 10)).shape) for n in (2, 3)] == [(2, 5, 9), (3, 5, 9)]
 
 
+def test_rewrite_literals_leaves_a_size_alone_that_is_read_off_a_slim_tensor() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x).unflatten(-1, (4, 3)).transpose(1, 2).flatten(0, 1)
+        h = (h.unsqueeze(0) * 2).view_as(h).relu().unflatten(0, (-1, 4))
+        return m.b(h.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    dense = discover(Net(body, a=nn.Linear(10, 12), b=nn.Linear(12, 9)), {"x": torch.randn(2, 7, 10)})
+    slim = run("shrink", planned(dense, keep_most(dense)), verify=True).graph_module
+    assert facts_of(slim)[Verified].error < 1e-6 and "floordiv" not in text(slim)
+    assert [tuple(slim(torch.randn(n, 5, 10)).shape) for n in (2, 3)] == [(2, 5, 9), (3, 5, 9)]
+
+
 BYPASSED = """\
 linear_2 = linear.default(x, p_blocks_2_fc_weight, p_blocks_2_fc_bias)
 relu_2 = relu.default(linear_2,)
