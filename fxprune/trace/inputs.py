@@ -376,7 +376,7 @@ def _check_parameter(name: str, parameter: torch.Tensor, beside: bool) -> None:
     elif parameter.layout != torch.strided or parameter.is_nested:
         what = f"its layout is {'nested' if parameter.is_nested else parameter.layout}"
         remedy = "Convert it to a dense tensor first, as with weight.to_dense()"
-    elif not parameter.numel() and (parameter.dim() == 1 or beside):  # not by its class: a shard, or cut by hand
+    elif 0 in parameter.shape[:1] and (parameter.dim() == 1 or beside):  # shards are cut along the first axis
         what = f"it is empty, of shape {tuple(parameter.shape)}"
         remedy = "Remove it from the model, or gather the weights if they are sharded over processes"
     if what:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ import fxprune
 from fxprune.errors import UnsupportedModelError
 from fxprune.trace.inputs import check_model, clear_quantisation_marks, is_marked_quantised, model_dtype
 from tests.models import tiny
+from tests.oracle import Net
 
 
 def two(first: nn.Module, second: nn.Module) -> nn.Module:
@@ -39,6 +42,17 @@ def quantised(**tensors: torch.Tensor) -> nn.Module:
 def test_a_model_that_cannot_be_pruned_is_refused(model: nn.Module, says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         check_model(model)
+
+
+def test_a_weight_of_no_tokens_is_no_shard() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat((m.first, m.none, m.a(x)[None]), 1)
+        return m.b(tokens.relu())  # type: ignore[no-any-return]
+
+    parts: dict[str, Any] = {"first": nn.Parameter(torch.ones(1, 1, 6)), "none": nn.Parameter(torch.ones(1, 0, 6))}
+    net = Net(body, a=nn.Linear(3, 6), b=nn.Linear(6, 2), **parts)
+    found = fxprune.prune(net, ratio=0.1, importance="l2", kinds=("mlp",), example_inputs={"x": torch.ones(4, 3)})
+    assert found.graph_module.get_parameter("none").shape == (1, 0, 5)
 
 
 def test_a_mark_alone_does_not_make_a_model_quantised() -> None:
