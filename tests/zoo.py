@@ -267,9 +267,13 @@ def _inside(default: PreTrainedConfig | None, name: str, wanted: Any, sizes: Siz
     if isinstance(wanted, Mapping) and "model_type" in wanted:
         more = {key: entry for key, entry in wanted.items() if key != "model_type"}
         return make_config(wanted["model_type"], more, None, sizes)
-    if isinstance(value, PreTrainedConfig):
-        return make_config(value.model_type, wanted or {}, type(value), sizes)
-    return None
+    if not isinstance(value, PreTrainedConfig):
+        return None
+    part = make_config(value.model_type, wanted or {}, type(value), sizes)
+    stages = getattr(value, "out_features", None) or []
+    if stages and set(stages) <= set(getattr(part, "stage_names", ())) and "out_features" not in (wanted or {}):
+        part.out_features = stages  # those of a backbone that are read
+    return part
 
 
 def _sizes(default: PreTrainedConfig | None, names: list[str], sizes: Sizes) -> dict[str, Any]:

@@ -36,7 +36,8 @@ _MORE: dict[Any, str] = {
     "reassemble_hidden_size bottleneck_features bin_embedding_dim auxiliary_channels feature_size "
     "mask_feature_size aspp_out_channels encoder_hidden_dim stem_out_channels subsampling_conv_channels "
     "output_channels decoder_dim reduce_dim xvector_output_dim num_pos_feats",
-    48: "out_hidden_size d_model hidden_size projection_dim pred_hidden_size backbone_hidden_size",
+    48: "out_hidden_size d_model hidden_size projection_dim pred_hidden_size backbone_hidden_size text_hidden_size "
+    "audio_hidden_size projection_hidden_size vision_hidden_size",
     88: "d_ff encoder_feedforward_dim dim_feedforward mlp_dim decoder_intermediate_size intermediate_size "
     "prompt_mid_dim",
     6: "decoder_num_attention_heads num_cross_attention_heads num_self_attention_heads pred_num_attention_heads "
@@ -54,6 +55,7 @@ _LISTS: dict[str, tuple[int, ...]] = {
     "conv_dim": (10, 12),
     "conv_stride": (3, 2),
     "conv_kernel": (5, 3),
+    "downsample_channels": (40, 48),
     "tdnn_dim": (14, 18, 22, 26, 30),
     "num_attractors": (4, 2, 2, 1),
 }
@@ -61,6 +63,7 @@ _LISTS: dict[str, tuple[int, ...]] = {
 
 _WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1]}
 _FED_TWICE = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _TILES = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
 
 _DEMANDS: dict[str, dict[str, Any]] = {
@@ -104,7 +107,11 @@ _DEMANDS: dict[str, dict[str, Any]] = {
         **{"num_latents": 8, "d_latents": 48, "num_self_attends_per_block": 1, "num_cross_attention_heads": 4},
         **{"num_self_attention_heads": 4, "image_size": 32},
     },
-    "gemma3": {"mm_tokens_per_image": 16},
+    **dict.fromkeys(("gemma3", "t5gemma2_encoder"), {"mm_tokens_per_image": 16}),
+    "shieldgemma2": {"mm_tokens_per_image": 16, "yes_token_index": 5, "no_token_index": 6},
+    **dict.fromkeys(("pix2struct_text_model", "pix2struct_vision_model"), {"d_kv": 8, "patch_embed_hidden_size": 48}),
+    "udop": {"relative_attention_num_buckets": 32},
+    "vipllava": {"vision_feature_layer": [-2, -1]},
     "mpnet": {"relative_attention_num_buckets": 32},
     "pvt_v2": {"image_size": SIDE},
     "qwen2_vl": {"vision_config": {"embed_dim": 48}},
@@ -117,7 +124,7 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     **{name: {"embed_dim": 48} for name in ("idefics_vision", "kosmos_2_text_model", "kosmos_2_5_text_model")},
     "hunyuan_vl_vision": {"temporal_patch_size": 1},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
-    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 16},
+    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 16, "head_dim": 8},
     "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision"}},
     "llama4_vision_model": {
         **{"intermediate_size": 192, "projector_input_dim": 40, "projector_output_dim": 40, "vision_output_dim": 40}
@@ -126,7 +133,13 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 144},
     "sam_vision_model": {"global_attn_indexes": [1], "window_size": 2},
     "kosmos-2": {"latent_query_num": 4},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 0, 1, 1]},
+    "granite4_vision": _TILES
+    | {
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 128, "num_attention_heads": 8},
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "spatial_target_layers": [0, 0, 1, 1],
+    },
     "chmv2": {
         "backbone_config": {
             **{"model_type": "dinov3_vit", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
@@ -139,12 +152,42 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "oneformer": {"conv_dim": 32, "mask_dim": 32, "hidden_dim": 32, "num_attention_heads": 4},
     "regnet": {"groups_width": 8},
     "sew": {"squeeze_factor": 2},
-    "squeezebert": {f"{name}_groups": 2 for name in ("q", "k", "v", "output", "intermediate")},
+    "squeezebert": {"embedding_size": 48} | {f"{name}_groups": 2 for name in ("q", "k", "v", "output", "intermediate")},
     "swin": {"patch_size": 2},
     "swinv2": {"patch_size": 2},
     "swin2sr": {"embed_dim": 24, "num_heads": [3], "depths": [2], "patch_size": 1, "upscale": 2},
     "textnet": {"stem_out_channels": 12, "hidden_sizes": [12, 12, 16, 20, 24], "image_size": [64, 64]},
     "xlm": {"n_heads": 6},
+    "esmc": {"num_key_value_heads": 6, "head_dim": 8},
+    "ernie4_5_vl_moe_text": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "neomme": {"head_dim": 16},
+    "chameleon": {
+        **{"image_token_id": VOCABULARY - 1, "vq_config": {"num_embeddings": 8, "base_channels": 32}},
+        "vocabulary_map": {"<image>": VOCABULARY - 1} | {f"IMGIMG{digit}Z": i for i, digit in enumerate("ABCDEFGH")},
+    },
+    "emu3": {
+        **{
+            "image_token_id": VOCABULARY - 1,
+            "vq_config": {"codebook_size": 8, "base_channels": 32, "hidden_size": 128, "num_attention_heads": 8},
+        },
+        "vocabulary_map": {"<image>": VOCABULARY - 1, "<|extra_200|>": VOCABULARY - 2}
+        | {f"<|visual token {i:06}|>": i for i in range(8)},
+    },
+    "cosmos3_edge_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 1, 1]}},
+    "hy_v4_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 1]}},
+    **dict.fromkeys(("muse_glimmer", "muse_spark"), {"out_hidden_size": 192}),
+    "wavtokenizer_encoder": {"codebook_dim": 48, "decoder_attention_num_groups": 4},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "index_kpool": 4},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}, "image_patch_id": VOCABULARY - 1},
+    "nemotron_h_omni": {"image_token_id": VOCABULARY - 1, "vision_config": {"video_temporal_patch_size": 2}},
+    "pp_formulanet_vision": {"post_conv_in_channels": 16, "decoder_hidden_size": 48},
+    "molmo2_vision": {"num_position_embeddings": 16},
+    "apertus1p5": {
+        **{"image_token_offset": 8, "audio_token_offset": 16},
+        **{"vision_config": {"codebook_size": 8, "base_channels": 32}, "audio_config": {"codebook_size": 8}},
+    },
+    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "vivit": {"tubelet_size": [2, 8, 8]},
 }
 
@@ -166,6 +209,10 @@ _DEMANDS |= {
     "zoedepth": {"backbone_config": {"model_type": "beit", "patch_size": 8, **_FOUR}},
     **{"rt_detr": _REAL_TIME, "rt_detr_v2": _REAL_TIME},
 }
+
+_STAGED = {name: value for name, value in _REAL_TIME.items() if name != "backbone_config"}
+for _name in ("d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"):
+    _DEMANDS[_name] = _STAGED | {"encoder_in_channels": [20, 24, 28]}
 
 _SIZES = Sizes(
     FIELDS | {name: size for size, names in _MORE.items() for name in names.split()}, DEMANDS | _DEMANDS, _LISTS
@@ -207,10 +254,21 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
     decodes = ["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []
     seen = (
-        ["pixel_values", "high_res_pixel_values", "image_grid_thw"] if "input_ids" in named else []
+        [
+            "pixel_values",
+            "high_res_pixel_values",
+            "image_grid_thw",
+            "image_grid_hw",
+            "image_merge_sizes",
+            "image_token_pooling",
+            "image_grids",
+        ]
+        if "input_ids" in named
+        else []
     )  # a text is about an image
     seen += ["image_sizes"] if _stated(model.config, "image_grid_pinpoints") is not None else []
     seen += ["aspect_ratio_ids", "aspect_ratio_mask", "image_position_ids", "visual_feats", "visual_pos"]
+    seen += ["noise", "timestep"]
     seen += ["pixel_attention_mask", "spatial_shapes"] if "spatial_shapes" in named else []  # patches in rows
     seen += ["qformer_input_ids", "image_attention_mask", "image_embeds_position_mask"]
     main = model.main_input_name  # a name, or several
@@ -219,15 +277,14 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     names = dict.fromkeys(name for name in wanted if name in named)
     others = [name for name in _MAKERS if name in named and name not in names]
     first: Exception | None = None
-    while True:
-        found = {name: value for name in names if (value := _made(model, name)) is not None}
+    added = [*(others[:count] for count in range(len(others) + 1)), *([name] for name in others[1:])]
+    for more in added:
+        found = {name: value for name in [*names, *more] if (value := _made(model, name)) is not None}
         try:
             return _runnable(model, found)
         except Exception as error:
             first = first or error
-            if not others:
-                raise first from error
-            names[others.pop(0)] = None
+    raise first
 
 
 def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -236,8 +293,8 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
     counts: list[int] = []
     if "pixel_values" in inputs and not _is_about_text(_failure(model, inputs)):
         named = [name for name in ("pixel_values", "high_res_pixel_values") if name in inputs]
-        wide = re.search(r"\(\d+x\d+ and (\d+)x", _failure(model, inputs))
-        others = [_in_patches(model.config, form, int(wide[1]) if wide else None) for form in _FORMS]
+        wide = _WIDTH.search(_failure(model, inputs))
+        others = [_in_patches(model.config, form, int(wide[wide.lastindex or 0]) if wide else None) for form in _FORMS]
         tried = [{name: inputs[name].unsqueeze(1) for name in named}, *({"pixel_values": one} for one in others)]
         several = next((one for one in tried if _is_about_text(_failure(model, inputs | one))), {})
         inputs = inputs | several
@@ -254,28 +311,34 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
             forward(model, **given)
             return given
         except Exception as error:
-            features = re.search(r"features:? \(?(\d+)", str(error))
+            features = _FEATURES.search(str(error))
             if given is inputs and features is not None:  # counted as vectors, or as numbers
-                found = int(features[1]) // SAMPLES
+                found = int(features[features.lastindex or 0]) // SAMPLES
                 counts = [found, found // model.config.get_text_config().hidden_size]
             if not counts or token is None or ids is None:
                 raise
 
 
-_FORMS = (1, 2, 3)
+_FORMS = (1, 2, 3, 4)
+_FEATURES = re.compile(r"features:? \(?(\d+)|Got (\d+) image")
+_WIDTH = re.compile(r"\(\d+x\d+ and (\d+)x|normalized_shape=\[(\d+)\]")
+"""How models tell the number of vectors that they have for images, where the text has another."""
 
 
 def _in_patches(config: Any, form: int, width: int | None) -> torch.Tensor:
-    """Images as patches of a width: a row for each sample (1), or rows of all (3); or as small images of all (2)."""
+    """Images as patches of a width: a row for each sample (1), or rows of all (3); as small images of all (2), or with
+    any frames before and channels behind (4)."""
     side, channels = _stated(config, "patch_size") or 4, _stated(config, "num_channels", "in_chans") or 3
     width = width or channels * side * side
     shapes = {1: (SAMPLES, 16, width), 2: (SAMPLES * 16, channels, side, side), 3: (SAMPLES * 16, width)}
+    frames, wide = _stated(config, "temporal_patch_size"), side * (_stated(config, "spatial_merge_size") or 1)
+    shapes[4] = (SAMPLES * 16, *((frames,) if frames else ()), wide, wide, channels)
     return torch.randn(shapes[form], generator=torch.Generator().manual_seed(form))
 
 
 def _is_about_text(failure: str) -> bool:
     """Whether a model read its images: it runs, or misses tokens for them in the text."""
-    return not failure or re.search(r"features:? \(?(\d+)", failure) is not None
+    return not failure or _FEATURES.search(failure) is not None
 
 
 def _failure(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
@@ -286,7 +349,13 @@ def _failure(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
     return ""
 
 
-_IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+_IMAGE_TOKENS = (
+    "image_token_id",
+    "image_token_index",
+    "media_placeholder_token_id",
+    "video_token_index",
+    "image_patch_id",
+)
 
 
 def _stated(config: PreTrainedConfig, *fields: str) -> Any:
@@ -342,9 +411,9 @@ def _features(config: Any) -> tuple[int, ...]:
     return (SAMPLES, 24, width or _stated(config, "num_mel_bins") or 10)
 
 
-def _patches(config: Any) -> tuple[int, ...] | None:
+def _patches(config: Any) -> tuple[int, ...]:
     count = _stated(config, "num_patches")
-    return None if count is None else (SAMPLES, count)
+    return (SAMPLES, count or 1)  # or of images
 
 
 _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
@@ -355,6 +424,14 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
     "decoder_input_ids": lambda _: (SAMPLES, DECODED),
     "qformer_input_ids": lambda _: (SAMPLES, DECODED),
     "image_grid_thw": lambda _: (SAMPLES, 3),
+    "image_token_pooling": lambda _: (SAMPLES * 4, 4),
+    "image_grids": lambda _: (SAMPLES, 4),
+    "image_grid_hw": lambda _: (SAMPLES, 2),
+    "image_merge_sizes": lambda _: (SAMPLES,),
+    "flattened_patches": lambda config: (SAMPLES, 16, 2 + config.vision_config.patch_embed_hidden_size),
+    "state": lambda config: (SAMPLES, config.max_state_dim),
+    "noise": lambda config: (SAMPLES, config.chunk_size, config.max_action_dim),
+    "timestep": lambda _: (SAMPLES,),
     "pixel_values_videos": lambda config: (SAMPLES, _stated(config, "frames_per_clip") or 4, 3, *_side(config)),
     "pixel_attention_mask": _patches,
     "image_attention_mask": lambda _: (SAMPLES, TOKENS, 1),
@@ -377,14 +454,18 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
 
 _WHOLE = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids", "task_inputs"), (3, 100)),
-    "bbox": (0, 2),
+    **{"bbox": (0, 2), "image_token_pooling": (0, 16)},
 }
 """Integer inputs, with their lowest value and the end of their range."""
 
 _GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "image_grid_thw": lambda shape: torch.tensor([[1, 4, 4]] * shape[0]),
+    "image_grid_hw": lambda shape: torch.full(shape, 4),
+    "image_merge_sizes": lambda shape: torch.full(shape, 2),
+    "flattened_patches": lambda shape: 4 * torch.rand(shape, generator=torch.Generator().manual_seed(0)),
+    "image_grids": lambda shape: torch.tensor([[2, 2, 0, 0]] * shape[0]),
     "attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
-    "pixel_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
+    "pixel_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long if shape[1] > 1 else torch.bool),
     "spatial_shapes": lambda shape: torch.full(shape, 8),
     "image_sizes": lambda shape: torch.full(shape, SIDE),
     "image_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
