@@ -94,6 +94,7 @@ _DEMANDS: dict[str, dict[str, Any]] = {
         "hidden_sizes": [16, 24, 32],
         "num_attention_heads": [2, 3, 4],
         "key_dim": [4, 4, 4],
+        "stride": 2,
         "patch_size": 16,
         "image_size": 128,
         "down_ops": [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]],
@@ -107,9 +108,10 @@ _DEMANDS: dict[str, dict[str, Any]] = {
         **{"num_latents": 8, "d_latents": 48, "num_self_attends_per_block": 1, "num_cross_attention_heads": 4},
         **{"num_self_attention_heads": 4, "image_size": 32},
     },
-    **dict.fromkeys(("gemma3", "t5gemma2_encoder"), {"mm_tokens_per_image": 16}),
+    **{name: {"mm_tokens_per_image": 16} for name in ("gemma3", "t5gemma2_encoder")},
     "shieldgemma2": {"mm_tokens_per_image": 16, "yes_token_index": 5, "no_token_index": 6},
-    **dict.fromkeys(("pix2struct_text_model", "pix2struct_vision_model"), {"d_kv": 8, "patch_embed_hidden_size": 48}),
+    **{f"pix2struct_{name}_model": {"d_kv": 8, "patch_embed_hidden_size": 48} for name in ("text", "vision")},
+    "t5": {"decoder_start_token_id": 1},
     "udop": {"relative_attention_num_buckets": 32},
     "vipllava": {"vision_feature_layer": [-2, -1]},
     "mpnet": {"relative_attention_num_buckets": 32},
@@ -146,7 +148,15 @@ _DEMANDS: dict[str, dict[str, Any]] = {
             **{"return_class_token": True, "reshape_hidden_states": True},
         }
     },
-    "align": {"vision_config": {"hidden_dim": 48}},
+    "align": {"projection_dim": 320, "vision_config": {"width_coefficient": 1.0, "depth_coefficient": 1.0}},
+    "videoprism_vision_model": {"tubelet_size": [1, 4, 4]},
+    "vitmatte": {
+        "fusion_hidden_sizes": [32, 24, 20, 16],
+        "convstream_hidden_sizes": [12, 16, 20],
+        "backbone_config": {"patch_size": 16},
+    },
+    "vitpose_backbone": {"patch_size": [8, 8], "part_features": 16},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0], "scaled_images_ratios": [1, 1, 1]},
     "blip-2": {"image_token_index": VOCABULARY - 1},
     "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 4},
     "oneformer": {"conv_dim": 32, "mask_dim": 32, "hidden_dim": 32, "num_attention_heads": 4},
@@ -175,12 +185,20 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     },
     "cosmos3_edge_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 1, 1]}},
     "hy_v4_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 1]}},
-    **dict.fromkeys(("muse_glimmer", "muse_spark"), {"out_hidden_size": 192}),
+    **{name: {"out_hidden_size": 192} for name in ("muse_glimmer", "muse_spark")},
     "wavtokenizer_encoder": {"codebook_dim": 48, "decoder_attention_num_groups": 4},
     "glm5_next_text": {"qk_rope_head_dim": 0, "index_kpool": 4},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}, "image_patch_id": VOCABULARY - 1},
     "nemotron_h_omni": {"image_token_id": VOCABULARY - 1, "vision_config": {"video_temporal_patch_size": 2}},
     "pp_formulanet_vision": {"post_conv_in_channels": 16, "decoder_hidden_size": 48},
+    "pp_ocrv6_small_det": {
+        **{"layer_list_out_channels": [96, 96, 192, 384]},
+        **{"backbone_config": {"out_features": [f"stage{i}" for i in range(1, 5)]}},
+    },
+    "lw_detr_vit": {"num_windows": 4, "window_block_indices": [0], "out_features": ["stage1", "stage2"]},
+    "lw_detr": {"projector_scale_factors": [1.0], "d_model": 64, "decoder_self_attention_heads": 4},
+    "sapiens2": {"num_key_value_heads_per_layer": [3, 6]},
+    "sapiens2_head": {"upsample_out_channels": [24, 20], "conv_out_channels": [16]},
     "molmo2_vision": {"num_position_embeddings": 16},
     "apertus1p5": {
         **{"image_token_offset": 8, "audio_token_offset": 16},
@@ -207,12 +225,15 @@ for _name in ("detr", "conditional_detr", "table-transformer", "dab-detr"):
 _DEMANDS |= {
     **{"depth_anything": _ABOUT_DEPTH, "prompt_depth_anything": _ABOUT_DEPTH, "upernet": {"backbone_config": _RESNET}},
     "zoedepth": {"backbone_config": {"model_type": "beit", "patch_size": 8, **_FOUR}},
+    "tipsv2_dpt": {"backbone_config": {**_FOUR, "apply_layernorm": True}},
     **{"rt_detr": _REAL_TIME, "rt_detr_v2": _REAL_TIME},
 }
 
 _STAGED = {name: value for name, value in _REAL_TIME.items() if name != "backbone_config"}
 for _name in ("d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"):
     _DEMANDS[_name] = _STAGED | {"encoder_in_channels": [20, 24, 28]}
+_DEMANDS["pp_doclayout_v2"] |= {"class_thresholds": [0.5] * 3, "class_order": [0, 1, 2]}
+_DEMANDS["pp_doclayout_v3"] |= {"x4_feat_dim": 16}
 
 _SIZES = Sizes(
     FIELDS | {name: size for size, names in _MORE.items() for name in names.split()}, DEMANDS | _DEMANDS, _LISTS
@@ -252,7 +273,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     named = forward_parameters(model)
     demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
-    decodes = ["decoder_input_ids"] if getattr(model.config, "is_encoder_decoder", False) else []
+    decodes = ["decoder_input_ids"] if model.config.is_encoder_decoder and not _ends(model) else []
     seen = (
         [
             "pixel_values",
@@ -296,6 +317,7 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
         wide = _WIDTH.search(_failure(model, inputs))
         others = [_in_patches(model.config, form, int(wide[wide.lastindex or 0]) if wide else None) for form in _FORMS]
         tried = [{name: inputs[name].unsqueeze(1) for name in named}, *({"pixel_values": one} for one in others)]
+        tried += [{name: inputs[name].flatten(0, 1) for name in named}] if inputs["pixel_values"].dim() == 5 else []
         several = next((one for one in tried if _is_about_text(_failure(model, inputs | one))), {})
         inputs = inputs | several
     while True:
@@ -341,6 +363,11 @@ def _is_about_text(failure: str) -> bool:
     return not failure or _FEATURES.search(failure) is not None
 
 
+def _ends(model: PreTrainedModel) -> bool:
+    """Whether a decoder is to classify a text by the token that ends it, which it then makes its own input of."""
+    return model.config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification")
+
+
 def _failure(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
     try:
         forward(model, **inputs)
@@ -371,7 +398,10 @@ def _made(model: PreTrainedModel, name: str) -> torch.Tensor | None:
     if shape is None:
         return None
     if name in _WHOLE:
-        return torch.randint(*_WHOLE[name], shape, generator=draw)
+        whole = torch.randint(*_WHOLE[name], shape, generator=draw)
+        if name == "input_ids" and _ends(model):
+            whole[:, -1] = model.config.eos_token_id
+        return whole
     return _GIVEN[name](shape) if name in _GIVEN else torch.randn(shape, generator=draw)
 
 
@@ -447,7 +477,7 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
     "image_position_ids": lambda _: (SAMPLES, 16, 2),
     "visual_feats": lambda config: (SAMPLES, 9, config.visual_feat_dim),
     "visual_pos": lambda _: (SAMPLES, 9, 4),
-    "past_values": lambda config: (SAMPLES, _stated(config, "context_length") or 32, 1),
+    "past_values": lambda _: (SAMPLES, 32),
     "decoder_input_values": lambda config: (SAMPLES, DECODED, _stated(config, "num_mel_bins")),
 }
 """The shapes of inputs, the likeliest first."""
