@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ _MORE: dict[Any, str] = {
     "mask_feature_size aspp_out_channels encoder_hidden_dim stem_out_channels subsampling_conv_channels "
     "output_channels decoder_dim reduce_dim xvector_output_dim num_pos_feats",
     48: "out_hidden_size d_model hidden_size projection_dim pred_hidden_size backbone_hidden_size text_hidden_size "
-    "audio_hidden_size projection_hidden_size vision_hidden_size",
+    "audio_hidden_size projection_hidden_size vision_hidden_size cross_hidden_size",
     88: "d_ff encoder_feedforward_dim dim_feedforward mlp_dim decoder_intermediate_size intermediate_size "
     "prompt_mid_dim",
     6: "decoder_num_attention_heads num_cross_attention_heads num_self_attention_heads pred_num_attention_heads "
@@ -63,7 +63,6 @@ _LISTS: dict[str, tuple[int, ...]] = {
 
 _WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1]}
 _FED_TWICE = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
-_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _TILES = {"image_grid_pinpoints": [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
 
 _DEMANDS: dict[str, dict[str, Any]] = {
@@ -94,8 +93,7 @@ _DEMANDS: dict[str, dict[str, Any]] = {
         "hidden_sizes": [16, 24, 32],
         "num_attention_heads": [2, 3, 4],
         "key_dim": [4, 4, 4],
-        "stride": 2,
-        "patch_size": 16,
+        **{"stride": 2, "patch_size": 16},
         "image_size": 128,
         "down_ops": [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]],
     },
@@ -111,10 +109,8 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     **{name: {"mm_tokens_per_image": 16} for name in ("gemma3", "t5gemma2_encoder")},
     "shieldgemma2": {"mm_tokens_per_image": 16, "yes_token_index": 5, "no_token_index": 6},
     **{f"pix2struct_{name}_model": {"d_kv": 8, "patch_embed_hidden_size": 48} for name in ("text", "vision")},
-    "t5": {"decoder_start_token_id": 1},
-    "udop": {"relative_attention_num_buckets": 32},
-    "vipllava": {"vision_feature_layer": [-2, -1]},
-    "mpnet": {"relative_attention_num_buckets": 32},
+    **{name: {"relative_attention_num_buckets": 32} for name in ("mpnet", "udop")},
+    **{"t5": {"decoder_start_token_id": 1}, "vipllava": {"vision_feature_layer": [-2, -1]}},
     "pvt_v2": {"image_size": SIDE},
     "qwen2_vl": {"vision_config": {"embed_dim": 48}},
     **dict.fromkeys(("qwen2_5_vl_vision", "exaone4_5_vision", "qwen2_5_omni_vision_encoder"), _WINDOWS),
@@ -135,12 +131,9 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 144},
     "sam_vision_model": {"global_attn_indexes": [1], "window_size": 2},
     "kosmos-2": {"latent_query_num": 4},
-    "granite4_vision": _TILES
-    | {
-        "downsample_rate": "1/2",
-        "vision_config": {"hidden_size": 128, "num_attention_heads": 8},
-        "deepstack_layer_map": [[0, 0], [1, 1]],
-        "spatial_target_layers": [0, 0, 1, 1],
+    "granite4_vision": {
+        **{"downsample_rate": "1/2", "vision_config": {"hidden_size": 128, "num_attention_heads": 8}, **_TILES},
+        **{"deepstack_layer_map": [[0, 0], [1, 1]], "spatial_target_layers": [0, 0, 1, 1]},
     },
     "chmv2": {
         "backbone_config": {
@@ -149,13 +142,11 @@ _DEMANDS: dict[str, dict[str, Any]] = {
         }
     },
     "align": {"projection_dim": 320, "vision_config": {"width_coefficient": 1.0, "depth_coefficient": 1.0}},
-    "videoprism_vision_model": {"tubelet_size": [1, 4, 4]},
     "vitmatte": {
-        "fusion_hidden_sizes": [32, 24, 20, 16],
-        "convstream_hidden_sizes": [12, 16, 20],
+        **{"fusion_hidden_sizes": [32, 24, 20, 16], "convstream_hidden_sizes": [12, 16, 20]},
         "backbone_config": {"patch_size": 16},
     },
-    "vitpose_backbone": {"patch_size": [8, 8], "part_features": 16},
+    "vitpose_backbone": {"patch_size": [8, 8], "part_features": 16, "num_experts": 1},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [1, 0], "scaled_images_ratios": [1, 1, 1]},
     "blip-2": {"image_token_index": VOCABULARY - 1},
     "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "num_attention_heads": 4},
@@ -168,45 +159,43 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "swin2sr": {"embed_dim": 24, "num_heads": [3], "depths": [2], "patch_size": 1, "upscale": 2},
     "textnet": {"stem_out_channels": 12, "hidden_sizes": [12, 12, 16, 20, 24], "image_size": [64, 64]},
     "xlm": {"n_heads": 6},
-    "esmc": {"num_key_value_heads": 6, "head_dim": 8},
-    "ernie4_5_vl_moe_text": {"num_attention_heads": 4, "num_key_value_heads": 2},
-    "neomme": {"head_dim": 16},
+    **{"vivit": {"tubelet_size": [2, 8, 8]}, "videoprism_vision_model": {"tubelet_size": [1, 4, 4]}},
+    **{name: {"num_key_value_heads": 6, "head_dim": 8} for name in ("esmc", "granite_speech5_encoder")},
+    **{"ernie4_5_vl_moe_text": {"num_attention_heads": 4, "num_key_value_heads": 2}, "neomme": {"head_dim": 16}},
     "chameleon": {
         **{"image_token_id": VOCABULARY - 1, "vq_config": {"num_embeddings": 8, "base_channels": 32}},
         "vocabulary_map": {"<image>": VOCABULARY - 1} | {f"IMGIMG{digit}Z": i for i, digit in enumerate("ABCDEFGH")},
     },
     "emu3": {
-        **{
-            "image_token_id": VOCABULARY - 1,
-            "vq_config": {"codebook_size": 8, "base_channels": 32, "hidden_size": 128, "num_attention_heads": 8},
-        },
+        "image_token_id": VOCABULARY - 1,
+        "vq_config": {"codebook_size": 8, "base_channels": 32, "hidden_size": 128, "num_attention_heads": 8},
         "vocabulary_map": {"<image>": VOCABULARY - 1, "<|extra_200|>": VOCABULARY - 2}
         | {f"<|visual token {i:06}|>": i for i in range(8)},
     },
-    "cosmos3_edge_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 1, 1]}},
-    "hy_v4_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 1]}},
+    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 1, 1]}},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}},
     **{name: {"out_hidden_size": 192} for name in ("muse_glimmer", "muse_spark")},
-    "wavtokenizer_encoder": {"codebook_dim": 48, "decoder_attention_num_groups": 4},
-    "glm5_next_text": {"qk_rope_head_dim": 0, "index_kpool": 4},
+    **{"glm5_next_text": {"qk_rope_head_dim": 0, "index_kpool": 4}, "dia": {"delay_pattern": [0, 1, 2]}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}, "image_patch_id": VOCABULARY - 1},
     "nemotron_h_omni": {"image_token_id": VOCABULARY - 1, "vision_config": {"video_temporal_patch_size": 2}},
     "pp_formulanet_vision": {"post_conv_in_channels": 16, "decoder_hidden_size": 48},
     "pp_ocrv6_small_det": {
-        **{"layer_list_out_channels": [96, 96, 192, 384]},
-        **{"backbone_config": {"out_features": [f"stage{i}" for i in range(1, 5)]}},
+        "layer_list_out_channels": [96, 96, 192, 384],
+        "backbone_config": {"out_features": [f"stage{i}" for i in range(1, 5)]},
     },
     "lw_detr_vit": {"num_windows": 4, "window_block_indices": [0], "out_features": ["stage1", "stage2"]},
     "lw_detr": {"projector_scale_factors": [1.0], "d_model": 64, "decoder_self_attention_heads": 4},
+    **{"fun_asr_nano": {"adaptor_config": {"intermediate_size": 12}}, "mimi": {"upsample_groups": 48}},
+    **{f"moonshine{name}": {"conv_stride": [8, 10], "num_key_value_heads": 6} for name in ("", "_streaming")},
     "sapiens2": {"num_key_value_heads_per_layer": [3, 6]},
     "sapiens2_head": {"upsample_out_channels": [24, 20], "conv_out_channels": [16]},
-    "molmo2_vision": {"num_position_embeddings": 16},
+    **{"molmo2_vision": {"num_position_embeddings": 16}, "instructblipvideo": {"video_token_index": VOCABULARY - 1}},
+    "wavtokenizer_encoder": {"codebook_dim": 48, "decoder_attention_num_groups": 4},
     "apertus1p5": {
-        **{"image_token_offset": 8, "audio_token_offset": 16},
-        **{"vision_config": {"codebook_size": 8, "base_channels": 32}, "audio_config": {"codebook_size": 8}},
+        **{"image_token_offset": 8, "audio_token_offset": 16, "audio_config": {"codebook_size": 8}},
+        "vision_config": {"codebook_size": 8, "base_channels": 32},
     },
-    "instructblipvideo": {"video_token_index": VOCABULARY - 1},
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
-    "vivit": {"tubelet_size": [2, 8, 8]},
 }
 
 
@@ -274,20 +263,8 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     named = forward_parameters(model)
     demanded = [name for name, one in named.items() if one.default is one.empty and name in _MAKERS]
     decodes = ["decoder_input_ids"] if model.config.is_encoder_decoder and not _ends(model) else []
-    seen = (
-        [
-            "pixel_values",
-            "high_res_pixel_values",
-            "image_grid_thw",
-            "image_grid_hw",
-            "image_merge_sizes",
-            "image_token_pooling",
-            "image_grids",
-        ]
-        if "input_ids" in named
-        else []
-    )  # a text is about an image
-    seen += ["image_sizes"] if _stated(model.config, "image_grid_pinpoints") is not None else []
+    seen = _OF_IMAGES if "input_ids" in named else []  # a text is about an image
+    seen = [*seen, "image_sizes"] if _stated(model.config, "image_grid_pinpoints") is not None else [*seen]
     seen += ["aspect_ratio_ids", "aspect_ratio_mask", "image_position_ids", "visual_feats", "visual_pos"]
     seen += ["noise", "timestep"]
     seen += ["pixel_attention_mask", "spatial_shapes"] if "spatial_shapes" in named else []  # patches in rows
@@ -297,29 +274,24 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     wanted += ["input_ids"] if model.can_generate() else []
     names = dict.fromkeys(name for name in wanted if name in named)
     others = [name for name in _MAKERS if name in named and name not in names]
-    first: Exception | None = None
+    errors = []
     added = [*(others[:count] for count in range(len(others) + 1)), *([name] for name in others[1:])]
     for more in added:
         found = {name: value for name in [*names, *more] if (value := _made(model, name)) is not None}
         try:
             return _runnable(model, found)
         except Exception as error:
-            first = first or error
-    raise first
+            errors.append(error)
+    raise errors[0]
 
 
 def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``inputs`` that ``model`` runs on, with a token for each feature of an image in the text."""
     token = next((token for name in _IMAGE_TOKENS if (token := _stated(model.config, name)) is not None), None)
     counts: list[int] = []
-    if "pixel_values" in inputs and not _is_about_text(_failure(model, inputs)):
-        named = [name for name in ("pixel_values", "high_res_pixel_values") if name in inputs]
-        wide = _WIDTH.search(_failure(model, inputs))
-        others = [_in_patches(model.config, form, int(wide[wide.lastindex or 0]) if wide else None) for form in _FORMS]
-        tried = [{name: inputs[name].unsqueeze(1) for name in named}, *({"pixel_values": one} for one in others)]
-        tried += [{name: inputs[name].flatten(0, 1) for name in named}] if inputs["pixel_values"].dim() == 5 else []
-        several = next((one for one in tried if _is_about_text(_failure(model, inputs | one))), {})
-        inputs = inputs | several
+    if not _is_about_text(_failure(model, inputs)):
+        forms = _other_forms(model, inputs)
+        inputs = inputs | next((one for one in forms if _is_about_text(_failure(model, inputs | one))), {})
     while True:
         ids, given = inputs.get("input_ids"), inputs
         if ids is not None and token is not None and counts:
@@ -341,10 +313,22 @@ def _runnable(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[s
                 raise
 
 
-_FORMS = (1, 2, 3, 4)
-_FEATURES = re.compile(r"features:? \(?(\d+)|Got (\d+) image")
+_FEATURES = re.compile(r"features:? \(?(\d+)|Got (\d+) (?:image|feature)")
 _WIDTH = re.compile(r"\(\d+x\d+ and (\d+)x|normalized_shape=\[(\d+)\]")
-"""How models tell the number of vectors that they have for images, where the text has another."""
+"""How models tell the number of vectors that they have for images, and the width that they want."""
+
+
+def _other_forms(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The images and sounds of ``inputs`` in other forms: one of several, in patches, transposed, as wide as wanted."""
+    wide = _WIDTH.search(_failure(model, inputs))
+    width = int(wide[wide.lastindex or 0]) if wide else None
+    if images := {name: inputs[name] for name in ("pixel_values", "high_res_pixel_values") if name in inputs}:
+        yield {name: image.unsqueeze(1) for name, image in images.items()}
+        yield from ({"pixel_values": _in_patches(model.config, form, width)} for form in (1, 2, 3, 4))
+        yield {name: image[:, 0] for name, image in images.items()}
+    for name, sound in inputs.items():
+        if name in ("input_values", "input_features"):
+            yield from ({name: one} for one in (sound.unsqueeze(1), sound.mT, sound.repeat(1, 1, 4)))
 
 
 def _in_patches(config: Any, form: int, width: int | None) -> torch.Tensor:
@@ -376,13 +360,10 @@ def _failure(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str:
     return ""
 
 
-_IMAGE_TOKENS = (
-    "image_token_id",
-    "image_token_index",
-    "media_placeholder_token_id",
-    "video_token_index",
-    "image_patch_id",
-)
+_OF_IMAGES = ["pixel_values", "high_res_pixel_values", "image_grid_thw", "image_grid_hw", "image_grids"]
+_OF_IMAGES += ["image_merge_sizes", "image_token_pooling"]
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "media_placeholder_token_id", "video_token_index")
+_IMAGE_TOKENS += ("image_patch_id",)
 
 
 def _stated(config: PreTrainedConfig, *fields: str) -> Any:
@@ -438,7 +419,8 @@ def _features(config: Any) -> tuple[int, ...]:
     positions = _stated(config, "max_source_positions")
     if width is None and positions is not None:
         return (SAMPLES, _stated(config, "num_mel_bins"), 2 * positions)
-    return (SAMPLES, 24, width or _stated(config, "num_mel_bins") or 10)
+    frames = TOKENS * (_stated(config, "audio_length_per_tok") or 0) or 24
+    return (SAMPLES, frames, width or _stated(config, "num_mel_bins") or 10)
 
 
 def _patches(config: Any) -> tuple[int, ...]:
@@ -447,11 +429,14 @@ def _patches(config: Any) -> tuple[int, ...]:
 
 
 _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
-    "input_ids": lambda _: (SAMPLES, TOKENS),
+    "input_ids": lambda config: (
+        *(SAMPLES, TOKENS),
+        *([config.num_codebooks + 1] if _stated(config, "codebook_vocab_size") else []),
+    ),
     "pixel_values": _pixels,
     "input_values": _sound,
     "input_features": _features,
-    "decoder_input_ids": lambda _: (SAMPLES, DECODED),
+    "decoder_input_ids": lambda config: (SAMPLES, DECODED, *map(len, filter(None, [_stated(config, "delay_pattern")]))),
     "qformer_input_ids": lambda _: (SAMPLES, DECODED),
     "image_grid_thw": lambda _: (SAMPLES, 3),
     "image_token_pooling": lambda _: (SAMPLES * 4, 4),
