@@ -181,7 +181,7 @@ _DEMANDS: dict[str, dict[str, Any]] = {
     "pp_formulanet_vision": {"post_conv_in_channels": 16, "decoder_hidden_size": 48},
     "pp_ocrv6_small_det": {
         "layer_list_out_channels": [96, 96, 192, 384],
-        "backbone_config": {"out_features": [f"stage{i}" for i in range(1, 5)]},
+        "backbone_config": {"out_features": ["stage1", "stage2", "stage3", "stage4"]},
     },
     "lw_detr_vit": {"num_windows": 4, "window_block_indices": [0], "out_features": ["stage1", "stage2"]},
     "lw_detr": {"projector_scale_factors": [1.0], "d_model": 64, "decoder_self_attention_heads": 4},
@@ -218,6 +218,17 @@ _DEMANDS |= {
     **{"rt_detr": _REAL_TIME, "rt_detr_v2": _REAL_TIME},
 }
 
+_STRIPES = {
+    f"{way}_{size}ratio": [side, 1, side // 2]
+    for way in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
+    for size, side in (("long", 7), ("mid", 5), ("short", 3))
+}
+for _name in ("pp_ocrv5_server_det", "pp_ocrv6_medium_det"):
+    _DEMANDS[_name] = {
+        **{"scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2], "neck_out_channels": 64},
+        "backbone_config": {"out_features": _RESNET["out_features"]},
+        "intraclass_block_config": {**_STRIPES, "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]},
+    }
 _STAGED = {name: value for name, value in _REAL_TIME.items() if name != "backbone_config"}
 for _name in ("d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"):
     _DEMANDS[_name] = _STAGED | {"encoder_in_channels": [20, 24, 28]}
@@ -463,6 +474,7 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
     "visual_feats": lambda config: (SAMPLES, 9, config.visual_feat_dim),
     "visual_pos": lambda _: (SAMPLES, 9, 4),
     "past_values": lambda _: (SAMPLES, 32),
+    "global_attention_mask": lambda _: (SAMPLES, TOKENS),
     "decoder_input_values": lambda config: (SAMPLES, DECODED, _stated(config, "num_mel_bins")),
 }
 """The shapes of inputs, the likeliest first."""
@@ -485,6 +497,7 @@ _GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
     "image_sizes": lambda shape: torch.full(shape, SIDE),
     "image_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
     "image_embeds_position_mask": lambda shape: (torch.arange(shape[1]) < 4).expand(shape),
+    "global_attention_mask": lambda shape: (torch.arange(shape[1]) < 2).long().expand(shape),
     "aspect_ratio_ids": lambda shape: torch.ones(shape, dtype=torch.long),
     "aspect_ratio_mask": lambda shape: torch.ones(shape, dtype=torch.long),
     "image_position_ids": lambda shape: (torch.arange(16)[:, None] // torch.tensor([1, 4]) % 4).expand(shape),
