@@ -10,10 +10,11 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.axes import Keep, kept_size
+from fxprune.axes import Keep, kept_mask, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
@@ -52,7 +53,7 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
         keep = keep_of(axes, groups, plan)
         numbers = scaled_numbers(axes, keep) if axes.norms else {}
         epsilons = find_epsilons(graph_module.graph, source.model, numbers) if numbers else NormEpsilons()
-        slim = _left_by(plan, empty)
+        slim = _left_by(axes, keep, plan.removed_blocks, empty)
         model = emit(empty, slim, plan.removed_blocks, epsilons=epsilons, known=source.known).model  # type: ignore[arg-type]
         try:
             return model is not None and describe_structure(model).is_stock
@@ -62,18 +63,24 @@ def stock_check(graph_module: fx.GraphModule, axes: AxisMap, groups: tuple[Group
     return accepts
 
 
-def _left_by(plan: Plan, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that a plan leaves of a model, which may be on ``meta``, by all their names."""
+def _left_by(
+    axes: AxisMap, keep: Keep, removed_blocks: Collection[str], model: nn.Module, *, empty: bool = True
+) -> dict[str, torch.Tensor]:
+    """The tensors that a removal leaves of a model, by all their names: on ``meta`` if ``empty``, else with values."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    exprs = {name: axes.tensors[name] for name in axes.weights()}
     slim: dict[str, torch.Tensor] = {}
     for aliases in names_by_identity(model).values():
-        dense_tensor = tensors[aliases[0]]
-        kept = next((plan.kept[name] for name in aliases if name in plan.kept), {})
-        tensor = dense_tensor.detach()
-        for axis, units in kept.items():
-            tensor = tensor.index_select(axis, torch.tensor(units, device=tensor.device))
-        tensor = as_parameter(tensor, dense_tensor)
-        slim.update((name, tensor) for name in aliases if not within(name, plan.removed_blocks))
+        dense = tensors[aliases[0]]
+        held = next((exprs[name] for name in aliases if name in exprs), ())
+        sizes = [kept_size(expr, keep) for expr in held] or list(dense.shape)
+        tensor = torch.empty(sizes, dtype=dense.dtype, device="meta") if empty else dense.detach()
+        for axis, size in enumerate(sizes):
+            if tensor.shape[axis] != size:
+                kept = torch.from_numpy(np.flatnonzero(kept_mask(held[axis], keep)))
+                tensor = tensor.index_select(axis, kept.to(tensor.device))
+        tensor = as_parameter(tensor, dense)
+        slim.update((name, tensor) for name in aliases if not within(name, removed_blocks))
     return slim
 
 
@@ -109,15 +116,16 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
     units = {g.factor: removal.keep.units[g.factor] for g in groups if g.factor is not None}
     outer = {factor: around for factor, around in removal.keep.outer.items() if factor in units}
     part = replace(removal, keep=Keep(units, outer), removed_blocks=())
-    empty: Any = meta_twin(source.model)
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
-    inputs, model, known = source.example_inputs, source.model, source.known
+    inputs, known = source.example_inputs, source.known
+    model: Any = source.model
     with defer_gc(), quiet():
-        left = _left_by(part.plan, empty)
-        emission = emit(empty, left, kept_units=kept, inputs=inputs, resized=resized, known=known)
-        if emission.model is not None and not _is_on_meta(model) and run_on_meta(empty, inputs) is not None:
-            agrees, left = partial(_runs, default_inputs(model, inputs)), _left_by(part.plan, model)
-            emission = emit(model, left, (), agrees, kept, None, inputs, resized, known)  # type: ignore[arg-type]
+        left = _left_by(part.axes, part.keep, (), model)
+        emission = emit(model, left, kept_units=kept, inputs=inputs, resized=resized, known=known)
+        if emission.model is not None and not emission.runs_dry and not _is_on_meta(model):
+            agrees = partial(_runs, default_inputs(model, inputs))
+            left = _left_by(part.axes, part.keep, (), model, empty=False)
+            emission = emit(model, left, (), agrees, kept, None, inputs, resized, known)
     return "" if emission.model is not None else emission.reasons[0]
 
 

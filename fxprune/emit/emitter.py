@@ -81,6 +81,10 @@ class EmissionTask:
     def outside(self) -> dict[str, Shape]:
         return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
 
+    def request(self) -> tuple[object, ...]:
+        """All that decides how a slim model is built, besides the dense one."""
+        return self.wanted, self.removed, self.kept_units, self.epsilons, self.resized
+
 
 @dataclass(frozen=True)
 class Blueprint(Overrides):
@@ -380,6 +384,9 @@ def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping
     return value
 
 
+_FITTED = "fitted"
+"""Key, among what is known of a model, of the latest request that fitted, of its candidate and its ``runs_dry``."""
+
 Agrees = Callable[["PreTrainedModel"], bool]
 """Whether the outputs of an emitted model are right; a ``VerificationError`` is a no with its reason."""
 
@@ -399,10 +406,12 @@ class Emission:
             and those that the class needs at their dense values while it is built), and ``fxprune_blueprint`` (a
             ``Blueprint`` as JSON values, from which ``rebuild`` makes the same structure out of the dense config).
         reasons: block, parameter, wanted and obtained shape of what cannot be expressed; empty on success.
+        runs_dry: whether the model, or the dense one, ran without storage; else only real tensors show whether it runs.
     """
 
     model: PreTrainedModel | None
     reasons: Reasons = ()
+    runs_dry: bool = True
 
 
 def emit(
@@ -434,11 +443,9 @@ def emit(
         known: what earlier emissions of the same model found out; it is added to.
     """
     removed, known = tuple(removed_blocks), {} if known is None else known
-    layout, twin = attempt(find_layout, model, known), attempt(meta_twin, model)
+    layout = attempt(find_layout, model, known)
     if isinstance(layout, Refusal):
         return Emission(None, (f"its blocks cannot be found: {layout}",))
-    if isinstance(twin, Refusal):
-        return Emission(None, (f"it cannot be copied: {twin}",))
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     epsilons = epsilons or NormEpsilons()
     refused = _request_errors(model, layout, tensors, removed) or epsilons.reasons[:_MOST_REASONS]
@@ -446,7 +453,14 @@ def emit(
         return Emission(None, refused)
     rebuilder = model_rebuilder(model, layout, known)
     task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized), known)
-    return _Emitter(task, tensors, agrees, DryRuns(twin, inputs)).first_that_fits()
+    emitter = _Emitter(task, tensors, agrees, inputs)
+    before = emitter.as_before()
+    if before is not None:
+        return before
+    twin = attempt(meta_twin, model)
+    if isinstance(twin, Refusal):
+        return Emission(None, (f"it cannot be copied: {twin}",))
+    return emitter.first_that_fits(DryRuns(twin, inputs))
 
 
 def _request_errors(
@@ -468,17 +482,26 @@ class _Emitter:
     task: EmissionTask
     tensors: Mapping[str, torch.Tensor]
     agrees: Agrees | None
-    runs: DryRuns
+    inputs: Mapping[str, Any] | None
 
-    def first_that_fits(self) -> Emission:
+    def as_before(self) -> Emission | None:
+        """Return the candidate that fitted the latest request, if this is the same one and it fits again.
+
+        Which inputs are tables of all units is found anew, on the inputs of this request.
+        """
+        request, candidate, runs_dry = self.task.known.get(_FITTED, (None, None, True))
+        made = self.make(candidate) if request == self.task.request() and not self.task.kept_units else None
+        return Emission(made, runs_dry=runs_dry) if isinstance(made, transformers.PreTrainedModel) else None
+
+    def first_that_fits(self, runs: DryRuns) -> Emission:
         """Return the first candidate that fits; those that fail on ``meta`` are tried last."""
         reasons: dict[str, None] = {}  # in order, each once
         doubtful: list[Candidate] = []
         for candidate in self.candidates():
-            failure = self.failure(candidate)
+            failure = self.failure(candidate, runs)
             if failure is not None:
                 others = divided_attributes(candidate, self.task.wanted)
-                better = next((other for other in others if self.failure(other) is None), None)
+                better = next((other for other in others if self.failure(other, runs) is None), None)
                 failure, candidate = (failure, candidate) if better is None else (None, better)
             if failure is not None:
                 reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
@@ -486,7 +509,8 @@ class _Emitter:
                 continue
             made = self.make(candidate)
             if isinstance(made, transformers.PreTrainedModel):
-                return Emission(made)
+                self.task.known[_FITTED] = self.task.request(), candidate, runs.succeed
+                return Emission(made, runs_dry=runs.succeed)
             reasons.update(dict.fromkeys(made))
         for candidate in doubtful if self.agrees is not None else ():
             made = self.make(candidate)
@@ -517,14 +541,14 @@ class _Emitter:
         slim = build_on_meta(rebuild, task.model, dataclasses.replace(blueprint, removed=()), task.layout)
         if isinstance(slim, Refusal):
             return
-        inputs = find_inputs(meta_twin(task.model), slim, task.layout, task.kept_units, self.runs.inputs)
+        inputs = find_inputs(meta_twin(task.model), slim, task.layout, task.kept_units, self.inputs)
         if inputs:
             yield dataclasses.replace(blueprint, inputs=inputs)
 
     def rename(self, name: str) -> str | None:
         return slim_name(name, self.task.removed)
 
-    def failure(self, candidate: Candidate) -> str | None:
+    def failure(self, candidate: Candidate, runs: DryRuns) -> str | None:
         """Return why a candidate does not run on ``meta``; None if it runs there, or cannot be built at all."""
         slim = build_on_meta(rebuild, self.task.model, candidate.blueprint, self.task.layout)
         if isinstance(slim, Refusal) or self.unfit(candidate, slim):
@@ -532,7 +556,7 @@ class _Emitter:
         copies = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in self.tensors.values()}
         tensors = {name: copies[id(tensor)] for name, tensor in self.tensors.items()}
         assign_tensors(slim, self.task.model, tensors, self.rename)
-        return self.runs.failure_of(slim, patched=bool(candidate.blueprint.attributes))
+        return runs.failure_of(slim, patched=bool(candidate.blueprint.attributes))
 
     def unfit(self, candidate: Candidate, slim: PreTrainedModel) -> Reasons:
         loose = frozenset(new for name in candidate.loose if (new := self.rename(name)) is not None)

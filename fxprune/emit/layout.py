@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -73,13 +74,20 @@ class Layout:
     Args:
         stacks: the outermost module lists, those of the text decoder first where there are others, the longest first.
         part: name of the nested config that describes the first stack; empty for the model's own.
-        count_field: the field that sets the length of the first stack; empty if lists with one entry per block set
-            it, None if nothing does.
+        find_count: finds :attr:`count_field`.
     """
 
     stacks: tuple[BlockStack, ...]
     part: str
-    count_field: str | None
+    find_count: Callable[[], str | None] = lambda: None
+
+    @cached_property
+    def count_field(self) -> str | None:
+        """The field that sets the length of the first stack.
+
+        Empty if lists with one entry per block set it, None if nothing does. Models are built to find it.
+        """
+        return self.find_count()
 
     @property
     def depth(self) -> int:
@@ -103,7 +111,7 @@ Known: TypeAlias = dict[object, Any]
 
 
 def find_layout(model: PreTrainedModel, known: Known | None = None) -> Layout:
-    """Find the lists of blocks of a model, the config that describes them and the field that counts them."""
+    """Find the lists of blocks of a model and the config that describes them."""
 
     def config_of(stack: BlockStack) -> object:
         return vars(model.get_submodule(stack.path.rpartition(".")[0])).get("config")
@@ -116,7 +124,7 @@ def find_layout(model: PreTrainedModel, known: Known | None = None) -> Layout:
     text = model.config.get_text_config(decoder=True)
     stacks = tuple(sorted(outer.values(), key=lambda stack: (config_of(stack) is not text, -len(stack.blocks))))
     if not stacks:
-        return Layout((), "", None)
+        return Layout((), "")
     config = config_of(stacks[0])
     nested = (name for name, value in vars(model.config).items() if value is config)
     part = next(nested, "") if isinstance(config, PreTrainedConfig) else ""
@@ -124,9 +132,13 @@ def find_layout(model: PreTrainedModel, known: Known | None = None) -> Layout:
     stacks = tuple(replace(stack, part=parts.get(stack.path, part)) for stack in stacks)
     known = {} if known is None else known
     counted = "count", stacks[0].path, part
-    if counted not in known:
-        known[counted] = _count_field(model, stacks[0], part)
-    return Layout(stacks, part, known[counted])
+
+    def find_count() -> str | None:
+        if counted not in known:
+            known[counted] = _count_field(model, stacks[0], part)
+        return known[counted]  # type: ignore[no-any-return]
+
+    return Layout(stacks, part, find_count)
 
 
 def _part(whole: PreTrainedConfig, config: object, default: str) -> str:
@@ -146,15 +158,16 @@ def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | 
     fields = vars(part_of(model.config, part)).items()
     names = [name for name, value in fields if type(value) is int and value == total]
     for name, lists in [*((name, False) for name in names), ("", True), *((name, True) for name in names)]:
-        config = plain_config(model)
-        if lists:
-            keep_blocks(part_of(config, part), name, total, range(total - 1))
-        else:
-            put_fields(part_of(config, part), {name: total - 1})
-        built = build_on_meta(stock_class(model), config) if total > 1 else None
-        blocks = dict(built.named_modules()).get(stack.path) if isinstance(built, nn.Module) else None
-        if isinstance(blocks, nn.ModuleList) and len(blocks) == total - 1:
-            return name
+        for count in sorted({1, total - 1} - {0, total}):  # one block is soonest built, and some classes need more
+            config = plain_config(model)
+            if lists:
+                keep_blocks(part_of(config, part), name, total, range(count))
+            else:
+                put_fields(part_of(config, part), {name: count})
+            built = build_on_meta(stock_class(model), config)
+            blocks = dict(built.named_modules()).get(stack.path) if isinstance(built, nn.Module) else None
+            if isinstance(blocks, nn.ModuleList) and len(blocks) == count:
+                return name
     return None
 
 

@@ -404,6 +404,11 @@ class DryRuns:
         self._names = (own, *(name for name in others if name != "flex_attention"))
         self._dense_works: dict[str, bool] = {}
 
+    @property
+    def succeed(self) -> bool:
+        """Whether none failed so far, slim or dense, under the model's own attention implementation."""
+        return self._dense_works.get(self._names[0], True)
+
     def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:
         """Return why a slim model, to be thrown away, fails where the dense one runs; None if it does not fail.
 
