@@ -27,7 +27,7 @@ from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, withi
 from fxprune.graph.tensors import as_parameter, copy_tensor, has_meta_weights, names_by_identity, weights
 from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
-from fxprune.removal.plan import Plan, keep_of, kept_of_constants
+from fxprune.removal.plan import Plan, keep_of, kept_indices
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
 from fxprune.trace.inputs import alias_twin, default_inputs, is_hugging_face, meta_twin, written_parameters
 
@@ -379,12 +379,12 @@ def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, l
     facts, axes = facts_of(slim), removal.axes
     blocks, constants = facts[Blocks].paths, facts[Constants].names
     found: dict[str, dict[int, list[int]]] = {}
-    kept_of = kept_of_constants(axes, removal.keep)
+    kept_of = kept_indices(axes, removal.keep, constants)
     for node in slim.graph.nodes:
         if node.op != "get_attr" or node.target not in constants:
             continue
         stack = node.meta.get("nn_module_stack") or {}
         block = next((path for path, _ in stack.values() if path in blocks), "")
         for axis, kept in kept_of.get(str(node.target), {}).items():
-            found.setdefault(block, {})[axes.tensors[str(node.target)][axis].size] = kept
+            found.setdefault(block, {})[axes.tensors[str(node.target)][axis].size] = kept.tolist()
     return found

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -457,10 +458,7 @@ def emit(
     before = emitter.as_before()
     if before is not None:
         return before
-    twin = attempt(meta_twin, model)
-    if isinstance(twin, Refusal):
-        return Emission(None, (f"it cannot be copied: {twin}",))
-    return emitter.first_that_fits(DryRuns(twin, inputs))
+    return emitter.first_that_fits(DryRuns(partial(meta_twin, model), inputs))
 
 
 def _request_errors(
@@ -509,8 +507,8 @@ class _Emitter:
                 continue
             made = self.make(candidate)
             if isinstance(made, transformers.PreTrainedModel):
-                self.task.known[_FITTED] = self.task.request(), candidate, runs.succeed
-                return Emission(made, runs_dry=runs.succeed)
+                self.task.known[_FITTED] = self.task.request(), candidate, runs.show_failures
+                return Emission(made, runs_dry=runs.show_failures)
             reasons.update(dict.fromkeys(made))
         for candidate in doubtful if self.agrees is not None else ():
             made = self.make(candidate)

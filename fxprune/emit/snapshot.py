@@ -393,21 +393,17 @@ def names_on_meta(model: nn.Module) -> list[str]:
 class DryRuns:
     """Forward passes of slim models on ``meta``, under the attention implementations that work for the dense model.
 
-    The dense model, a copy on ``meta`` to be thrown away, is run only if a slim one fails, once per implementation.
-    Both are run on ``inputs`` as :func:`run_on_meta` takes them.
+    The dense model is run only if a slim one fails, once per implementation. Both are run on ``inputs`` as
+    :func:`run_on_meta` takes them.
+
+    Args:
+        copy_dense: makes a copy of the dense model on ``meta``, to be thrown away.
     """
 
-    def __init__(self, dense: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
-        own, *others = attention_implementations(dense)
-        self._dense, self.inputs = dense, inputs
-        # flex attention refuses tensors on meta: a run under it shows nothing, and costs the import of a compiler
-        self._names = (own, *(name for name in others if name != "flex_attention"))
+    def __init__(self, copy_dense: Callable[[], PreTrainedModel], inputs: Mapping[str, Any] | None = None) -> None:
+        self._copy_dense, self.inputs = copy_dense, inputs
         self._dense_works: dict[str, bool] = {}
-
-    @property
-    def succeed(self) -> bool:
-        """Whether none failed so far, slim or dense, under the model's own attention implementation."""
-        return self._dense_works.get(self._names[0], True)
+        self.show_failures = True  # but not where the dense model itself, under its own implementation, does not run
 
     def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:
         """Return why a slim model, to be thrown away, fails where the dense one runs; None if it does not fail.
@@ -415,12 +411,18 @@ class DryRuns:
         Each implementation may read attributes that were set (``patched``) in its own way. A model that its class
         builds from a config alone is run under its own implementation only.
         """
-        for name in self._names if patched else self._names[:1]:
+        own, *others = attention_implementations(slim)
+        # flex attention refuses tensors on meta: a run under it shows nothing, and costs the import of a compiler
+        for name in (own, *(name for name in others if name != "flex_attention")) if patched else (own,):
             found = run_on_meta(slim, self.inputs, implementation=name)
             if found is None:
                 continue
             if name not in self._dense_works:
-                self._dense_works[name] = run_on_meta(self._dense, self.inputs, implementation=name) is None
+                dense = attempt(self._copy_dense)
+                if isinstance(dense, Refusal):
+                    return f"the dense model cannot be copied: {dense}"
+                self._dense_works[name] = run_on_meta(dense, self.inputs, implementation=name) is None
+                self.show_failures = self.show_failures and (name != own or self._dense_works[name])
             if self._dense_works[name]:
                 return f"under {name} attention: {found}"
         return None

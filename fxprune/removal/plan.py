@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fxprune.axes import Expr, Factor, Keep, factors, kept_mask, unit_index
+from fxprune.axes import Expr, Factor, Index, Keep, factors, kept_mask, unit_index
 from fxprune.errors import PlanError
 from fxprune.pipeline.arguments import NORMS, format_value
 
@@ -54,6 +54,7 @@ class Plan:
     vocabulary: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        indices = dict[int, Any]()  # those of axes that lose the same units may be one list
         for what, value in (("kept", self.kept), ("sizes", self.sizes)):
             for name, axes in _items(what, value):
                 for axis, held in _items(f"{what}[{name!r}]", axes):
@@ -61,6 +62,9 @@ class Plan:
                     if not isinstance(name, str) or type(axis) is not int:
                         raise _no_plan(place, "its keys are not a name and the number of an axis")
                     numbers = held if what == "kept" else [held]
+                    if id(numbers) in indices:
+                        continue
+                    indices[id(numbers)] = numbers
                     if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
                         raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
         blocks: Any = self.removed_blocks
@@ -110,7 +114,13 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of what makes plans equal, the same after a trip through JSON."""
-        return hashlib.sha256(json.dumps({**self._data(), "sizes": {}}, sort_keys=True).encode()).hexdigest()
+        indices = {id(held): held for axes in self.kept.values() for held in axes.values()}
+        texts = {key: json.dumps(held) for key, held in indices.items()}  # each once: they are nearly all of the text
+        data = {name: json.dumps(value) for name, value in self._data().items() if name not in ("kept", "sizes")}
+        kept = {
+            n: _object({str(axis): texts[id(held)] for axis, held in axes.items()}) for n, axes in self.kept.items()
+        }
+        return hashlib.sha256(_object({**data, "kept": _object(kept), "sizes": "{}"}).encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(self._data())
@@ -149,6 +159,11 @@ class Plan:
         return cls(kept, held, sizes, data.get("norm", NORMS[0]), tokens)
 
 
+def _object(values: Mapping[str, str]) -> str:
+    """An object of JSON with sorted keys, as :func:`json.dumps` writes it, of values that are written already."""
+    return f"{{{', '.join(f'{json.dumps(key)}: {value}' for key, value in sorted(values.items()))}}}"
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; json alone would take the last of two values of one name."""
     found = dict(pairs)
@@ -183,26 +198,25 @@ def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> 
     from fxprune.graph.facts import within
 
     names = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
-    kept = _kept(axes, keep, names)
+    indices = kept_indices(axes, keep, names)
+    arrays = {id(index): index for by_axis in indices.values() for index in by_axis.values()}
+    lists = {key: index.tolist() for key, index in arrays.items()}
+    kept = {name: {axis: lists[id(index)] for axis, index in by_axis.items()} for name, by_axis in indices.items()}
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
     return Plan(kept, removed_blocks, sizes, axes.norm)
 
 
-def kept_of_constants(axes: AxisMap, keep: Keep) -> dict[str, dict[int, list[int]]]:
-    """Return the kept indices of constants, which are not in a plan: their names hold for one graph only."""
-    return _kept(axes, keep, axes.constants)
-
-
-def _kept(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, list[int]]]:
+def kept_indices(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, Index]]:
+    """Return the kept indices of each axis that shrinks; those of equal axes are one array."""
     touched = {factor for factor in keep.units if keep.touches(factor)}
-    kept: dict[str, dict[int, list[int]]] = {}
-    known: dict[Expr, list[int]] = {}
+    kept: dict[str, dict[int, Index]] = {}
+    known: dict[Expr, Index] = {}
     for name in names:
         for i, expr in enumerate(axes.tensors[name]):
             if touched.intersection(factors(expr)):
                 if expr not in known:
-                    known[expr] = np.flatnonzero(kept_mask(expr, keep)).tolist()
-                kept.setdefault(name, {})[i] = known[expr].copy()
+                    known[expr] = np.flatnonzero(kept_mask(expr, keep))
+                kept.setdefault(name, {})[i] = known[expr]
     return kept
 
 

@@ -21,16 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fxprune.axes import Keep, factors, kept_size, unit_index
+from fxprune.axes import Index, Keep, factors, kept_size, unit_index
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group, Member
 from fxprune.discovery.norms import KeptNorm
 from fxprune.errors import PassError, PlanError, UnknownNameError
 from fxprune.graph.context import wrap_errors
-from fxprune.graph.facts import Change, Fact
+from fxprune.graph.facts import Change, Fact, within
 from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.arguments import as_path, format_value
-from fxprune.removal.plan import Plan, kept_of_constants, plan_of
+from fxprune.removal.plan import Plan, kept_indices, plan_of
 from fxprune.removal.target import Reached
 
 Array = npt.NDArray[np.float64]
@@ -249,9 +249,10 @@ class Removal(Fact):
         return plan_of(self.axes, self.keep, self.removed_blocks)
 
     @cached_property
-    def kept(self) -> dict[str, Mapping[int, list[int]]]:
+    def kept(self) -> dict[str, dict[int, Index]]:
         """Kept indices of every tensor the graph reads, constants included."""
-        return {**self.plan.kept, **kept_of_constants(self.axes, self.keep)}
+        axes, gone = self.axes, self.removed_blocks
+        return kept_indices(axes, self.keep, (n for n in axes.weights() if n in axes.constants or not within(n, gone)))
 
     @cached_property
     def scaled(self) -> dict[str, Scaling]:

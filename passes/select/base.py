@@ -30,7 +30,7 @@ from fxprune.evaluation.speed import read_widths
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of
 from fxprune.masking.teacher import DivergenceJudge, foresee_split, split_samples
-from fxprune.offload.ranks import broadcast_object, decide_on_first
+from fxprune.offload.ranks import broadcast_object, decide_on_first, world_size
 from fxprune.pipeline.arguments import Ranking, argument, instance, numbers, path_or_empty, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassCost, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
@@ -237,8 +237,9 @@ def _make_keep(slots: Sequence[Slot], choices: Sequence[Choice], scores: Scores)
         group = slot.options[i].group
         if group is None or group.factor is None or not removed:
             continue
-        rank = np.argsort(np.argsort(scores.units[group.name], axis=-1, kind="stable"), axis=-1)
-        units[group.factor] = rank >= removed
+        lowest = np.argsort(scores.units[group.name], axis=-1, kind="stable")[..., :removed]
+        units[group.factor] = stays = np.ones_like(scores.units[group.name], dtype=bool)
+        np.put_along_axis(stays, lowest, False, axis=-1)
         if group.outer is not None:
             outer[group.factor] = group.outer
     return Keep(units, outer)
@@ -497,8 +498,8 @@ class SelectPass(Pass):
 
 def _of_first(removal: Removal) -> Removal:
     """The removal that the first process chose: measurements on other machines may round differently."""
-    plan = broadcast_object(removal.plan)
-    if plan == removal.plan:
+    plan = None if world_size() == 1 else broadcast_object(removal.plan)
+    if plan is None or plan == removal.plan:
         return removal
     keep = keep_of(removal.axes, removal.groups, plan)
     return replace(removal, keep=keep, removed_blocks=plan.removed_blocks)

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import kept_size
+from fxprune.axes import Index, kept_size
 from fxprune.data.calibration import VerificationInputs, make_inputs
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
@@ -126,7 +125,7 @@ def _slice_in_place(graph_module: fx.GraphModule, removal: Removal, source: Sour
 
 def _tied(
     graph_module: fx.GraphModule, removal: Removal
-) -> Iterator[tuple[list[str], Mapping[int, list[int]], Scaling | None]]:
+) -> Iterator[tuple[list[str], Mapping[int, Index], Scaling | None]]:
     """For each tensor the graph reads: its names there, the kept indices of axes that shrink, and its rescaling."""
     tied: dict[int, list[str]] = {}
     for name, tensor in weights(graph_module):
@@ -141,17 +140,17 @@ def _rescaled(tensor: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
     return tensor if scaling is None else as_parameter(scaling.of(tensor.detach()), tensor)
 
 
-def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, list[int]]) -> torch.Tensor:
+def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, Index]) -> torch.Tensor:
     """The kept indices of each axis, or a copy if all are kept; of a parameter, a parameter."""
     value = tensor.detach()
     for axis, index in kept.items():
-        value = value.index_select(axis, torch.from_numpy(np.asarray(index, dtype=np.int64)).to(value.device))
+        value = value.index_select(axis, torch.from_numpy(index).to(value.device))
     held = offloaded(value)
     return as_parameter(held, tensor) if kept or held is not value else copy_tensor(tensor)
 
 
 def cut_tensor(
-    tensor: torch.Tensor, kept: Mapping[int, list[int]]
+    tensor: torch.Tensor, kept: Mapping[int, Index]
 ) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
     """The slice of a tensor, and the removed entries in the form of :class:`~fxprune.graph.facts.Cut`."""
     pieces = []

@@ -37,9 +37,12 @@ def test_modules_that_the_user_added_are_a_reason() -> None:
     model.probe = nn.Identity()
     emission = emitter.emit(model, tensors_of(model))
     assert emission.model is None and "probe: the class builds no such module" in emission.reasons
+    model = small()
     model.stubborn = Stubborn()
-    emission = emitter.emit(model, tensors_of(model))
-    assert emission.reasons == ("it cannot be copied: RuntimeError: no copy of me",)
+    assert emitter.emit(model, tensors_of(model)).model is not None, "no copy is needed"
+    emission = emitter.emit(model, tensors_of(model), inputs={})
+    why = "the dense model cannot be copied: RuntimeError: no copy of me"
+    assert emission.reasons == (f"a candidate does not run: {why}",)
 
 
 def test_what_a_constructor_or_the_caller_raises_is_a_reason() -> None:

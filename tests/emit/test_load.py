@@ -131,11 +131,11 @@ def broken(model: Any, name: str) -> Any:
 def test_what_stops_the_slim_model_alone_is_reported(asked: Asked) -> None:
     """What stops the dense model too is ignored, and asked once."""
     for name in ("sdpa", "eager"):
-        failure = DryRuns(llama()).failure_of(broken(llama(), name))
+        failure = DryRuns(llama).failure_of(broken(llama(), name))
         assert failure is not None and failure.startswith(f"under {name} attention: RuntimeError")
     asked.clear()
     dense = broken(llama(), "eager")
-    runs = DryRuns(dense)
+    runs = DryRuns(lambda: dense)
     assert [runs.failure_of(broken(llama(), "eager")) for _ in range(2)] == [None, None]
     assert asked.count((id(dense), "eager")) == 1 and (id(dense), "sdpa") not in asked
 
@@ -145,13 +145,13 @@ def test_flex_attention_says_nothing_without_storage(asked: Asked) -> None:
     dense = llama()
     refusal = run_on_meta(dense, implementation="flex_attention")
     assert refusal is not None and "meta" in str(refusal)
-    DryRuns(dense).failure_of(llama())
+    DryRuns(lambda: dense).failure_of(llama())
     assert "flex_attention" not in {name for _, name in asked}
     asked.clear()
     slim = llama()
     for model in (dense, slim):  # unless it is the model's own
         model.set_attn_implementation("flex_attention")
-    assert DryRuns(dense).failure_of(slim) is None
+    assert DryRuns(lambda: dense).failure_of(slim) is None
     assert asked[0] == (id(slim), "flex_attention") and (id(dense), "flex_attention") in asked
 
 
