@@ -49,12 +49,24 @@ class Factor:
     size: int
     uid: int
 
+    def __hash__(self) -> int:
+        return self.uid
+
 
 @dataclass(frozen=True)
-class Product:
-    """Row-major product of ``parts``, the first varying slowest."""
+class _Term:
+    """A term made of others; its factors are looked at far more often than it is made."""
 
     parts: tuple[Expr, ...]
+
+    @cached_property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors from left to right, repeats included."""
+        return tuple(factor for part in self.parts for factor in factors(part))
+
+
+class Product(_Term):
+    """Row-major product of ``parts``, the first varying slowest."""
 
     @cached_property
     def size(self) -> int:
@@ -62,11 +74,8 @@ class Product:
         return prod(part.size for part in self.parts)
 
 
-@dataclass(frozen=True)
-class Concat:
+class Concat(_Term):
     """Concatenation of ``parts`` in order."""
-
-    parts: tuple[Expr, ...]
 
     @cached_property
     def size(self) -> int:
@@ -107,13 +116,9 @@ def concat(*parts: Expr) -> Expr:
     return flat[0] if len(flat) == 1 else Concat(tuple(flat))
 
 
-def factors(expr: Expr) -> Iterator[Factor]:
-    """Yield the factors of ``expr`` from left to right, repeats included."""
-    if isinstance(expr, Factor):
-        yield expr
-        return
-    for part in expr.parts:
-        yield from factors(part)
+def factors(expr: Expr) -> tuple[Factor, ...]:
+    """The factors of ``expr`` from left to right, repeats included."""
+    return (expr,) if isinstance(expr, Factor) else expr.factors
 
 
 def contains(expr: Expr, factor: Factor) -> bool:
@@ -185,6 +190,8 @@ class Solver:
                 return expr
             self._bound[expr] = found = self.resolve(bound)  # path compression
             return found
+        if self._bound.keys().isdisjoint(expr.factors):
+            return expr
         parts = tuple(self.resolve(part) for part in expr.parts)
         if all(new is old for new, old in zip(parts, expr.parts, strict=True)):
             return expr

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from fxprune.axes import Concat, Expr, Factor, Freeze, factors
 from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
 from fxprune.discovery.zeros import follow_zeros
 from fxprune.graph.context import defer_gc
-from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of
+from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of, owner_block
 from fxprune.graph.tensors import get_tensor, is_input, tensor_name
 from fxprune.pipeline.arguments import instance, one_of, refuse
 from fxprune.rules.apply import RuleDescriber, apply_rule, fresh_axes
@@ -48,9 +49,10 @@ def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]
     The only value that leaves such a block is reached from a value that enters it through additions alone.
     """
     owner: dict[fx.Node, str] = {}
+    paths = frozenset(blocks)
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") if node.op == "call_function" else None
-        inside = next((path for path, _ in (stack or {}).values() if path in blocks), None)
+        inside = next((path for path, _ in (stack or {}).values() if path in paths), None)
         if inside is not None:
             owner[node] = inside
     leaving: dict[str, list[fx.Node]] = {block: [] for block in blocks}
@@ -224,6 +226,24 @@ class AxisMap:
 
     def weights(self) -> tuple[str, ...]:
         return (*self.parameters, *self.buffers)
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of parameters."""
+        return frozenset(self.parameters)
+
+    @cached_property
+    def stored(self) -> frozenset[str]:
+        """Names of parameters and buffers."""
+        return frozenset(self.weights())
+
+    @cached_property
+    def _blocks(self) -> frozenset[str]:
+        return frozenset(self.blocks)
+
+    def block_of(self, name: str) -> str | None:
+        """The repeated block that a module path or tensor name is or lies in; None if it is in none."""
+        return owner_block(name, self._blocks)
 
     def keeps_norm_over(self, factor: Factor) -> bool:
         return any(factor in factors(expr) for norm in self.norms for expr in norm.axes)

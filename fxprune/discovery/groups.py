@@ -22,7 +22,7 @@ from fxprune.axes import Expr, Factor, Product, beside, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.errors import ArgumentError
 from fxprune.graph.context import defer_gc
-from fxprune.graph.facts import Change, Fact, owner_block
+from fxprune.graph.facts import Change, Fact
 from fxprune.graph.tensors import starred, tensor_name
 from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
 from fxprune.pipeline.pipeline import html_table
@@ -204,12 +204,10 @@ def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, set[Axis]]:
 
 
 def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]) -> Group:
-    trained = set(axes.parameters)
-    weights = trained | set(axes.buffers)
-    own = (a for a in reached if a.tensor in weights and a.tensor not in axes.tied)
+    own = (a for a in reached if a.tensor in axes.stored and a.tensor not in axes.tied)
     ordered = sorted(own, key=lambda a: (axes.order[a.tensor], a))
-    members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in trained) for a in ordered)
-    owners = {owner_block(m.name, axes.blocks) for m in members if m.trained}
+    members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in axes.trained) for a in ordered)
+    owners = {axes.block_of(m.name) for m in members if m.trained}
     block = next(iter(owners)) if len(owners) == 1 else None
     roles = _roles(axes, factor, members)
     named: tuple[tuple[str, Kind], ...] = ((Role.EXPERT, "expert"), (Role.HEAD, "head"), (Role.HEAD_DIM, "head_dim"))
@@ -245,11 +243,11 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation away from one
     for all. If two axes of a tensor hold the outer factor, as in ``h @ h.T``, its units do meet each other.
     """
-    weights = set(axes.weights())
     common: list[Factor] | None = None
     for axis in reached:
         exprs = axes.tensors[axis.tensor]
-        around = _around(exprs[axis.dim], factor) if axis.tensor in weights else [f for e in exprs for f in factors(e)]
+        anywhere = [f for expr in exprs for f in factors(expr)]
+        around = _around(exprs[axis.dim], factor) if axis.tensor in axes.stored else anywhere
         common = around if common is None else [f for f in common if f in around]
     met = [
         axes.tensors[name]
@@ -289,7 +287,7 @@ def _around(expr: Expr, factor: Factor) -> list[Factor]:
 def _layer_groups(axes: AxisMap) -> list[Group]:
     inside: dict[str, list[Member]] = {block: [] for block in axes.blocks}
     for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
-        block = owner_block(name, axes.blocks)
+        block = axes.block_of(name)
         if block is not None:
             inside[block].append(Member(name, 0, axes.tensors[name][0]))
     return [
@@ -320,13 +318,12 @@ class Consumer:
 
 def find_consumers(graph: fx.Graph, axes: AxisMap) -> tuple[Consumer, ...]:
     """Return every product of activations with a parameter, in order of execution."""
-    trained = set(axes.parameters)
-    return tuple(found for node in graph.nodes for found in _consumers(node, axes, trained))
+    return tuple(found for node in graph.nodes for found in _consumers(node, axes))
 
 
 def takes_parameter(node: fx.Node, axes: AxisMap) -> bool:
     """Whether a node is a product of activations with a parameter."""
-    return any(True for _ in _consumers(node, axes, set(axes.parameters)))
+    return any(True for _ in _consumers(node, axes))
 
 
 def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consumer, ...]:
@@ -362,18 +359,18 @@ def read_weight(node: fx.Node) -> str | None:
     return tensor_name(node) if node.op == "get_attr" else None
 
 
-def _consumers(node: fx.Node, axes: AxisMap, trained: set[str]) -> Iterator[Consumer]:
+def _consumers(node: fx.Node, axes: AxisMap) -> Iterator[Consumer]:
     rule = find_rule(node.target) if node.op == "call_function" else None
     if rule is None or rule.values is not Values.PRODUCT or not isinstance(node.meta.get("val"), torch.Tensor):
         return
     read = {tensor_name(source): read_weight(source) for source in node.all_input_nodes}
-    if not trained.intersection(name for name in read.values() if name is not None):
+    if not axes.trained.intersection(name for name in read.values() if name is not None):
         return
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
     for found in apply_rule_alone(node)[1].sums:
         for taken, held in itertools.permutations(found.places) if len(found.places) == 2 else ():
             name = read[held.tensor]
-            if read[taken.tensor] is not None or name is None or name not in trained:
+            if read[taken.tensor] is not None or name is None or name not in axes.trained:
                 continue
             expr, size = axes.tensors[held.tensor][held.dim], axes.tensors[taken.tensor][taken.dim].size
             alike = [held.dim]

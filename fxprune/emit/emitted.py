@@ -121,7 +121,7 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
     model: Any = source.model
     with defer_gc(), quiet():
         left = _left_by(part.axes, part.keep, (), model)
-        emission = emit(model, left, kept_units=kept, inputs=inputs, resized=resized, known=known)
+        emission = emit(model, left, kept_units=kept, inputs=inputs, resized=resized, known=known, dry=True)
         if emission.model is not None and not emission.runs_dry and not _is_on_meta(model):
             agrees = partial(_runs, default_inputs(model, inputs))
             left = _left_by(part.axes, part.keep, (), model, empty=False)
@@ -377,7 +377,7 @@ def _resized(source: Source, removal: Removal) -> list[Resized]:
 
 def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:
     facts, axes = facts_of(slim), removal.axes
-    blocks, constants = facts[Blocks].paths, facts[Constants].names
+    blocks, constants = frozenset(facts[Blocks].paths), facts[Constants].names
     found: dict[str, dict[int, list[int]]] = {}
     kept_of = kept_indices(axes, removal.keep, constants)
     for node in slim.graph.nodes:

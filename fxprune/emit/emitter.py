@@ -425,6 +425,8 @@ def emit(
     inputs: Mapping[str, Any] | None = None,
     resized: Sequence[Resized] = (),
     known: Known | None = None,
+    *,
+    dry: bool = False,
 ) -> Emission:
     """Return a model of the same class that holds the slim tensors, or the reasons why none can.
 
@@ -442,6 +444,7 @@ def emit(
         inputs: of the shapes that models are run on without storage; token ids by default.
         resized: numbers that change, for attributes that are set by hand where no config field does.
         known: what earlier emissions of the same model found out; it is added to.
+        dry: only to see whether there is one: the model has run without storage and is thrown away.
     """
     removed, known = tuple(removed_blocks), {} if known is None else known
     layout = attempt(find_layout, model, known)
@@ -454,7 +457,7 @@ def emit(
         return Emission(None, refused)
     rebuilder = model_rebuilder(model, layout, known)
     task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized), known)
-    emitter = _Emitter(task, tensors, agrees, inputs)
+    emitter = _Emitter(task, tensors, agrees, inputs, dry)
     before = emitter.as_before()
     if before is not None:
         return before
@@ -481,6 +484,7 @@ class _Emitter:
     tensors: Mapping[str, torch.Tensor]
     agrees: Agrees | None
     inputs: Mapping[str, Any] | None
+    dry: bool
 
     def as_before(self) -> Emission | None:
         """Return the candidate that fitted the latest request, if this is the same one and it fits again.
@@ -496,16 +500,20 @@ class _Emitter:
         reasons: dict[str, None] = {}  # in order, each once
         doubtful: list[Candidate] = []
         for candidate in self.candidates():
-            failure = self.failure(candidate, runs)
+            slim = self.built(candidate)
+            if not isinstance(slim, transformers.PreTrainedModel):
+                reasons.update(dict.fromkeys(slim))
+                continue
+            failure = self.failure(candidate, slim, runs)
             if failure is not None:
                 others = divided_attributes(candidate, self.task.wanted)
-                better = next((other for other in others if self.failure(other, runs) is None), None)
+                better = next((other for other in others if self.fits(other, runs)), None)
                 failure, candidate = (failure, candidate) if better is None else (None, better)
             if failure is not None:
                 reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
                 doubtful.append(candidate)
                 continue
-            made = self.make(candidate)
+            made = slim if self.dry else self.make(candidate)
             if isinstance(made, transformers.PreTrainedModel):
                 self.task.known[_FITTED] = self.task.request(), candidate, runs.show_failures
                 return Emission(made, runs_dry=runs.show_failures)
@@ -546,11 +554,21 @@ class _Emitter:
     def rename(self, name: str) -> str | None:
         return slim_name(name, self.task.removed)
 
-    def failure(self, candidate: Candidate, runs: DryRuns) -> str | None:
-        """Return why a candidate does not run on ``meta``; None if it runs there, or cannot be built at all."""
+    def built(self, candidate: Candidate) -> PreTrainedModel | Reasons:
+        """Return the model of a candidate without its tensors, or the reasons why it is not the wanted one."""
         slim = build_on_meta(rebuild, self.task.model, candidate.blueprint, self.task.layout)
-        if isinstance(slim, Refusal) or self.unfit(candidate, slim):
-            return None
+        if isinstance(slim, Refusal):
+            return (*candidate.gaps, f"a candidate cannot be built: {slim}")
+        unfit = self.unfit(candidate, slim)
+        return (*candidate.gaps, *unfit) if unfit else slim
+
+    def fits(self, candidate: Candidate, runs: DryRuns) -> bool:
+        """Whether a candidate can be built and runs on ``meta``."""
+        slim = self.built(candidate)
+        return isinstance(slim, transformers.PreTrainedModel) and self.failure(candidate, slim, runs) is None
+
+    def failure(self, candidate: Candidate, slim: PreTrainedModel, runs: DryRuns) -> str | None:
+        """Return why the model of a candidate, to be thrown away, does not run on ``meta``; None if it does."""
         copies = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in self.tensors.values()}
         tensors = {name: copies[id(tensor)] for name, tensor in self.tensors.items()}
         assign_tensors(slim, self.task.model, tensors, self.rename)
@@ -566,12 +584,9 @@ class _Emitter:
     def make(self, candidate: Candidate) -> PreTrainedModel | Reasons:
         """Return the model that a candidate gives, or the reasons why it is not the wanted one."""
         dense, blueprint = self.task.model, candidate.blueprint
-        slim = build_on_meta(rebuild, dense, blueprint, self.task.layout)
-        if isinstance(slim, Refusal):
-            return (*candidate.gaps, f"a candidate cannot be built: {slim}")
-        unfit = self.unfit(candidate, slim)
-        if unfit:
-            return (*candidate.gaps, *unfit)
+        slim = self.built(candidate)
+        if not isinstance(slim, transformers.PreTrainedModel):
+            return slim
         assign_tensors(slim, dense, self.tensors, self.rename)
         use_eager_experts(slim)
         empty = names_on_meta(slim)

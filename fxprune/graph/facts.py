@@ -6,7 +6,7 @@ A stale fact is dropped: reading it is an error that names the pass that made it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -200,10 +200,9 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def owner_block(name: str, blocks: tuple[str, ...]) -> str | None:
+def owner_block(name: str, blocks: Collection[str]) -> str | None:
     """Return the block that ``name`` (a module path or tensor name) is or lies in; None if it is in none."""
-    candidates = {name, *_ancestors(name)}
-    return next((block for block in blocks if block in candidates), None)
+    return next((path for path in (name, *_ancestors(name)) if path in blocks), None)
 
 
 def within(name: str, paths: Iterable[str]) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 from fxprune.axes import Expr, Keep, kept_mask
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
-from fxprune.graph.facts import Change, Fact, owner_block
+from fxprune.graph.facts import Change, Fact
 from fxprune.graph.tensors import tensor_name, upstream
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun, output_tensors
 from fxprune.offload.files import offloaded
@@ -111,7 +111,7 @@ class BlockOutput:
 def block_output_nodes(graph: fx.Graph, axes: AxisMap) -> dict[fx.Node, str]:
     """Return the ops of each block whose values are used outside it, with the module path of the block."""
     ops = [node for node in graph.nodes if node.op not in ("get_attr", "placeholder")]
-    owner = {node: owner_block(axes.modules.get(node.name, ""), axes.blocks) for node in ops}
+    owner = {node: axes.block_of(axes.modules.get(node.name, "")) for node in ops}
     found = {node: block for node, block in owner.items() if any(owner[user] != block for user in node.users)}
     return {node: block for node, block in found.items() if block is not None}
 

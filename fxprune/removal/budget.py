@@ -20,7 +20,7 @@ from fxprune.discovery.groups import Group, takes_parameter
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 from fxprune.graph.compat import is_free, size_hint
 from fxprune.graph.counting import TOKENS
-from fxprune.graph.facts import Fact, owner_block
+from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import tensor_name, weights
 from fxprune.pipeline.arguments import one_of
 from fxprune.removal.removal import Removal
@@ -191,7 +191,7 @@ class FileBudget(Budget):
         self._format = file_format
         self.places = find_places(graph, axes, filter(_is_attention, graph.nodes))
         self._named = {name: axes.tensors[name] for name in axes.parameters if name not in axes.tied}
-        self._owners = {name: owner_block(name, axes.blocks) for name in self._named}
+        self._owners = {name: axes.block_of(name) for name in self._named}
         tensors = [
             Term(exprs, self._owners[name], self._each(name, [expr.size for expr in exprs]))
             for name, exprs in self._named.items()
@@ -339,7 +339,7 @@ def _weights(axes: AxisMap, sizes: Mapping[str, float] = MappingProxyType({})) -
     """The elements of parameters, or their bytes, by name, given the size of each."""
     for name in axes.parameters:
         if name not in axes.tied:
-            yield Term(axes.tensors[name], owner_block(name, axes.blocks), sizes.get(name, 1.0))
+            yield Term(axes.tensors[name], axes.block_of(name), sizes.get(name, 1.0))
 
 
 def _own_bytes(graph_module: fx.GraphModule, axes: AxisMap) -> Iterator[Term]:
@@ -358,7 +358,7 @@ def _in_use(graph: fx.Graph, axes: AxisMap, context: int) -> Iterator[Term]:
     largest: list[Term] = []
     for node in graph.nodes:
         read = [node, *node.all_input_nodes]
-        if node.op == "call_function" and owner_block(axes.modules.get(node.name, ""), axes.blocks) is not None:
+        if node.op == "call_function" and axes.block_of(axes.modules.get(node.name, "")) is not None:
             sizes = [_split_sizes(one, axes, traced) for one in read if one.op == "call_function" and _is_float(one)]
             terms = [Term(exprs, None, 4.0 * tokens) for exprs, each in sizes if each == TOKENS]
             largest = max(largest, terms, key=lambda found: sum(prod(e.size for e in term.exprs) for term in found))
@@ -377,7 +377,7 @@ def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
         rule = find_rule(node.target) if node.op == "call_function" else None
         if rule is None or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
+        block = axes.block_of(axes.modules.get(node.name, ""))
         exprs, tokens = _split_sizes(node, axes, traced)
         if _is_attention(node):
             yield Term(exprs, block, tokens * TOKENS)
@@ -398,7 +398,7 @@ def _cache(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
             continue
         key, value = node.args[1], node.args[2]
         exprs, _ = _split_sizes(_smallest(value, axes), axes, (1, 1))
-        block = owner_block(axes.modules.get(node.name, ""), axes.blocks)
+        block = axes.block_of(axes.modules.get(node.name, ""))
         yield Term(exprs, block, 2.0)
         width = axes.tensors[tensor_name(value)][-1]
         held = [factor for expr in exprs for factor in factors(expr) if factor not in set(factors(width))]

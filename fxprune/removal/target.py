@@ -19,7 +19,6 @@ from fxprune.axes import factors
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Consumer, find_consumers
 from fxprune.errors import ArgumentError, UnknownNameError
-from fxprune.graph.facts import owner_block
 from fxprune.pipeline.arguments import refuse, whole_number
 
 Type = gguf.GGMLQuantizationType
@@ -140,11 +139,11 @@ def find_places(graph: fx.Graph, axes: AxisMap, attention: Iterable[fx.Node]) ->
             rows = (expr for axis, expr in enumerate(axes.tensors[value.name]) if axis != value.axis)
             heads |= {factor for expr in rows for factor in factors(expr)}
         keys |= set() if key is None else {key.name}
-    outer = [name for name in axes.parameters if name not in axes.tied and owner_block(name, axes.blocks) is None]
+    outer = [name for name in axes.parameters if name not in axes.tied and axes.block_of(name) is None]
     found = {name: Place("embedding") for name in outer if len(axes.tensors[name]) == 2}
     stream = {*values.values()}
     for consumer in by_node.values():
-        block, read = owner_block(consumer.name, axes.blocks), axes.tensors[consumer.name][consumer.axis]
+        block, read = axes.block_of(consumer.name), axes.tensors[consumer.name][consumer.axis]
         if block is None:
             part = "head"
             stream.add(read)

@@ -191,6 +191,10 @@ class OpSite:
         return op_name(self.node.target)
 
     @cached_property
+    def _target(self) -> str:
+        return str(self.node.target)
+
+    @cached_property
     def arguments(self) -> OpArguments:
         """The arguments by their names in the op's schema."""
         return OpArguments(self.node)
@@ -275,7 +279,7 @@ class OpSite:
     def link(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
         """Record that this op couples axis ``i`` of ``a`` with axis ``j`` of ``b`` (an edge, no equation)."""
         ends = Axis(a.name, i % a.rank), Axis(b.name, j % b.rank)
-        self._stated.couplings.append(Coupling(*ends, self.node.name, str(self.node.target)))
+        self._stated.couplings.append(Coupling(*ends, self.node.name, self._target))
 
     def tie(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
         """State that axis ``i`` of ``a`` is axis ``j`` of ``b``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from fxprune.axes import Expr, Freeze, Solver
@@ -57,14 +58,13 @@ class TensorAxes:
         """Number of dimensions."""
         return len(self.axes)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Sizes as seen while tracing."""
         return tuple(axis.size for axis in self.axes)
 
 
-@dataclass(frozen=True)
-class Coupling:
+class Coupling(NamedTuple):
     """Two axes that the op ``op`` (as text), at the node named ``node``, couples."""
 
     a: Axis

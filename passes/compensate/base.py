@@ -19,7 +19,7 @@ from fxprune.axes import factors, kept_mask
 from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
-from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of, owner_block
+from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, get_tensor, require_weights
 from fxprune.masking.compare import PairedRuns
 from fxprune.offload.files import cached, caching, write_values
@@ -121,7 +121,7 @@ def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "l
     changed = False
     for product in (products[node] for node in graph_module.graph.nodes if node in products):
         name = str(product.weight.target)
-        block = owner_block(name, axes.blocks)
+        block = axes.block_of(name)
         if block in removal.removed_blocks:
             changed = True
             continue
