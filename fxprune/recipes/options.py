@@ -204,8 +204,8 @@ class Options(ApplyOptions, total=False):
     ranking: Annotated[
         Ranking | None,
         _what_goes(
-            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: whichever of the "
-            "two does less harm on held-out samples."
+            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: `global`, unless "
+            "`local` does clearly less harm on held-out samples."
         ),
     ]
     select: Annotated[

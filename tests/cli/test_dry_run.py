@@ -86,9 +86,9 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
     ("recipe", "runs"),
     [
         # generated samples, scores of two criteria, both rankings, and a fit
-        ("fast", 3 * 22 + (64 + 3 * 32) + 3 * 16 + 4 * 64),
-        ("fast, given text", (64 + 3 * 32) + 3 * 16 + 4 * 64),
-        ("fast, on disk", (64 + 3 * 32) + 3 * 16 + 4 * 64),  # nothing is generated
+        ("fast", 3 * 22 + (64 + 3 * 48) + 3 * 16 + 4 * 64),
+        ("fast, given text", 3 * 32 + (96 + 3 * 48) + 3 * 16 + 4 * 96),
+        ("fast, on disk", (64 + 3 * 48) + 3 * 16 + 4 * 64),  # nothing is generated
         # generated samples, scores of two criteria, both rankings, teacher logits, a fit, an epoch, measurements
         ("balanced", 3 * 128 + (128 + 3 * 64) + 3 * 16 + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
         ("balanced, twice", 3 * 128 + (128 + 3 * 64) + 3 * 16 + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
