@@ -157,7 +157,7 @@ def uniform_price(data: Mapping[str, Any]) -> str:
     """
     section = sections(data)[0]
     measured = {row.entry for row in section.rows}
-    name = next(one for one in ("fast", "fast, by gradients alone") if f"{one}, uniform" in measured)
+    name = next(one for one in ("fast", "fast, on the given text alone, by gradients") if f"{one}, uniform" in measured)
     values = {}
     for entry in (name, f"{name}, uniform"):
         rows = [row.at(section.protocol.lengths[0]) for row in section.rows if row.entry == entry]

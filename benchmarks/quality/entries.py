@@ -52,7 +52,8 @@ def _fitted_and_tuned(importance: str, select: str) -> str:
 
 
 SECOND, READERS = "taylor{order=second}", "wanda{readers_only}"
-FORWARD = {"recipe": "fast", "ranking": "local"}
+FAST_GIVEN = str(read_recipe("fast")).replace(", added=32", "").replace("=96", "=64").replace("=48", "=32")
+FORWARD = {"recipe": FAST_GIVEN, "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
@@ -90,8 +91,14 @@ ENTRIES = (
         {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
         ("block-influence",),
     ),
+    Entry("fast, on the given text alone", {"recipe": FAST_GIVEN}),
+    Entry("fast, on the given text alone, random units", {"recipe": FAST_GIVEN, "importance": "random"}),
+    Entry("fast, on the given text alone, by gradients", {"recipe": FAST_GIVEN, "importance": SECOND}),
+    Entry(
+        "fast, on the given text alone, by gradients, uniform",
+        {"recipe": FAST_GIVEN, "importance": SECOND, "uniform": True},
+    ),
     Entry("fast, by gradients alone", {"recipe": "fast", "importance": SECOND}),
-    Entry("fast, by gradients alone, uniform", {"recipe": "fast", "importance": SECOND, "uniform": True}),
     Entry("balanced, by gradients alone", {"importance": SECOND}),
     Entry("fast, by forward passes alone", {"recipe": "fast", "importance": READERS}),
     Entry("balanced, by forward passes alone", {"importance": READERS}),
