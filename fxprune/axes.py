@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -327,6 +327,11 @@ class Keep:
     def touches(self, factor: Factor) -> bool:
         """Whether any unit of ``factor`` is removed."""
         return self.count(factor) < factor.size
+
+    def only(self, factors: Collection[Factor]) -> Keep:
+        """The same units of ``factors`` alone; of any other all stay."""
+        units = {factor: units for factor, units in self.units.items() if factor in factors}
+        return Keep(units, {factor: around for factor, around in self.outer.items() if factor in units})
 
 
 def kept_size(expr: Expr, keep: Keep) -> int:

@@ -113,9 +113,7 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collect
 
 def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, groups: Sequence[Group]) -> str:
     """Why no model can be emitted if ``groups`` alone shrink; empty if one can."""
-    units = {g.factor: removal.keep.units[g.factor] for g in groups if g.factor is not None}
-    outer = {factor: around for factor, around in removal.keep.outer.items() if factor in units}
-    part = replace(removal, keep=Keep(units, outer), removed_blocks=())
+    part = replace(removal, keep=removal.keep.only([g.factor for g in groups if g.factor]), removed_blocks=())
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
     inputs, known = source.example_inputs, source.known
     model: Any = source.model
@@ -369,9 +367,15 @@ def _resized(source: Source, removal: Removal) -> list[Resized]:
         held = [(name, member) for member in group.members for name in source.names.get(member.name, ())[:1]]
         paths = [name.split(".")[:-1] for name, _ in held]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-        sizes = {member.expr.size: kept_size(member.expr, removal.keep) for _, member in held}
+        alone = removal.keep.only([group.factor])
+        sizes = {member.expr.size: kept_size(member.expr, alone) for _, member in held}
         sizes |= {group.size: removal.keep.count(group.factor)}
-        found.append(Resized(".".join(parts[0] for parts in shared), sizes))
+        axes = {
+            (name, member.axis): kept_size(member.expr, alone)
+            for member in group.members
+            for name in source.names.get(member.name, ())
+        }
+        found.append(Resized(".".join(parts[0] for parts in shared), sizes, axes))
     return found
 
 

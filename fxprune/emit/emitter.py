@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -31,6 +31,7 @@ from fxprune.emit.patch import (
     Patches,
     Resized,
     carry_over,
+    composed_patches,
     epsilon_fields,
     merged,
     numbers_of,
@@ -134,13 +135,12 @@ def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None 
     return model
 
 
-def candidates_by_hand(task: EmissionTask) -> Iterator[Candidate]:
+def candidates_by_hand(task: EmissionTask, every: Iterable[Patches]) -> Iterator[Candidate]:
     """Yield candidates whose classes build the dense model, with attributes set by hand where tensors are resized."""
-    model = meta_twin(task.model)
-    wrong = frozenset(name for name, _ in mismatches(shapes_of(model), task.wanted) if name in task.wanted)
+    wrong = frozenset(name for name, _ in mismatches(shapes_of(task.model), task.wanted) if name in task.wanted)
     built_at = {p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)}
     gaps = (f"no config field sets {len(wrong)} shapes, such as that of {min(wrong, default='none')}",)
-    for patches in patches_by_hand(model, task.wanted, task.resized):
+    for patches in every:
         blueprint = Blueprint(built_at=built_at, attributes=patches, removed=task.removed)
         yield Candidate(blueprint, wrong, gaps)
 
@@ -478,6 +478,15 @@ def _request_errors(
     return tuple(lines[:_MOST_REASONS])
 
 
+_MOST_ALONE = 3
+"""Attributes that are tried for each kind of group: a wrong number may run as well."""
+
+
+def _start(one: Resized) -> int:
+    """Where the names within the scope of ``one`` start in those of the model."""
+    return len(one.scope) + bool(one.scope)
+
+
 @dataclass(frozen=True)
 class _Emitter:
     task: EmissionTask
@@ -529,7 +538,7 @@ class _Emitter:
         shared_widths = shared_widths_for(task.rebuilder, task.outside())
         fields = epsilon_fields(task.model, task.layout.part, task.epsilons, task.removed)
         by_fields = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
-        for plain in chain(by_fields, candidates_by_hand(task) if task.resized else ()):
+        for plain in chain(by_fields, candidates_by_hand(task, self.by_hand()) if task.resized else ()):
             attributes = {path: dict(own) for path, own in plain.blueprint.attributes.items()}
             for path, own in task.epsilons.attributes.items():
                 attributes.setdefault(path, {}).update(own)
@@ -538,6 +547,44 @@ class _Emitter:
                 if found not in tried:
                     tried.append(found)
                     yield dataclasses.replace(plain, blueprint=found)
+
+    def by_hand(self) -> Iterator[Patches]:
+        """Yield attributes to set: all that may change; if several groups go, then those found for each alone."""
+        task = self.task
+        every = patches_by_hand(task.model, task.wanted, task.resized)
+        yield from every if len(task.resized) == 1 else islice(every, 1)
+        alike: dict[object, list[Resized]] = {}
+        for one in task.resized if len(task.resized) > 1 else ():
+            inside = frozenset((name[_start(one) :], axis, size) for (name, axis), size in one.axes.items())
+            kind = type(task.model.get_submodule(one.scope))
+            alike.setdefault((kind, tuple(one.sizes.items()), inside), []).append(one)
+        ways = [list(islice(self.alone(same[0]), _MOST_ALONE)) for same in alike.values()]
+        others = [{i: rank} for rank in range(1, _MOST_ALONE) for i, found in enumerate(ways) if rank < len(found)]
+        for pick in ({}, *others)[:_MOST_CANDIDATES] if alike and all(ways) else ():
+            alone = [
+                {f"{one.scope}.{path}".strip("."): own for path, own in ways[i][pick.get(i, 0)].items()}
+                for i, same in enumerate(alike.values())
+                for one in same
+            ]
+            yield composed_patches(task.model, task.wanted, alone)
+
+    def alone(self, one: Resized) -> Iterator[Patches]:
+        """Yield attributes with which the dense model runs if ``one`` alone goes, by paths within its scope."""
+        model = self.task.model
+        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in chain(*named)}
+        for (name, axis), size in one.axes.items():
+            tensors[name] = tensors[name].narrow(axis, 0, size)
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        task = dataclasses.replace(self.task, wanted=wanted, removed=(), epsilons=NormEpsilons(), resized=(one,))
+        emitter = dataclasses.replace(self, task=task, tensors=tensors, agrees=None)
+        for plain in candidates_by_hand(task, emitter.by_hand()):
+            ways = (*emitter.with_inputs(plain.blueprint), plain.blueprint)
+            if any(emitter.runs_on_meta(dataclasses.replace(plain, blueprint=way)) for way in ways):
+                yield {path[_start(one) :]: own for path, own in plain.blueprint.attributes.items()}
+
+    def runs_on_meta(self, candidate: Candidate) -> bool:
+        return self.failure(candidate) is None and not isinstance(self.make(candidate), tuple)
 
     def with_inputs(self, blueprint: Blueprint) -> Iterator[Blueprint]:
         """Yield the blueprint whose blocks select their rows of tables made for all units, if there are such."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -217,15 +218,17 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
 
 @dataclass(frozen=True)
 class Resized:
-    """Units that go: a number of units and the sizes of axes that they are on, before and after.
+    """Units that go: a number of units and the sizes of axes that they are on, before and after, if no others go.
 
     Args:
         scope: path of the smallest module that holds all of these axes.
         sizes: numbers afterwards by those before.
+        axes: sizes of the axes afterwards.
     """
 
     scope: str
     sizes: Mapping[int, int]
+    axes: Mapping[Axis, int] = field(default_factory=dict)
 
 
 def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequence[Resized]) -> Iterator[Patches]:
@@ -240,13 +243,7 @@ def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequ
         wanted: shapes by name.
         resized: where numbers change, and which.
     """
-    leaves: Patches = {}
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    for path, own in leaf_patches(model, wanted).items():
-        is_guessed = not _is_of_torch(model.get_submodule(path))
-        numbers = {name: value for name, value in own.items() if is_guessed and type(value) is int}
-        found[path] = {name: (vars(model.get_submodule(path))[name], value) for name, value in numbers.items()}
-        leaves[path] = {name: value for name, value in own.items() if name not in numbers}
+    leaves, found = _followers(model, wanted)
     for one in resized:
         for path, module in model.get_submodule(one.scope).named_modules(prefix=one.scope):
             if _is_of_torch(module):
@@ -262,6 +259,38 @@ def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequ
             for path, own in found.items()
         }
         yield {path: own for path, own in merged(leaves, changed).items() if own}
+
+
+def _followers(model: nn.Module, wanted: Mapping[str, Shape]) -> tuple[Patches, dict[str, dict[str, tuple[int, int]]]]:
+    """Return the attributes that follow from resized tensors, and numbers that may follow, before and after."""
+    leaves: Patches = {}
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for path, own in leaf_patches(model, wanted).items():
+        held, is_guessed = vars(model.get_submodule(path)), not _is_of_torch(model.get_submodule(path))
+        numbers = {name: value for name, value in own.items() if is_guessed and type(value) is int}
+        found[path] = {name: (held[name], value) for name, value in numbers.items()}
+        leaves[path] = {name: value for name, value in own.items() if name not in numbers}
+    return leaves, found
+
+
+def composed_patches(model: nn.Module, wanted: Mapping[str, Shape], alone: Sequence[Patches]) -> Patches:
+    """Attributes of a model that loses units of several groups, from those that it has where each of them goes alone.
+
+    A number that several change is a product of theirs or, where that is no whole number, a sum.
+    """
+    steps: dict[tuple[str, str], list[int]] = {}
+    for path, name, value in (
+        (path, *item) for patches in alone for path, own in patches.items() for item in own.items()
+    ):
+        if type(value) is int and not _is_of_torch(model.get_submodule(path)):
+            steps.setdefault((path, name), []).append(value)
+    found: Patches = {}
+    for (path, name), values in steps.items():
+        old = vars(model.get_submodule(path))[name]
+        scaled = math.prod((Fraction(value, old) for value in values), start=Fraction(old))
+        whole = int(scaled) if scaled.denominator == 1 else old + sum(value - old for value in values)
+        found.setdefault(path, {})[name] = whole
+    return merged(_followers(model, wanted)[0], found)
 
 
 def _is_of_torch(module: nn.Module) -> bool:

@@ -20,7 +20,9 @@ from fxprune.emit.snapshot import attention_implementations
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import PlanError, VerificationError
 from fxprune.graph.facts import Source, facts_of
+from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.removal import Removal
+from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallBlock, SmallConfig, SmallModel
@@ -197,6 +199,50 @@ def test_groups_that_the_code_of_a_block_holds_stay_whole(how: str) -> None:
     heads = [group.name for group in groups if group.kind == "head"]
     assert len(heads) == 2 and len(groups) == 4
     assert list(inexpressible(graph_module, removal, ("mlp", "head"))) == heads[1:]
+
+
+class ShiftingBlock(AttendingBlock):
+    """Shifts tokens by as many places as there are heads."""
+
+    def __init__(self, config: SmallConfig, layer_idx: int, shift: int) -> None:
+        super().__init__(config, layer_idx)
+        self.shift = shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual sum, shifted."""
+        return super().forward(x).roll(self.shift, 1)
+
+
+class CountingBlock(ShiftingBlock):
+    """Has the number of its heads by that name instead."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual sum."""
+        self.num_heads = self.shift
+        return AttendingBlock.forward(self, x)
+
+
+class StagedModel(SmallModel):
+    """Blocks that a config alone does not build."""
+
+    def __init__(self, config: SmallConfig) -> None:
+        super().__init__(config)
+        kinds = ShiftingBlock, CountingBlock
+        self.blocks = nn.ModuleList([kind(config, i, config.heads) for i, kind in enumerate(kinds)])
+
+
+def test_numbers_that_the_code_holds_are_found_for_each_group_alone() -> None:
+    """The heads of each block could go, and there was no slim model without both: a name was a number in one alone."""
+    model = StagedModel(SmallConfig(depth=2)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    graph_module = run(trace(model).graph_module, "find-groups")
+    groups = [group for group in groups_of(graph_module) if group.kind in ("mlp", "head")]
+    assert sorted(group.size for group in groups) == [3, 3, 20, 20]
+    decide(graph_module, Keep({group.factor: np.arange(group.size) > 0 for group in groups}))
+    result = Result.of(Pipeline("shrink, emit-model, make-report")(graph_module).graph_module)
+    assert result.model is not None, result.report.model_reasons
+    assert [block.shift for block in result.model.blocks] == [3, 2]
 
 
 def test_outputs_agree_but_for_rounding() -> None:
