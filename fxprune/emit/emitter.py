@@ -578,13 +578,11 @@ class _Emitter:
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         task = dataclasses.replace(self.task, wanted=wanted, removed=(), epsilons=NormEpsilons(), resized=(one,))
         emitter = dataclasses.replace(self, task=task, tensors=tensors, agrees=None)
+        runs = DryRuns(partial(meta_twin, model), self.inputs)
         for plain in candidates_by_hand(task, emitter.by_hand()):
             ways = (*emitter.with_inputs(plain.blueprint), plain.blueprint)
-            if any(emitter.runs_on_meta(dataclasses.replace(plain, blueprint=way)) for way in ways):
-                yield {path[_start(one) :]: own for path, own in plain.blueprint.attributes.items()}
-
-    def runs_on_meta(self, candidate: Candidate) -> bool:
-        return self.failure(candidate) is None and not isinstance(self.make(candidate), tuple)
+            if any(emitter.fits(dataclasses.replace(plain, blueprint=way), runs) for way in ways):
+                yield {path[_start(one) :]: dict(own) for path, own in plain.blueprint.attributes.items()}
 
     def with_inputs(self, blueprint: Blueprint) -> Iterator[Blueprint]:
         """Yield the blueprint whose blocks select their rows of tables made for all units, if there are such."""

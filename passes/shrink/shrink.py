@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -428,7 +428,7 @@ def _slim_value(size: fx.Node, removal: Removal, dense: int) -> int:
 
     def value(node: fx.Node) -> Any:
         if node.target is torch.ops.aten.sym_size.int:
-            source, axis = node.args
+            source, axis = cast(tuple[fx.Node, int], node.args)
             return kept_size(removal.axes.tensors[tensor_name(source)][axis], removal.keep)
         if not callable(node.target) or isinstance(node.target, OpOverload):
             raise KeyError(node.name)
