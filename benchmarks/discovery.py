@@ -2,9 +2,10 @@
 
 *Ours* is trace, dependency graph and groups of a model on `meta`. *Theirs* is Torch-Pruning's
 `DependencyGraph().build_dependency` on fake tensors, then a walk over `get_all_groups`, counted and dropped one by one
-as its pruner does. *Prune* is a whole prune of ours, with random scores and a quarter of each group removed. Every
-measurement runs in its own process, after the same was done to a narrow model of two layers, so that neither imports at
-first use nor building the model count.
+as its pruner does. *Prune* is a whole prune of ours, with random scores and a quarter of each group removed. *Passes* is
+a prune by ratio of a narrow model with weights, each pass alone. Seconds are those of the processor. Every measurement
+runs in its own process, after the same was done to a narrow model of two layers, so that neither imports at first use
+nor building the model count.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -33,11 +35,14 @@ import fxprune
 from benchmarks import common
 from benchmarks.common import SHAPES, Shape, environment, run_worker, write_results
 from fxprune.cli.console import widened
+from fxprune.pipeline.contract import Pass
 
 RESULTS = common.RESULTS / "discovery.json"
 DEPTHS = (2, 8, 20, 40, 80)
+DOUBLED = (4, 8, 16, 32, 64, 128)
 STAGES = ("trace", "graph", "groups", "removal")
 WARM_UP = Shape("warm-up", 64, 128, 2, 4, 4)
+NARROW = Shape("narrow", 64, 128, 4, 8, 4)
 
 app = typer.Typer(add_completion=False)
 
@@ -82,13 +87,13 @@ def measure_ours(shape: Shape) -> Discovery:
     with torch.device("meta"):
         model = LlamaForCausalLM(shape.config())
     start_gb = _peak_gb()
-    times = [time.perf_counter()]
+    times = [time.process_time()]
     traced = fxprune.trace(model, dynamic=False)
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     graph = fxprune.dependency_graph(traced)
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     groups = fxprune.find_groups(graph)
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     nodes = len(traced.graph_module.graph.nodes)
     return Discovery(_stages(("trace", "graph", "groups"), times), nodes, len(groups), start_gb, _peak_gb())
 
@@ -105,14 +110,14 @@ def measure_theirs(shape: Shape) -> Discovery:
         model: Any = LlamaForCausalLM(shape.config(attn_implementation="eager"))
         inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "use_cache": False}
         start_gb = _peak_gb()
-        times = [time.perf_counter()]
+        times = [time.process_time()]
         graph = tp.DependencyGraph().build_dependency(
             model, example_inputs=inputs, output_transform=lambda output: output.logits, verbose=False
         )
-        times.append(time.perf_counter())
+        times.append(time.process_time())
         roots = (torch.nn.Linear, torch.nn.Embedding)
         groups = sum(1 for _ in graph.get_all_groups(ignored_layers=[model.lm_head], root_module_types=roots))
-        times.append(time.perf_counter())
+        times.append(time.process_time())
     return Discovery(_stages(("graph", "groups"), times), len(graph.module2node), groups, start_gb, _peak_gb())
 
 
@@ -123,19 +128,44 @@ def measure_prune(shape: Shape) -> Discovery:
     start_gb = _peak_gb()
     select = "select-by-group-ratio{group_ratio=0.25}"
     pipeline = fxprune.prune_pipeline(recipe="llm-pruner", importance="random", select=select)
-    times = [time.perf_counter()]
+    times = [time.process_time()]
     traced = fxprune.trace(model)
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     nodes = len(traced.graph_module.graph.nodes)
     result = fxprune.Result.of(pipeline(traced.graph_module).graph_module)
-    times.append(time.perf_counter())
+    times.append(time.process_time())
     return Discovery(_stages(("trace", "removal"), times), nodes, len(result.report.widths), start_gb, _peak_gb())
+
+
+def measure_passes(shape: Shape) -> Discovery:
+    """A prune of `shape` by a quarter of its parameters, its trace and each pass timed apart, in this process."""
+    model = LlamaForCausalLM(shape.config()).eval()
+    start_gb = _peak_gb()
+    pipeline = fxprune.prune_pipeline(recipe="llm-pruner", importance="l2", ratio=0.25)
+    seconds, call = dict[str, float](), Pass.__call__
+
+    def timed(step: Pass, graph_module: Any, *, inplace: bool = False) -> Any:
+        start = time.process_time()
+        result = call(step, graph_module, inplace=inplace)
+        seconds[step.name] = seconds.get(step.name, 0.0) + time.process_time() - start
+        return result
+
+    times = [time.process_time()]
+    traced = fxprune.trace(model)
+    times.append(time.process_time())
+    nodes = len(traced.graph_module.graph.nodes)
+    with patch.object(Pass, "__call__", timed):
+        result = fxprune.Result.of(pipeline(traced.graph_module).graph_module)
+    rest = time.process_time() - times[1] - sum(seconds.values())
+    seconds = {**_stages(("trace",), times), **seconds, "verification, copies": rest}
+    return Discovery(seconds, nodes, len(result.report.widths), start_gb, _peak_gb())
 
 
 TOOLS: dict[str, Callable[[Shape], Discovery]] = {
     "ours": measure_ours,
     "theirs": measure_theirs,
     "prune": measure_prune,
+    "passes": measure_passes,
 }
 
 
@@ -225,12 +255,24 @@ def scaling_table(rows: Sequence[DiscoverySummary]) -> Table:
     return table
 
 
+def passes_table(rows: Sequence[DiscoverySummary]) -> Table:
+    """A row for each pass: seconds at each depth, and how many times those of the depth before the last are the last."""
+    table = Table(title=f"Passes over depth, {rows[0].shape.name} shape, seconds", box=SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("pass", *(f"{row.shape.layers} layers" for row in rows), "last over one before"):
+        table.add_column(heading, justify="left" if heading == "pass" else "right")
+    for name in rows[-1].seconds:
+        seconds = [row.seconds[name] for row in rows]
+        table.add_row(name, *(f"{s:.3f}" for s in seconds), f"{seconds[-1] / seconds[-2]:.2f}")
+    return table
+
+
 @app.command()
 def main(
     shapes: Annotated[str, typer.Option(help=f"Which of {','.join(SHAPES)}, separated by commas.")] = ",".join(SHAPES),
     repeats: Annotated[int, typer.Option(help="Measurements of each tool on each shape.")] = 3,
-    threads: Annotated[int, typer.Option(help="Threads of torch in each process.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of torch in each process.")] = 1,
     scaling: Annotated[bool, typer.Option("--scaling", help="Measure the 7B shape at growing depth instead.")] = False,
+    passes: Annotated[bool, typer.Option("--passes", help="Measure each pass at growing depth instead.")] = False,
     json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{RESULTS.name}.")] = False,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -249,18 +291,21 @@ def main(
     console = widened(Console())
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()))
     theirs = find_spec("torch_pruning") is not None
-    tools = ("ours",) if scaling else ("ours", "theirs", "prune") if theirs else ("ours", "prune")
+    tools = ("passes",) if passes else ("ours",) if scaling else ("ours", "theirs", "prune") if theirs else ("ours", "prune")
     chosen = [replace(SHAPES["7b"], layers=n) for n in DEPTHS] if scaling else [SHAPES[s] for s in shapes.split(",")]
+    chosen = [replace(NARROW, layers=n) for n in DOUBLED] if passes else chosen
     with console.status("measuring"):
         rows = compare(chosen, tools, repeats, lambda tool, shape: measure_in_process(tool, shape, threads))
-    console.print(scaling_table(rows) if scaling else discovery_table(rows))
-    if not scaling and not theirs:
+    table = passes_table if passes else scaling_table if scaling else discovery_table
+    console.print(table(rows))
+    if tools == ("ours", "prune"):
         console.print("torch_pruning is not installed: theirs is left out.")
     if json_:
-        path = RESULTS.with_name("discovery_scaling.json") if scaling else RESULTS
+        what = "_passes" if passes else "_scaling" if scaling else ""
+        path = RESULTS.with_name(f"discovery{what}.json")
         packages = {"networkx": "networkx", "torch-pruning": "torch_pruning"}
         versions = {name: version(name) for name, module in packages.items() if find_spec(module)}
-        settings = {"repeats": repeats, "threads": threads, "scaling": scaling}
+        settings = {"repeats": repeats, "threads": threads, "scaling": scaling, "passes": passes}
         write_results(path, {"settings": settings, "rows": [asdict(row) for row in rows]}, versions)
 
 

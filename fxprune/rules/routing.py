@@ -39,11 +39,13 @@ def follow_positions(op: OpSite, values: Values | None) -> None:
     if unread:
         _follow_unread(op, unread, values)
     taken_out = op.node.target is operator.getitem
+    if not (taken_out or any(map(op.is_picked, op.tensors))):
+        return
     floats: list[TensorAxes] = []
     for node in op.node.all_input_nodes:
         if any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tree_leaves(node.meta.get("val"))):
             floats += op.tensors if taken_out else [x for x in (op.of(node),) if x is not None]
-    moved = taken_out or any(op.is_picked(x) for x in floats)
+    moved = taken_out or any(map(op.is_picked, floats))
     if moved and floats and all(op.is_weight(x) for x in floats):
         for out in op.outs:
             op.pick_weights(out)

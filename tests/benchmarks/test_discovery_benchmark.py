@@ -52,6 +52,12 @@ def test_a_whole_prune_is_timed_beside_its_trace():
 
 
 @pytest.mark.slow
+def test_every_pass_of_a_prune_is_timed():
+    found = discovery.measure_passes(TINY).seconds
+    assert {"trace", "find-groups", "l2", "select-by-ratio", "slice-parameters", "emit-model"} <= found.keys()
+
+
+@pytest.mark.slow
 def test_a_process_measures_the_same_counts_and_reports_failures():
     apart = measure_in_process("theirs", TINY, threads=1, timeout_s=200)
     assert apart.groups == 2 * TINY.layers + 1 and list(apart.seconds) == ["graph", "groups"]
@@ -119,6 +125,13 @@ def test_scaling_runs_one_shape_at_growing_depth(run):
     assert seen == [("ours", "7b", n) for n in (2, 8, 20, 40, 80)]
     content = json.loads((folder / "discovery_scaling.json").read_text())
     assert [row["shape"]["layers"] for row in content["rows"]] == [2, 8, 20, 40, 80]
+
+
+def test_passes_are_timed_at_doubled_depth(run):
+    result, seen, folder = run("--passes", "--json")
+    assert result.exit_code == 0, result.output
+    assert seen == [("passes", "narrow", n) for n in (4, 8, 16, 32, 64, 128)] and "128 layers" in result.output
+    assert len(json.loads((folder / "discovery_passes.json").read_text())["rows"]) == 6
 
 
 def test_an_unknown_shape_is_named(run):
