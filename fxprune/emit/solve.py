@@ -435,8 +435,9 @@ class _Ways:
             direct.sort(key=lambda fields: self.rank(base, fields))
         for fields in direct:
             yield Choice({**base, **fields})
-        partial = {**base, **minimal(self.rebuilder, base, search.best, optional)}
-        yield from self.with_attributes(base, {**fixed, **search.best}, partial)
+        best = with_companions(self.rebuilder, fixed, search.best)
+        partial = {**base, **minimal(self.rebuilder, base, best, optional)}
+        yield from self.with_attributes(base, {**fixed, **best}, partial)
 
     def rank(self, base: Mapping[str, int], fields: Mapping[str, int]) -> tuple[int, int, int, int]:
         """Sort key: little harm outside the blocks first, then few wrong axes, few changed floats and few fields."""

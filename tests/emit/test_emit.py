@@ -233,6 +233,34 @@ def test_what_one_emission_finds_out_serves_the_next(monkeypatch: pytest.MonkeyP
     assert few < 5 and len(built) - few > 20
 
 
+def test_fields_that_reach_only_a_part_take_their_companions_along() -> None:
+    """Experts that differ from the one beside them are set by hand; fewer heads still mean as many key/value heads."""
+    fields = {"q_lora_rank": None, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 0,
+    }
+    sizes = {**MODERN, "num_hidden_layers": 1, "num_key_value_heads": HEADS, "moe_intermediate_size": 40}
+    with torch.device("meta"):
+        dense = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(vocab_size=101, **sizes, **fields, **experts)).eval()
+        heads, wide = [0, 1, 3], range(32)
+        cuts = {
+            "self_attn.q_proj.weight": {0: rows(heads, 24)},
+            "self_attn.kv_b_proj.weight": {0: rows(heads, 32)},
+            "self_attn.o_proj.weight": {1: rows(heads, 16)},
+            "mlp.experts.gate_up_proj": {1: torch.tensor([*wide, *(40 + i for i in wide)])},
+            "mlp.experts.down_proj": {2: torch.tensor(list(wide))},
+        }
+        slim = slim_tensors(dense, {f"model.layers.0.{name}": cut for name, cut in cuts.items()})
+    emission = emit(dense, slim)
+    assert emission.model is not None, emission.reasons
+    attention = emission.model.model.layers[0].self_attn
+    assert (attention.num_heads, attention.num_key_value_groups) == (3, 1)
+
+
 def test_requests_that_cannot_be_met_are_refused_with_names_and_shapes() -> None:
     """A value width of its own: no field sets it, and the view of all heads in one shape fails."""
     dense = build("llama")
