@@ -2,10 +2,10 @@
 
 *Ours* is trace, dependency graph and groups of a model on `meta`. *Theirs* is Torch-Pruning's
 `DependencyGraph().build_dependency` on fake tensors, then a walk over `get_all_groups`, counted and dropped one by one
-as its pruner does. *Prune* is a whole prune of ours, with random scores and a quarter of each group removed. *Passes* is
-a prune by ratio of a narrow model with weights, each pass alone. Seconds are those of the processor. Every measurement
-runs in its own process, after the same was done to a narrow model of two layers, so that neither imports at first use
-nor building the model count.
+as its pruner does. *Prune* is a whole prune of ours, with random scores and a quarter of each group removed. *Passes*
+is a prune by ratio of a narrow model with weights, each pass alone. Seconds are those of the processor. Every
+measurement runs in its own process, after the same was done to a narrow model of two layers, so that neither imports at
+first use nor building the model count.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def scaling_table(rows: Sequence[DiscoverySummary]) -> Table:
 
 
 def passes_table(rows: Sequence[DiscoverySummary]) -> Table:
-    """A row for each pass: seconds at each depth, and how many times those of the depth before the last are the last."""
+    """A row for each pass: seconds at each depth, and the last over those before it, 2 where time is linear."""
     table = Table(title=f"Passes over depth, {rows[0].shape.name} shape, seconds", box=SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("pass", *(f"{row.shape.layers} layers" for row in rows), "last over one before"):
         table.add_column(heading, justify="left" if heading == "pass" else "right")
@@ -291,7 +291,8 @@ def main(
     console = widened(Console())
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()))
     theirs = find_spec("torch_pruning") is not None
-    tools = ("passes",) if passes else ("ours",) if scaling else ("ours", "theirs", "prune") if theirs else ("ours", "prune")
+    tools = ("ours", "theirs", "prune") if theirs else ("ours", "prune")
+    tools = ("passes",) if passes else ("ours",) if scaling else tools
     chosen = [replace(SHAPES["7b"], layers=n) for n in DEPTHS] if scaling else [SHAPES[s] for s in shapes.split(",")]
     chosen = [replace(NARROW, layers=n) for n in DOUBLED] if passes else chosen
     with console.status("measuring"):

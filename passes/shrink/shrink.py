@@ -241,7 +241,8 @@ class _ShapeRun(FakeTensorProp):
         if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target._schema.is_mutable:
             return None
         try:
-            return n.target, self._key_of(n.args), tuple((name, self._key_of(value)) for name, value in n.kwargs.items())
+            named = tuple((name, self._key_of(value)) for name, value in n.kwargs.items())
+            return n.target, self._key_of(n.args), named
         except TypeError:
             return None
 
