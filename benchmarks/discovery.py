@@ -291,7 +291,7 @@ def main(
     console = widened(Console())
     console.print("  ".join(f"{name}: {value}" for name, value in environment().items()))
     theirs = find_spec("torch_pruning") is not None
-    tools = ("ours", "theirs", "prune") if theirs else ("ours", "prune")
+    tools: tuple[str, ...] = ("ours", "theirs", "prune") if theirs else ("ours", "prune")
     tools = ("passes",) if passes else ("ours",) if scaling else tools
     chosen = [replace(SHAPES["7b"], layers=n) for n in DEPTHS] if scaling else [SHAPES[s] for s in shapes.split(",")]
     chosen = [replace(NARROW, layers=n) for n in DOUBLED] if passes else chosen
