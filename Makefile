@@ -93,7 +93,7 @@ bench-discovery: $(STAMP) ## Time and memory of discovery at 7B, 70B and 405B, b
 bench-memory: $(STAMP) ## Time and memory of exact Taylor scores beside plain training, on a model of 1.1 billion parameters
 	$(RUN) -m benchmarks.score_memory $(ARGS)
 
-bench-large: $(STAMP) ## Estimated hours and memory at 7B and 70B, by what cards are said to do (ARGS=--check: beside a run here)
+bench-large: $(STAMP) ## Bytes read, sent and held, collectives and hours of one of 8 or 64 processes at 70B to 405B, counted on meta
 	$(RUN) -m benchmarks.estimate_large $(ARGS)
 
 bench-norms: $(STAMP) ## Norms over units that go: kept as masking has them, or averaging over what is left

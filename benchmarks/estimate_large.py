@@ -1,280 +1,429 @@
-"""Estimated hours and memory of pruning models too large to try here: `python -m benchmarks.estimate_large`.
+"""What one of many processes reads, sends, holds and computes in a prune of a model too large to try here.
 
-These are estimates, not measurements. Work is counted: multiply-accumulates of the traced graph, bytes of weights,
-sums and activations. The speed of a device is the figure of its maker times a share that is assumed to be sustained.
-Nothing overlaps: the times of computing, of reading memory and of transfers add up. `--check` puts the same formula,
-with the measured speed of this processor, beside a run.
+`python -m benchmarks.estimate_large`: the passes of a recipe up to tuning run with all layers at their true widths on
+`meta`, as one of 8 or 64 processes of torch's fake process group, with weights in files. Nothing is computed, and what
+values decide is stood in for: scores are random, nothing fails, each measurement is better than the last, other
+processes gather what this one does, and every expert gets the same number of tokens. The second step of tuning
+and its first measurement count for all after them. Of each pass are counted:
 
-On a GPU nothing is transferred block by block yet: the figures are those of an implementation that does.
+- *calls* of collectives, and a digest of the *order* of their kinds and sizes, the same in all processes;
+- *read*: bytes that ops take from weights in files;
+- *sent*: bytes that leave the process on a ring: of an all-reduce of `n` processes, `2 (n - 1) / n` times its own;
+- *held*: the most bytes of tensors in memory; and *aside*, of values in files, such as those between parts;
+- hours that *link* and *disk* take for these; and *on cards*, op by op, for the longer of its operations (torch's
+  `flop_registry`) and its bytes. Nothing overlaps. torch's `RuntimeEstimator` needs a card, and halves the operations.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import math
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice, pairwise
 from pathlib import Path
-from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
+from unittest import mock
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaForCausalLM
+from torch import fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig
 
 import fxprune
-from benchmarks.common import SHAPES, Shape, environment, write_random
-from benchmarks.score_memory import WAYS, measure
-from fxprune.graph.counting import count_macs, count_parameters
+from benchmarks.common import SHAPES
+from benchmarks.several_processes import COLLECTIVES, counted
+from fxprune.graph import tensors
+from fxprune.offload import files, ranks
+from fxprune.offload.prefetch import GatheringPrefetcher, offer_prefetcher
 
 app = typer.Typer(add_completion=False)
+aten = torch.ops.aten
+META = torch.device("meta")
 
-_SUMS = 8
-"""Bytes per weight of the two sums of `mix`."""
+fits, scores, select, shrink, tune = (
+    importlib.import_module(f"fxprune.passes.{name}")
+    for name in ("compensate.base", "importance.base", "select.base", "shrink.shrink", "tune.tune")
+)
 
-_TRIES = 8
-"""Dampings that a fit tries in float64, with a factorisation, a solution and an error each."""
+CARDS: dict[str, dict[Any, float]] = {
+    "H100": {torch.bfloat16: 989e12, torch.float32: 67e12, torch.float64: 67e12, "memory": 3.35e12},
+    "RTX 4090": {torch.bfloat16: 165e12, torch.float32: 82.6e12, torch.float64: 1.29e12, "memory": 1.008e12},
+}
+"""Dense operations a second by dtype, and bytes a second of the memory, by NVIDIA's data sheets (H100 SXM)."""
 
+LINKS = {8: 450e9, math.inf: 50e9}
+"""Bytes a second that leave a card, by the most processes: NVLink in a machine, else 400 Gb/s of InfiniBand a card."""
 
-@dataclass(frozen=True)
-class Device:
-    """Sustained speed of one card, per second, and its memory.
+DISK = 3e9
+"""Bytes a second that a process reads from files."""
 
-    Args:
-        flops: Operations in the dtype of the weights; an addition and a multiplication count as two.
-        single: Operations in float32, the dtype of the runs of a fit.
-        double: Operations in float64, the dtype in which a fit is solved.
-        memory: Bytes read from and written to its memory.
-        link: Bytes transferred between it and the host.
-        disk: Bytes read from and written to files; all cards share the disk.
-        capacity: Bytes of its memory.
-    """
+QWEN = {"hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64}
+QWEN |= {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
+MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    "70b": SHAPES["70b"].config,
+    "405b": SHAPES["405b"].config,
+    "qwen3-235b": lambda: Qwen3MoeConfig(**QWEN, tie_word_embeddings=False),
+}
 
-    flops: float
-    single: float
-    double: float
-    memory: float
-    link: float
-    disk: float
-    capacity: float
-
-
-@dataclass(frozen=True)
-class ModelCounts:
-    """Sizes of a model that determine time and memory.
-
-    Args:
-        macs: Multiply-accumulates of a forward run of one sample.
-        weights: Number of weights.
-        layer: Weights of one layer, which is processed as one part.
-        largest: Weights of the largest matrix.
-        hidden: Width of the stream between layers, and inputs of the fitted matrix of attention.
-        ffn: Inputs of the fitted matrix of an MLP.
-        layers: Number of layers.
-        each: Bytes of a weight.
-    """
-
-    macs: float
-    weights: float
-    layer: float
-    largest: float
-    hidden: int
-    ffn: int
-    layers: int
-    each: int
+_NO_ANSWER: Any = object()
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Hours of each step, and bytes of memory.
+class Cost:
+    """What a pass took: a digest of the order of collectives, most bytes in memory and aside, and sums of the rest."""
 
-    Args:
-        taylor: Hours of `mix` scores, part by part.
-        fit: Hours of least squares.
-        write: Hours of writing the slim model.
-        scoring: Bytes on a card for `mix`, without the runtime of the card.
-        fitting: Bytes on a card for least squares.
-        boundary: Bytes of the activations between layers, of all samples, on the host or on disk.
-    """
+    name: str
+    order: str
+    held: float
+    aside: float
+    sums: Counter[str]
 
-    taylor: float
-    fit: float
-    write: float
-    scoring: float
-    fitting: float
-    boundary: float
+    @property
+    def calls(self) -> dict[str, int]:
+        return {name: int(self.sums[name]) for name in COLLECTIVES}
 
 
-def count_model(shape: Shape, tokens: int, each: int) -> ModelCounts:
-    """Counts from the graph of a Llama shape, traced on `meta`.
-
-    Args:
-        shape: Sizes of the model.
-        tokens: Tokens of a sample.
-        each: Bytes of a weight.
-    """
-    with torch.device("meta"):
-        model = LlamaForCausalLM(shape.config())
-    graph_module = fxprune.trace(model).graph_module
-    total = count_parameters(graph_module)
-    head = model.config.vocab_size * shape.hidden
-    layer = (total - 2 * head) / shape.layers
-    largest = max(shape.hidden * shape.ffn, head)
-    macs = count_macs(graph_module, tokens)
-    return ModelCounts(macs, total, layer, largest, shape.hidden, shape.ffn, shape.layers, each)
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
-def score_seconds(model: ModelCounts, device: Device, samples: int, tokens: int, cards: int = 1) -> float:
-    """Seconds of `mix` scores, part by part, with samples divided among cards.
-
-    A forward run, a second one and a backward run are four times the work of the first. For each sample a weight is
-    read three times, its gradient is written and read for each of two sums, and these are read and written. Weights
-    cross the link and the disk twice, sums cross the link twice if several cards reduce them, and the activations
-    between layers and their gradients are moved there and back.
-    """
-    mine = samples / cards
-    compute = 4 * 2 * model.macs * mine / device.flops
-    passes = model.weights * (5 * model.each + 2 * _SUMS + 2 * 4) * mine / device.memory
-    moved = 2 * model.weights * model.each + 4 * _boundary(model, mine, tokens)
-    moved += 2 * _SUMS * model.weights if cards > 1 else 0
-    return compute + passes + moved / device.link + 2 * model.weights * model.each / device.disk
+def _spec(value: Any) -> Any:
+    """What the result of an op on ``meta`` depends on, of a tensor or of another argument."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_spec, value)) if isinstance(value, list | tuple) else (type(value), value)
 
 
-def _fit_seconds(model: ModelCounts, device: Device, samples: int, tokens: int, cards: int) -> float:
-    """Seconds of least squares with a damping for each weight, solved on every card.
-
-    Dense and masked runs go side by side. A fitted weight with ``in`` inputs and ``out`` outputs needs two matrices,
-    ``(in, in)`` and ``(in, out)``.
-    """
-    mine = samples / cards
-    sizes = [(model.hidden, model.hidden), (model.ffn, model.hidden)]
-    held = model.layers * sum(inputs * (inputs + outputs) for inputs, outputs in sizes)
-    solved = model.layers * sum(inputs**3 / 3 + 2 * inputs**2 * outputs for inputs, outputs in sizes)
-    compute = 2 * (2 * model.macs * mine + held * mine * tokens) / device.single
-    moved = model.weights * model.each + 4 * _boundary(model, mine, tokens)
-    moved += 2 * 8 * held if cards > 1 else 0
-    loaded = moved / device.link + model.weights * model.each / device.disk
-    return compute + 2 * _TRIES * solved / device.double + loaded
+def _has_hash(key: Any) -> bool:
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
 
 
-def _boundary(model: ModelCounts, samples: float, tokens: int) -> float:
-    """Bytes of the activations between layers."""
-    return model.hidden * tokens * samples * model.layers * model.each
+def _kind_of(func: Any) -> str:
+    """Whether an op gives a view, asks for values, writes in place or elsewhere, or makes a tensor like another one."""
+    asks = (aten._local_scalar_dense, aten.equal, aten._to_copy)
+    if func._overloadpacket in asks or func in (aten.any.default, aten.index.Tensor):
+        return "asks"
+    name, aliases = func._schema.name, [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
+    if aliases and any(alias.is_write for alias in aliases):
+        return "in place" if name.endswith("_") else "writes"
+    return "view" if aliases or func.namespace == "c10d" else "new" if "::new_" in name or "_like" in name else "other"
 
 
-def estimate(
-    model: ModelCounts, device: Device, samples: int, tokens: int, cards: int = 1, removed: float = 0.2
-) -> Estimate:
-    """Estimated hours and bytes of a prune.
+class Meter(TorchDispatchMode):
+    """Counts what ops on ``meta`` take, and stands in for what they would have to know."""
 
-    Args:
-        model: Sizes of the model.
-        device: One card.
-        samples: Calibration samples.
-        tokens: Tokens of a sample.
-        cards: Number of cards; they divide the samples, and each holds one layer at a time.
-        removed: Fraction of the weights removed.
-    """
-    alive = 16 * tokens * max(model.hidden, model.ffn)
-    matrices = 4 * 8 * model.ffn**2 + 3 * 8 * model.ffn * model.hidden
-    return Estimate(
-        taylor=score_seconds(model, device, samples, tokens, cards) / 3600,
-        fit=_fit_seconds(model, device, samples, tokens, cards) / 3600,
-        write=(2 - removed) * model.weights * model.each / device.disk / 3600,
-        scoring=model.layer * (model.each + _SUMS) + model.largest * (model.each + 4) + alive * model.each,
-        fitting=model.layer * model.each + matrices + alive * 4,
-        boundary=_boundary(model, samples, tokens),
-    )
+    def __init__(self, processes: int, sustained: float) -> None:
+        super().__init__()
+        self.processes, self.sustained = processes, sustained
+        self.sums, self.log = Counter[str](), list[tuple[str, int]]()
+        self.held, self.peak = Counter[str](), Counter[str]()
+        self.answers, self.paused = 0, False
+        self.pieces: Sequence[Any] = ()
+        self.in_files = dict[int, str]()
+        """By address of a storage in files, whether it has weights or values."""
+        self.kinds, self.known = dict[int, str](), dict[Any, tuple[Any, tuple[float, ...]]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = self.kinds.get(id(func)) or self.kinds.setdefault(id(func), _kind_of(func))
+        if kind == "view":
+            return func(*args, **kwargs)
+        given = _tensors((*args, *kwargs.values()))
+        if kind == "asks" and any(tensor.is_meta for tensor in given):
+            answer = self._answered(func, args, kwargs)
+            if answer is not _NO_ANSWER:
+                return answer
+        key = (id(func), _spec(args), _spec((*kwargs.items(),)))
+        if self.paused or not _has_hash(key):  # as symbolic sizes of a pass that infers shapes have not
+            return func(*args, **kwargs)
+        return self._run(key, kind, func, args, kwargs, [] if kind == "new" else given)
+
+    def _run(self, key: Any, kind: str, func: Any, args: Any, kwargs: Any, given: Sequence[torch.Tensor]) -> Any:
+        """Run an op, or make what it gave before for such arguments, and count it."""
+        out, cost = self.known.get(key, (None, None))
+        if kind == "in place" and all(tensor.is_meta for tensor in given):
+            found = args[0] if func._schema.returns else None
+        else:
+            found = func(*args, **kwargs) if out is None else torch.empty_strided(*out[:2], dtype=out[2], device=META)
+        made = [] if kind in ("in place", "writes") else [tensor for tensor in _tensors((found,)) if tensor.is_meta]
+        if cost is None:
+            there = any(tensor.is_meta for tensor in (*made, *given))
+            cost = self._seconds(func, args, kwargs, found, [*given, *made]) if there else (0.0,) * len(CARDS)
+            self.known[key] = _spec(found) if made and isinstance(found, torch.Tensor) else None, cost
+        for name, seconds in zip(CARDS, cost, strict=True):
+            self.sums[name] += seconds
+        for tensor in given:
+            if self.in_files.get(tensor.untyped_storage()._cdata) == "weights":
+                self.sums["read"] += tensor.nbytes
+        for tensor in made:
+            self._hold(tensor)
+        return found
+
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What stands in for a result that depends on values, or that would leave ``meta``."""
+        if func is aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return True if kind == torch.bool else self.answer() if kind.is_floating_point else 1
+        if func is aten._to_copy.default and kwargs.get("device", META) != META:
+            return func(*args, **{**kwargs, "device": META})
+        if func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            rows, mask = args[0], args[1][0]  # of a mask and of its complement, half the rows each
+            found = rows.new_empty(max(1, mask.numel() // 2), *rows.shape[mask.dim() :], device=META)
+            self._hold(found)
+            return found
+        return {aten.equal.default: True, aten.any.default: torch.tensor(False)}.get(func, _NO_ANSWER)
+
+    def answer(self) -> float:
+        """A measurement: near 0, and less than all before."""
+        self.answers += 1
+        return -1e-9 * self.answers
+
+    def _seconds(self, func: Any, args: Any, kwargs: Any, found: Any, used: list[torch.Tensor]) -> tuple[float, ...]:
+        """Seconds of an op, by card."""
+        moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in used)
+        done, packet = 0.0, func._overloadpacket
+        if packet in flop_registry:
+            done = flop_registry[packet](*args, **kwargs, out_val=found)
+        elif packet is aten.linalg_cholesky_ex:
+            done = args[0].shape[-1] ** 3 / 3
+        elif packet is aten.cholesky_solve:
+            done = 2.0 * args[0].numel() * args[1].shape[-1]
+        speeds = ((self.sustained * card.get(used[0].dtype, math.inf), card["memory"]) for card in CARDS.values())
+        return tuple(max(done / fast, moved / memory) for fast, memory in speeds)
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size, place = storage.nbytes(), storage._cdata
+        kind = self.in_files.get(place, "memory")
+        self.held[kind] += size
+        self.peak[kind] = max(self.peak[kind], self.held[kind])
+        weakref.finalize(storage, self._free, place, size)
+
+    def _free(self, place: int, size: int) -> None:
+        self.held[self.in_files.pop(place, "memory")] -= size
+
+    def offload(self, tensor: torch.Tensor, kind: str = "values") -> torch.Tensor:
+        """What stands in for a tensor in a file."""
+        if not tensor.is_meta or tensor.nbytes < files._SMALLEST:
+            return tensor
+        self.paused = True
+        mapped = torch.empty_like(tensor)
+        self.paused = False
+        self.in_files[mapped.untyped_storage()._cdata] = kind
+        self._hold(mapped)
+        return mapped
+
+    def note(self, kind: str, size: int) -> None:
+        """A collective that is given ``size`` bytes."""
+        others = self.processes - 1
+        times = 2 * others / self.processes if kind == "all_reduce" else 1 if "broadcast" in kind else others
+        self.sums.update({kind: 1, "sent": size * times})  # type: ignore[dict-item]
+        self.log.append((kind, 0 if "object" in kind else size))
+
+    def repeated(self, true: Callable[..., Any], result: Callable[[], Any], times: int) -> Callable[..., Any]:
+        """A function that runs a number of times, and after that counts as it did the last time."""
+        runs: list[tuple[Counter[str], list[tuple[str, int]]]] = []
+
+        def call(*args: Any) -> Any:
+            if len(runs) == times:
+                self.sums.update(runs[-1][0])
+                self.log += runs[-1][1]
+                return result()
+            before, begin = self.sums.copy(), len(self.log)
+            found = true(*args)
+            runs.append((_difference(before, self.sums), self.log[begin:]))
+            return found
+
+        return call
+
+    def uncounted(self, true: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that works on ``meta`` with values, too."""
+
+        def call(*args: Any) -> Any:
+            self.paused = True
+            found = true(*args)
+            self.paused = False
+            return found
+
+        return call
+
+    def dealt(self, true: Callable[..., Any], pieces: Sequence[Any]) -> Any:
+        """This process's pieces, as always; all are remembered until the results are gathered."""
+        self.pieces = pieces
+        return true(pieces)
+
+    def gathered(self, true: Callable[..., Any], mine: Sequence[Any]) -> list[Any]:
+        """Results of this process in place of those of others."""
+        true(mine)
+        pairs = zip(islice(cycle(mine), len(self.pieces)), self.pieces, strict=False)
+        return [one[: len(piece)] if isinstance(one, list) and isinstance(piece, list) else one for one, piece in pairs]
+
+    def stands_in(self) -> ExitStack:
+        """A context in which passes run on ``meta`` as if there were values."""
+        stack = ExitStack()
+        others: dict[Any, Any] = {
+            files.offloaded: self.offload,
+            tensors.has_meta_weights: lambda _: False,
+            ranks.deal: partial(self.dealt, ranks.deal),
+            ranks.gathered: partial(self.gathered, ranks.gathered),
+        }
+        patches = [
+            (module, true.__name__, other)
+            for module in list(sys.modules.values())
+            for true, other in others.items()
+            if vars(module).get(true.__name__) is true
+        ]
+        as_array, call, empty = torch.Tensor.numpy, fx.Interpreter.call_function, fx.GraphModule({}, fx.Graph())
+        patches += [
+            *((module, "offloaded", partial(self.offload, kind="weights")) for module in (files, shrink)),
+            (scores, "score_groups", lambda groups, *_: scores.RandomImportancePass().score(empty, groups)),
+            (torch, "autocast", lambda *_, **__: nullcontext()),  # weights in bfloat16 keep their precision
+            (torch.Tensor, "numpy", lambda t: np.zeros(t.shape) if t.is_meta else as_array(t)),
+            (fx.Interpreter, "call_function", lambda run, *given: _call_function(call, run, *given)),
+            (ranks, "_waiting_group", lambda: None),
+            (select, "inexpressible", self.uncounted(select.inexpressible)),
+            (fits, "_stacked_data", _even_data),
+            (tune.Training, "_step", self.repeated(tune.Training._step, lambda: None, 2)),
+            (tune.Training, "_measure", self.repeated(tune.Training._measure, self.answer, 1)),
+            (dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine] * len(found))),
+            (dist, "broadcast_object_list", lambda *_, **__: None),
+        ]
+        for place, name, other in patches:
+            stack.enter_context(mock.patch.object(place, name, other))
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, counted(name, self.note)))
+        return stack
 
 
-def measure_device(hidden: int, ffn: int, tokens: int) -> Device:
-    """Measure this processor, by the processor time of products and sums of the sizes given.
-
-    Args:
-        hidden: Width.
-        ffn: Channels of an MLP.
-        tokens: Tokens of a sample.
-    """
-    x, weight = torch.randn(tokens, hidden), torch.randn(ffn, hidden)
-    total, more = torch.zeros(ffn, hidden), torch.randn(ffn, hidden)
-    flops = 2 * x.numel() * ffn / _median_seconds(lambda: torch.nn.functional.linear(x, weight))
-    memory = 3 * total.nbytes / _median_seconds(lambda: total.add_(more))
-    return Device(flops, flops, flops / 2, memory, memory, memory, 0.0)
+def _even_data(site: Any, run: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What a fit of matrices reads if each gets the same number of tokens."""
+    product = site.product
+    count = site.weight.meta["val"].shape[product.order[0]]
+    x = torch.cat([one.env[product.source].permute(product.source_order).flatten(0, -2) for one in run.masked])
+    y = torch.cat([one.env[product.node].permute(product.out_order).flatten(0, -2) for one in run.dense])
+    rows = max(1, len(x) // count)
+    for matrix in range(count):
+        yield matrix, x[:rows, site.channels], y[:rows], torch.arange(rows) >= rows * 3 // 4
 
 
-def _median_seconds(call: Callable[[], object], repeats: int = 9) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        call()
-        times.append(time.process_time() - begin)
-    return median(times)
+def _call_function(true: Callable[..., Any], run: Any, target: Any, args: Any, kwargs: Any) -> Any:
+    """Run an op; attention as on a card, where its matrix is never in memory."""
+    if target is not aten.scaled_dot_product_attention.default:
+        return true(run, target, args, kwargs)
+    (q, k, v, mask), scale = (*args, None)[:4], kwargs.get("scale")
+    bias = None if mask is None else mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]
 
 
-def _check(shape: Shape, samples: int, tokens: int) -> None:
-    """Print the estimate of a run on this processor, and its measured time."""
-    torch.set_num_threads(1)
-    model = count_model(shape, tokens, 4)
-    expected = score_seconds(model, measure_device(shape.hidden, shape.ffn, tokens), samples, tokens)
-    with tempfile.TemporaryDirectory() as place:
-        source = Path(place) / "dense"
-        write_random(source, shape.config())
-        seconds = measure(list(WAYS)[-1], source, samples, tokens).seconds
-    print(f"{model.weights:,.0f} weights, {samples} x {tokens} tokens, one thread, seconds of processor time")
-    print(f"estimated {expected:.1f} s, measured {seconds:.1f} s: {seconds / expected:.2f} times as long")
+def _difference(before: Counter[str], after: Counter[str]) -> Counter[str]:
+    return Counter({name: value - before[name] for name, value in after.items()})
+
+
+def trace_empty(config: PretrainedConfig) -> fx.GraphModule:
+    """The graph of a model of this config in bfloat16, without weights."""
+    with META:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return fxprune.trace(model).graph_module
+
+
+def count_passes(
+    graph_module: fx.GraphModule, recipe: str, processes: int, ids: torch.Tensor, sustained: float = 0.4, rank: int = 0
+) -> list[Cost]:
+    """The cost of each pass of a recipe up to tuning, in one of several processes."""
+    passes = fxprune.prune_pipeline(ids, recipe=recipe, ratio=0.2).passes
+    meter, seen = Meter(processes, sustained), list[tuple[str, Counter[str], int, Counter[str]]]()
+
+    def mark(step: Any) -> None:
+        seen.append((step.name if step else "", meter.sums.copy(), len(meter.log), meter.peak))
+        meter.peak = meter.held.copy()
+
+    pipeline = fxprune.Pipeline([p for p in passes if p.stage not in ("emit", "report")], on_pass=mark)
+    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=processes)
+    try:
+        with tempfile.TemporaryDirectory() as place, meter.stands_in(), files.offload_to(Path(place)):
+            meter.in_files |= {w.untyped_storage()._cdata: "weights" for _, w in tensors.weights(graph_module)}
+            with offer_prefetcher(GatheringPrefetcher(META)), meter:
+                pipeline(graph_module)
+                mark(None)
+    finally:
+        dist.destroy_process_group()
+    return [
+        Cost(name, _digest(meter.log[begin:end]), peak["memory"], peak["values"], _difference(before, after))
+        for (name, before, begin, _), (_, after, end, peak) in pairwise(seen)
+    ]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def sum_of(costs: Sequence[Cost]) -> Cost:
+    """The cost of all passes."""
+    sums = sum((cost.sums for cost in costs), Counter[str]())
+    held, aside = (max(sizes) for sizes in zip(*((cost.held, cost.aside) for cost in costs), strict=True))
+    return Cost("together", _digest([cost.order for cost in costs]), held, aside, sums)
 
 
 @app.command()
 def main(
-    shapes: Annotated[str, typer.Option(help=f"Which of {','.join(SHAPES)}, separated by commas.")] = "7b,70b",
-    cards: Annotated[str, typer.Option(help="Numbers of cards, separated by commas.")] = "1,8",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512,
+    models: Annotated[str, typer.Option(help=f"Which of {','.join(MODELS)}, separated by commas.")] = ",".join(MODELS),
+    processes: Annotated[str, typer.Option(help="Numbers of processes; the first alone for a mixture.")] = "8,64",
+    layers: Annotated[int, typer.Option(help="Layers, 0 for all.")] = 0,
+    recipe: Annotated[str, typer.Option(help="The recipe.")] = "balanced",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 576,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
-    each: Annotated[int, typer.Option(help="Bytes of a weight.")] = 2,
-    tflops: Annotated[float, typer.Option(help="TFLOPS in the dtype of the weights, by its maker.")] = 165.0,
-    single: Annotated[float, typer.Option(help="TFLOPS in float32.")] = 82.6,
-    double: Annotated[float, typer.Option(help="TFLOPS in float64.")] = 1.29,
-    sustained: Annotated[float, typer.Option(help="Fraction of these that is sustained.")] = 0.4,
-    memory: Annotated[float, typer.Option(help="GB/s to and from the memory of a card.")] = 1008.0,
-    capacity: Annotated[float, typer.Option(help="GB of a card.")] = 24.0,
-    pcie: Annotated[float, typer.Option(help="GB/s between a card and the host.")] = 25.0,
-    disk: Annotated[float, typer.Option(help="GB/s of the disk.")] = 3.0,
-    check: Annotated[bool, typer.Option("--check", help="Compare the formula with a run on this processor.")] = False,
-    hidden: Annotated[int, typer.Option(help="Width, of --check.")] = 1024,
-    ffn: Annotated[int, typer.Option(help="Channels of an MLP, of --check.")] = 2816,
-    layers: Annotated[int, typer.Option(help="Layers, of --check.")] = 16,
+    sustained: Annotated[float, typer.Option(help="Fraction of a card's operations that is sustained.")] = 0.4,
+    rank: Annotated[int, typer.Option(help="Which of the processes.")] = 0,
 ) -> None:
-    """Estimate hours and memory for large Llama shapes; defaults are those of an RTX 4090."""
-    console = Console(width=110)
-    if check:
-        console.print("  ".join(f"{name}: {value}" for name, value in environment().items()))
-        _check(Shape.of_width(hidden, ffn, layers), min(samples, 6), min(tokens, 64))
-        return
-    unknown = set(shapes.split(",")) - set(SHAPES)
+    """Count what one of several processes takes to prune models too large to try."""
+    unknown = set(models.split(",")) - set(MODELS)
     if unknown:
-        raise typer.BadParameter(f"no such shape: {', '.join(sorted(unknown))}", param_hint="--shapes")
-    fast, float32, float64 = (speed * sustained * 1e12 for speed in (tflops, single, double))
-    device = Device(fast, float32, float64, memory * 1e9, pcie * 1e9, disk * 1e9, capacity * 1e9)
-    title = f"Estimates, not measured: {samples} x {tokens} tokens, {each} bytes a weight"
-    table = Table("shape", title=title, box=SIMPLE)
-    steps = ("taylor h", "fit h", "write h", "all h")
-    for heading in ("cards", *steps, "GB scoring", "GB fitting", "GB between"):
-        table.add_column(heading, justify="right")
-    for name in shapes.split(","):
-        model = count_model(SHAPES[name], tokens, each)
-        for number in map(int, cards.split(",")):
-            found = estimate(model, device, samples, tokens, number)
-            hours = (found.taylor, found.fit, found.write, found.taylor + found.fit + found.write)
-            sizes = (
-                f"{size / 1e9:.1f}{'' if size < 0.9 * device.capacity else ' (!)'}"
-                for size in (found.scoring, found.fitting)
-            )
-            table.add_row(name, str(number), *(f"{h:.2f}" for h in hours), *sizes, f"{found.boundary / 1e9:.0f}")
-    console.print(table)
-    console.print(f"(!) exceeds a card of {capacity:g} GB: that step runs on the host, and takes longer")
+        raise typer.BadParameter(f"no such model: {', '.join(sorted(unknown))}", param_hint="--models")
+    ids, numbers = torch.zeros(samples, tokens, dtype=torch.long), [int(number) for number in processes.split(",")]
+    for name in models.split(","):
+        config = MODELS[name]()
+        config.num_hidden_layers = layers or config.num_hidden_layers
+        graph_module = trace_empty(config)
+        whole = sum(weight.nbytes for _, weight in tensors.weights(graph_module)) / 1e9
+        for number in numbers[:1] if hasattr(config, "num_experts") else numbers:
+            costs = count_passes(graph_module, recipe, number, ids, sustained, rank)
+            table = Table("pass", title=f"{name}, {whole:,.0f} GB of weights, {number} processes", box=SIMPLE)
+            for heading in ("calls", "order", "GB read", "sent", "held", "aside", "link h", "disk h", *CARDS):
+                table.add_column(heading, justify="right")
+            speed = next(speed for most, speed in LINKS.items() if number <= most)
+            for cost in [*costs, sum_of(costs)]:
+                sums = cost.sums
+                sizes = (f"{size / 1e9:,.1f}" for size in (sums["read"], sums["sent"], cost.held, cost.aside))
+                times = (sums["sent"] / speed, sums["read"] / DISK, *(sums[card] for card in CARDS))
+                hours = (f"{seconds / 3600:.2f}" for seconds in times)
+                table.add_row(cost.name, f"{sum(cost.calls.values()):,}", cost.order, *sizes, *hours)
+            Console(width=120).print(table)
 
 
 if __name__ == "__main__":

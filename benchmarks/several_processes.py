@@ -8,6 +8,7 @@ at least once in the pass, by the pages that Linux marks as referenced.
 
 from __future__ import annotations
 
+import io
 import pickle
 import tempfile
 import time
@@ -51,17 +52,35 @@ def _read(folder: Path | None) -> int:
     return found
 
 
-def _counted(calls: Counter[str], name: str) -> Callable[..., Any]:
-    """A collective of torch that counts its calls and bytes."""
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "broadcast_object_list")
+
+
+def counted(name: str, note: Callable[[str, int], None]) -> Callable[..., Any]:
+    """A collective of torch that tells ``note`` its name and the bytes that it is given."""
     true: Callable[..., Any] = getattr(dist, name)
 
     def collective(given: Any, *more: Any, **options: Any) -> Any:
         sent = more[0] if name in ("all_gather", "all_gather_object") else given
-        calls["calls"] += 1
-        calls["bytes"] += sent.nbytes if isinstance(sent, torch.Tensor) else len(pickle.dumps(sent))
+        note(name, sent.nbytes if isinstance(sent, torch.Tensor) else _bytes_of(sent))
         return true(given, *more, **options)
 
     return collective
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of an object: pickled, and of tensors on ``meta`` in it those that they stand for."""
+    found: list[int] = []
+
+    class Sizes(pickle.Pickler):
+        def persistent_id(self, one: Any) -> int | None:
+            if isinstance(one, torch.Tensor) and one.is_meta:
+                found.append(one.nbytes)
+                return 0
+            return None
+
+    file = io.BytesIO()
+    Sizes(file).dump(value)
+    return sum(found) + file.tell()
 
 
 def _prune(
@@ -69,8 +88,8 @@ def _prune(
 ) -> None:
     dist.init_process_group("gloo", f"file://{place / 'meeting'}", world_size=count, rank=rank)
     calls = Counter[str]()
-    for name in ("all_reduce", "all_gather", "broadcast", "all_gather_object", "broadcast_object_list"):
-        setattr(dist, name, _counted(calls, name))
+    for name in COLLECTIVES:
+        setattr(dist, name, counted(name, lambda _, size: calls.update(calls=1, bytes=size)))
     seen: list[Cost] = []
 
     def mark(step: Any) -> None:
