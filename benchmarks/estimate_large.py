@@ -92,7 +92,7 @@ class Cost:
     order: str
     held: float
     aside: float
-    sums: Counter[str]
+    sums: Any
 
     @property
     def calls(self) -> dict[str, int]:
@@ -141,7 +141,9 @@ class Meter(TorchDispatchMode):
     def __init__(self, processes: int, sustained: float) -> None:
         super().__init__()
         self.processes, self.sustained = processes, sustained
-        self.sums, self.log = Counter[str](), list[tuple[str, int]]()
+        self.log = list[tuple[str, int]]()
+        self.sums: Any = Counter()
+        """Calls, bytes and seconds; a counter whose values need not be whole."""
         self.held, self.peak = Counter[str](), Counter[str]()
         self.answers, self.paused = 0, False
         self.pieces: Sequence[Any] = ()
@@ -243,12 +245,12 @@ class Meter(TorchDispatchMode):
         """A collective that is given ``size`` bytes."""
         others = self.processes - 1
         times = 2 * others / self.processes if kind == "all_reduce" else 1 if "broadcast" in kind else others
-        self.sums.update({kind: 1, "sent": size * times})  # type: ignore[dict-item]
+        self.sums.update({kind: 1, "sent": size * times})
         self.log.append((kind, 0 if "object" in kind else size))
 
     def repeated(self, true: Callable[..., Any], result: Callable[[], Any], times: int) -> Callable[..., Any]:
         """A function that runs a number of times, and after that counts as it did the last time."""
-        runs: list[tuple[Counter[str], list[tuple[str, int]]]] = []
+        runs: list[tuple[Any, list[tuple[str, int]]]] = []
 
         def call(*args: Any) -> Any:
             if len(runs) == times:
@@ -293,7 +295,7 @@ class Meter(TorchDispatchMode):
             ranks.deal: partial(self.dealt, ranks.deal),
             ranks.gathered: partial(self.gathered, ranks.gathered),
         }
-        patches = [
+        patches: list[tuple[Any, str, Any]] = [
             (module, true.__name__, other)
             for module in list(sys.modules.values())
             for true, other in others.items()
@@ -341,7 +343,7 @@ def _call_function(true: Callable[..., Any], run: Any, target: Any, args: Any, k
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), scale=scale)[0]
 
 
-def _difference(before: Counter[str], after: Counter[str]) -> Counter[str]:
+def _difference(before: Any, after: Any) -> Any:
     return Counter({name: value - before[name] for name, value in after.items()})
 
 
@@ -357,7 +359,7 @@ def count_passes(
 ) -> list[Cost]:
     """The cost of each pass of a recipe up to tuning, in one of several processes."""
     passes = fxprune.prune_pipeline(ids, recipe=recipe, ratio=0.2).passes
-    meter, seen = Meter(processes, sustained), list[tuple[str, Counter[str], int, Counter[str]]]()
+    meter, seen = Meter(processes, sustained), list[tuple[str, Any, int, Counter[str]]]()
 
     def mark(step: Any) -> None:
         seen.append((step.name if step else "", meter.sums.copy(), len(meter.log), meter.peak))
@@ -385,7 +387,7 @@ def _digest(value: Any) -> str:
 
 def sum_of(costs: Sequence[Cost]) -> Cost:
     """The cost of all passes."""
-    sums = sum((cost.sums for cost in costs), Counter[str]())
+    sums: Any = sum((cost.sums for cost in costs), Counter())
     held, aside = (max(sizes) for sizes in zip(*((cost.held, cost.aside) for cost in costs), strict=True))
     return Cost("together", _digest([cost.order for cost in costs]), held, aside, sums)
 
