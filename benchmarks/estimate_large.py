@@ -73,7 +73,12 @@ LINKS = {8: 450e9, math.inf: 50e9}
 DISK = 3e9
 """Bytes a second that a process reads from files."""
 
-QWEN = {"hidden_size": 4096, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64}
+QWEN: dict[str, Any] = {
+    "hidden_size": 4096,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+}
 QWEN |= {"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936}
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "70b": SHAPES["70b"].config,
@@ -139,7 +144,7 @@ class Meter(TorchDispatchMode):
     """Counts what ops on ``meta`` take, and stands in for what they would have to know."""
 
     def __init__(self, processes: int, sustained: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.processes, self.sustained = processes, sustained
         self.log = list[tuple[str, int]]()
         self.sums: Any = Counter()
@@ -295,12 +300,10 @@ class Meter(TorchDispatchMode):
             ranks.deal: partial(self.dealt, ranks.deal),
             ranks.gathered: partial(self.gathered, ranks.gathered),
         }
-        patches: list[tuple[Any, str, Any]] = [
-            (module, true.__name__, other)
-            for module in list(sys.modules.values())
-            for true, other in others.items()
-            if vars(module).get(true.__name__) is true
-        ]
+        patches = list[tuple[Any, str, Any]]()
+        for true, other in others.items():
+            name = str(true.__name__)
+            patches += [(module, name, other) for module in [*sys.modules.values()] if vars(module).get(name) is true]
         as_array, call, empty = torch.Tensor.numpy, fx.Interpreter.call_function, fx.GraphModule({}, fx.Graph())
         patches += [
             *((module, "offloaded", partial(self.offload, kind="weights")) for module in (files, shrink)),
