@@ -113,7 +113,9 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collect
 
 def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, groups: Sequence[Group]) -> str:
     """Why no model can be emitted if ``groups`` alone shrink; empty if one can."""
-    part = replace(removal, keep=removal.keep.only([g.factor for g in groups if g.factor]), removed_blocks=())
+    part = replace(
+        removal, keep=removal.keep.only([g.factor for g in groups if g.factor is not None]), removed_blocks=()
+    )
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
     inputs, known = source.example_inputs, source.known
     model: Any = source.model

@@ -555,18 +555,19 @@ class _Emitter:
         yield from every if len(task.resized) == 1 else islice(every, 1)
         alike: dict[object, list[Resized]] = {}
         for one in task.resized if len(task.resized) > 1 else ():
-            inside = frozenset((name[_start(one) :], axis, size) for (name, axis), size in one.axes.items())
+            inside = frozenset((name[_start(one) :], axis) for name, axis in one.axes)
             kind = type(task.model.get_submodule(one.scope))
-            alike.setdefault((kind, tuple(one.sizes.items()), inside), []).append(one)
-        ways = [list(islice(self.alone(same[0]), _MOST_ALONE)) for same in alike.values()]
-        others = [{i: rank} for rank in range(1, _MOST_ALONE) for i, found in enumerate(ways) if rank < len(found)]
-        for pick in ({}, *others)[:_MOST_CANDIDATES] if alike and all(ways) else ():
-            alone = [
-                {f"{one.scope}.{path}".strip("."): own for path, own in ways[i][pick.get(i, 0)].items()}
-                for i, same in enumerate(alike.values())
-                for one in same
-            ]
-            yield composed_patches(task.model, task.wanted, alone)
+            alike.setdefault((kind, tuple(one.sizes), inside), []).append(one)
+        ways: list[list[Patches]] = []
+        for same in alike.values():
+            ways.append(list(islice(self.alone(same[0]), _MOST_ALONE)))
+            if not ways[-1]:
+                return
+        picks: list[dict[int, int]] = [{}] if ways else []
+        picks += [{i: rank} for rank in range(1, _MOST_ALONE) for i, found in enumerate(ways) if rank < len(found)]
+        for pick in picks[:_MOST_CANDIDATES]:
+            chosen = [(one, ways[i][pick.get(i, 0)]) for i, same in enumerate(alike.values()) for one in same]
+            yield composed_patches(task.model, task.wanted, chosen)
 
     def alone(self, one: Resized) -> Iterator[Patches]:
         """Yield attributes with which the dense model runs if ``one`` alone goes, by paths within its scope."""

@@ -273,17 +273,22 @@ def _followers(model: nn.Module, wanted: Mapping[str, Shape]) -> tuple[Patches, 
     return leaves, found
 
 
-def composed_patches(model: nn.Module, wanted: Mapping[str, Shape], alone: Sequence[Patches]) -> Patches:
-    """Attributes of a model that loses units of several groups, from those that it has where each of them goes alone.
+def composed_patches(
+    model: nn.Module, wanted: Mapping[str, Shape], alone: Sequence[tuple[Resized, Patches]]
+) -> Patches:
+    """Attributes of a model that loses units of several groups, from those that change where one goes alone.
 
-    A number that several change is a product of theirs or, where that is no whole number, a sum.
+    These are by paths within the scope. A number that several groups change is a product of theirs or, where that is no
+    whole number, a sum.
     """
     steps: dict[tuple[str, str], list[int]] = {}
-    for path, name, value in (
-        (path, *item) for patches in alone for path, own in patches.items() for item in own.items()
-    ):
-        if type(value) is int and not _is_of_torch(model.get_submodule(path)):
-            steps.setdefault((path, name), []).append(value)
+    for one, patches in alone:
+        for path, own in patches.items():
+            path = f"{one.scope}.{path}".strip(".")
+            module = model.get_submodule(path)
+            for name, value in own.items() if not _is_of_torch(module) else ():
+                if type(value) is int:
+                    steps.setdefault((path, name), []).append(one.sizes.get(vars(module)[name], value))
     found: Patches = {}
     for (path, name), values in steps.items():
         old = vars(model.get_submodule(path))[name]

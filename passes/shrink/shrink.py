@@ -437,7 +437,7 @@ class RewriteLiteralsPass(Pass):
 def _slim_value(size: fx.Node, removal: Removal, dense: int) -> int:
     """The value of a size computed at run time once tensors are slim; ``dense`` if it is not one of their sizes."""
 
-    def value(node: fx.Node) -> Any:
+    def value(node: Any) -> Any:
         if node.target is torch.ops.aten.sym_size.int:
             source, axis = cast(tuple[fx.Node, int], node.args)
             return kept_size(removal.axes.tensors[tensor_name(source)][axis], removal.keep)
