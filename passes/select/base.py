@@ -53,7 +53,7 @@ HELDOUT, BATCH = 16, 4
 _CLEARLY = 0.95
 """Part of the divergence by the global ranking that the local one stays below where it does clearly less harm.
 
-At a tie before the fit, the global one was nearer after it on all texts tried (Gemma-3-270M at 10%).
+At a tie before the fit, the global one was nearer after it on all texts tried, of one model.
 """
 
 
@@ -314,6 +314,7 @@ class SelectPass(Pass):
         "",
         """Module that alone loses units, by its name, as in ``language_model``; the rest stays whole and counts in the
         ratio. All by default.""",
+        check=partial(instance, kind=str, wanted="the name of a module"),
     )
     ranking: Ranking = argument(
         "local",
