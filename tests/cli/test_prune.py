@@ -100,11 +100,11 @@ def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None
     options = ("--recipe", "fast", "--tune", "none", "--compensate", "none", "--protect", "0,0", "--ratio", 0.05)
     code, output = shown("prune", folder, "--out", out, "--calibration", path, "--tokens", 6, "--samples", 4, *options)
     assert code == 0, output
-    used = "words.txt: 4 samples, 24 tokens, 6 each"
+    used = "words.txt: 6 samples, 2 of them written by the model, 36 tokens, 6 each"
     assert f"calibrated on {used}" in output
     report = json.loads((out / "report.json").read_text())
     assert report["calibration"] == {
-        **{"source": "words.txt", "samples": 4, "written": 0, "tokens": 24, "lengths": [6, 6]}
+        **{"source": "words.txt", "samples": 6, "written": 2, "tokens": 36, "lengths": [6, 6]}
     }
     for name in ("report.html", "README.md"):
         text = (out / name).read_text()
