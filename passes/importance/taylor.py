@@ -5,6 +5,7 @@ Source: Ma, Fang, Wang, "LLM-Pruner", NeurIPS 2023, section 3.2; equation number
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -293,6 +294,9 @@ class _GradientSweep:
             for sample in self.samples
         ]
         self.runs = PartRuns(graph_module, parts, inputs, self.wanted)
+        nodes = repr([list(map(str, part.nodes)) for part in parts])
+        self.cut = hashlib.sha256(nodes.encode()).hexdigest()[:8]
+        """Names what is cached: another number of processes may cut the graph into other parts."""
 
     def run(self) -> Positions:
         left, found = self._resume()
@@ -379,13 +383,11 @@ class _GradientSweep:
         for sample, place in enumerate(self.numbers):
             gradients = {f"gradient {name}": value for name, value in self.runs.gradients_by_name(sample).items()}
             late = {f"late {name}": value for (name, one), value in self.late.items() if one == sample}
-            _cache_tensors(_gradients_file(number, place), gradients | late, own=True)
+            _cache_tensors(f"{self._gradients(number)}/{place}.safetensors", gradients | late, own=True)
         barrier()
-        _cache_tensors(
-            f"part-{number}.safetensors", {f"score {axis} {name}": value for (name, axis), value in found.items()}
-        )
+        _cache_tensors(self._part(number), {f"score {axis} {name}": value for (name, axis), value in found.items()})
         if self.saved is not None:
-            uncache(f"gradients-{self.saved}")
+            uncache(self._gradients(self.saved))
         self.saved = number
 
     def _resume(self) -> tuple[int, Positions]:
@@ -393,7 +395,7 @@ class _GradientSweep:
         found: Positions = {}
         left = len(self.parts)
         for number in reversed(range(len(self.parts))):
-            file = cached(f"part-{number}.safetensors")
+            file = cached(self._part(number))
             if file is None:
                 continue
             left = self.saved = number
@@ -402,8 +404,16 @@ class _GradientSweep:
                 found[name, int(axis)] = value
         if self.saved is not None:
             for sample, place in enumerate(self.numbers):
-                self._take_gradients(sample, _gradients_file(self.saved, place))
+                self._take_gradients(sample, f"{self._gradients(self.saved)}/{place}.safetensors")
         return left, found
+
+    def _part(self, number: int) -> str:
+        """The cached file of the scores of a part."""
+        return f"part-{self.cut}-{number}.safetensors"
+
+    def _gradients(self, number: int) -> str:
+        """The cached folder of the gradients that parts before a part need, with a file for each sample by its number."""
+        return f"gradients-{self.cut}-{number}"
 
     def _take_gradients(self, sample: int, name: str) -> None:
         file = cached(name, own=True)
@@ -431,11 +441,6 @@ def finite_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
         remedy = "Repair the weights, or look for samples that the model cannot process"
         raise CalibrationError(what, where="calibration", remedy=remedy)
     return loss
-
-
-def _gradients_file(part: int, sample: int) -> str:
-    """The cached file of the gradients that parts before a part need, for a sample by its number among all."""
-    return f"gradients-{part}/{sample}.safetensors"
 
 
 def _cache_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, own: bool = False) -> None:

@@ -108,6 +108,26 @@ def test_a_killed_run_is_resumed_by_any_number_of_processes(tmp_path: Path) -> N
     assert any("died with" in line for line in seen)
 
 
+@pytest.mark.slow
+def test_parts_scored_by_two_processes_are_not_those_of_one_that_cuts_the_graph_elsewhere(tmp_path: Path) -> None:
+    """The scores of two processes were taken for those of parts of the same numbers."""
+    tiny("llama").save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    options = {**OPTIONS, "compensate": "none", "tune": "none", "ranking": "local"}
+
+    def prune(out: str) -> None:
+        prefetch._LEAST_SHARED = 0
+        fxprune.prune_checkpoint(tmp_path / "dense", tmp_path / out, token_ids(9, 12), **options)
+
+    assert end(start(1, lambda: prune("whole"), tmp_path / "meeting"))
+    processes = start(2, lambda: prune("slim"), tmp_path / "meeting")
+    while not list(tmp_path.glob("slim.unfinished/*/part-*-15.safetensors")):
+        time.sleep(0.002)
+    processes[1].kill()
+    assert not end(processes) and end(start(1, lambda: prune("slim"), tmp_path / "meeting"))
+    plans = [fxprune.Plan.from_json((tmp_path / out / "plan.json").read_text()) for out in ("slim", "whole")]
+    assert plans[0] == plans[1]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
