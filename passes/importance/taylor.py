@@ -412,7 +412,7 @@ class _GradientSweep:
         return f"part-{self.cut}-{number}.safetensors"
 
     def _gradients(self, number: int) -> str:
-        """The cached folder of the gradients that parts before a part need, with a file for each sample by its number."""
+        """The cached folder of the gradients that parts before a part need: a file a sample, by its number."""
         return f"gradients-{self.cut}-{number}"
 
     def _take_gradients(self, sample: int, name: str) -> None:
