@@ -1,4 +1,4 @@
-"""What one of many processes reads, sends, holds and computes in a prune of a model too large to try here.
+"""Cost estimates of pruning very large models, for one of many processes: bytes read, sent and held, and hours.
 
 `python -m benchmarks.estimate_large`: the passes of a recipe up to tuning run with all layers at their true widths on
 `meta`, as one of 8 or 64 processes of torch's fake process group, with weights in files. Nothing is computed, and what
@@ -91,7 +91,7 @@ _NO_ANSWER: Any = object()
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass took: a digest of the order of collectives, most bytes in memory and aside, and sums of the rest."""
+    """Cost of a pass: peak bytes in memory and in files, a digest of the order of collectives, and other totals."""
 
     name: str
     order: str
@@ -115,7 +115,7 @@ def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
 
 
 def _spec(value: Any) -> Any:
-    """What the result of an op on ``meta`` depends on, of a tensor or of another argument."""
+    """Cache key of an argument of an op on ``meta``: shape, strides, dtype and device of a tensor, else its value."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     return tuple(map(_spec, value)) if isinstance(value, list | tuple) else (type(value), value)
@@ -141,7 +141,7 @@ def _kind_of(func: Any) -> str:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what ops on ``meta`` take, and stands in for what they would have to know."""
+    """Dispatch mode that counts the cost of ops on ``meta``, and answers for values that are not there."""
 
     def __init__(self, processes: int, sustained: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -172,7 +172,7 @@ class Meter(TorchDispatchMode):
         return self._run(key, kind, func, args, kwargs, [] if kind == "new" else given)
 
     def _run(self, key: Any, kind: str, func: Any, args: Any, kwargs: Any, given: Sequence[torch.Tensor]) -> Any:
-        """Run an op, or make what it gave before for such arguments, and count it."""
+        """Run an op, or repeat its result for the same key, and count its cost."""
         out, cost = self.known.get(key, (None, None))
         if kind == "in place" and all(tensor.is_meta for tensor in given):
             found = args[0] if func._schema.returns else None
@@ -193,7 +193,7 @@ class Meter(TorchDispatchMode):
         return found
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What stands in for a result that depends on values, or that would leave ``meta``."""
+        """Stand-in for a result that depends on values, or that would leave ``meta``."""
         if func is aten._local_scalar_dense.default:
             kind = args[0].dtype
             return True if kind == torch.bool else self.answer() if kind.is_floating_point else 1
@@ -236,7 +236,7 @@ class Meter(TorchDispatchMode):
         self.held[self.in_files.pop(place, "memory")] -= size
 
     def offload(self, tensor: torch.Tensor, kind: str = "values") -> torch.Tensor:
-        """What stands in for a tensor in a file."""
+        """Stand-in for a tensor in a file."""
         if not tensor.is_meta or tensor.nbytes < files._SMALLEST:
             return tensor
         self.paused = True
@@ -327,7 +327,7 @@ class Meter(TorchDispatchMode):
 
 
 def _even_data(site: Any, run: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What a fit of matrices reads if each gets the same number of tokens."""
+    """Inputs and targets of each expert's fit, with the tokens dealt evenly."""
     product = site.product
     count = site.weight.meta["val"].shape[product.order[0]]
     x = torch.cat([one.env[product.source].permute(product.source_order).flatten(0, -2) for one in run.masked])
@@ -406,7 +406,7 @@ def main(
     sustained: Annotated[float, typer.Option(help="Fraction of a card's operations that is sustained.")] = 0.4,
     rank: Annotated[int, typer.Option(help="Which of the processes.")] = 0,
 ) -> None:
-    """Count what one of several processes takes to prune models too large to try."""
+    """Estimate the cost of pruning very large models for one of several processes."""
     unknown = set(models.split(",")) - set(MODELS)
     if unknown:
         raise typer.BadParameter(f"no such model: {', '.join(sorted(unknown))}", param_hint="--models")

@@ -386,7 +386,7 @@ def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping
 
 
 _FITTED = "fitted"
-"""Key, among what is known of a model, of the latest request that fitted, of its candidate and its ``runs_dry``."""
+"""Key in ``known`` of the latest request with a model: the request, its candidate and its ``runs_dry``."""
 
 Agrees = Callable[["PreTrainedModel"], bool]
 """Whether the outputs of an emitted model are right; a ``VerificationError`` is a no with its reason."""
@@ -552,9 +552,12 @@ class _Emitter:
         """Yield attributes to set: all that may change; if several groups go, then those found for each alone."""
         task = self.task
         every = patches_by_hand(task.model, task.wanted, task.resized)
-        yield from every if len(task.resized) == 1 else islice(every, 1)
+        if len(task.resized) == 1:
+            yield from every
+            return
+        yield from islice(every, 1)
         alike: dict[object, list[Resized]] = {}
-        for one in task.resized if len(task.resized) > 1 else ():
+        for one in task.resized:
             inside = frozenset((name[_start(one) :], axis) for name, axis in one.axes)
             kind = type(task.model.get_submodule(one.scope))
             alike.setdefault((kind, tuple(one.sizes), inside), []).append(one)
@@ -563,7 +566,7 @@ class _Emitter:
             ways.append(list(islice(self.alone(same[0]), _MOST_ALONE)))
             if not ways[-1]:
                 return
-        picks: list[dict[int, int]] = [{}] if ways else []
+        picks: list[dict[int, int]] = [{}]
         picks += [{i: rank} for rank in range(1, _MOST_ALONE) for i, found in enumerate(ways) if rank < len(found)]
         for pick in picks[:_MOST_CANDIDATES]:
             chosen = [(one, ways[i][pick.get(i, 0)]) for i, same in enumerate(alike.values()) for one in same]

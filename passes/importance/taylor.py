@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -294,9 +294,6 @@ class _GradientSweep:
             for sample in self.samples
         ]
         self.runs = PartRuns(graph_module, parts, inputs, self.wanted)
-        nodes = repr([list(map(str, part.nodes)) for part in parts])
-        self.cut = hashlib.sha256(nodes.encode()).hexdigest()[:8]
-        """Names what is cached: another number of processes may cut the graph into other parts."""
 
     def run(self) -> Positions:
         left, found = self._resume()
@@ -406,6 +403,12 @@ class _GradientSweep:
             for sample, place in enumerate(self.numbers):
                 self._take_gradients(sample, f"{self._gradients(self.saved)}/{place}.safetensors")
         return left, found
+
+    @cached_property
+    def cut(self) -> str:
+        """Fingerprint of the parts: another number of processes may cut the graph into others."""
+        nodes = repr([list(map(str, part.nodes)) for part in self.parts])
+        return hashlib.sha256(nodes.encode()).hexdigest()[:8]
 
     def _part(self, number: int) -> str:
         """The cached file of the scores of a part."""
