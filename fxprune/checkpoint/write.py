@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -439,7 +440,13 @@ def _write_model(
     state: dict[str, torch.Tensor] | None,
 ) -> None:
     with _savable(model, structure):
-        stock_class(model).save_pretrained(model, work, max_shard_size=max_shard_size, state_dict=state)
+        save = partial(stock_class(model).save_pretrained, model, work, max_shard_size=max_shard_size, state_dict=state)
+        try:
+            save()
+        except RuntimeError:  # of a conversion that takes each layer to have as many heads as the config says
+            if structure.is_stock:
+                raise
+            save(save_original_format=False)
     if has_unaligned_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         file = work / "config.json"  # grouped kernels do not accept their widths
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -449,7 +456,8 @@ def _write_model(
     auto_map = write_modelling(model, work)
     more = {"auto_map": auto_map} if auto_map else {}
     blocks = part_of(model.config, structure.where.get("part", ""))
-    known = all(hasattr(blocks, name) for own in structure.overrides.block_fields.values() for name in own)
+    names = {name for own in structure.overrides.block_fields.values() for name in own}
+    known = all(name in vars(blocks) or hasattr(blocks, name) for name in names)  # some can be read of a layer alone
     depth = getattr(blocks, "num_hidden_layers", None)
     counted = known and isinstance(depth, int)  # else transformers refuses values of single layers
     layerwise.amend_config(work, structure.overrides, structure.where, depth if counted else None, **more)

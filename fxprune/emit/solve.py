@@ -178,6 +178,8 @@ class Search:
     limit: int = 400
     best: dict[str, int] = field(default_factory=dict)
     _tried: set[frozenset[tuple[str, int]]] = field(default_factory=set)
+    _inert: set[str] = field(default_factory=set)
+    """Fields that move no shape at the start, and so are not probed again at each assignment."""
 
     def wrong(self, fields: Fields) -> frozenset[Axis] | None:
         """Return the axes that are wrong under an assignment; None if it cannot be built."""
@@ -215,7 +217,7 @@ class Search:
         known = [name for name in self.rebuilder.known(here) if self.names is None or name in self.names]
         for name in known:
             current = self.rebuilder.value(here, name)
-            for value in self.steps(fields, name, wrong) if name not in fields else ():
+            for value in self.steps(fields, name, wrong) if name not in {*fields, *self._inert} else ():
                 one = {**fields, name: value}
                 if self.wrong(one) is not None:
                     yield one
@@ -241,16 +243,19 @@ class Search:
         if value is None or now is None:
             return []
         found: dict[int, None] = {}
-        measured = 0
+        measured = built = 0
         # even steps first, since many widths must be even; then single ones; then those that keep divisibility
         for delta in dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))):
             moved = self.rebuilder.observe({**here, name: value + delta}) if delta and value + delta > 0 else None
+            built += moved is not None
             if moved is None or moved.shapes == now.shapes:
                 continue
             found.update(dict.fromkeys(self._extrapolated(now, moved, wrong, (value, delta))))
             measured += 1
             if measured == _SLOPES:
                 break
+        if built and not measured and not fields:
+            self._inert.add(name)
         return list(found)
 
     def _extrapolated(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 
 import fxprune
@@ -43,6 +44,23 @@ def test_fields_that_the_config_of_the_class_lacks_are_kept_apart(tmp_path: Path
     assert "per_layer_config" not in config
     assert any("head_dim" in own for own in config["fxprune"]["layers"].values())
     fxprune.from_pretrained(tmp_path / "slim")
+
+
+def test_weights_of_a_conversion_that_own_widths_break_have_the_names_of_their_modules(
+    slim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kimi K2.5's rotary rows are reordered by one number of heads for all layers, when it is saved and loaded."""
+
+    def save(self: Any, folder: Path, *, save_original_format: bool = True, **options: Any) -> None:
+        if save_original_format:
+            raise RuntimeError("shape '[6, 2, 3]' is invalid for input of size 40")
+        stock(self, folder, save_original_format=False, **options)
+
+    stock = transformers.PreTrainedModel.save_pretrained
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save)
+    save_pretrained(slim, tmp_path / "slim")
+    loaded = from_pretrained(tmp_path / "slim")
+    assert all(torch.equal(a, b) for a, b in zip(slim.parameters(), loaded.parameters(), strict=True))
 
 
 def test_a_model_is_as_it_was_after_it_was_saved(slim: Any, tmp_path: Path) -> None:
