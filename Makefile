@@ -46,6 +46,8 @@ recover-demo: $(STAMP) ## Prune the demo model, train it for a few minutes, and 
 
 # torch caches results of fake tensors by shape, which tiny models hardly share: the cache costs more than it saves.
 test test-all fuzz: export TORCH_FAKE_TENSOR_DISPATCH_CACHE=0
+# The bytecode of the tests is written, whatever the shell says: pytest takes longer to rewrite them than to collect them.
+test test-all fuzz: export PYTHONDONTWRITEBYTECODE=
 
 TESTS = $(call threaded,1) -m pytest --numprocesses $(THREADS) --dist worksteal
 

@@ -7,6 +7,7 @@ starts from :mod:`tests.remembered`: ``grouped("llama")`` is a fork of a graph w
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from fxprune.modelling.layerwise import AnyWidths
 from tests.exports import remember_exports
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 20, 20)  # what torch, transformers and remembered traces hold is large, and seldom searched
 os.environ.pop("COLUMNS", None)  # what is printed is what goes to a pipe, however wide the terminal of this run is
 os.environ["FXPRUNE_WIDTHS"] = os.path.join(tempfile.gettempdir(), f"fxprune-widths-{os.getpid()}.json")
 logging.set_verbosity_error()
@@ -38,7 +40,7 @@ def seeded() -> None:
     """The same random numbers in every test, whatever ran before."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture

@@ -389,7 +389,8 @@ def _same_randomness(seed: int = 0) -> Iterator[None]:
     """Seed the random numbers of torch, Python and numpy, and restore their states."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # torch.manual_seed notes the seed, with the stack, for each kind of device that may be used one day
+        (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
         np.random.seed(seed)
         try:
@@ -448,6 +449,7 @@ class Fidelity(Fact):
     random: bool = False
 
 
+@quiet()  # entering it for each run clears the caches of all loggers each time
 def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: Mapping[str, Any] | None) -> Fidelity:
     """Compare a graph with its module; the graph gets checks that refuse sizes at which they differ.
 
