@@ -55,7 +55,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ],
 )
 def test_equal_widths_save_a_stock_model(folder: str, out: Path, options: tuple[str, ...], words: str) -> None:
-    code, output = shown("prune", folder, "--out", out, *L2, *options)
+    code, output = shown("prune", folder, "--out", out, *L2, *options, "--no-eval")
     assert code == 0 and "model, plan and report written" in output and words in output, output
     assert "with --uniform" not in output
     report = json.loads((out / "report.json").read_text())
@@ -97,7 +97,7 @@ def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None
     """A card listed `samples=64, written=64` where 4 of a file were used, and named no file."""
     path = out.with_name("words.txt")
     path.write_text("red green blue\n" * 8)
-    options = ("--recipe", "fast", "--tune", "none", "--compensate", "none", "--protect", "0,0", "--ratio", 0.05)
+    options = ("--recipe", "fast", "--tune=none", "--compensate=none", "--ratio=0.05", "--protect=0,0", "--no-eval")
     code, output = shown("prune", folder, "--out", out, "--calibration", path, "--tokens", 6, "--samples", 4, *options)
     assert code == 0, output
     used = "words.txt: 6 samples, 2 of them written by the model, 36 tokens, 6 each"
@@ -166,7 +166,7 @@ def test_a_recipe_is_edited_as_text(folder: str, out: Path) -> None:
     assert code == 0 and printed.split() == text.split()
     mine = out.with_name("mine.txt")
     mine.write_text(text.replace("\ntaylor\n", "\nl1{kinds=[mlp]}\n").replace("ratio\n", "ratio{kinds=[mlp]}\n"))
-    code, output = shown("prune", folder, "--out", out, "--recipe", mine, "--protect", 0, 0, "--ratio", "0.1")
+    code, output = shown("prune", folder, "--out", out, "--recipe", mine, "--protect=0,0", "--ratio=0.1", "--no-eval")
     assert code == 0 and "mlp: 88 to" in output and "head" not in output, output
 
 
@@ -175,14 +175,14 @@ def test_a_run_repeats_from_its_file(folder: str, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     Path("slim").mkdir()
     Path("slim/notes").write_text("mine")
-    options = (*L2, "--kinds", "mlp,head", "--ratio", 0.1, "--protect", 1, 0)
+    options = (*L2, "--kinds", "mlp,head", "--ratio", 0.1, "--protect", 1, 0, "--no-eval")
     assert "--force" in refused("prune", folder, "--out", "slim", *options)
     code, printed, lines = run("prune", folder, "--out", "slim", *options, "--force", "--verbose")
     assert code == 0 and "find-groups: " in lines and "of the parameters removed" in printed, lines
     assert Path("slim/notes").read_text() == "mine"
     assert yaml.safe_load(Path("slim/run.yaml").read_text()) == {
         **{"model": folder, "out": "slim", "recipe": "llm-pruner", "importance": "l2", "kinds": "mlp,head"},
-        **{"ratio": 0.1, "protect": [1, 0]},
+        **{"ratio": 0.1, "protect": [1, 0], "eval": False},
     }
     plan = Path("slim/plan.json").read_text()
     code, printed, _ = run("prune", "--config", "slim/run.yaml", "--out", "again", "--json", "--quiet")

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 import fxprune
 from fxprune.emit.snapshot import shapes_of
 from tests.architectures.library import LIBRARY, stirred
+from tests.exports import remember_exports
 from tests.models import tiny
 from tests.tiers import SLOW
 
@@ -81,8 +82,9 @@ class Rows(Dataset[torch.Tensor]):
 
 
 def pruned_plans(kinds: Sequence[str]) -> list[str]:
-    """The plans of prunes in a process of their own."""
+    """The plans of prunes in a process of their own, which traces for itself."""
     torch.set_num_threads(1)
+    remember_exports().fresh = True
     return [prune(kind).plan.to_json() for kind in kinds]
 
 
@@ -295,6 +297,6 @@ def test_a_spawned_worker_gets_models_by_pickle() -> None:
 
 @SLOW
 def test_two_processes_prune_at_once() -> None:
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         for found in pool.map(pruned_plans, (KINDS, KINDS)):
             assert found == [slim(kind).plan.to_json() for kind in KINDS]

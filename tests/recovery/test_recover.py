@@ -247,11 +247,12 @@ SPREAD = """
     from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
 
     pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), recipe="llm-pruner")
-    arguments = json.loads(sys.argv[2])
-    done = fxprune.recover(
-        pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=sys.argv[1], arguments=arguments
-    )
-    open(os.path.join(sys.argv[1], f"rank{os.environ['RANK']}.json"), "w").write(done.to_json())
+    for name, arguments in json.loads(sys.argv[2]).items():
+        folder = os.path.join(sys.argv[1], name)
+        done = fxprune.recover(
+            pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=folder, arguments=arguments
+        )
+        open(os.path.join(folder, f"rank{os.environ['RANK']}.json"), "w").write(done.to_json())
 """
 
 
@@ -263,11 +264,10 @@ ACCELERATE = ("accelerate.commands.launch", "--num_machines=1", "--num_processes
 @pytest.mark.parametrize(
     ("launcher", "arguments"),
     [
-        (TORCHRUN, {}),
-        (TORCHRUN, {"fsdp": True, "fsdp_config": {"version": 2}}),
-        ((*ACCELERATE, "--use_fsdp", "--fsdp_version=2"), {}),
+        (TORCHRUN, {"copies": {}, "sharded": {"fsdp": True, "fsdp_config": {"version": 2}}}),
+        ((*ACCELERATE, "--use_fsdp", "--fsdp_version=2"), {"launched": {}}),
     ],
-    ids=["copies", "sharded", "launched"],
+    ids=["torchrun", "accelerate"],
 )
 def test_two_processes_train_what_one_does(
     pruned: fxprune.Result, launcher: tuple[str, ...], arguments: dict[str, Any], tmp_path: Path
@@ -282,12 +282,13 @@ def test_two_processes_train_what_one_does(
     command += [str(tmp_path), json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "adapter").exists() == (launcher != TORCHRUN or bool(arguments)), "gathered where it was sharded"
     alone = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0)
-    for rank in (0, 1):
-        spread = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert spread["held_out"] == pytest.approx(alone.held_out, rel=1e-2)
-        assert spread["steps"] == alone.steps and spread["merge_error"] < 1e-4
+    for name in arguments:
+        assert (tmp_path / name / "adapter").exists() == (name != "copies"), "gathered where it was sharded"
+        for rank in (0, 1):
+            spread = json.loads((tmp_path / name / f"rank{rank}.json").read_text())
+            assert spread["held_out"] == pytest.approx(alone.held_out, rel=1e-2)
+            assert spread["steps"] == alone.steps and spread["merge_error"] < 1e-4
 
 
 SHARDED = """
@@ -314,8 +315,8 @@ SHARDED = """
             sizes.append(held())
             yield item
 
-    folder, sizes = sys.argv[1], []
-    with process_group():
+    def train(name):
+        sizes.clear()
         slim, dense = (load_model(f"{folder}/{name}", sharded=True) for name in ("slim", "dense"))
         slim(token_ids())  # what ran before has gathered weights, and knows that they are not frozen
         plan = fxprune.Plan.from_json(open(f"{folder}/slim/plan.json").read())
@@ -327,7 +328,12 @@ SHARDED = """
         assert done.model is slim
         fxprune.save_pretrained(slim, f"{folder}/recovered", plan=plan)
         record = {"sizes": sizes, "shards": shards, "trained": done.trained, "notes": done.notes}
-        open(f"{folder}/rank{rank()}.json", "w").write(json.dumps(record))
+        open(f"{folder}/{name}{rank()}.json", "w").write(json.dumps(record))
+
+    folder, sizes = sys.argv[1], []
+    with process_group():
+        train("first")
+        train("again")
 """
 
 
@@ -343,13 +349,13 @@ def test_a_process_holds_its_shards_of_student_and_teacher_alone(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     assert pruned.model is not None
     whole = sum(value.nbytes for model in (pruned.model, dense) for value in model.parameters())
-    for again in (False, True):  # from the last checkpoint
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("first", "again"):  # from the last checkpoint
         for rank in (0, 1):
-            found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+            found = json.loads((tmp_path / f"{name}{rank}.json").read_text())
             assert found["shards"] == pytest.approx(whole / 2, rel=0.01)
-            assert any("resumed" in note for note in found["notes"]) == again
+            assert any("resumed" in note for note in found["notes"]) == (name == "again")
             updates = 3 * 4 * found["trained"]  # with the moments of the optimizer
             assert all(size < whole / 2 + updates + 0.1 * whole for size in found["sizes"]), (whole, found)
     alone = fxprune.recover(
