@@ -155,6 +155,19 @@ def minimal(rebuilder: Rebuilder, base: Fields, fields: Fields, optional: Fields
 
 
 @dataclass
+class _Probes:
+    """Snapshots at an assignment and at other values of one field, by value and difference; those that differ only."""
+
+    now: Snapshot
+    moved: dict[tuple[int, int], Snapshot]
+
+    @functools.cached_property
+    def axes(self) -> frozenset[Axis]:
+        """The axes that the field moves."""
+        return frozenset().union(*(mismatches(moved.shapes, self.now.shapes) for moved in self.moved.values()))
+
+
+@dataclass
 class Search:
     """A best-first search over fields: one more field at a time, as long as fewer axes are wrong.
 
@@ -167,6 +180,7 @@ class Search:
         counted: axes that must be right; None for all.
         names: fields to change; None for all.
         limit: most assignments tried. Each builds a module on ``meta`` in some milliseconds, so this is seconds.
+        patience: most of them since one was a solution, or fixed more axes than those before without harming any.
         best: set by :meth:`solutions`: the assignment that fixed the most axes without harming any.
     """
 
@@ -176,10 +190,11 @@ class Search:
     counted: frozenset[Axis] | None = None
     names: frozenset[str] | None = None
     limit: int = 400
+    patience: int = 150
     best: dict[str, int] = field(default_factory=dict)
     _tried: set[frozenset[tuple[str, int]]] = field(default_factory=set)
-    _inert: set[str] = field(default_factory=set)
-    """Fields that move no shape at the start, and so are not probed again at each assignment."""
+    _probes: dict[str, _Probes] = field(default_factory=dict)
+    """What fields do at the start; they do the same where no field that moves one of their axes has another value."""
 
     def wrong(self, fields: Fields) -> frozenset[Axis] | None:
         """Return the axes that are wrong under an assignment; None if it cannot be built."""
@@ -196,9 +211,11 @@ class Search:
             return []
         found: list[dict[str, int]] = []
         pending: list[tuple[int, int, dict[str, int], frozenset[Axis]]] = [(len(start), 0, {}, start)]
-        fewest = len(start)
-        while pending and len(self._tried) < self.limit:
+        fewest, until = len(start), self.patience
+        while pending and len(self._tried) < min(until, self.limit):
             _, _, fields, wrong = heapq.heappop(pending)
+            if not wrong or (wrong <= start and len(wrong) < fewest):
+                until = len(self._tried) + self.patience
             if not wrong:
                 found.append(fields)
                 continue
@@ -217,7 +234,7 @@ class Search:
         known = [name for name in self.rebuilder.known(here) if self.names is None or name in self.names]
         for name in known:
             current = self.rebuilder.value(here, name)
-            for value in self.steps(fields, name, wrong) if name not in {*fields, *self._inert} else ():
+            for value in self.steps(fields, name, wrong) if name not in fields else ():
                 one = {**fields, name: value}
                 if self.wrong(one) is not None:
                     yield one
@@ -238,25 +255,29 @@ class Search:
 
     def steps(self, fields: Fields, name: str, wrong: frozenset[Axis]) -> list[int]:
         """Return values of a field that would fix one of the wrong axes, by slopes measured at an assignment."""
-        here = {**self.base, **fields}
+        start = self._probes.get(name)
+        others = [self._probes.get(other) for other in fields]
+        if start is not None and all(other and start.axes.isdisjoint(other.axes) for other in others):
+            probes = start
+        else:
+            probes = self._probe({**self.base, **fields}, name)
+            if not fields:
+                self._probes[name] = probes
+        found = (self._extrapolated(probes.now, moved, wrong, at) for at, moved in probes.moved.items())
+        return list(dict.fromkeys(chain.from_iterable(found)))
+
+    def _probe(self, here: Fields, name: str) -> _Probes:
         value, now = self.rebuilder.value(here, name), self.rebuilder.observe(here)
-        if value is None or now is None:
-            return []
-        found: dict[int, None] = {}
-        measured = built = 0
+        found = _Probes(now or Snapshot({}, {}, {}), {})
         # even steps first, since many widths must be even; then single ones; then those that keep divisibility
-        for delta in dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))):
+        deltas = dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))) if value is not None and now is not None else ()
+        for delta in deltas:
             moved = self.rebuilder.observe({**here, name: value + delta}) if delta and value + delta > 0 else None
-            built += moved is not None
-            if moved is None or moved.shapes == now.shapes:
-                continue
-            found.update(dict.fromkeys(self._extrapolated(now, moved, wrong, (value, delta))))
-            measured += 1
-            if measured == _SLOPES:
+            if moved is not None and moved.shapes != found.now.shapes:
+                found.moved[value, delta] = moved
+            if len(found.moved) == _SLOPES:
                 break
-        if built and not measured and not fields:
-            self._inert.add(name)
-        return list(found)
+        return found
 
     def _extrapolated(
         self, now: Snapshot, moved: Snapshot, wrong: frozenset[Axis], at: tuple[int, int]
