@@ -20,7 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -101,18 +101,19 @@ SHAPES = {
 }
 
 
-def write_random(folder: Path, config: LlamaConfig, shard_bytes: int = 500_000_000) -> int:
-    """Write a model of random weights shard by shard; return the bytes of its weights.
+def write_random(folder: Path, config: PreTrainedConfig, shard_bytes: int = 500_000_000) -> int:
+    """Write a causal language model of random weights shard by shard; return the bytes of its weights.
 
     Args:
         folder: New folder for the model.
-        config: Config of the model.
+        config: Config of the model; weights of experts are written one by one, as Qwen's are.
         shard_bytes: Most bytes of a file, unless a single tensor is larger.
     """
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).named_parameters()}
+        model: Any = AutoModelForCausalLM.from_config(config)
+    shapes = dict(_file_shapes(model))
     folder.mkdir(parents=True)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -136,6 +137,19 @@ def write_random(folder: Path, config: LlamaConfig, shard_bytes: int = 500_000_0
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     return total
+
+
+def _file_shapes(model: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of the weights as they are stored, with those of each expert apart."""
+    for name, tensor in model.named_parameters():
+        layer, _, kind = name.rpartition("experts.")
+        if not layer or "." in kind:
+            yield name, tensor.shape
+            continue
+        for expert, (rows, columns) in enumerate([tensor.shape[1:]] * len(tensor)):
+            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for part in parts:
+                yield f"{layer}experts.{expert}.{part}.weight", torch.Size([rows // len(parts), columns])
 
 
 def split_corpus(data: Path, others: Iterable[str] = ("wikitext2/test.txt",)) -> tuple[list[str], dict[str, str]]:

@@ -6,6 +6,8 @@ the kernel recorded, page cache included.
 
 `--demo` takes the demo model and the default recipe, tuning included: once in memory, and once with the weights in
 files and half the memory of them beside that of Python and its packages. Prints the perplexity of both.
+
+`--experts 128 --hidden 1024 --ffn 256 --layers 16 --share 0.25` takes a mixture whose experts are stored one by one.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 import fxprune
 from benchmarks.common import Shape, load_demo_model, write_random
@@ -34,10 +36,10 @@ app = typer.Typer(add_completion=False)
 
 _CHILD = """
 import sys, time, torch, fxprune
-source, out, samples, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+source, out, samples, tokens, kinds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 ids = torch.randint(32000, (samples, tokens), generator=torch.Generator().manual_seed(0))
 begin = time.perf_counter()
-options = {"importance": "taylor{order=mix}", "compensate": "least-squares{reach=stream}", "kinds": "mlp", "ratio": 0.2}
+options = {"importance": "taylor{order=mix}", "compensate": "least-squares{reach=stream}", "kinds": kinds, "ratio": 0.2}
 result = fxprune.prune_checkpoint(source, out, ids, recipe="llm-pruner", **options)
 seconds = time.perf_counter() - begin
 print(f"pruned in {seconds:.0f} s: {result.report.parameters[0]:,} to {result.report.parameters[1]:,} parameters")
@@ -130,6 +132,8 @@ def main(
     share: Annotated[float, typer.Option(help="Memory allowed, as a fraction of the bytes of the weights.")] = 0.5,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
+    experts: Annotated[int, typer.Option(help="Experts of each layer; 0 for a model without.")] = 0,
+    kinds: Annotated[str, typer.Option(help="What goes: mlp, or expert where there are some.")] = "mlp",
     gguf: Annotated[bool, typer.Option("--gguf", help="Prune from a GGUF file in half precision.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help="The demo model, tuned, in memory and in files.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Folder with room for both models; else a temporary one.")] = None,
@@ -140,7 +144,10 @@ def main(
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, out = Path(place) / "dense", Path(place) / "slim"
-        config = Shape.of_width(hidden, ffn, layers).config()
+        config: Any = Shape.of_width(hidden, ffn, layers).config()
+        if experts:
+            sizes = {"num_experts": experts, "moe_intermediate_size": ffn, "decoder_sparse_step": 1}
+            config = Qwen3MoeConfig(**{**config.to_dict(), **sizes, "model_type": "qwen3_moe"})
         if gguf:
             source, total = _write_gguf(Path(place), config)
             print(f"weights: {total / 1e9:.2f} GB unpacked, {source.stat().st_size / 1e9:.2f} GB in the GGUF file")
@@ -151,7 +158,7 @@ def main(
         print(f"memory allowed: {limit / 1e9:.2f} GB", flush=True)
         begin = time.perf_counter()
         with _memory_limit(limit) as (prefix, peak_file):
-            command = [*prefix, sys.executable, "-c", _CHILD, str(source), str(out), str(samples), str(tokens)]
+            command = [*prefix, sys.executable, "-c", _CHILD, str(source), str(out), str(samples), str(tokens), kinds]
             code = subprocess.run(command, check=False).returncode
             peak = int(peak_file.read_text())
         print(f"ended with {code} after {time.perf_counter() - begin:.0f} s")

@@ -268,12 +268,13 @@ class Search:
 
     def _probe(self, here: Fields, name: str) -> _Probes:
         value, now = self.rebuilder.value(here, name), self.rebuilder.observe(here)
-        found = _Probes(now or Snapshot({}, {}, {}), {})
+        if value is None or now is None:
+            return _Probes(Snapshot({}, {}, {}), {})
+        found = _Probes(now, {})
         # even steps first, since many widths must be even; then single ones; then those that keep divisibility
-        deltas = dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))) if value is not None and now is not None else ()
-        for delta in deltas:
+        for delta in dict.fromkeys((2, -2, 1, -1, 4, value, -(value // 2))):
             moved = self.rebuilder.observe({**here, name: value + delta}) if delta and value + delta > 0 else None
-            if moved is not None and moved.shapes != found.now.shapes:
+            if moved is not None and moved.shapes != now.shapes:
                 found.moved[value, delta] = moved
             if len(found.moved) == _SLOPES:
                 break
