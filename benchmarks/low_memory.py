@@ -7,11 +7,13 @@ the kernel recorded, page cache included.
 `--demo` takes the demo model and the default recipe, tuning included: once in memory, and once with the weights in
 files and half the memory of them beside that of Python and its packages. Prints the perplexity of both.
 
-`--experts 128 --hidden 1024 --ffn 256 --layers 16 --share 0.25` takes a mixture whose experts are stored one by one.
+`--experts 128 --hidden 1024 --ffn 256 --layers 16 --share 0.25` takes a mixture whose experts are stored one by one,
+`--processes 4 --recipe balanced --share 0.6` four processes with a limit each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,16 +37,24 @@ from fxprune.evaluation import perplexity
 app = typer.Typer(add_completion=False)
 
 _CHILD = """
-import sys, time, torch, fxprune
-source, out, samples, tokens, kinds = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+import json, os, sys, time, torch, fxprune
+source, out, samples, tokens, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+if os.environ["WORLD_SIZE"] != "1":
+    torch.distributed.init_process_group("gloo")
 ids = torch.randint(32000, (samples, tokens), generator=torch.Generator().manual_seed(0))
 begin = time.perf_counter()
-options = {"importance": "taylor{order=mix}", "compensate": "least-squares{reach=stream}", "kinds": kinds, "ratio": 0.2}
-result = fxprune.prune_checkpoint(source, out, ids, recipe="llm-pruner", **options)
+result = fxprune.prune_checkpoint(source, out, ids, **json.loads(options))
 seconds = time.perf_counter() - begin
-print(f"pruned in {seconds:.0f} s: {result.report.parameters[0]:,} to {result.report.parameters[1]:,} parameters")
-print(f"verified: masked and slim outputs differ by at most {result.report.verification_error:.1e}")
+if os.environ["RANK"] == "0":
+    print(f"pruned in {seconds:.0f} s: {result.report.parameters[0]:,} to {result.report.parameters[1]:,} parameters")
+    print(f"verified: masked and slim outputs differ by at most {result.report.verification_error:.1e}")
 """
+
+_PASSES = {
+    "recipe": "llm-pruner",
+    "importance": "taylor{order=mix}",
+    "compensate": "least-squares{reach=stream}",
+}
 
 _DEMO_CHILD = """
 import sys, time, fxprune
@@ -78,14 +88,14 @@ def _write_gguf(folder: Path, config: LlamaConfig) -> tuple[Path, int]:
 
 
 @contextmanager
-def _memory_limit(limit: int) -> Iterator[tuple[list[str], Path]]:
+def _memory_limit(limit: int, number: int = 0) -> Iterator[tuple[list[str], Path]]:
     """Yield a command prefix that limits a process to `limit` bytes of memory, and the file with its peak.
 
     Raises:
         OSError: No cgroup can be created.
     """
     root, version_1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory").is_dir()
-    group = (root / "memory" if version_1 else root) / f"fxprune-{os.getpid()}"
+    group = (root / "memory" if version_1 else root) / f"fxprune-{os.getpid()}-{number}"
     group.mkdir()
     try:
         (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(limit))
@@ -93,6 +103,19 @@ def _memory_limit(limit: int) -> Iterator[tuple[list[str], Path]]:
         yield ["sh", "-c", enter, "sh"], group / ("memory.max_usage_in_bytes" if version_1 else "memory.peak")
     finally:
         group.rmdir()
+
+
+def _run_limited(command: list[str], limit: int, processes: int) -> tuple[list[int], list[int]]:
+    """Run processes in one group, each with a limit of its own; return their exit codes and peaks of memory."""
+    with ExitStack() as stack:
+        groups = [stack.enter_context(_memory_limit(limit, rank)) for rank in range(processes)]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "WORLD_SIZE": str(processes)}
+        running = [
+            subprocess.Popen([*prefix, *command], env={**os.environ, **shared, "RANK": str(rank)})
+            for rank, (prefix, _) in enumerate(groups)
+        ]
+        codes = [process.wait() for process in running]
+        return codes, [int(peak.read_text()) for _, peak in groups]
 
 
 def _compare_demo(share: float, samples: int, folder: Path | None) -> None:
@@ -133,6 +156,8 @@ def main(
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
     experts: Annotated[int, typer.Option(help="Experts of each layer; 0 for a model without.")] = 0,
+    recipe: Annotated[str, typer.Option(help="Recipe; by default Taylor scores and least squares.")] = "",
+    processes: Annotated[int, typer.Option(min=1, help="Processes, each with its own limit.")] = 1,
     kinds: Annotated[str, typer.Option(help="What goes: mlp, or expert where there are some.")] = "mlp",
     gguf: Annotated[bool, typer.Option("--gguf", help="Prune from a GGUF file in half precision.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help="The demo model, tuned, in memory and in files.")] = False,
@@ -157,12 +182,12 @@ def main(
         limit = int(share * total)
         print(f"memory allowed: {limit / 1e9:.2f} GB", flush=True)
         begin = time.perf_counter()
-        with _memory_limit(limit) as (prefix, peak_file):
-            command = [*prefix, sys.executable, "-c", _CHILD, str(source), str(out), str(samples), str(tokens), kinds]
-            code = subprocess.run(command, check=False).returncode
-            peak = int(peak_file.read_text())
+        options = json.dumps({"kinds": kinds, "ratio": 0.2, **({"recipe": recipe} if recipe else _PASSES)})
+        command = [sys.executable, "-c", _CHILD, str(source), str(out), str(samples), str(tokens), options]
+        codes, peaks = _run_limited(command, limit, processes)
+        code = max(map(abs, codes))
         print(f"ended with {code} after {time.perf_counter() - begin:.0f} s")
-        print(f"peak, page cache included: {peak / 1e9:.2f} GB")
+        print(f"peak, page cache included: {', '.join(f'{peak / 1e9:.2f}' for peak in peaks)} GB")
         if code == 0:
             logits = fxprune.from_pretrained(out)(torch.arange(8)[None]).logits
             print(f"loads: logits {tuple(logits.shape)}, all finite: {bool(logits.isfinite().all())}")
