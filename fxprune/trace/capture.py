@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import TraceError
-from fxprune.graph.compat import fake_mode, is_impure, tree_map
+from fxprune.graph.compat import fake_mode, is_impure, tree_leaves, tree_map
 from fxprune.graph.context import default_modes, defer_gc, plain_export, quiet, wrap_errors
 from fxprune.graph.counting import Work, count_parameters
 from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shaped, Source, find_blocks, set_facts
@@ -273,6 +273,7 @@ def _export(
     inputs = tree_map(lambda value: blank(value, native, dtype), inputs) | without_cache(twin)
     dims = dynamic_dims(inputs) | dict.fromkeys(known)
     name_arguments(twin, inputs)
+    twin.register_forward_hook(_leave_out_objects)
     if known:
         keep_values(twin, known, dtype)
     skip_repeats(twin, repeats)
@@ -281,6 +282,18 @@ def _export(
             inputs = map_tensors(inputs, torch.empty_like)
     with quiet(), plain_export(), torch.enable_grad():
         return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
+
+
+_RETURNED = (torch.Tensor, int, float, complex, str, type(None))
+"""Types that ``torch.export`` takes as outputs."""
+
+
+def _leave_out_objects(module: nn.Module, args: Any, output: Any) -> Any:
+    """Hook of the outermost module: without named outputs such as a cache, which no graph can return."""
+    if not isinstance(output, dict):
+        return output
+    kept = {name: x for name, x in output.items() if all(isinstance(leaf, _RETURNED) for leaf in tree_leaves(x))}
+    return output if len(kept) == len(output) else type(output)(**kept)
 
 
 def _first_line(error: Exception) -> str:

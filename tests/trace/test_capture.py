@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxprune.errors import TraceError
 from fxprune.graph.facts import Notes, Runnable, Shaped, facts_of
@@ -38,6 +40,14 @@ def test_a_graph_moves_between_dtypes(dtype: torch.dtype) -> None:
     net.to(dtype)
     graph_module.to(dtype)
     assert graph_module(x=torch.randn(2, 3, dtype=dtype)).dtype == dtype
+
+
+def test_named_outputs_that_no_graph_returns_are_left_out() -> None:
+    """PI0 returns the cache of its prefix, although it is called without one."""
+    net = Net(lambda net, x: CausalLMOutputWithPast(None, net.a(x), DynamicCache()), a=nn.Linear(3, 4))
+    x = torch.randn(2, 3)
+    found = trace(net, {"x": x}).graph_module(x=x)
+    assert found.keys() == {"logits"} and torch.allclose(found.logits, net(x=x).logits)
 
 
 def test_code_that_depends_on_data_is_named_by_its_line() -> None:
