@@ -20,10 +20,11 @@ from fxprune.discovery.groups import Consumer
 from fxprune.graph.tensors import map_tensors, output_name, tensor_name, tensors_of, with_argument
 from fxprune.offload.prefetch import current_prefetcher
 from fxprune.removal.removal import Removal
+from fxprune.rules.picked import PickingRun
 from fxprune.rules.registry import written_sources
 
 
-class UntouchedRun(fx.Interpreter):
+class UntouchedRun(PickingRun):
     """An interpreter that leaves weights and inputs unchanged: ops that write to them get copies."""
 
     def __init__(self, graph_module: fx.GraphModule, garbage_collect_values: bool = True) -> None:

@@ -26,6 +26,7 @@ from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
 from fxprune.offload.files import offload_to, offloaded
 from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
+from fxprune.rules.picked import picks_matrices
 from fxprune.rules.registry import alias_roots, writes, written_sources
 from fxprune.trace import trace
 
@@ -52,12 +53,12 @@ class Part:
 def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[Part]:
     """Cut a graph into parts, in order of execution.
 
-    Cuts are where the fewest numbers are alive, as between two blocks; a graph that writes to its weights or inputs is
-    not cut at all.
+    Cuts are where the fewest numbers are alive, as between two blocks, and not between two readers of a weight of one
+    block; a graph that writes to its weights or inputs is not cut at all.
 
     Args:
         cost: of each weight, by name; 0 for others.
-        limit: the largest cost of the weights in a part; a single weight above it has a part of its own.
+        limit: the largest cost of the weights in a part; what cannot be cut apart may exceed it.
     """
     ops = [node for node in graph.nodes if node.op not in ("get_attr", "placeholder")]
     if written_sources(graph):
@@ -70,7 +71,7 @@ def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[
         change[i + 1] += output_numel(op)
         change[last + 1] -= output_numel(op)
     alive = list(itertools.accumulate(change[: len(ops) + 1]))  # numbers before each op, and after the last
-    uncuttable = _uncuttable(graph, ops)
+    uncuttable = _uncuttable(graph, ops) | _within_blocks(reads, cost)
     found, begin = [], 0
     while begin < len(ops):
         steps = [(reads[i], alive[i + 1], i + 1 in uncuttable) for i in range(begin, len(ops))]
@@ -115,7 +116,26 @@ def _uncuttable(graph: fx.Graph, ops: Sequence[fx.Node]) -> set[int]:
         for value in (op, *op.all_input_nodes):
             if root[value] in written:
                 span.setdefault(root[value], []).append(i)
+        if picks_matrices(op):  # they may not exist apart from their product
+            span[op] = [i, *(place[user] for user in op.users)]
     return {position for places in span.values() for position in range(min(places) + 1, max(places) + 1)}
+
+
+def _within_blocks(reads: Sequence[Collection[str]], cost: Mapping[str, float]) -> set[int]:
+    """Positions between readers of one weight, which parts on both sides would need, unless much else is between them.
+
+    Weights of shared layers, and tied ones of embedding and output, are read far apart.
+    """
+    span: dict[str, list[int]] = {}
+    for i, names in enumerate(reads):
+        for name in names:
+            span.setdefault(name, []).append(i)
+    found, most = set[int](), sum(cost[name] for name in span) * _BLOCK
+    for places in span.values():
+        first, last = places[0], places[-1]
+        if last > first and sum(cost[name] for name in set[str]().union(*reads[first : last + 1])) <= most:
+            found.update(range(first + 1, last + 1))
+    return found
 
 
 def _part(ops: Sequence[fx.Node]) -> Part:
@@ -131,6 +151,9 @@ def _part(ops: Sequence[fx.Node]) -> Part:
     gives = tuple(op for op in ops if any(user not in inside for user in op.users))
     return Part(tuple(nodes), tuple(takes), gives)
 
+
+_BLOCK = 0.25
+"""Most of the cost of all weights that is taken for that of one block."""
 
 Inputs = Mapping[str, Any]
 Hooks = Mapping[fx.Node, Callable[[Any], Any]]

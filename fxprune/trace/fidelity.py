@@ -44,6 +44,7 @@ from fxprune.graph.tensors import (
     tensors_of,
     weights,
 )
+from fxprune.rules.picked import PickingRun
 from fxprune.rules.registry import written_sources
 from fxprune.trace.inputs import alias_twin, free_axes, without_cache, written_parameters
 
@@ -372,7 +373,7 @@ def _run_or_none(run: Callable[[], Result]) -> Result | None:
         return None
 
 
-class _AliasRun(fx.Interpreter):
+class _AliasRun(PickingRun):
     """Runs a graph with other tensors in place of its weights."""
 
     def __init__(self, graph_module: fx.GraphModule, aliases: Mapping[int, torch.Tensor], keep: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,10 +13,14 @@ from torch import nn
 from fxprune.axes import Keep
 from fxprune.discovery.groups import consumers_of, find_consumers, units_at
 from fxprune.graph.facts import fork
+from fxprune.graph.tensors import weights
 from fxprune.masking.compare import compare, masked_outputs
-from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, spread_gates
+from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, UntouchedRun, spread_gates
 from fxprune.pipeline.pipeline import Pipeline
+from fxprune.rules import picked
+from tests.models import token_ids
 from tests.oracle import Net, axes_of, decide, discover, groups_of, removal_of
+from tests.zoo import tiny_model
 
 UNITS = np.array([True, False, True, True, False, True])
 
@@ -28,6 +33,26 @@ def test_narrow_weights_are_run_in_float32() -> None:
     assert found.dtype == torch.float32
     assert torch.equal(found, F.linear(x, net.a.weight.float(), net.a.bias.float()))
     assert graph_module.a.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_matrices_of_experts_are_not_copied_for_each_row(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values and gradients are those of products with copies; GPT-OSS's weights are the second factor."""
+    dense, runs = discover(tiny_model(family), {"input_ids": token_ids(2, 5)}), []
+    weight = next(tensor for name, tensor in weights(dense) if name.endswith("experts.down_proj"))
+    for least, count in ((1 << 40, 0), (0, 4)):
+        monkeypatch.setattr(picked, "_LARGE", least)
+        run, values = UntouchedRun(dense), []
+        value = run.run_nodes((token_ids(3, 7),), lambda _, value, kept=values: (kept.append(value), value)[1])
+        (found,) = torch.autograd.grad(value.logits.square().sum(), weight)
+        runs.append((value.logits, found))
+        assert sum(isinstance(value, tuple) and picks_size(value) for value in values) == count
+    for plain, other in zip(*runs, strict=True):
+        assert compare([plain], [other]) < 1e-5
+
+
+def picks_size(value: tuple[Any, ...]) -> bool:
+    return len(value) == 2 and all(isinstance(one, torch.Tensor) for one in value) and value[0].dim() == 3
 
 
 def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
