@@ -23,6 +23,7 @@ from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
 from fxprune.emit import inexpressible
 from fxprune.graph.facts import Source, facts_of, fork
+from fxprune.graph.tensors import map_tensors
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.pipeline import Pipeline
@@ -204,6 +205,21 @@ def _remove(found: Coverage, model: nn.Module, dense: fx.GraphModule, inputs: In
 
 def removal(found: Coverage, model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], inputs: Inputs) -> str:
     """``exact``, ``inert``, or what goes wrong when each of ``groups`` loses a unit.
+
+    What differs in float32 is judged in float64: some networks of random weights make rounding errors large.
+    """
+    verdict = _removal(found, model, dense, groups, inputs)
+    if verdict.startswith("differs"):
+        wide = map_tensors(dict(inputs), lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        again = _removal(found, model.double(), dense.double(), groups, wide)  # they share their parameters
+        model.float()
+        dense.float()
+        verdict = again if again in (EXACT, INERT) else verdict
+    return verdict
+
+
+def _removal(found: Coverage, model: nn.Module, dense: fx.GraphModule, groups: Sequence[Group], inputs: Inputs) -> str:
+    """The verdict at one precision.
 
     The slim graph is compared with the masked one, and with the model itself, its weights zeroed by hand, where that
     means the same: not under a statistic, not for what a top-k chooses from, not for layers.

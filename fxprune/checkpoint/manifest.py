@@ -120,7 +120,8 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     """Copy of a model, which its forward may write to, with the same parameters and hooks."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
     memo |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    tables = (table for module in model.modules() for name, table in vars(module).items() if name.endswith("_hooks"))
+    held = (item for module in model.modules() for item in vars(module).items())
+    tables = (table for name, table in held if name.endswith("_hooks") and isinstance(table, Mapping))
     memo |= {id(hook): hook for table in tables for hook in table.values()}
     return copy.deepcopy(model, memo)
 
