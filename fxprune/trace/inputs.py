@@ -20,7 +20,7 @@ from torch import fx, nn
 from fxprune.data.calibration import check_names
 from fxprune.data.samples import DECODER
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
-from fxprune.graph.compat import FakeTensorMode, TorchDispatchMode, fake_mode, tree_leaves, tree_map
+from fxprune.graph.compat import FakeTensor, FakeTensorMode, TorchDispatchMode, fake_mode, tree_leaves, tree_map
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors, map_tensors
 from fxprune.offload.ranks import check_one_device, check_unsharded
@@ -276,9 +276,19 @@ def _prepare(twin: M) -> M:
         parts: list[Any] = [part for part in twin.modules() if is_hugging_face(part)]
         if any(part.config._attn_implementation not in ("sdpa", "eager") for part in parts):
             model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-        if getattr(model.config, "_experts_implementation", None) is not None:
+        if getattr(model.config, "_experts_implementation", None) is not None and not _has_large_experts(twin):
             model.config._experts_implementation = "batched_mm"
     return twin.eval()
+
+
+_LARGE = 1 << 18
+"""Bytes of an expert's matrix from which on a copy of it for each token is not for a run with values."""
+
+
+def _has_large_experts(twin: nn.Module) -> bool:
+    """Whether a twin with values has stacks of large matrices, which plain ATen ops copy for each token."""
+    stacks = (tensor for tensor in twin.parameters() if tensor.dim() == 3 and not isinstance(tensor, FakeTensor))
+    return any(stack[0].nbytes >= _LARGE and stack.device.type != "meta" for stack in stacks)
 
 
 def _hooks(model: nn.Module, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, dict[int, Any], int]]:
