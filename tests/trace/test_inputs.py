@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -227,3 +228,13 @@ def test_attention_of_every_part_traces_to_plain_ops() -> None:
     twin: Any = fake_twin(model, None, torch.float32, torch.float32)
     assert twin.config._attn_implementation == twin.config.text_config._attn_implementation == "sdpa"
     assert model.config.text_config._attn_implementation == "flex_attention"
+
+
+def test_large_experts_run_by_an_implementation_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain ops copy a matrix for each token and expert: for 128 experts in 16 layers twice their bytes."""
+    model = tiny("mixtral", num_hidden_layers=1)
+    assert alias_twin(model).config._experts_implementation == "batched_mm"
+    monkeypatch.setattr(sys.modules["fxprune.trace.inputs"], "_LARGE", 0)
+    assert alias_twin(model).config._experts_implementation == model.config._experts_implementation != "batched_mm"
+    assert fake_twin(model, fake_mode(), torch.float32, torch.float32).config._experts_implementation == "batched_mm"
+    assert fxprune.trace(model).notes == ()
