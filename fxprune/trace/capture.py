@@ -12,6 +12,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -273,16 +274,25 @@ def _export(
     inputs = tree_map(lambda value: blank(value, native, dtype), inputs) | without_cache(twin)
     dims = dynamic_dims(inputs) | dict.fromkeys(known)
     name_arguments(twin, inputs)
-    twin.register_forward_hook(_leave_out_objects)
     if known:
         keep_values(twin, known, dtype)
     skip_repeats(twin, repeats)
     if not dynamic:
         with mode:
             inputs = map_tensors(inputs, torch.empty_like)
+    export = partial(torch.export.export, twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
     with quiet(), plain_export(), torch.enable_grad():
-        return torch.export.export(twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
+        try:
+            return export()
+        except RuntimeError as error:
+            if _UNKNOWN not in str(error):
+                raise
+            twin.register_forward_hook(_leave_out_objects)
+            return export()
 
+
+_UNKNOWN = "in output, which is not a known type"
+"""What ``torch.export`` says of an object among the outputs."""
 
 _RETURNED = (torch.Tensor, int, float, complex, str, type(None))
 """Types that ``torch.export`` takes as outputs."""
