@@ -46,7 +46,7 @@ from fxprune.graph.tensors import (
 )
 from fxprune.rules.picked import PickingRun
 from fxprune.rules.registry import written_sources
-from fxprune.trace.inputs import alias_twin, free_axes, without_cache, written_parameters
+from fxprune.trace.inputs import alias_twin, free_axes, without_cache, private_parameters
 
 aten = torch.ops.aten
 
@@ -240,7 +240,7 @@ class SideBySide:
         self.graph_module = graph_module
         self.model = model
         self.inputs = make_inputs(graph_module, given, seed=0)
-        self.written = written_parameters(model, self.inputs)
+        self.written = private_parameters(model, self.inputs)
         self._first: Outputs | None = None
 
     def resized(self, sizes: tuple[int, int]) -> dict[str, Any] | None:

@@ -192,7 +192,7 @@ def alias_twin(model: M, written: Container[str] = ()) -> M:
     """A copy to run, in evaluation mode, whose parameters share the memory of the model's.
 
     They require gradients, which the model's own parameters do not receive. Buffers, which code may write to, are
-    copied, and so are parameters named in ``written``, from :func:`written_parameters`.
+    copied, and so are parameters named in ``written``, from :func:`written_parameters` or :func:`private_parameters`.
     """
     copied = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in written}
 
@@ -224,6 +224,17 @@ def written_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset
         if not isinstance(ran, Refusal):
             return frozenset(name for storage, name in twins.items() if storage in writes.storages)
     return frozenset(name for name, _ in model.named_parameters())
+
+
+_FEW = 1 << 24
+"""Bytes of the parameters of a model up to which copying them takes less time than finding out which are written to."""
+
+
+def private_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the parameters that a copy to run must have for itself: all of few, of many those that are written to."""
+    if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= _FEW:
+        return frozenset(name for name, _ in model.named_parameters())
+    return written_parameters(model, inputs)
 
 
 class _Writes(TorchDispatchMode):
@@ -427,7 +438,7 @@ def check_values(model: nn.Module) -> None:
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Check that a copy of the model runs on its keyword inputs."""
-    twin = alias_twin(model, written_parameters(model, inputs))
+    twin = alias_twin(model, private_parameters(model, inputs))
     with quiet(), torch.no_grad():
         found = attempt(twin, **dict(inputs))
     if isinstance(found, Refusal):

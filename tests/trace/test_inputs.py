@@ -15,6 +15,7 @@ from torch.nn.utils import weight_norm
 import fxprune
 from fxprune.errors import TraceError
 from fxprune.graph.compat import fake_mode
+from fxprune.trace import inputs
 from fxprune.trace.inputs import (
     alias_twin,
     default_inputs,
@@ -24,6 +25,7 @@ from fxprune.trace.inputs import (
     hooks_left_out,
     is_hugging_face,
     meta_twin,
+    private_parameters,
     shifted_right,
     written_parameters,
 )
@@ -124,10 +126,13 @@ class WritesWhereValuesAsk(nn.Module):
         return x * self.written * self.read
 
 
-def test_parameters_are_written_to_where_code_branches_on_values() -> None:
+def test_parameters_are_written_to_where_code_branches_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of all weights was made for each run of a trace: masks of transformers branch on values on ``meta``."""
     assert written_parameters(WritesWhereValuesAsk(), {"x": torch.ones(3)}) == {"written"}
     assert written_parameters(tiny("llama"), {"input_ids": token_ids(2)}) == frozenset()
+    assert private_parameters(WritesWhereValuesAsk(), {"x": torch.ones(3)}) == {"written", "read"}, "so few are copied"
+    monkeypatch.setattr(inputs, "_FEW", 0)
+    assert private_parameters(WritesWhereValuesAsk(), {"x": torch.ones(3)}) == {"written"}
 
 
 def test_hooks_of_a_user_are_left_out_and_those_of_torch_are_not() -> None:
