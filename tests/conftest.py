@@ -35,6 +35,20 @@ settings.load_profile("house")
 remember_exports()
 
 
+def pytest_collection_finish() -> None:
+    """What was imported lasts as long as the session: no search for garbage goes over it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept() -> Iterator[None]:
+    """So does what the tests of a module remember."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers in every test, whatever ran before."""
