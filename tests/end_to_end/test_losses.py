@@ -132,7 +132,7 @@ WAYS: dict[str, Mapping[str, Any]] = {
     "taylor": {"recipe": "llm-pruner", "importance": "taylor{order=second}"},
     "wanda": {"recipe": "llm-pruner", "importance": "wanda{readers_only}"},
     "least squares": {"recipe": "fast"},
-    "tuning": {"recipe": "llm-pruner", "importance": "l2", "tune": "tune{epochs=8}"},
+    "tuning": {"recipe": "llm-pruner", "importance": "l2", "tune": "tune{epochs=3}"},
 }
 
 
