@@ -133,7 +133,10 @@ MODELS: dict[str, tuple[Any, str]] = {
     "scripted": (torch.jit.script(nn.Sequential(nn.Linear(4, 3))), "it is TorchScript"),
     "script inside": (with_attribute(torch.jit.script(nn.Linear(2, 2)), "down"), "down.odd: it is TorchScript"),
     "compiled": (torch.compile(Net(), backend="eager"), "OptimizedModule: it is compiled.*_orig_mod"),
-    "compiled inside": (with_attribute(torch.compile(nn.Linear(2, 2), backend="eager"), "down"), "down.odd: it is compiled"),
+    "compiled inside": (
+        with_attribute(torch.compile(nn.Linear(2, 2), backend="eager"), "down"),
+        "down.odd: it is compiled",
+    ),
     "lock": (with_attribute(threading.Lock(), "down"), "down.odd: a lock that cannot be copied"),
     "generator": (with_attribute(i for i in range(3)), "^odd: a generator that cannot be copied"),
     "lock in a dict": (
