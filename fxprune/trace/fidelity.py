@@ -46,7 +46,7 @@ from fxprune.graph.tensors import (
 )
 from fxprune.rules.picked import PickingRun
 from fxprune.rules.registry import written_sources
-from fxprune.trace.inputs import alias_twin, free_axes, without_cache, private_parameters
+from fxprune.trace.inputs import alias_twin, free_axes, private_parameters, without_cache
 
 aten = torch.ops.aten
 

@@ -231,7 +231,7 @@ _FEW = 1 << 24
 
 
 def private_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
-    """Names of the parameters that a copy to run must have for itself: all of few, of many those that are written to."""
+    """Names of the parameters that a copy to run needs for itself: all of few, of many those that are written to."""
     if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= _FEW:
         return frozenset(name for name, _ in model.named_parameters())
     return written_parameters(model, inputs)
