@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import textwrap
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -14,6 +12,9 @@ import fxprune
 from fxprune.errors import UnknownNameError
 from fxprune.pipeline import registry
 from fxprune.pipeline.registry import arguments_of, example_of, in_order, pass_class, pass_names, plain
+from tests.forked import in_processes
+from tests.models import tiny
+from tests.pipeline.test_contract import test_a_registered_pass_keeps_the_contract as keeps_the_contract
 
 PLUGIN = '''
 from dataclasses import dataclass
@@ -62,34 +63,26 @@ def test_a_foreign_package_registers_a_pass_that_keeps_the_contract(tmp_path: Pa
     install(tmp_path, "plugin", PLUGIN, "largest = plugin:LargestImportancePass")
     install(tmp_path, "broken", "import a_package_that_is_not_there", "broken = broken:BrokenPass")
     install(tmp_path, "odd", "value = 3", "odd = odd:value", "absent = odd:Absent")
-    code = """
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        import fxprune
-        from tests.exports import remember_exports
-        from tests.models import tiny
-        from tests.pipeline.test_contract import test_a_registered_pass_keeps_the_contract as keeps_the_contract
-        import pathlib, tempfile
 
-        remember_exports()
-        assert {"largest", "broken", "odd", "absent"} <= set(fxprune.pass_names())
-        assert "largest" in fxprune.pass_names("importance") and "broken" not in fxprune.pass_names("importance")
-        keeps_the_contract("largest", pathlib.Path(tempfile.mkdtemp()))
+    def work(rank: int) -> list[str]:
+        sys.path.insert(0, str(tmp_path))
+        registry._entries.cache_clear()
+        assert {"largest", "broken", "odd", "absent"} <= set(pass_names())
+        assert "largest" in pass_names("importance") and "broken" not in pass_names("importance")
+        keeps_the_contract("largest", tmp_path / "kept")
         result = fxprune.prune(tiny("llama", num_hidden_layers=2), importance="largest{power=2}", protect=())
         assert result.report.verification_error < 1e-4
+        told = []
         for name in ("broken", "odd", "absent"):
-            try:
+            with pytest.raises(fxprune.FxpruneError) as caught:
                 fxprune.load_pass(name)
-            except fxprune.FxpruneError as error:
-                print(name, "-", error)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split(" - ", 1) for line in done.stdout.splitlines() if " - " in line)
-    assert "cannot be imported from broken:BrokenPass: ModuleNotFoundError" in lines["broken"]
-    assert "the other passes work without it" in lines["broken"]
-    assert "is no class of passes" in lines["odd"] and "AttributeError" in lines["absent"]
+            told.append(str(caught.value))
+        return told
+
+    ((broken, odd, absent),) = in_processes(work, 1, tmp_path / "meeting")
+    assert "cannot be imported from broken:BrokenPass: ModuleNotFoundError" in broken
+    assert "the other passes work without it" in broken
+    assert "is no class of passes" in odd and "AttributeError" in absent
 
 
 @pytest.mark.parametrize("name", fxprune.pass_names())
