@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import fxprune
+from fxprune.checkpoint.low_memory import load_mapped
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import UntouchedRun
@@ -102,6 +103,7 @@ def test_weights_in_files_are_read_once_in_all(family: str, tmp_path: Path) -> N
     """Each process read all of them, in each sweep."""
     dense = tiny(family)
     dense.save_pretrained(tmp_path / "dense")
+    fxprune.trace(load_mapped(tmp_path / "dense", tmp_path))  # for all forks
     size = sum(value.nbytes for value in dense.parameters())
     plans, slim = [], []
     for count in (1, 3):

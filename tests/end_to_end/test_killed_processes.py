@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import fxprune
+from fxprune.checkpoint.low_memory import load_mapped
 from fxprune.offload import prefetch
 from tests.models import tiny, token_ids
 
@@ -62,6 +63,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[str]:
     """Kill as many runs as is said, of one to three processes each; what was seen, kill by kill."""
     draw, seen = random.Random(seed), list[str]()
     tiny("llama").save_pretrained(folder / "dense", max_shard_size="100KB")
+    fxprune.trace(load_mapped(folder / "dense", folder))  # for all forks
 
     def prune(out: Path) -> None:
         prefetch._LEAST_SHARED = 0  # of small weights too, each process reads a share
@@ -112,6 +114,7 @@ def test_a_killed_run_is_resumed_by_any_number_of_processes(tmp_path: Path) -> N
 def test_parts_scored_by_two_processes_are_not_those_of_one_that_cuts_the_graph_elsewhere(tmp_path: Path) -> None:
     """The scores of two processes were taken for those of parts of the same numbers."""
     tiny("llama").save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    fxprune.trace(load_mapped(tmp_path / "dense", tmp_path))  # for all forks
     options = {**OPTIONS, "compensate": "none", "tune": "none", "ranking": "local"}
 
     def prune(out: str) -> None:
