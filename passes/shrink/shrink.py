@@ -19,6 +19,7 @@ from fxprune.graph.compat import (
     FakeTensorMode,
     FakeTensorProp,
     OpOverload,
+    disable_fake_tensor_cache,
     enable_python_dispatcher,
     fake_mode,
     has_unbacked_sizes,
@@ -194,8 +195,9 @@ class PropagateShapesPass(Pass):
         known = facts.get(ShapedCalls)
         calls = calls_of(graph_module.graph)
         same = {name for name, call in calls.items() if known is not None and known.calls.get(name) == call}
-        # symbolic sizes are only understood by the Python side of torch's dispatcher
-        with defer_gc(), enable_python_dispatcher():
+        # symbolic sizes are only understood by the Python side of torch's dispatcher, and torch's own cache of results
+        # takes longer than ops with such sizes do
+        with defer_gc(), enable_python_dispatcher(), disable_fake_tensor_cache(mode):
             _ShapeRun(graph_module, mode, same, device).propagate_dont_convert_inputs(*inputs)
         facts.put(ShapedCalls(calls))
         facts.put(Shaped())
