@@ -386,7 +386,7 @@ def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping
 
 
 _FITTED = "fitted"
-"""Key in ``known`` of the latest request with a model: the request, its candidate and its ``runs_dry``."""
+"""Key in ``known`` of the latest request with a model, a :class:`_Fitted`."""
 
 Agrees = Callable[["PreTrainedModel"], bool]
 """Whether the outputs of an emitted model are right; a ``VerificationError`` is a no with its reason."""
@@ -457,11 +457,7 @@ def emit(
         return Emission(None, refused)
     rebuilder = model_rebuilder(model, layout, known)
     task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized), known)
-    emitter = _Emitter(task, tensors, agrees, inputs, dry)
-    before = emitter.as_before()
-    if before is not None:
-        return before
-    return emitter.first_that_fits(DryRuns(partial(meta_twin, model), inputs))
+    return _Emitter(task, tensors, agrees, inputs, dry).first_that_fits(DryRuns(partial(meta_twin, model), inputs))
 
 
 def _request_errors(
@@ -487,6 +483,26 @@ def _start(one: Resized) -> int:
     return len(one.scope) + bool(one.scope)
 
 
+@dataclass
+class _Fitted:
+    """A search for a candidate that fits a request, as far as it went.
+
+    Args:
+        candidate: the one that fitted.
+        runs_dry: as in :class:`Emission`.
+        rest: the candidates that come after it.
+        doubtful: those before it that failed on ``meta``.
+        reasons: why those before it did not fit, in order, each once.
+    """
+
+    request: tuple[object, ...]
+    candidate: Candidate
+    runs_dry: bool
+    rest: Iterator[Candidate]
+    doubtful: list[Candidate]
+    reasons: dict[str, None]
+
+
 @dataclass(frozen=True)
 class _Emitter:
     task: EmissionTask
@@ -495,20 +511,22 @@ class _Emitter:
     inputs: Mapping[str, Any] | None
     dry: bool
 
-    def as_before(self) -> Emission | None:
-        """Return the candidate that fitted the latest request, if this is the same one and it fits again.
-
-        Which inputs are tables of all units is found anew, on the inputs of this request.
-        """
-        request, candidate, runs_dry = self.task.known.get(_FITTED, (None, None, True))
-        made = self.make(candidate) if request == self.task.request() and not self.task.kept_units else None
-        return Emission(made, runs_dry=runs_dry) if isinstance(made, transformers.PreTrainedModel) else None
-
     def first_that_fits(self, runs: DryRuns) -> Emission:
-        """Return the first candidate that fits; those that fail on ``meta`` are tried last."""
-        reasons: dict[str, None] = {}  # in order, each once
-        doubtful: list[Candidate] = []
-        for candidate in self.candidates():
+        """Return the first candidate that fits; those that fail on ``meta`` are tried last.
+
+        The candidate that fitted the latest request comes first if this is the same one, and the search goes on behind
+        it. Which inputs are tables of all units is found anew, on the inputs of this request.
+        """
+        known, request = self.task.known, self.task.request()
+        reasons, doubtful, rest = dict[str, None](), list[Candidate](), self.candidates()
+        before: _Fitted | None = known.pop(_FITTED, None)
+        if before is not None and before.request == request and not self.task.kept_units:
+            made = self.make(before.candidate)
+            if isinstance(made, transformers.PreTrainedModel):
+                known[_FITTED] = before
+                return Emission(made, runs_dry=before.runs_dry)
+            reasons, doubtful, rest = {**before.reasons, **dict.fromkeys(made)}, before.doubtful, before.rest
+        for candidate in rest:
             slim = self.built(candidate)
             if not isinstance(slim, transformers.PreTrainedModel):
                 reasons.update(dict.fromkeys(slim))
@@ -524,7 +542,7 @@ class _Emitter:
                 continue
             made = slim if self.dry else self.make(candidate)
             if isinstance(made, transformers.PreTrainedModel):
-                self.task.known[_FITTED] = self.task.request(), candidate, runs.show_failures
+                known[_FITTED] = _Fitted(request, candidate, runs.show_failures, rest, doubtful, reasons)
                 return Emission(made, runs_dry=runs.show_failures)
             reasons.update(dict.fromkeys(made))
         for candidate in doubtful if self.agrees is not None else ():
