@@ -37,7 +37,9 @@ from fxprune.evaluation import perplexity
 app = typer.Typer(add_completion=False)
 
 _CHILD = """
-import json, os, sys, time, torch, fxprune
+import json, logging, os, sys, time, torch, fxprune
+logging.basicConfig(format="%(message)s")
+logging.getLogger("fxprune").setLevel(logging.INFO)  # each pass: a run that is killed shows how far it came
 source, out, samples, tokens, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 if os.environ["WORLD_SIZE"] != "1":
     torch.distributed.init_process_group("gloo")
