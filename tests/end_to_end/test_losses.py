@@ -17,7 +17,7 @@ from fxprune.trace.inputs import shifted_right
 
 Batch = dict[str, torch.Tensor]
 
-SAMPLES, STEPS = 96, 300
+SAMPLES = 96
 _SEEN = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 _READ = {**_SEEN, "vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LOOKS = {**_SEEN, "image_size": 8, "patch_size": 4}
@@ -102,6 +102,7 @@ class Case:
         labelled: whether the samples that it is pruned on have labels.
         training: further arguments of its forward for a loss.
         batch: samples of a step; as many as there are kinds if those of a kind are told apart.
+        steps: of its training.
         learnt: samples that it is trained on; so many that it does not learn them by heart.
         at_once: samples that its graph takes; one where its code goes over them.
         kinds: kinds of units that go.
@@ -111,6 +112,7 @@ class Case:
     labelled: bool = True
     training: tuple[str, ...] = ()
     batch: int = 24
+    steps: int = 200
     learnt: int = SAMPLES
     at_once: int = SAMPLES
     kinds: tuple[str, ...] = ("mlp",)
@@ -119,11 +121,11 @@ class Case:
 CASES: dict[str, Case] = {
     "vit-labels": Case(vit),
     "vit": Case(vit, labelled=False),
-    "whisper": Case(whisper, learnt=480),
+    "whisper": Case(whisper, steps=300, learnt=480),
     "clip": Case(clip, training=("return_loss",), batch=6),
     "bert-spans": Case(spans),
-    "t5": Case(t5, learnt=480, kinds=("mlp", "head")),
-    "llava": Case(llava, learnt=2400, at_once=1),
+    "t5": Case(t5, steps=300, learnt=480, kinds=("mlp", "head")),
+    "llava": Case(llava, steps=300, learnt=2400, at_once=1),
 }
 _LABELS = ("labels", "start_positions", "end_positions")
 
@@ -142,7 +144,7 @@ def trained(case: Case) -> tuple[nn.Module, Batch, Batch]:
     kinds = torch.arange(case.learnt + SAMPLES) % 6
     model, data = case.make(kinds)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
-    for step in range(STEPS):
+    for step in range(case.steps):
         rows = (torch.arange(case.batch) + case.batch * step) % case.learnt
         optimizer.zero_grad()
         found: Any = model(**{name: value[rows] for name, value in data.items()}, **dict.fromkeys(case.training, True))

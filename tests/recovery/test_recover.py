@@ -243,14 +243,14 @@ SPREAD = """
     import json, os, sys, torch
     torch.set_num_threads(1)
     import fxprune
-    from tests.models import tiny, token_ids
     from tests.recovery.test_recover import QUICK, SUMS, TOKENIZER
 
-    pruned = fxprune.prune(tiny("llama"), token_ids(4, 12), recipe="llm-pruner")
+    slim = fxprune.from_pretrained(f"{sys.argv[1]}/slim")
+    plan = fxprune.Plan.from_json(open(f"{sys.argv[1]}/slim/plan.json").read())
     for name, arguments in json.loads(sys.argv[2]).items():
         folder = os.path.join(sys.argv[1], name)
         done = fxprune.recover(
-            pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0, folder=folder, arguments=arguments
+            slim, SUMS, TOKENIZER, plan=plan, settings=QUICK, dropout=0.0, folder=folder, arguments=arguments
         )
         open(os.path.join(folder, f"rank{os.environ['RANK']}.json"), "w").write(done.to_json())
 """
@@ -277,6 +277,7 @@ def test_two_processes_train_what_one_does(
     assert len({tuple(value.shape for value in layer.values()) for layer in layers}) > 1
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SPREAD))
+    pruned.save_pretrained(tmp_path / "slim")
     command = [sys.executable, "-m", *launcher, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command += [str(tmp_path), json.dumps(arguments)]
