@@ -47,7 +47,7 @@ from fxprune.removal.removal import Scores
 from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
-from fxprune.trace.inputs import alias_twin, check_merged, is_hugging_face, private_parameters
+from fxprune.trace.inputs import check_merged, is_hugging_face, private_twin
 from fxprune.vocabulary.prune import PrunedVocabulary, Use, carry_out
 from fxprune.vocabulary.stage import (
     as_rows,
@@ -245,7 +245,7 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
 
 def _dense_twin(model: Any) -> Any:
     """A copy of a model of token ids to run, with its weights."""
-    return alias_twin(model, private_parameters(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)}))
+    return private_twin(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
 
 
 def _other_kinds(

@@ -29,7 +29,7 @@ from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import Plan, keep_of, kept_indices
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
-from fxprune.trace.inputs import alias_twin, default_inputs, is_hugging_face, meta_twin, private_parameters
+from fxprune.trace.inputs import default_inputs, is_hugging_face, meta_twin, private_twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,7 +196,7 @@ class SlimVerifier:
         if _is_on_meta(self.dense):
             return crashed and run_on_meta(meta_twin(self.dense), self.inputs, implementation=name) is None
         first, *_ = attention_implementations(self.dense)
-        twin = alias_twin(self.dense, private_parameters(self.dense, self.inputs))
+        twin = private_twin(self.dense, self.inputs)
         want = _outputs(twin, self.inputs, first)
         return isinstance(want, tuple) and not _fault(want, _outputs(twin, self.inputs, name))
 
@@ -231,7 +231,7 @@ def _cache_fault(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
     """
     if not model.can_generate():
         return ""
-    twin: Any = alias_twin(model, private_parameters(model, inputs))
+    twin: Any = private_twin(model, inputs)
     options: dict[str, Any] = {"max_new_tokens": 2, "num_beams": 1, "do_sample": False, "eos_token_id": None}
     options |= {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
     generate = partial(twin.generate, **inputs, **options, prefix_allowed_tokens_fn=lambda *_: [1])
@@ -286,7 +286,7 @@ def check_own_forward(
 
 
 def _compare(slim: fx.GraphModule, source: Source, inputs: Mapping[str, Any]) -> None:
-    twin = alias_twin(source.model, private_parameters(source.model, inputs))
+    twin = private_twin(source.model, inputs)
     with torch.no_grad(), quiet():
         found = attempt(partial(twin, **inputs))
         if isinstance(found, Refusal):

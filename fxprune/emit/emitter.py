@@ -483,7 +483,7 @@ def _start(one: Resized) -> int:
     return len(one.scope) + bool(one.scope)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Fitted:
     """A search for a candidate that fits a request, as far as it went.
 

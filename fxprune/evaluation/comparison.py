@@ -43,7 +43,7 @@ from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.pipeline.contract import shared as shared_finding
 from fxprune.report.quality import GreedyAnswer, Quality, TextQuality, figures_markdown, figures_table
 from fxprune.trace import trace
-from fxprune.trace.inputs import alias_twin, private_parameters
+from fxprune.trace.inputs import private_twin
 from fxprune.vocabulary.alignment import has_other_tokens
 
 
@@ -601,8 +601,7 @@ def _answers(dense: tuple[Any, Any], slim: tuple[Any, Any]) -> tuple[GreedyAnswe
         return ()
 
     def answers(model: Any, tokenizer: Any) -> Answers:
-        written = private_parameters(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
-        twin: Any = alias_twin(model, written)
+        twin: Any = private_twin(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
         return answer_questions(twin, tokenizer, plain_questions()[:1], tokens=ANSWER)
 
     return _first_answer(shared_finding(None, ("answers", *dense), lambda: answers(*dense)), answers(*slim))

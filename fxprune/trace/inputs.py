@@ -237,6 +237,11 @@ def private_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset
     return written_parameters(model, inputs)
 
 
+def private_twin(model: M, inputs: Mapping[str, Any]) -> M:
+    """A copy to run on ``inputs``, as from :func:`alias_twin`, that leaves the model as it is whatever it writes to."""
+    return alias_twin(model, private_parameters(model, inputs))
+
+
 class _Writes(TorchDispatchMode):
     """Records the storages that ops write to."""
 
@@ -438,7 +443,7 @@ def check_values(model: nn.Module) -> None:
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Check that a copy of the model runs on its keyword inputs."""
-    twin = alias_twin(model, private_parameters(model, inputs))
+    twin = private_twin(model, inputs)
     with quiet(), torch.no_grad():
         found = attempt(twin, **dict(inputs))
     if isinstance(found, Refusal):
