@@ -237,7 +237,7 @@ class Meter(TorchDispatchMode):
 
     def offload(self, tensor: torch.Tensor, kind: str = "values") -> torch.Tensor:
         """Stand-in for a tensor in a file."""
-        if not tensor.is_meta or tensor.nbytes < files._SMALLEST:
+        if not tensor.is_meta or tensor.nbytes < files.SMALLEST:
             return tensor
         self.paused = True
         mapped = torch.empty_like(tensor)

@@ -4,8 +4,9 @@ The model is a random Llama of a given shape, written shard by shard. A process 
 squares under a limit that the kernel enforces, in a memory cgroup of its own, which takes root. Prints the peak that
 the kernel recorded, page cache included.
 
-`--demo` takes the demo model and the default recipe, tuning included: once in memory, and once with the weights in
-files and half the memory of them beside that of Python and its packages. Prints the perplexity of both.
+`--demo` takes the demo model and the default recipe, with the text that it writes and tuning: once in memory, and once
+with the weights in files, and half the memory of them beside what Python, its packages and a prune of a tiny model with
+as many layers take. Prints the perplexity of both on held-out text, and on each text of `--text`.
 
 `--experts 128 --hidden 1024 --ffn 256 --layers 16 --share 0.25` takes a mixture whose experts are stored one by one,
 `--processes 4 --recipe balanced --share 0.6` four processes with a limit each.
@@ -58,21 +59,32 @@ _PASSES = {
     "compensate": "least-squares{reach=stream}",
 }
 
+_TINY_CHILD = """
+import torch, fxprune
+from benchmarks.common import Shape, memory_bytes
+from transformers import LlamaForCausalLM
+model = LlamaForCausalLM(Shape.of_width(64, 128, 30).config())
+fxprune.prune(model, torch.randint(99, (8, 8)), ratio=0.1, recipe="llm-pruner", protect=())
+print(memory_bytes("RssAnon"))
+"""
+
 _DEMO_CHILD = """
-import sys, time, fxprune
-from benchmarks.common import memory_bytes
+import logging, sys, time, fxprune
 from benchmarks.demo import demo_samples
 from fxprune.checkpoint.read import load_tokenizer
+logging.basicConfig(format="%(asctime)s %(message)s")
+logging.getLogger("fxprune").setLevel(logging.INFO)
 source, out, samples = sys.argv[1], sys.argv[2], int(sys.argv[3])
-calibration, _ = demo_samples(load_tokenizer(source), samples, 1)
-options = {"ratio": 0.2, "tune": "tune{epochs=1, rank=8, truth=0.2, batch=1}"}
+tokenizer = load_tokenizer(source)
+calibration = demo_samples(tokenizer, samples, 1)[0] if samples else None
 begin = time.perf_counter()
 if "--in-memory" in sys.argv:
-    result = fxprune.prune(source, calibration, eval=False, **options)
+    result = fxprune.prune(source, calibration, ratio=0.2, eval=False, tokenizer=tokenizer)
     result.save_pretrained(out)
 else:
-    result = fxprune.prune_checkpoint(source, out, calibration, **options)
-print(f"pruned in {time.perf_counter() - begin:.0f} s, {result.report.notes[-1]}")
+    result = fxprune.prune_checkpoint(source, out, calibration, ratio=0.2, tokenizer=tokenizer)
+print(f"pruned in {time.perf_counter() - begin:.0f} s")
+print(*result.report.notes, sep="\\n")
 """
 
 
@@ -120,17 +132,18 @@ def _run_limited(command: list[str], limit: int, processes: int) -> tuple[list[i
         return codes, [int(peak.read_text()) for _, peak in groups]
 
 
-def _compare_demo(share: float, samples: int, folder: Path | None) -> None:
+def _compare_demo(share: float, samples: int, texts: list[Path], folder: Path | None) -> None:
     """Prune the demo model in memory and in files, and print the perplexity of both."""
     model, tokenizer = load_demo_model()
     total = sum(parameter.nbytes for parameter in model.parameters())
-    imported = (
-        "import fxprune, transformers.models.auto; from benchmarks.common import memory_bytes as m; print(m('RssAnon'))"
-    )
-    python = float(subprocess.check_output([sys.executable, "-c", imported], text=True))
+    python = float(subprocess.check_output([sys.executable, "-c", _TINY_CHILD], text=True).split()[-1])
     limit = int(python + share * total)
-    _, heldout = demo_samples(tokenizer, 1, 20)
-    print(f"weights: {total / 1e9:.2f} GB; Python and packages: {python / 1e9:.2f} GB", flush=True)
+    _, windows = demo_samples(tokenizer, 1, 20)
+    heldout = {"held-out text": windows}
+    for path in texts:
+        tokens = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+        heldout[path.name] = tokens[: 60 * 128].view(-1, 128)
+    print(f"weights: {total / 1e9:.2f} GB; a prune of a tiny model: {python / 1e9:.2f} GB", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, outs = Path(place) / "dense", [Path(place) / "in-files", Path(place) / "in-memory"]
         model.save_pretrained(source, max_shard_size="50MB")
@@ -146,7 +159,8 @@ def _compare_demo(share: float, samples: int, folder: Path | None) -> None:
                     subprocess.run([*prefix, *command], check=True)
                     print(f"peak, page cache included: {int(peak_file.read_text()) / 1e9:.2f} GB")
             slim = fxprune.from_pretrained(out)
-            print(f"perplexity, {out.name}: {perplexity(slim, heldout):.3f}", flush=True)
+            for name, windows in heldout.items():
+                print(f"perplexity, {out.name}, {name}: {perplexity(slim, windows):.3f}", flush=True)
 
 
 @app.command()
@@ -155,7 +169,7 @@ def main(
     ffn: Annotated[int, typer.Option(help="Channels of an MLP.")] = 5632,
     layers: Annotated[int, typer.Option(help="Layers.")] = 22,
     share: Annotated[float, typer.Option(help="Memory allowed, as a fraction of the bytes of the weights.")] = 0.5,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 16,
+    samples: Annotated[int, typer.Option(help="Calibration samples; 0 for none of `--demo`.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
     experts: Annotated[int, typer.Option(help="Experts of each layer; 0 for a model without.")] = 0,
     recipe: Annotated[str, typer.Option(help="Recipe; by default Taylor scores and least squares.")] = "",
@@ -163,11 +177,12 @@ def main(
     kinds: Annotated[str, typer.Option(help="What goes: mlp, or expert where there are some.")] = "mlp",
     gguf: Annotated[bool, typer.Option("--gguf", help="Prune from a GGUF file in half precision.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help="The demo model, tuned, in memory and in files.")] = False,
+    text: Annotated[list[Path] | None, typer.Option(help="Texts to measure perplexity on, with `--demo`.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Folder with room for both models; else a temporary one.")] = None,
 ) -> None:
     """Write a model, prune it with half the memory of its weights, and load the result."""
     if demo:
-        _compare_demo(share, samples, folder)
+        _compare_demo(share, samples, text or [], folder)
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, out = Path(place) / "dense", Path(place) / "slim"

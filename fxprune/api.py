@@ -48,7 +48,7 @@ from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged, is_hugging_face, private_twin
-from fxprune.vocabulary.prune import PrunedVocabulary, Use, carry_out
+from fxprune.vocabulary.prune import DenseTeacher, PrunedVocabulary, Use, carry_out
 from fxprune.vocabulary.stage import (
     as_rows,
     check_alone,
@@ -59,7 +59,6 @@ from fxprune.vocabulary.stage import (
     trim_first,
     without_vocab,
 )
-from fxprune.vocabulary.teacher import DenseTeacher
 from fxprune.vocabulary.tokenizer import read_tokens, specification
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline", "prune_traced"]

@@ -23,6 +23,7 @@ from fxprune.data.text import MOST_SAMPLES, TOKENS, calibration_text
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.comparison import WINDOW, WINDOWS
+from fxprune.graph.tensors import returned_nodes
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
 
@@ -31,7 +32,8 @@ from fxprune.recipes.recipe import needs_samples
 class Estimate:
     """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, seconds, target.
 
-    ``read`` are the bytes that tuning reads from disk if memory holds none of the weights; 0 if they are in memory.
+    ``read`` are the bytes that tuning, and text that the model writes, read from disk if memory holds no weights;
+    ``written`` those that tuning writes. Both are 0 for weights in memory.
     """
 
     parameters: tuple[int, int]
@@ -43,6 +45,7 @@ class Estimate:
     seconds: float
     reached: str = ""
     read: float = 0.0
+    written: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,29 @@ class Activations:
     size: float = 4.0
 
 
-def costs_of(passes: Sequence[Any], samples: int, *, on_disk: bool = False) -> list[tuple[Any, Any]]:
-    """Passes with their costs; training runs on the samples recorded by an earlier pass.
-
-    No samples are generated from weights ``on_disk``.
-    """
+def costs_of(passes: Sequence[Any], samples: int) -> list[tuple[Any, Any]]:
+    """Passes with their costs; training runs on the samples recorded by an earlier pass."""
     found, recorded = [], samples
     for step in passes:
         cost = step.cost(recorded if step.stage == "tune" else samples)
         recorded, samples = cost.recorded or recorded, cost.given or samples
-        if not (on_disk and step.stage == "prepare"):
-            found.append((step, cost))
+        found.append((step, cost))
     return found
+
+
+def disk_traffic(
+    costs: Sequence[tuple[Any, Any]], weights: tuple[float, float], parameters: int
+) -> tuple[float, float]:
+    """Bytes read and written beside one sweep a pass, if memory holds none of the weights.
+
+    Args:
+        weights: bytes of the dense and of the slim ones.
+        parameters: of the slim model: each has 12 bytes of state where it is trained.
+    """
+    dense, slim = weights
+    updates = 12.0 * parameters * sum(cost.updates for _, cost in costs)
+    swept = sum(cost.sweeps * (slim if step.stage == "tune" else dense) for step, cost in costs)
+    return swept + updates, updates
 
 
 def peak_memory(
@@ -86,7 +100,8 @@ def peak_memory(
         held = held if step.changes == "nothing" else both
         current = slim if step.changes == "graph" else current
         elements = cost.batch * ((sizes.total if cost.backward else sizes.alive) + cost.outputs * sizes.outputs)
-        most = max(most, held + sizes.size * tokens * elements * current / dense + cost.weights * current)
+        trained = 0.0 if on_disk and cost.updates else cost.weights * current
+        most = max(most, held + sizes.size * tokens * elements * current / dense + trained)
     return 0.5e9 + most  # Python, torch and transformers take half a gigabyte
 
 
@@ -120,7 +135,8 @@ def _lines(found: Estimate) -> Iterator[str]:
         duration = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
     yield f"time: about {duration} with nothing else running (within a factor of two)"
     if found.read:
-        yield f"disk: tuning reads up to {found.read / 1e9:,.0f} GB more, if no weights stay in memory"
+        written = f", and up to {found.written / 1e9:,.0f} GB are written" if found.written else ""
+        yield f"disk: up to {found.read / 1e9:,.0f} GB are read again and again, if none of it stays in memory{written}"
     yield "no weight was read, and nothing was written; with real scores widths may be distributed differently"
 
 
@@ -159,13 +175,14 @@ def estimate(
     report = result.report
     samples, tokens = _count_samples(prepared, text)
     counted = _traced_tokens(traced) or report.tokens
-    costs = costs_of(prepared.passes, samples, on_disk=low_memory)
+    costs = costs_of(prepared.passes, samples)
     dense, slim = (float(size * count) for count in report.parameters)
     in_place = bool(options.get("inplace"))
     sizes = sizes_of(traced, counted, size)
     flops = 2 * report.macs[0] / counted * tokens * sum(cost.runs for _, cost in costs)
     if not low_memory and options.get("eval", True):
         flops += 2 * sum(report.macs) / counted * WINDOW * WINDOWS
+    read, written = disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
     return Estimate(
         parameters=report.parameters,
         widths=dict(report.widths),
@@ -175,7 +192,8 @@ def estimate(
         memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory),
         reached="" if report.reached is None else str(report.reached),
         seconds=flops / _flops(),
-        read=sum(slim * cost.runs / cost.batch for step, cost in costs if low_memory and step.stage == "tune"),
+        read=read,
+        written=written,
     )
 
 
@@ -244,7 +262,7 @@ def sizes_of(graph_module: Any, tokens: int, size: float) -> Activations:
     """Sizes of the activations of a traced graph whose inputs have ``tokens``, of ``size`` bytes an element."""
     nodes = list(graph_module.graph.nodes)
     last = {source: node for node in nodes for source in node.all_input_nodes}
-    outputs = _output_nodes(graph_module)
+    outputs = returned_nodes(graph_module.graph)
     numel = {node: 0 if node in outputs else _numel(node) for node in nodes}
     alive = most = 0
     for node in nodes:
@@ -253,16 +271,6 @@ def sizes_of(graph_module: Any, tokens: int, size: float) -> Activations:
         alive -= sum(numel[source] for source in node.all_input_nodes if last[source] is node)
     ends = sum(map(_numel, outputs))
     return Activations((sum(numel.values()) + ends) / tokens, most / tokens, ends / tokens, size)
-
-
-def _output_nodes(graph_module: Any) -> set[Any]:
-    """The tensors that a graph returns, also inside containers."""
-    found: set[Any] = set()
-    left = [node for node in graph_module.graph.nodes if node.op == "output"]
-    while left:
-        for source in left.pop().all_input_nodes:
-            (found.add if isinstance(source.meta.get("val"), torch.Tensor) else left.append)(source)
-    return found
 
 
 def _numel(node: Any) -> int:

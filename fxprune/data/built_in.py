@@ -149,17 +149,18 @@ def can_generate(model: nn.Module) -> bool:
 class _Draw(LogitsProcessor):
     """A draw of the next token, which greedy decoding then takes; never one of ``ends``.
 
-    It needs one random number a row; ``torch.multinomial``, by which transformers samples, one for each token of the
-    vocabulary, which takes longer than a small model does.
+    It needs one of the ``numbers (tokens, rows)`` a row; ``torch.multinomial``, by which transformers samples, one for
+    each token of the vocabulary, which takes longer than a small model does.
     """
 
-    def __init__(self, ends: int | list[int] | None) -> None:
+    def __init__(self, ends: int | list[int] | None, numbers: torch.Tensor) -> None:
         self.ends = [ends] if isinstance(ends, int) else list(ends or ())
+        self.numbers = iter(numbers)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores[:, self.ends] = -torch.inf
         reached = (scores.float() / _TEMPERATURE).softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(reached), 1, device=reached.device) * reached[:, -1:]
+        drawn = next(self.numbers).to(reached)[:, None] * reached[:, -1:]
         token = torch.searchsorted(reached, drawn, right=True).clamp_max(scores.shape[-1] - 1)
         return scores.zero_().scatter_(1, token, 1)  # type: ignore[return-value]
 
@@ -172,6 +173,7 @@ def generate_samples(
     seed: int,
     track: Track = no_progress,
     what: str = "the model writes",
+    rows: int | None = None,
 ) -> torch.Tensor:
     """Token ids ``(samples, tokens)`` sampled from a model.
 
@@ -179,13 +181,18 @@ def generate_samples(
         model: one that :func:`can_generate`.
         starts: token ids ``(starts, fewer than tokens)`` that samples begin with, in turn.
         seed: seed of the draws; the caller's random state is restored.
+        rows: samples that are generated at once, which what is drawn does not depend on; None for 64.
     """
     device = next(model.parameters()).device
     length = tokens - starts.shape[1]
     drawn = GenerationConfig(do_sample=False, use_cache=True, repetition_penalty=1.0, max_new_tokens=length)
-    begun = starts[torch.arange(samples) % len(starts)].to(device).split(_BATCH)
+    begun = starts[torch.arange(samples) % len(starts)].to(device)
+    draw = torch.Generator().manual_seed(seed)
+    drawn_at = torch.cat(
+        [torch.rand(length, len(batch), generator=draw).T for batch in begun.split(_BATCH)]
+    )  # (samples, tokens)
+    batches = list(zip(begun.split(rows or _BATCH), drawn_at.split(rows or _BATCH), strict=True))
     written: list[torch.Tensor] = []
-    draws = LogitsProcessorList([_Draw(model.generation_config.eos_token_id)])
     # transformers applies the model's own settings to every option that a call leaves open
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -194,13 +201,42 @@ def generate_samples(
     try:
         with eval_mode(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
             torch.manual_seed(seed)
-            for ids in track(begun, what, len(begun)):
+            for ids, numbers in track(batches, what, len(batches)):
+                draws = LogitsProcessorList([_Draw(own.eos_token_id, numbers.T)])
                 mask = torch.ones_like(ids)
                 found = model.generate(ids, attention_mask=mask, generation_config=drawn, logits_processor=draws)
                 written.append(found.cpu())
     finally:
         model.generation_config = own
     return torch.cat(written)
+
+
+def generation_rounds(samples: int, chats: bool = True) -> int:
+    """About how many batches :func:`generated_samples` generates, one token of each sample at a time."""
+    talks = samples // 2 if chats else 0
+    foreign = (samples - talks) // _FOREIGN
+    return sum(-(-count // _BATCH) for count in (talks, foreign, samples - talks - foreign))
+
+
+def rows_at_once(model: Any, ids: torch.Tensor, tokens: int, most: float) -> int:
+    """How many samples of ``tokens`` tokens to generate at once: up to 64, with a cache of ``most`` bytes if need be.
+
+    Args:
+        ids: token ids ``(1, tokens)`` to measure the cache with.
+    """
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=True)
+    each = _held_bytes(getattr(found, "past_key_values", None)) * tokens / ids.shape[1]
+    return max(1, min(_BATCH, int(most / max(each, 1.0))))
+
+
+def _held_bytes(value: Any, depth: int = 4) -> int:
+    """Bytes of the tensors in a value, in containers, and in attributes of objects, so many levels deep."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    inside = vars(value).values() if not inside and hasattr(value, "__dict__") else inside
+    return sum(_held_bytes(one, depth - 1) for one in inside) if depth else 0
 
 
 def generated_samples(
@@ -212,6 +248,7 @@ def generated_samples(
     seed: int,
     track: Track,
     chats: bool = True,
+    rows: int | None = None,
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
@@ -226,6 +263,7 @@ def generated_samples(
     Args:
         model: one that :func:`can_generate`.
         vocabulary: the token ids to draw from, ``(ids,)``.
+        rows: samples that are generated at once; None for 64.
     """
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
@@ -241,7 +279,7 @@ def generated_samples(
     )
     kinds = [(what, torch.cat([first.expand(len(rows), -1), rows], dim=1), count) for what, rows, count in begun]
     kinds.append(("the model chats", torch.tensor([chat]), talks))
-    written = [generate_samples(model, starts, n, tokens, seed, track, what) for what, starts, n in kinds if n]
+    written = [generate_samples(model, starts, n, tokens, seed, track, what, rows) for what, starts, n in kinds if n]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]
 
 

@@ -6,10 +6,11 @@ A stale fact is dropped: reading it is an error that names the pass that made it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -210,7 +211,8 @@ def within(name: str, paths: Iterable[str]) -> bool:
     return not _ancestors(name).isdisjoint(paths)
 
 
-def _ancestors(name: str) -> set[str]:
+@lru_cache(1 << 16)
+def _ancestors(name: str) -> Set[str]:
     found, end = set[str](), name.find(".")
     while end >= 0:
         found.add(name[:end])

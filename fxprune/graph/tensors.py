@@ -215,6 +215,10 @@ def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return as_parameter(tensor.detach().clone(), tensor)
 
 
+_LEAVES = (bool, int, float, str, torch.dtype, torch.device, nn.Module)
+"""Types of most attributes of modules, which hold no tensors of their own."""
+
+
 def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yield tensors with a gradient history among a module's attributes: torch refuses to copy them.
 
@@ -222,7 +226,7 @@ def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """
     for part in module.modules():
         for name, value in vars(part).items():
-            if name not in ("_parameters", "_modules"):
+            if name not in ("_parameters", "_modules") and not (value is None or isinstance(value, _LEAVES)):
                 leaves = tree_leaves(value)
                 yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
 
@@ -239,6 +243,16 @@ def names_by_identity(module: nn.Module) -> dict[int, tuple[str, ...]]:
     for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, tensor in named:
             found[id(tensor)] = (*found.get(id(tensor), ()), name)
+    return found
+
+
+def returned_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of the tensors that a graph returns, also inside containers."""
+    found = set[fx.Node]()
+    left = [graph.output_node()]
+    while left:
+        for source in left.pop().all_input_nodes:
+            (found.add if isinstance(source.meta.get("val"), torch.Tensor) else left.append)(source)
     return found
 
 

@@ -22,7 +22,7 @@ from fxprune.errors import VerificationError
 from fxprune.graph.facts import Change, Fact
 from fxprune.graph.tensors import tensor_name, upstream
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun, output_tensors
-from fxprune.offload.files import offloaded
+from fxprune.offload.files import offload_large, offloaded
 from fxprune.offload.prefetch import inputs_on_device
 from fxprune.removal.removal import Removal
 from fxprune.rules.registry import writes
@@ -30,11 +30,16 @@ from fxprune.rules.registry import writes
 Inputs = Mapping[str, torch.Tensor]
 
 
+_LARGE_VALUES = 0.05
+"""Bytes of a value for all batches, by those of the weights, from which on it goes to a file if they are in files."""
+
+
 class PairedRuns:
     """The dense and the masked run over some batches, node by node in step.
 
     Values of the dense run at a node may be used to change the weights that the masked run reads next. Values are freed
-    after their last use, so that memory holds those alive at one node, of all batches.
+    after their last use, so that memory holds those alive at one node, of all batches. Where weights are in files, so
+    are values that are large beside them.
 
     Args:
         places: for each batch, the places of its samples in the batch of a single process, and the size of that one.
@@ -56,6 +61,7 @@ class PairedRuns:
         self.needed = {node for node in self.graph.nodes if node.op == "placeholder"}.union(needed)
         self.dense = [PreciseRun(graph_module) for _ in batches]
         self.masked = [MaskedRun(graph_module, removal) for _ in batches]
+        self._offload = offload_large(_LARGE_VALUES / max(1, len(self.masked)), graph_module)
         for runs in (self.dense, self.masked):
             runs[0].in_step()
             for run, inputs in zip(runs, batches, strict=True):
@@ -96,8 +102,9 @@ class PairedRuns:
     def _step(self, runs: Sequence[UntouchedRun], node: fx.Node) -> None:
         shared = node.op == "get_attr" and not runs[0].writes_to(str(node.target))
         value = runs[0].run_node(node) if shared else None  # weights are read and masked once for all batches
-        for run in runs:
-            run.env[node] = value if shared else run.run_node(node)
+        with self._offload:
+            for run in runs:
+                run.env[node] = value if shared else run.run_node(node)
 
 
 @dataclass(frozen=True, eq=False)

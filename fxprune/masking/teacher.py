@@ -14,7 +14,7 @@ from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices
 from fxprune.data.samples import is_in_memory
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import Fact, facts_of, fork
-from fxprune.graph.tensors import weights
+from fxprune.graph.tensors import returned_nodes, weights
 from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes, read_heldout
 from fxprune.masking.parts import Part, PartRuns, output_numel, parts_by_weights, run_in_parts
@@ -116,6 +116,7 @@ def record_teacher_logits(
             for row, i in enumerate(numbers):
                 one = TeacherLogits.of(samples[i], logarithms[row], kept)
                 found[i] = one.classes, one.likelihoods
+            del logits, logarithms  # before those of the next batch are made
     every = gathered([[found[i] for i in numbers] for numbers in mine])
     whole = {i: one for numbers, row in zip(batches, every, strict=True) for i, one in zip(numbers, row, strict=True)}
     return tuple(TeacherLogits(sample, *whole[i]) for i, sample in enumerate(samples))
@@ -152,7 +153,7 @@ def _batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: 
         return size
     nodes = graph_module.graph.nodes
     traced = max(output_numel(node) for node in nodes if node.op == "placeholder")
-    outputs = max(output_numel(node) for node in graph_module.graph.output_node().all_input_nodes)
+    outputs = max(map(output_numel, returned_nodes(graph_module.graph)), default=1)
     given = max(value.numel() for value in samples[0].inputs.values() if isinstance(value, torch.Tensor))
     most = _LARGEST_LOGITS * sum(tensor.nbytes for _, tensor in weights(graph_module))
     return max(1, min(size, int(most * traced / max(1, 4 * outputs * given))))
@@ -206,7 +207,7 @@ def divergence(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) ->
         return (distance / batch.likelihoods.square().sum(-1).clamp_min(_LEAST)).mean()
     following = batch.labels[:, 1:] if truth else batch.classes[:, :0, 0]
     arguments = (batch.classes, batch.likelihoods, following, truth)
-    found: torch.Tensor = _Divergence.apply(logits.float(), *arguments)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _Divergence.apply(logits, *arguments)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -229,10 +230,14 @@ def rejection(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) -> 
     return rejected + truth * next_token_loss(logits, batch.labels) if truth else rejected
 
 
-class _Divergence(torch.autograd.Function):
-    """The divergence, and the cross-entropy of next tokens, with their gradient in closed form.
+_CHUNK = 1 << 22
+"""Numbers of logits that are converted to log-probabilities at once: those of a step would be the largest in memory."""
 
-    Autograd would read and write the logits several times as often.
+
+class _Divergence(torch.autograd.Function):
+    """The divergence, and the cross-entropy of next tokens, with their gradient in closed form, some rows at a time.
+
+    Autograd would read and write the logits several times as often, and keep their logarithms.
 
     With probabilities ``p`` and ``q`` of the model and the dense one, ``S`` and ``Q`` their sums over the kept classes,
     and ``c = (1 - Q) / (1 - S)`` for the others as one class, the gradient of the divergence by logit ``j`` is
@@ -249,31 +254,37 @@ class _Divergence(torch.autograd.Function):
         following: torch.Tensor,
         truth: float,
     ) -> torch.Tensor:
-        logarithms = logits.log_softmax(-1)
-        likely = logarithms.gather(-1, classes)
-        left = 1 - likely.exp().sum(-1, keepdim=True)
-        counted = (following != IGNORED)[..., None]
-        tokens, share = following.clamp_min(0)[..., None], truth / counted.sum().clamp_min(1)
-        ctx.save_for_backward(logarithms, classes, likelihoods, left, tokens, counted * share)
-        missed = likelihoods - torch.cat((likely, left.clamp_min(_LEAST).log()), dim=-1)
-        found = (likelihoods.exp() * missed).sum(-1).mean()
-        said = logarithms[:, : tokens.shape[1]].gather(-1, tokens)
-        return found - share * torch.where(counted, said, 0).sum()
+        rest = logits.shape[1] - following.shape[1]
+        tokens = torch.nn.functional.pad(following, (0, rest), value=IGNORED).flatten()[:, None]
+        counted = tokens != IGNORED
+        weight = counted * (truth / counted.sum().clamp_min(1))
+        rows, gradient = logits.flatten(0, 1), torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        size, count = max(1, _CHUNK // logits.shape[-1]), len(rows)
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for begin in range(0, count, size):
+            chunk = slice(begin, begin + size)
+            there, given = classes.flatten(0, 1)[chunk], likelihoods.flatten(0, 1)[chunk]
+            token, factor = tokens[chunk].clamp_min(0), weight[chunk]
+            logarithms = rows[chunk].float().log_softmax(-1)
+            likely = logarithms.gather(-1, there)
+            left = 1 - likely.exp().sum(-1, keepdim=True)
+            missed = given - torch.cat((likely, left.clamp_min(_LEAST).log()), dim=-1)
+            total += (given.exp() * missed).sum() / count - (factor * logarithms.gather(-1, token)).sum()
+            if gradient is not None:
+                wanted = given.exp() / count
+                kept, others = wanted[..., :-1], wanted[..., -1:]
+                c = torch.where(left > _LEAST, others / left, 0)
+                every = kept.sum(-1, keepdim=True) - c * (1 - left) + factor
+                found = logarithms.exp_().mul_(every).scatter_add_(-1, there, likely.exp() * c - kept)
+                gradient.flatten(0, 1)[chunk] = found.scatter_add_(-1, token, -factor)
+        ctx.save_for_backward(gradient)
+        return total.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logarithms, classes, likelihoods, left, tokens, counted = ctx.saved_tensors
-        wanted = likelihoods.exp() * (gradient / left.numel())
-        kept, others = wanted[..., :-1], wanted[..., -1:]
-        c = torch.where(left > _LEAST, others / left, 0)
-        likely = logarithms.gather(-1, classes).exp()
-        every = kept.sum(-1, keepdim=True) - c * (1 - left)
-        truth = counted * gradient
-        every[:, : truth.shape[1]] += truth
-        found = logarithms.exp().mul_(every).scatter_add_(-1, classes, likely * c - kept)
-        found[:, : truth.shape[1]].scatter_add_(-1, tokens, -truth)
-        return found, None, None, None, None
+        (found,) = ctx.saved_tensors
+        return found.mul_(gradient), None, None, None, None
 
 
 def run_logits(run: UntouchedRun, inputs: Mapping[str, Any], parts: Sequence[Part] = ()) -> torch.Tensor:

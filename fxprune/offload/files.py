@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.errors import FxpruneError
+from fxprune.graph.compat import TorchDispatchMode, tree_leaves
 from fxprune.graph.facts import Source, facts_of
-from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
+from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor, weights
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
 from fxprune.offload.ranks import barrier, broadcast_object, is_first
 
-_SMALLEST = 1 << 16
+SMALLEST = 1 << 16
 """Bytes below which a tensor stays in memory: a mapping takes whole pages, and their number is limited."""
 
 _UNWRITTEN = 1 << 26
@@ -139,23 +143,32 @@ _writes: deque[tuple[Future[None], int]] = deque()
 """Files on their way to the disk, with their bytes."""
 
 
-def offloaded(tensor: torch.Tensor) -> torch.Tensor:
+def offloaded(tensor: torch.Tensor, own: slice | None = None) -> torch.Tensor:
     """Return a tensor of the same values in a file, inside :func:`offload_to`; else the tensor itself.
 
     Pages that are not written yet cannot be evicted when memory is short, so files are written at once: in threads,
     since waiting for each takes as long as everything else when others use the disk too.
 
+    Args:
+        own: the elements, in order, that the file has room for, others being 0; None for all.
+
     Raises:
         OSError: this file, or one that was begun before, could not be written.
     """
     folder = _folder.get()
-    if folder is None or tensor.nbytes < _SMALLEST or tensor.device.type != "cpu":
+    if folder is None or tensor.nbytes < SMALLEST or tensor.device.type != "cpu":
         return tensor
     handle, name = tempfile.mkstemp(dir=folder)
     try:
-        os.posix_fallocate(handle, 0, tensor.nbytes)  # a mapping of space that is not there ends the process
-        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        mapped.copy_(tensor)
+        os.truncate(handle, tensor.nbytes)
+        begin, end, _ = (own or slice(None)).indices(tensor.numel())
+        # a mapping of space that is not there ends the process
+        os.posix_fallocate(handle, begin * tensor.itemsize, max(1, end - begin) * tensor.itemsize)
+        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        if own is None:
+            mapped.view(tensor.shape).copy_(tensor)
+        else:
+            mapped[own] = tensor.reshape(-1)[own]
     except BaseException:  # whatever was raised, nobody else closes the file
         os.close(handle)
         raise
@@ -163,7 +176,60 @@ def offloaded(tensor: torch.Tensor) -> torch.Tensor:
         os.unlink(name)
     _writes.append((_writers(os.getpid()).submit(_write_and_close, handle), tensor.nbytes))
     _wait_for_writes(_UNWRITTEN)
-    return mapped
+    return mapped.view(tensor.shape)
+
+
+class OffloadLarge(TorchDispatchMode):
+    """Moves tensors of more than ``most`` bytes to files as ops make them, inside :func:`offload_to`; views stay."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not isinstance(found, torch.Tensor) or found.nbytes <= self.most:
+            return found
+        taken = (one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor))
+        views = found.untyped_storage()._cdata in {one.untyped_storage()._cdata for one in taken}
+        return found if views else offloaded(found)
+
+
+def offload_large(share: float, graph_module: fx.GraphModule) -> AbstractContextManager[object]:
+    """Offload tensors that ops make of more than a share of the bytes of a graph's weights, if these are in files."""
+    if not is_offloading():
+        return nullcontext()
+    return OffloadLarge(share * sum(tensor.nbytes for _, tensor in weights(graph_module)))
+
+
+def write_back(tensor: torch.Tensor) -> None:
+    """Write a tensor that :func:`offloaded` gave to the disk again, once its values have changed; in threads.
+
+    Pages that have changed cannot be evicted before.
+    """
+    if not is_offloading() or tensor.nbytes < SMALLEST or tensor.device.type != "cpu" or os.name != "posix":
+        return
+    _writes.append((_writers(os.getpid()).submit(_sync_pages, tensor), tensor.nbytes))
+    _wait_for_writes(_UNWRITTEN)
+
+
+_MS_SYNC = 0x0010 if sys.platform == "darwin" else 4
+"""The flag of ``msync`` that waits for the disk."""
+
+
+def _sync_pages(tensor: torch.Tensor) -> None:
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - begin
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.msync(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MS_SYNC):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def free_disk() -> int:
+    """The bytes that the disk of the folder has free, inside :func:`offload_to`; else 0."""
+    folder = _folder.get()
+    return 0 if folder is None else shutil.disk_usage(folder).free
 
 
 def _write_and_close(handle: int) -> None:

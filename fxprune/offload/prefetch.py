@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import psutil
@@ -14,6 +16,7 @@ from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.tensors import device_of, map_tensors, weights
+from fxprune.offload.files import SMALLEST, is_offloading
 from fxprune.offload.ranks import broadcast_object, start_gather, world_size
 
 _offered: ContextVar[Prefetcher | None] = ContextVar("offered", default=None)
@@ -116,12 +119,8 @@ class GatheringPrefetcher(Prefetcher):
 
     def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start to gather a tensor; small ones, which are read as fast as they are sent, are read whole."""
-        shared = world_size() > 1 and tensor.is_contiguous() and tensor.nbytes >= _LEAST_SHARED
+        shared = world_size() > 1 and tensor.is_contiguous() and tensor.nbytes >= SMALLEST
         return start_gather(tensor) if shared else super().start_copy(tensor)
-
-
-_LEAST_SHARED = 1 << 16
-"""Bytes of a weight that is worth a collective."""
 
 
 def prefetcher_to(device: Any, home: torch.device, *, in_files: bool = False) -> Prefetcher | None:
@@ -208,9 +207,38 @@ def inputs_on_device(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) ->
     return [map_tensors(value, lambda tensor: to_device(tensor, device)) for value in inputs.values()]
 
 
-def free_bytes(device: torch.device) -> int:
-    """The bytes of memory that a device has free, as this process sees them."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+def free_bytes(device: torch.device) -> float:
+    """The bytes of memory that a device has free, as this process sees them; in host memory, what its cgroup allows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _cgroup_free())
+
+
+_CGROUPS = (
+    ("0::", "", "memory.max", "anon "),
+    (":memory:", "memory", "memory.limit_in_bytes", "total_rss "),
+)
+"""Of version 2 and 1: the mark of the line in ``/proc/self/cgroup``, the folder, the limit, and what is in use."""
+
+
+def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """The bytes that the cgroups of this process, such as that of a container, let it take; infinite without a limit.
+
+    Pages of files are not counted: the kernel evicts them.
+    """
+    found = math.inf
+    lines = own.read_text().splitlines() if own.is_file() else []
+    for mark, folder, limit, used in _CGROUPS:
+        path = next((PurePosixPath(line.partition(mark)[2]) for line in lines if mark in line), None)
+        for group in () if path is None else (path, *path.parents):
+            place = root / folder / str(group).lstrip("/")
+            try:
+                allowed = int((place / limit).read_text())
+                stat = (place / "memory.stat").read_text().splitlines()
+                found = min(found, allowed - next(int(line[len(used) :]) for line in stat if line.startswith(used)))
+            except (OSError, ValueError, StopIteration):  # "max", no such file, or one of another form
+                continue
+    return max(0.0, found)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -255,5 +283,8 @@ def use_bf16(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Return a context in which products, and nothing that needs more digits, are computed in bfloat16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Return a context in which products, and nothing that needs more digits, are computed in bfloat16.
+
+    No weight in a file is kept in bfloat16: torch would keep those of the whole model.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=not is_offloading())

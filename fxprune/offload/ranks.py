@@ -216,6 +216,25 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
+def own_elements(count: int) -> slice:
+    """This process's share of the elements of a tensor, in order, as :func:`start_gather` and others divide them."""
+    size = -(-count // world_size())
+    return slice(min(rank() * size, count), min((rank() + 1) * size, count))
+
+
+def reduce_to_own(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over processes, and return this process's share of its elements: reduce-scatter."""
+    flat, count = tensor.reshape(-1), world_size()
+    if count == 1:
+        return flat
+    size = -(-len(flat) // count)
+    padded = nn.functional.pad(flat, (0, size * count - len(flat)))
+    own = torch.empty_like(padded[:size])
+    dist.reduce_scatter(own, list(padded.split(size)))
+    share = own_elements(len(flat))
+    return own[: share.stop - share.start]
+
+
 def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to assemble a tensor of which each process reads its share; the returned function waits, and returns it.
 
@@ -225,7 +244,7 @@ def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     count = world_size()
     size = -(-tensor.numel() // count)
     own, whole = tensor.new_empty(size), tensor.new_empty(size * count)
-    share = tensor.detach().reshape(-1)[rank() * size : (rank() + 1) * size]
+    share = tensor.detach().reshape(-1)[own_elements(tensor.numel())]
     own[: len(share)] = share
     gathering = dist.all_gather(list(whole.split(size)), own, async_op=True)
 

@@ -96,6 +96,8 @@ class PassCost:
         weights: memory kept for each weight, as a fraction of the bytes of the weights.
         recorded: samples that it records for training by a later pass.
         given: samples that it gives to later passes; 0 for those that there were.
+        sweeps: times that all weights are read again and again, where they are in files.
+        updates: steps that read and write each weight and two moments of it in float32, where they are in files.
     """
 
     runs: float = 0.0
@@ -105,6 +107,8 @@ class PassCost:
     weights: float = 0.0
     recorded: int = 0
     given: int = 0
+    sweeps: float = 0.0
+    updates: float = 0.0
 
 
 class Pass(Arguments, PassBase):

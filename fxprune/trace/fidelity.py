@@ -44,6 +44,7 @@ from fxprune.graph.tensors import (
     tensors_of,
     weights,
 )
+from fxprune.offload.files import offload_large
 from fxprune.rules.picked import PickingRun
 from fxprune.rules.registry import written_sources
 from fxprune.trace.inputs import alias_twin, free_axes, private_parameters, without_cache
@@ -224,6 +225,9 @@ def _runs_at_other_sizes(graph_module: fx.GraphModule, inputs: list[fx.Node]) ->
 _TOLERANCE = 1e-5
 """Accepted difference in float32: the same ops in the same order give the same numbers, another kernel a last digit."""
 
+_LARGE_GRADIENTS = 0.05
+"""Bytes of a gradient, by those of the weights, from which on it goes to a file if they are in files."""
+
 Result = TypeVar("Result")
 Outputs = list[torch.Tensor]
 GradientDigest = tuple[torch.Tensor, torch.Tensor]
@@ -262,8 +266,9 @@ class SideBySide:
     def gradients(self) -> dict[str, float]:
         """The relative difference of the gradient of each parameter; empty if there are no gradients."""
         try:
-            wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
-            got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
+            with offload_large(_LARGE_GRADIENTS, self.graph_module):
+                wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
+                got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
         except (MemoryError, torch.OutOfMemoryError):  # nothing is known about them
             wanted = None
         if wanted is None:

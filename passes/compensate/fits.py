@@ -13,7 +13,7 @@ from torch import fx
 from fxprune.errors import CalibrationError
 from fxprune.graph.tensors import get_tensor
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.files import offloaded
+from fxprune.offload.files import offloaded, write_back
 from fxprune.offload.ranks import all_reduce, broadcast_dealt, deal, gathered
 from fxprune.pipeline.arguments import argument
 
@@ -98,6 +98,10 @@ class FitMoments:
         """The squared error on these tokens after a change of the weight, minus the error without it."""
         return float(((self.square @ change - 2 * self.product) * change).sum())
 
+    def error_on(self, other: FitMoments, damping: Damping) -> float:
+        """The error on the tokens of ``other`` after the change that fits these tokens."""
+        return other.error(self.solve(damping))
+
 
 @dataclass(frozen=True)
 class StackedMoments:
@@ -131,19 +135,28 @@ class StackedMoments:
     def is_finite(self) -> bool:
         return all(bool(m.square.isfinite().all() and m.product.isfinite().all()) for m in self.of_each)
 
-    def solve(self, damping: Damping) -> torch.Tensor:
+    def solve(self, damping: Damping, dtype: torch.dtype) -> torch.Tensor:
         """The changes of the weights, each transposed: ``(matrices, in, out)``; of those of other processes, zeros."""
+        found = torch.zeros(len(self.of_each), *self.of_each[0].product.shape, dtype=dtype, device=self._device)
+        for i, change in self._changes(damping):
+            found[i] = change
+        return found
+
+    def error_on(self, other: StackedMoments, damping: Damping) -> float:
+        """The sum of the errors on the tokens of ``other``, of each matrix from the process that has its change."""
+        return sum(gathered([other.of_each[i].error(change) for i, change in self._changes(damping)]))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.of_each[0].product.device
+
+    def _changes(self, damping: Damping) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield this process's matrices by number, each with its change: of all at once they take much memory."""
         squares = torch.stack([moments.square.diagonal() for moments in self.of_each])
         reached = squares.any(dim=1)
         scale = squares.sum(dim=0) / reached.sum().clamp(min=1)
-        mine = deal(range(len(self.of_each)))
-        return torch.stack(
-            [m.solve(damping, scale) if i in mine else torch.zeros_like(m.product) for i, m in enumerate(self.of_each)]
-        )
-
-    def error(self, change: torch.Tensor) -> float:
-        """The sum of the errors of the matrices, each from the process that has its change."""
-        return sum(gathered([self.of_each[i].error(change[i]) for i in deal(range(len(self.of_each)))]))
+        for i in deal(range(len(self.of_each))):
+            yield i, self.of_each[i].solve(damping, scale)
 
 
 def best_damping(front: FitMoments | StackedMoments, back: FitMoments | StackedMoments) -> Damping:
@@ -165,7 +178,7 @@ def _climb(
     front: FitMoments | StackedMoments, back: FitMoments | StackedMoments, each: bool
 ) -> Iterator[tuple[float, Damping]]:
     def error(place: int) -> float:
-        return back.error(front.solve(Damping(_LADDER[place], each)))
+        return front.error_on(back, Damping(_LADDER[place], each))  # type: ignore[arg-type]
 
     best = error(_FIRST)
     yield best, Damping(_LADDER[_FIRST], each)
@@ -231,8 +244,11 @@ class LeastSquaresPass(FitPass):
         front, back = (StackedMoments.empty(w, added is not None) for _ in range(2))
         for matrix, X, y, held in fit_data(site, run):
             D = y - X @ w[matrix].T
-            front.of_each[matrix].add(X[~held], D[~held])
-            back.of_each[matrix].add(X[held], D[held])
+            for moments, rows in ((front.of_each[matrix], ~held), (back.of_each[matrix], held)):
+                moments.add(X[rows], D[rows])
+                if len(W) > 1:  # of many matrices they are several times what memory may hold
+                    write_back(moments.square)
+                    write_back(moments.product)
         front.all_reduce()
         back.all_reduce()
         if not (front.is_finite() and back.is_finite()):
@@ -241,7 +257,7 @@ class LeastSquaresPass(FitPass):
         damping = best_damping(front, back) if self.damping is None else Damping(self.damping, self.each)
         front.merge(back)
         del back
-        change = front.solve(damping).mT.to(w.dtype)
+        change = front.solve(damping, w.dtype).mT
         broadcast_dealt(change)
         found = {site.weight: site.weight_of(W.index_copy(2, site.kept, w + change[..., : w.shape[2]]))}
         if added is not None:

@@ -30,7 +30,7 @@ from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teach
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument, instance
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
-from fxprune.vocabulary.teacher import DenseTeacher
+from fxprune.vocabulary.prune import DenseTeacher
 
 
 def check_dense(name: str, value: Any) -> DenseTeacher:

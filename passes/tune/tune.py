@@ -6,30 +6,27 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
-from fxprune.axes import factors
 from fxprune.data.calibration import IGNORED
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
-from fxprune.graph.tensors import device_of, get_tensor, map_tensors, require_weights, weights
+from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
-from fxprune.masking.masked_run import UntouchedRun, at_least_float32
 from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import TeacherBatch, deal_in_step, divergence, rejection, run_logits, teacher_batches
 from fxprune.offload.atomic import atomic_path
-from fxprune.offload.files import is_offloading, write_values
+from fxprune.offload.files import free_disk, is_offloading, write_values
 from fxprune.offload.prefetch import autocast, free_bytes, gathers_weights, use_bf16
 from fxprune.offload.ranks import (
     all_reduce,
@@ -42,249 +39,11 @@ from fxprune.offload.ranks import (
 )
 from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
-from fxprune.removal.removal import Removal, Removed
-from fxprune.rules.products import LoneProduct, lone_products
+from fxprune.removal.removal import Removed
 from fxprune.rules.registry import written_sources
 
 from .teacher import HELDOUT, Teacher
-
-Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
-"""Vectors by key."""
-
-_REACH = 0.5
-"""A scale stays between a half and one and a half: a unit is never switched off."""
-
-_SLIGHT = 0.05
-"""Low-rank updates grow a quarter as fast as parameters of one axis move: they have many more numbers to move by, and
-at a fifth, twelve steps made a model worse on text that it does not train on."""
-
-_CAREFUL = 0.2
-"""Parameters of one axis move a fifth as fast as scales: the scale of a norm multiplies all of the stream after it. So
-do weights that are trained themselves, each in units of its own size."""
-
-
-@dataclass(frozen=True)
-class TrainedVectors:
-    """Scales, offsets and low-rank updates, one after the other in one flat tensor of numbers, all 0 at first.
-
-    Args:
-        products: by node name, the products whose inputs or outputs are scaled.
-        sizes: for each vector its key and size: ``in`` and ``out`` with the name of a product, ``own`` with that of a
-            parameter of one axis; ``down`` and ``up`` with the name of a product for the two factors, ``(in, rank)``
-            and ``(rank, out)``, of the update of its weight.
-        units: for each product the change of each element of its weight by a number of 1 in both factors.
-    """
-
-    rate: ClassVar[float] = 0.005
-    products: Mapping[str, LoneProduct]
-    sizes: Mapping[tuple[str, str], int]
-    rank: int = 0
-    units: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool, rank: int = 0) -> TrainedVectors:
-        """The vectors of a slim graph, for all products with ``everywhere``, else for those that lost inputs."""
-        products = {product.node.name: product for product in _tuned_products(graph_module, removal, everywhere)}
-        sizes, units = {}, {}
-        for name, product in products.items():
-            W = get_tensor(graph_module, product.name)
-            sizes["in", name] = W.shape[product.axis]
-            if product.added is None or product.bias is not None:
-                sizes["out", name] = W.shape[1 - product.axis]
-            if rank:
-                sizes["down", name] = W.shape[product.axis] * rank
-                sizes["up", name] = W.shape[1 - product.axis] * rank
-                units[name] = float(_SLIGHT * W.detach().float().square().mean().sqrt() / rank**0.5)
-        sizes.update({("own", name): get_tensor(graph_module, name).numel() for name in _single_axes(graph_module)})
-        return cls(products, sizes, rank, units)
-
-    @property
-    def count(self) -> int:
-        return sum(self.sizes.values())
-
-    def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
-        return [torch.zeros(self.count, device=device_of(graph_module))]
-
-    def rates(self, graph_module: fx.GraphModule) -> list[float]:
-        return [1.0]
-
-    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> VectorsRun:
-        return VectorsRun(graph_module, self, *numbers)
-
-    def parts(self, numbers: torch.Tensor) -> Parts:
-        """Each vector by its key, split from ``numbers`` at once: one backward step gives the gradient of them all."""
-        return dict(zip(self.sizes, numbers.split(list(self.sizes.values())), strict=True))
-
-    def scale(self, parts: Parts, key: tuple[str, str]) -> torch.Tensor | None:
-        """The scale by the vector ``key`` of a product; None if there is none."""
-        part = parts.get(key)
-        return None if part is None else 1 + _REACH * torch.tanh(part)
-
-    def factors(self, parts: Parts, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The two factors, ``(in, rank)`` and ``(rank, out)``, of the update of a product's weight; None for none.
-
-        The first starts at random numbers, the same each time, and the second at 0, so that the update is 0 at first.
-        """
-        down, up = parts.get(("down", node)), parts.get(("up", node))
-        if down is None or up is None:
-            return None
-        down = down.view(-1, self.rank)
-        return self.units[node] * (_start(len(down), self.rank).to(down.device) + down), up.view(self.rank, -1)
-
-    def offset(self, parts: Parts, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A parameter of one axis, moved in units of its root mean square."""
-        part = parts.get(("own", name))
-        if part is None:
-            return value
-        wide = value.float()
-        return (wide + _CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
-
-    def folded(
-        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the names and the values of tensors that change; each product's weight is made when it is asked for."""
-        (flat,) = numbers
-        parts = self.parts(flat)
-        single = [name for kind, name in self.sizes if kind == "own"]
-        values = {name: self.offset(parts, name, get_tensor(graph_module, name)) for name in single}
-        for node, product in self.products.items():
-            W = get_tensor(graph_module, product.name)
-            wide, rows, columns = W.float(), self.scale(parts, ("out", node)), self.scale(parts, ("in", node))
-            assert columns is not None
-            wide = wide * (columns if product.axis == 1 else columns[:, None])
-            if rows is not None:
-                wide = wide * (rows[:, None] if product.axis == 1 else rows)
-            low = self.factors(parts, node)
-            if low is not None:
-                update = low[0] @ low[1]
-                wide = wide + (update.T if product.axis == 1 else update)
-            if rows is not None and product.bias is not None:
-                bias = values.get(product.bias, get_tensor(graph_module, product.bias))
-                values[product.bias] = (bias.float() * rows).to(bias.dtype)
-            yield product.name, wide.to(W.dtype)
-        yield from values.items()
-
-
-class TrainingRun(UntouchedRun):
-    """An interpreter for runs whose gradients are due: on a CPU attention is in float32.
-
-    Its gradient takes twice as long there in bfloat16.
-    """
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        attention = target is torch.ops.aten.scaled_dot_product_attention.default and args[0].device.type == "cpu"
-        if not (attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
-            return super().call_function(target, args, kwargs)
-        with torch.autocast("cpu", enabled=False):
-            wide = map_tensors((args, kwargs), at_least_float32)
-            return super().call_function(target, *wide).to(args[0].dtype)
-
-
-class VectorsRun(TrainingRun):
-    """An interpreter that runs a graph as if the vectors were folded in; its weights get no gradient."""
-
-    def __init__(self, graph_module: fx.GraphModule, vectors: TrainedVectors, numbers: torch.Tensor) -> None:
-        super().__init__(graph_module)
-        self.vectors, self.parts = vectors, vectors.parts(numbers)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        if not isinstance(value, torch.Tensor):
-            return value
-        return self.vectors.offset(self.parts, str(target), value.detach())
-
-    def run_node(self, n: fx.Node) -> Any:
-        product = self.vectors.products.get(n.name)
-        if product is None:
-            return super().run_node(n)
-        source = self.env[product.source]
-        self.env[product.source] = self._scaled(source, ("in", n.name))
-        value = self._scaled(super().run_node(n), ("out", n.name))
-        self.env[product.source] = source
-        low = self.vectors.factors(self.parts, n.name)
-        return value if low is None else value + source @ low[0].to(source.dtype) @ low[1].to(source.dtype)
-
-    def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-        scale = self.vectors.scale(self.parts, key)
-        return value if scale is None else value * scale.to(value.dtype)
-
-
-@cache
-def _start(rows: int, rank: int) -> torch.Tensor:
-    return torch.randn(rows, rank, generator=torch.Generator().manual_seed(0))
-
-
-def _tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Iterator[LoneProduct]:
-    """Yield the products with a weight that nothing else reads: all, or those that lost inputs."""
-    for product in lone_products(graph_module):
-        exprs = removal.axes.tensors.get(product.name)
-        lost = exprs is not None and any(removal.keep.touches(factor) for factor in factors(exprs[product.axis]))
-        if everywhere or lost:
-            yield product
-
-
-def _single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
-    """Yield the names of parameters of one axis, such as those of norms and biases, that have no second name."""
-    found = [
-        (name, id(tensor))
-        for name, tensor in weights(graph_module)
-        if isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
-    ]
-    names = Counter(tensor for _, tensor in found)
-    yield from (name for name, tensor in found if names[tensor] == 1)
-
-
-@dataclass(frozen=True)
-class TrainedWeights:
-    """Weights that are trained themselves, in float32: of each, by name, the number of its numbers."""
-
-    rate: ClassVar[float] = 0.008
-    sizes: dict[str, int]
-
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> TrainedWeights:
-        """The weights of products that nothing else reads, all or those that lost inputs, and one-axis parameters."""
-        products = _tuned_products(graph_module, removal, everywhere)
-        names = dict.fromkeys([*(product.name for product in products), *_single_axes(graph_module)])
-        return cls({name: get_tensor(graph_module, name).numel() for name in names})
-
-    @property
-    def count(self) -> int:
-        return sum(self.sizes.values())
-
-    def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
-        return [get_tensor(graph_module, name).detach().float().clone() for name in self.sizes]
-
-    def rates(self, graph_module: fx.GraphModule) -> list[float]:
-        found = (get_tensor(graph_module, name).detach().float() for name in self.sizes)
-        return [_CAREFUL * float(weight.square().mean().sqrt()) for weight in found]
-
-    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> UntouchedRun:
-        return WeightsRun(graph_module, dict(zip(self.sizes, numbers, strict=True)))
-
-    def folded(
-        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, value in zip(self.sizes, numbers, strict=True):
-            yield name, value.to(get_tensor(graph_module, name).dtype)
-
-
-class WeightsRun(TrainingRun):
-    """An interpreter that runs a graph with other weights, in float32 and by name; its own get no gradient."""
-
-    def __init__(self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor]) -> None:
-        super().__init__(graph_module)
-        self.weights = weights
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        if not isinstance(value, torch.Tensor):
-            return value
-        replaced = self.weights.get(str(target))
-        return value.detach() if replaced is None else replaced.to(value.dtype)
-
-
-Trained: TypeAlias = TrainedVectors | TrainedWeights
+from .trained import Trained, TrainedVectors, TrainedWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,6 +143,7 @@ class Training:
         heldout = list(teacher_batches(teacher.heldout, graph_module, size))
         self.heldout, self.measured = deal_in_step(heldout), sum(batch.positions for batch in heldout)
         self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch, in_shards=True))
+        self.stored = getattr(trained, "stored", None)
         self.parts = self._parts()
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
         highest = settings.rate or trained.rate
@@ -422,6 +182,8 @@ class Training:
                 continue
             error = self._measure()
             better = error < progress.best
+            if better and self.stored is not None:
+                self.stored.keep()
             progress = Progress(
                 step=step + 1,
                 misses=0 if better else progress.misses + 1,
@@ -445,7 +207,7 @@ class Training:
             more = max((value.numel() for value in taken), default=1) / max(1, traced)
             wanted = 4.0 * more * sum(output_numel(node) for node in nodes if node.op == "call_function")
             # a run that keeps all activations keeps the weights that processes have read together
-            fits = 2 * wanted <= free_bytes(self.device) and not gathers_weights()
+            fits = 2 * wanted <= free_bytes(self.device) and not gathers_weights() and self.stored is None
             memory = broadcast_object("fast" if fits else "low")
         if memory == "fast" or written_sources(graph_module.graph):
             return ()
@@ -470,11 +232,14 @@ class Training:
         factor = min(1.0, (step + 1) * 10 / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        if self.stored is not None:
+            self.stored.begin_step(factor, bool(batch.share))
         with torch.enable_grad():
             with autocast(self.device, self.bf16):
                 loss = self._loss(batch)  # in a frame of its own, so that the logits are freed before the backward run
             self.adam.zero_grad()
-            if batch.share or gathers_weights():  # others wait for what this process reads of the weights
+            # others wait for what this process reads of the weights, and gives to the sums of gradients
+            if batch.share or gathers_weights() or self.stored is not None:
                 loss.backward()
         for numbers in self.numbers:
             numbers.grad = torch.zeros_like(numbers) if numbers.grad is None or not batch.share else numbers.grad
@@ -589,7 +354,8 @@ class TunePass(Pass):
         False,
         """Train the weights of these products themselves, and the parameters of one axis, in place of scales. It learns
         the most, and takes five times the memory of these weights beside them: gradients, two moments, themselves and
-        the best so far. ``auto`` for weights if that fits into half the free memory and they are not in files, else
+        the best so far. Of a model in files these are in files too, but for gradients, unless there is a ``folder``.
+        ``auto`` for weights if that fits into half the free memory, or of a model in files half the free disk, else
         scales and low-rank updates. Each moves by a fraction of its root mean square, so that a rate means the same for
         models of all sizes.""",
         check=_flag_or_auto,
@@ -639,16 +405,19 @@ class TunePass(Pass):
     def cost(self, samples: int) -> PassCost:
         """Three runs of each recorded sample an epoch; trained weights with gradients, moments and the best so far."""
         runs = (4.0 if self.memory == "low" else 3.0) * self.epochs * samples + HELDOUT * (self.measurements + 1)
-        kept = _KEPT if self.weights is True else 0.0
-        return PassCost(runs=runs, batch=min(self.batch, samples), backward=True, outputs=3, weights=kept)
+        kept, batch = _KEPT if self.weights is True else 0.0, max(1, min(self.batch, samples))
+        steps = self.epochs * samples / batch if self.weights and not self.folder else 0.0
+        return PassCost(runs, batch, backward=True, outputs=3, weights=kept, sweeps=runs / batch, updates=steps)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
         teacher, removal = facts[Teacher], facts[Removed].removal
         own = TrainedWeights.of(graph_module, removal, self.everywhere)
-        trained: Trained = own
+        in_files = is_offloading() and not self.folder and device_of(graph_module).type != "cuda"
         if not broadcast_object(self._trains_weights(own, device_of(graph_module))):
-            trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
+            trained: Trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
+        else:
+            trained = own.in_files(graph_module, self.rate or own.rate) if in_files else own
         training = Training(self, graph_module, trained, teacher)
         progress = training.run().of_first(training.numbers)
         better = progress.best < progress.first
@@ -671,4 +440,6 @@ class TunePass(Pass):
     def _trains_weights(self, trained: TrainedWeights, device: torch.device) -> bool:
         if self.weights != "auto":
             return bool(self.weights)
-        return not is_offloading() and 2 * _KEPT * 4 * trained.count <= free_bytes(device)
+        if is_offloading() and self.folder:
+            return False
+        return 2 * _KEPT * 4 * trained.count <= (free_disk() if is_offloading() else free_bytes(device))

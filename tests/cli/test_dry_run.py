@@ -63,13 +63,15 @@ def test_it_prints_an_estimate_of_the_default(config: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bytes_that_tuning_reads_from_disk_are_estimated(config: Path) -> None:
+def test_bytes_read_and_written_on_disk_are_estimated(config: Path) -> None:
     """There was no tuning, and nobody could know what it would take."""
-    options = ("prune", config, "--out", config.parent / "slim", "--dry-run", "--json")
-    tuned, plain = (
-        json.loads(invoked(*options, "--low-memory", *more).stdout)["read"] for more in ((), ("--tune", "none"))
+    options = ("prune", config, "--out", config.parent / "slim", "--dry-run", "--json", "--low-memory")
+    whole, untuned, plain = (
+        json.loads(invoked(*options, *more).stdout) for more in ((), ("--tune", "none"), ("--recipe", "llm-pruner"))
     )
-    assert tuned > 3 * 4 * 57_000 * 50 and plain == 0, "three times in each of its steps"
+    assert whole["read"] - untuned["read"] > 3 * 4 * 57_000 * 50, "three times in each of its steps"
+    assert whole["written"] > 12 * 57_000 * 50 and untuned["written"] == plain["written"] == plain["read"] == 0
+    assert untuned["read"] > 4 * 71_000 * 127, "once for each token of text that the model writes"
 
 
 def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any, ...], int, int]:
@@ -88,7 +90,6 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
         # generated samples, scores of two criteria, both rankings, and a fit
         ("fast", 3 * 22 + (64 + 3 * 48) + 3 * 16 + 4 * 64),
         ("fast, given text", 3 * 32 + (96 + 3 * 48) + 3 * 16 + 4 * 96),
-        ("fast, on disk", (64 + 3 * 48) + 3 * 16 + 4 * 64),  # nothing is generated
         # generated samples, scores of two criteria, both rankings, teacher logits, a fit, an epoch, measurements
         ("balanced", 3 * 128 + (128 + 3 * 64) + 3 * 16 + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
         ("balanced, twice", 3 * 128 + (128 + 3 * 64) + 3 * 16 + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
@@ -107,7 +108,7 @@ def test_the_work_is_that_of_the_samples_that_the_passes_take(recipe: str, runs:
     tune = {"tune": "tune{epochs=2, measurements=3, rank=8, truth=0.2}"} if how == "twice" else {}
     given = CalibrationText(str(text), None, None) if how == "given text" else NO_TEXT
     passes, samples, tokens = planned(given, recipe=name, **tune)
-    costs = costs_of(passes, samples, on_disk=how == "on disk")
+    costs = costs_of(passes, samples)
     assert sum(cost.runs for _, cost in costs) == runs and tokens == 128
 
 

@@ -23,6 +23,7 @@ from fxprune.data.built_in import (
     offline_text,
     opening_rows,
     opening_texts,
+    rows_at_once,
 )
 from fxprune.data.text import token_windows
 from tests.models import tiny, token_ids
@@ -84,6 +85,10 @@ def test_generated_samples_depend_on_starts_and_seed_alone() -> None:
     own = model.generation_config
     own.update(return_dict_in_generate=True, num_return_sequences=2, max_time=0.0, num_beams=2, suppress_tokens=[3])
     assert torch.equal(generate_samples(model, STARTS, 5, 7, 0), written)
+    assert torch.equal(generate_samples(model, STARTS, 5, 7, 0, rows=2), written), "fewer at once, and less cache"
+    each = 3 * 2 * 4 * 24  # three layers, keys and values, float32, three heads of 8
+    fitting = [rows_at_once(model, STARTS[:1], 7, most) for most in (0, 7 * each * 3, 7 * each * 3 - 1, 1e9)]
+    assert fitting == [1, 3, 2, 64]
     assert model.generation_config is own and own.num_beams == 2
 
 
@@ -101,8 +106,8 @@ def test_tokens_are_drawn_by_their_probabilities_and_no_text_ends() -> None:
     """At a temperature of 0.8; the last token ends a text."""
     said = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.9]).log()
     wanted = (said[:4] / 0.8).softmax(-1)
-    torch.manual_seed(0)
-    chosen = _Draw([4])(torch.zeros(20_000, 1, dtype=torch.long), said.repeat(20_000, 1)).argmax(-1)
+    numbers = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0))
+    chosen = _Draw([4], numbers)(torch.zeros(20_000, 1, dtype=torch.long), said.repeat(20_000, 1)).argmax(-1)
     found = chosen.bincount(minlength=5) / len(chosen)
     assert found[3] == found[4] == 0 and (found[:4] - wanted).abs().max() < 4 * (0.25 / 20_000) ** 0.5
 

@@ -79,7 +79,7 @@ def test_rotation_of_experts(tmp_path: Path) -> None:
 def from_files(rank: int, family: str, source: Path, out: Path) -> tuple[str, int, int]:
     """Prune a folder; the plan, the bytes read together with other processes, and those read whole by runs."""
     together, whole = [0], [0]
-    prefetch._LEAST_SHARED = 0
+    prefetch.SMALLEST = 0
     gather, read = prefetch.start_gather, UntouchedRun.read
 
     def counted_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:

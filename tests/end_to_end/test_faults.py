@@ -267,7 +267,7 @@ def prune_folder(source: Path, root: Path) -> object:
 def test_a_fault_of_the_disk_leaves_a_folder_to_resume_from(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_SMALLEST", 1 << 10)
+    monkeypatch.setattr(files, "SMALLEST", 1 << 10)
     root = tmp_path / "root"
     root.mkdir()
     held = contents(source)

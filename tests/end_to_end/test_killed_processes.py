@@ -66,7 +66,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[str]:
     fxprune.trace(load_mapped(folder / "dense", folder))  # for all forks
 
     def prune(out: Path) -> None:
-        prefetch._LEAST_SHARED = 0  # of small weights too, each process reads a share
+        prefetch.SMALLEST = 0  # of small weights too, each process reads a share
         fxprune.prune_checkpoint(folder / "dense", out, token_ids(9, 12), **OPTIONS)
 
     begun = time.monotonic()
@@ -118,7 +118,7 @@ def test_parts_scored_by_two_processes_are_not_those_of_one_that_cuts_the_graph_
     options = {**OPTIONS, "compensate": "none", "tune": "none", "ranking": "local"}
 
     def prune(out: str) -> None:
-        prefetch._LEAST_SHARED = 0
+        prefetch.SMALLEST = 0
         fxprune.prune_checkpoint(tmp_path / "dense", tmp_path / out, token_ids(9, 12), **options)
 
     assert end(start(1, lambda: prune("whole"), tmp_path / "meeting"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fxprune.offload import files
-from fxprune.offload.files import offload_to, offloaded, sync_writes
+from fxprune.offload.files import offload_to, offloaded, sync_writes, write_back
 from tests.forked import in_processes
 
 
@@ -45,6 +45,36 @@ def test_files_are_written_while_the_next_tensors_are_made_few_bytes_at_a_time(
         found.append(offloaded(value))
         assert written and len(writes) <= 2, "the third waits for the first"
     assert len(written) == 3 and not writes and all(torch.equal(one, value) for one in found)
+
+
+def test_a_share_of_the_elements_is_kept(tmp_path: Path) -> None:
+    value = torch.randn(300, 401)
+    with offload_to(tmp_path):
+        found = offloaded(value, slice(1000, 60000))
+    assert found.shape == value.shape and torch.equal(found.view(-1)[1000:60000], value.view(-1)[1000:60000])
+    assert not found.view(-1)[:1000].any() and not found.view(-1)[60000:].any()
+
+
+def test_what_changes_in_a_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that changed could not be evicted, and a limit on memory ended the run."""
+    synced = list[torch.Tensor]()
+    sync = files._sync_pages
+    monkeypatch.setattr(files, "_sync_pages", lambda tensor: synced.append(tensor) or sync(tensor))
+    value = torch.randn(200, 100)
+    write_back(value)
+    assert synced == [], "nothing is in a file"
+    with offload_to(tmp_path):
+        found = offloaded(value)
+        found.add_(1)
+        write_back(found)
+        write_back(found.view(-1)[111:])
+        write_back(torch.ones(3))
+    assert [one.data_ptr() for one in synced] == [found.data_ptr(), found.view(-1)[111:].data_ptr()]
+    assert torch.equal(found, value + 1)
+    monkeypatch.setattr(files, "_sync_pages", sync)
+    nowhere = type("Nowhere", (), {"data_ptr": lambda self: 1 << 20, "nbytes": 1 << 20})()
+    with pytest.raises(OSError, match=r"allocate|memory"):
+        sync(nowhere)
 
 
 def test_a_file_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

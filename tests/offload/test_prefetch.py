@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fxprune.offload.prefetch import (
     autocast,
     compute_device,
     current_prefetcher,
+    free_bytes,
     has_bf16,
     offer_prefetcher,
     prefetcher_to,
@@ -158,3 +160,24 @@ def test_only_products_are_in_bfloat16(enabled: bool) -> None:
     with autocast(torch.device("cpu"), enabled):
         assert (x @ x).dtype == (torch.bfloat16 if enabled else torch.float32)
         assert (x + x).dtype == x.softmax(-1).dtype == torch.float32
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_the_memory_that_its_cgroup_allows(version: int, tmp_path: Path) -> None:
+    """A process with a limit saw the memory of its host, took it for its own, and was killed."""
+    own, root = tmp_path / "cgroup", tmp_path / "root"
+    own.write_text("3:cpu,cpuacct:/\n4:memory:/a/b\n0::/\n" if version == 1 else "0::/a/b\n")
+    inner, outer = (root / ("memory" if version == 1 else "") / name for name in ("a/b", "a"))
+    inner.mkdir(parents=True)
+    limit, used = ("memory.limit_in_bytes", "total_rss") if version == 1 else ("memory.max", "anon")
+    assert precision._cgroup_free(root, own) == precision._cgroup_free(root, tmp_path / "none") == float("inf")
+    (inner / limit).write_text("1000\n")
+    (inner / "memory.stat").write_text(f"cache 700\n{used} 300\n")
+    (outer / limit).write_text("max\n" if version == 2 else "9223372036854771712\n")
+    (outer / "memory.stat").write_text(f"{used} 400\n")
+    assert precision._cgroup_free(root, own) == 700, "pages of files can be evicted"
+    (outer / limit).write_text("900\n")
+    assert precision._cgroup_free(root, own) == 500, "so may what another process of the pod takes not be"
+    (outer / limit).write_text("300\n")
+    assert precision._cgroup_free(root, own) == 0
+    assert 0 < free_bytes(torch.device("cpu")) < 1 << 60

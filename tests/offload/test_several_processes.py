@@ -10,7 +10,7 @@ import torch
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.offload.files import cached, caching, offload_to, uncache
-from fxprune.offload.ranks import all_reduce, barrier, check_same, decide_on_first, run_on_first
+from fxprune.offload.ranks import all_reduce, barrier, check_same, decide_on_first, reduce_to_own, run_on_first
 from tests.forked import in_processes
 from tests.models import tiny
 
@@ -29,6 +29,17 @@ def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -
 
     found = in_processes(work, 3, tmp_path)
     assert found[0] == found[1] == found[2] == [[6.0] * 6, [3, 9], [4.5], [3.0] * 10, []]
+
+
+def test_each_process_gets_its_share_of_a_sum(tmp_path: Path) -> None:
+    """Of three, the last has fewer of seven elements; of two elements it has none."""
+
+    def work(rank: int) -> list[list[float]]:
+        found = [reduce_to_own(torch.arange(size, dtype=torch.float32).view(1, -1) * (rank + 1)) for size in (7, 2)]
+        return [one.tolist() for one in found]
+
+    assert in_processes(work, 3, tmp_path) == [[[0, 6, 12], [0]], [[18, 24, 30], [6]], [[36], []]]
+    assert reduce_to_own(torch.ones(2, 3)).tolist() == [1] * 6
 
 
 def test_the_first_writes_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from fxprune.evaluation.perplexity import text_perplexity
 from fxprune.recovery import Distillation
 from fxprune.recovery.data import Example, collate
 from fxprune.vocabulary.alignment import align, common_ids, retokenised
-from fxprune.vocabulary.prune import measure_use, size_after, trim
-from fxprune.vocabulary.teacher import DenseTeacher
+from fxprune.vocabulary.prune import DenseTeacher, measure_use, size_after, trim
 from tests.vocabulary.small import ENGLISH, lines, tokenizer
 from tests.vocabulary.test_prune import TEXT, model_for
 

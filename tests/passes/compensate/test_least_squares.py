@@ -289,12 +289,13 @@ def test_matrices_with_few_tokens_are_held_back_more() -> None:
     stack = StackedMoments((few, many, none))
     for each in (False, True):
         damping = Damping(1.0, each)
-        change = stack.solve(damping)
+        change = stack.solve(damping, torch.float64)
         assert float(change[0].norm()) < float(few.solve(damping).norm())
         assert float(change[1].norm()) > float(many.solve(damping).norm())
         assert not change[2].any()
-        assert torch.equal(StackedMoments((few,)).solve(damping)[0], few.solve(damping))
-        assert stack.error(change) == few.error(change[0]) + many.error(change[1])
+        assert torch.equal(StackedMoments((few,)).solve(damping, torch.float64)[0], few.solve(damping))
+        swapped = StackedMoments((many, few, few))
+        assert stack.error_on(swapped, damping) == many.error(change[0]) + few.error(change[1]) + few.error(change[2])
     other = StackedMoments((moments(3, 3, 0.01), moments(1, 60, 0.01), none))
     assert best_damping(stack, other).strength < float("inf")
     both = many.square + few.square

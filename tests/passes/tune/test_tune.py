@@ -15,7 +15,8 @@ import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Teacher
-from fxprune.passes.tune.tune import TrainedVectors, TrainedWeights, Training, TrainingRun, VectorsRun
+from fxprune.passes.tune.trained import StoredWeights, TrainedVectors, TrainedWeights, TrainingRun, VectorsRun
+from fxprune.passes.tune.tune import Training
 from torch import fx, nn
 
 import fxprune
@@ -26,7 +27,10 @@ from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import TeacherLogits, divergence, rejection, run_logits, teacher_batches
+from fxprune.offload import files, prefetch
 from fxprune.offload.files import offload_to
+from fxprune.offload.prefetch import GatheringPrefetcher, offer_prefetcher
+from fxprune.offload.ranks import world_size
 from fxprune.pipeline.arguments import MEMORY
 from fxprune.pipeline.contract import tracking
 from fxprune.removal.removal import Removed
@@ -277,7 +281,7 @@ def test_weights_are_learned_themselves(slim: fx.GraphModule, everywhere: bool) 
 def test_weights_are_trained_where_there_is_room(
     slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Twice their gradients, moments, selves and best so far; else, and where weights are in files, vectors are."""
+    """Twice their gradients, moments, selves and best so far; of weights in files on the disk; else vectors are."""
     step = TunePass(epochs=0.1, weights="auto", rank=2)
     count = sum(TrainedWeights.of(slim, facts_of(slim)[Removed].removal, True).sizes.values())
 
@@ -288,10 +292,51 @@ def test_weights_are_trained_where_there_is_room(
     assert trained(2 * 5 * 4 * count) == f"tuned: {count} weights"
     assert re.fullmatch(r"tuned: \d+ numbers", trained(2 * 5 * 4 * count - 1))
     with offload_to(tmp_path):
+        monkeypatch.setattr("fxprune.passes.tune.tune.free_disk", lambda: 2 * 5 * 4 * count)
+        assert trained(0) == f"tuned: {count} weights"
+        monkeypatch.setattr("fxprune.passes.tune.tune.free_disk", lambda: 2 * 5 * 4 * count - 1)
         assert re.fullmatch(r"tuned: \d+ numbers", trained(1 << 60))
     assert (TrainedWeights.rate, TrainedVectors.rate) == (0.008, 0.005)
     with pytest.raises(ArgumentError, match="Pass True, False or 'auto'"):
         TunePass(weights="car")  # type: ignore[arg-type]
+
+
+def test_weights_in_files_learn_what_they_learn_in_memory(
+    slim: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors were trained in their place, which learn less. One process, and several that share the elements."""
+    monkeypatch.setattr(files, "SMALLEST", 0)
+    monkeypatch.setattr(prefetch, "SMALLEST", 0)
+    tune = TunePass(epochs=3, rate=0.02, precision="float32", weights=True)
+    named = {name: tensor.detach() for name, tensor in weights(tune(slim).graph_module)}
+    alive = list[int]()
+    update = StoredWeights.update
+
+    def watched(one: StoredWeights, name: str, gradient: torch.Tensor) -> None:
+        update(one, name, gradient)
+        gradients[name] = weakref.ref(gradient)
+        del gradient
+        alive.append(sum(there() is not None for there in gradients.values()))
+
+    gradients: dict[str, Any] = {}
+    monkeypatch.setattr(StoredWeights, "update", watched)
+
+    def work(rank: int) -> dict[str, Any]:
+        gathering = GatheringPrefetcher(torch.device("cpu")) if world_size() > 1 else None
+        folder = tmp_path / f"files {rank}"
+        folder.mkdir(exist_ok=True)
+        with offload_to(folder), offer_prefetcher(gathering):
+            tuned = tune(slim).graph_module
+        found = {name: tensor.detach().numpy().copy() for name, tensor in weights(tuned)}
+        return found | {"notes": facts_of(tuned)[Notes].lines[-1]}
+
+    alone = work(0)
+    assert alive and max(alive) < len(gradients) == 6, "a gradient is used, and freed, where it is made"
+    for found in (alone, *in_processes(work, 3, tmp_path)):
+        assert "and nothing was" not in found["notes"] and "weights" in found["notes"]
+        for name, tensor in named.items():
+            assert float((torch.from_numpy(found[name]) - tensor).norm()) <= 1e-5 * float(tensor.norm()), name
+    assert not list((tmp_path / "files 0").iterdir())
 
 
 def test_steps_in_bfloat16_learn_as_well(slim: fx.GraphModule) -> None:

@@ -1,0 +1,402 @@
+"""What tuning trains: vectors and low-rank updates, or the weights themselves, in memory or in files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import fx, nn
+
+from fxprune.axes import factors
+from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
+from fxprune.masking.masked_run import UntouchedRun, at_least_float32
+from fxprune.offload.files import offloaded, write_back
+from fxprune.offload.prefetch import gathers_weights
+from fxprune.offload.ranks import all_reduce, own_elements, reduce_to_own, start_gather
+from fxprune.removal.removal import Removal
+from fxprune.rules.products import LoneProduct, lone_products
+
+Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
+"""Vectors by key."""
+
+_REACH = 0.5
+"""A scale stays between a half and one and a half: a unit is never switched off."""
+
+_SLIGHT = 0.05
+"""Low-rank updates grow a quarter as fast as parameters of one axis move: they have many more numbers to move by, and
+at a fifth, twelve steps made a model worse on text that it does not train on."""
+
+_CAREFUL = 0.2
+"""Parameters of one axis move a fifth as fast as scales: the scale of a norm multiplies all of the stream after it. So
+do weights that are trained themselves, each in units of its own size."""
+
+
+@dataclass(frozen=True)
+class TrainedVectors:
+    """Scales, offsets and low-rank updates, one after the other in one flat tensor of numbers, all 0 at first.
+
+    Args:
+        products: by node name, the products whose inputs or outputs are scaled.
+        sizes: for each vector its key and size: ``in`` and ``out`` with the name of a product, ``own`` with that of a
+            parameter of one axis; ``down`` and ``up`` with the name of a product for the two factors, ``(in, rank)``
+            and ``(rank, out)``, of the update of its weight.
+        units: for each product the change of each element of its weight by a number of 1 in both factors.
+    """
+
+    rate: ClassVar[float] = 0.005
+    products: Mapping[str, LoneProduct]
+    sizes: Mapping[tuple[str, str], int]
+    rank: int = 0
+    units: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool, rank: int = 0) -> TrainedVectors:
+        """The vectors of a slim graph, for all products with ``everywhere``, else for those that lost inputs."""
+        products = {product.node.name: product for product in _tuned_products(graph_module, removal, everywhere)}
+        sizes, units = {}, {}
+        for name, product in products.items():
+            W = get_tensor(graph_module, product.name)
+            sizes["in", name] = W.shape[product.axis]
+            if product.added is None or product.bias is not None:
+                sizes["out", name] = W.shape[1 - product.axis]
+            if rank:
+                sizes["down", name] = W.shape[product.axis] * rank
+                sizes["up", name] = W.shape[1 - product.axis] * rank
+                units[name] = float(_SLIGHT * W.detach().float().square().mean().sqrt() / rank**0.5)
+        sizes.update({("own", name): get_tensor(graph_module, name).numel() for name in _single_axes(graph_module)})
+        return cls(products, sizes, rank, units)
+
+    @property
+    def count(self) -> int:
+        return sum(self.sizes.values())
+
+    def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
+        return [torch.zeros(self.count, device=device_of(graph_module))]
+
+    def rates(self, graph_module: fx.GraphModule) -> list[float]:
+        return [1.0]
+
+    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> VectorsRun:
+        return VectorsRun(graph_module, self, *numbers)
+
+    def parts(self, numbers: torch.Tensor) -> Parts:
+        """Each vector by its key, split from ``numbers`` at once: one backward step gives the gradient of them all."""
+        return dict(zip(self.sizes, numbers.split(list(self.sizes.values())), strict=True))
+
+    def scale(self, parts: Parts, key: tuple[str, str]) -> torch.Tensor | None:
+        """The scale by the vector ``key`` of a product; None if there is none."""
+        part = parts.get(key)
+        return None if part is None else 1 + _REACH * torch.tanh(part)
+
+    def factors(self, parts: Parts, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The two factors, ``(in, rank)`` and ``(rank, out)``, of the update of a product's weight; None for none.
+
+        The first starts at random numbers, the same each time, and the second at 0, so that the update is 0 at first.
+        """
+        down, up = parts.get(("down", node)), parts.get(("up", node))
+        if down is None or up is None:
+            return None
+        down = down.view(-1, self.rank)
+        return self.units[node] * (_start(len(down), self.rank).to(down.device) + down), up.view(self.rank, -1)
+
+    def offset(self, parts: Parts, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A parameter of one axis, moved in units of its root mean square."""
+        part = parts.get(("own", name))
+        if part is None:
+            return value
+        wide = value.float()
+        return (wide + _CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
+
+    def folded(
+        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the names and the values of tensors that change; each product's weight is made when it is asked for."""
+        (flat,) = numbers
+        parts = self.parts(flat)
+        single = [name for kind, name in self.sizes if kind == "own"]
+        values = {name: self.offset(parts, name, get_tensor(graph_module, name)) for name in single}
+        for node, product in self.products.items():
+            W = get_tensor(graph_module, product.name)
+            wide, rows, columns = W.float(), self.scale(parts, ("out", node)), self.scale(parts, ("in", node))
+            assert columns is not None
+            wide = wide * (columns if product.axis == 1 else columns[:, None])
+            if rows is not None:
+                wide = wide * (rows[:, None] if product.axis == 1 else rows)
+            low = self.factors(parts, node)
+            if low is not None:
+                update = low[0] @ low[1]
+                wide = wide + (update.T if product.axis == 1 else update)
+            if rows is not None and product.bias is not None:
+                bias = values.get(product.bias, get_tensor(graph_module, product.bias))
+                values[product.bias] = (bias.float() * rows).to(bias.dtype)
+            yield product.name, wide.to(W.dtype)
+        yield from values.items()
+
+
+class TrainingRun(UntouchedRun):
+    """An interpreter for runs whose gradients are due: on a CPU attention is in float32.
+
+    Its gradient takes twice as long there in bfloat16.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        attention = target is torch.ops.aten.scaled_dot_product_attention.default and args[0].device.type == "cpu"
+        if not (attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+            return super().call_function(target, args, kwargs)
+        with torch.autocast("cpu", enabled=False):
+            wide = map_tensors((args, kwargs), at_least_float32)
+            return super().call_function(target, *wide).to(args[0].dtype)
+
+
+class VectorsRun(TrainingRun):
+    """An interpreter that runs a graph as if the vectors were folded in; its weights get no gradient."""
+
+    def __init__(self, graph_module: fx.GraphModule, vectors: TrainedVectors, numbers: torch.Tensor) -> None:
+        super().__init__(graph_module)
+        self.vectors, self.parts = vectors, vectors.parts(numbers)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return self.vectors.offset(self.parts, str(target), value.detach())
+
+    def run_node(self, n: fx.Node) -> Any:
+        product = self.vectors.products.get(n.name)
+        if product is None:
+            return super().run_node(n)
+        source = self.env[product.source]
+        self.env[product.source] = self._scaled(source, ("in", n.name))
+        value = self._scaled(super().run_node(n), ("out", n.name))
+        self.env[product.source] = source
+        low = self.vectors.factors(self.parts, n.name)
+        return value if low is None else value + source @ low[0].to(source.dtype) @ low[1].to(source.dtype)
+
+    def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
+        scale = self.vectors.scale(self.parts, key)
+        return value if scale is None else value * scale.to(value.dtype)
+
+
+@cache
+def _start(rows: int, rank: int) -> torch.Tensor:
+    return torch.randn(rows, rank, generator=torch.Generator().manual_seed(0))
+
+
+def _tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Iterator[LoneProduct]:
+    """Yield the products with a weight that nothing else reads: all, or those that lost inputs."""
+    for product in lone_products(graph_module):
+        exprs = removal.axes.tensors.get(product.name)
+        lost = exprs is not None and any(removal.keep.touches(factor) for factor in factors(exprs[product.axis]))
+        if everywhere or lost:
+            yield product
+
+
+def _single_axes(graph_module: fx.GraphModule) -> Iterator[str]:
+    """Yield the names of parameters of one axis, such as those of norms and biases, that have no second name."""
+    found = [
+        (name, id(tensor))
+        for name, tensor in weights(graph_module)
+        if isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and tensor.is_floating_point()
+    ]
+    names = Counter(tensor for _, tensor in found)
+    yield from (name for name, tensor in found if names[tensor] == 1)
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """Weights that are trained themselves, in float32.
+
+    Args:
+        sizes: of each, by name, the number of its numbers.
+        stored: those of them that are in files; None for none.
+    """
+
+    rate: ClassVar[float] = 0.008
+    sizes: dict[str, int]
+    stored: StoredWeights | None = None
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> TrainedWeights:
+        """The weights of products that nothing else reads, all or those that lost inputs, and one-axis parameters."""
+        products = _tuned_products(graph_module, removal, everywhere)
+        names = dict.fromkeys([*(product.name for product in products), *_single_axes(graph_module)])
+        return cls({name: get_tensor(graph_module, name).numel() for name in names})
+
+    def in_files(self, graph_module: fx.GraphModule, rate: float) -> TrainedWeights:
+        """The same weights, the large ones of them in files; ``rate`` is the highest learning rate."""
+        large = {name: get_tensor(graph_module, name).detach() for name in self.sizes}
+        large = {name: weight for name, weight in large.items() if weight.dim() > 1}
+        return dataclasses.replace(self, stored=StoredWeights(large, rate))
+
+    @property
+    def count(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def in_memory(self) -> list[str]:
+        """The names of weights that are not in files."""
+        return [name for name in self.sizes if self.stored is None or name not in self.stored.weights]
+
+    def initial(self, graph_module: fx.GraphModule) -> list[torch.Tensor]:
+        return [get_tensor(graph_module, name).detach().float().clone() for name in self.in_memory]
+
+    def rates(self, graph_module: fx.GraphModule) -> list[float]:
+        return [_rate(get_tensor(graph_module, name)) for name in self.in_memory]
+
+    def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> UntouchedRun:
+        return WeightsRun(graph_module, dict(zip(self.in_memory, numbers, strict=True)), self.stored)
+
+    def folded(
+        self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        values = zip(self.in_memory, numbers, strict=True)
+        for name, value in (*values, *(() if self.stored is None else self.stored.kept())):
+            yield name, value.to(get_tensor(graph_module, name).dtype)
+
+
+def _rate(weight: torch.Tensor) -> float:
+    """The learning rate of a weight in units of that of all: it moves by a fraction of its root mean square."""
+    return _CAREFUL * float(weight.detach().float().square().mean().sqrt())
+
+
+class StoredWeights:
+    """Weights that are trained in files, each updated as soon as its gradient is there.
+
+    Where processes read weights together, each has a share of the elements of every weight, of its moments and of the
+    best so far; gradients are reduced to these shares. Each weight is read at one place of the graph.
+
+    Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (arXiv
+    1910.02054), section 5, for the shares.
+
+    Args:
+        weights: by name; those of less than :data:`~fxprune.offload.files.SMALLEST` bytes are left out.
+        rate: the highest learning rate.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], rate: float) -> None:
+        self._shared = gathers_weights()
+        self.weights: dict[str, torch.Tensor] = {}
+        """Whole weights; of those that are shared, the elements of other processes are not there."""
+        self._own: dict[str, torch.Tensor] = {}
+        self._adam: dict[str, torch.optim.Adam] = {}
+        self._rates: dict[str, float] = {}
+        self._best: dict[str, torch.Tensor] = {}
+        self._counts = True
+        for name, weight in weights.items():
+            own = own_elements(weight.numel()) if self._shared else slice(None)
+            wide = weight.float()
+            whole = offloaded(wide, own)
+            if whole is wide:
+                continue
+            share = whole.view(-1)[own]
+            self.weights[name], self._own[name], self._rates[name] = whole, share, rate * _rate(weight)
+            adam = self._adam[name] = torch.optim.Adam([share], fused=True)
+            moments = {moment: offloaded(torch.zeros_like(share)) for moment in ("exp_avg", "exp_avg_sq")}
+            adam.state[share] = {"step": torch.zeros(()), **moments}
+
+    def begin_step(self, factor: float, counts: bool) -> None:
+        """Prepare for the gradients of a step.
+
+        Args:
+            factor: of the highest learning rate.
+            counts: whether this process has samples in it.
+        """
+        self._counts = counts
+        for name, adam in self._adam.items():
+            adam.param_groups[0]["lr"] = self._rates[name] * factor
+
+    def update(self, name: str, gradient: torch.Tensor) -> None:
+        """Make a step of Adam with the gradient of a weight; none if it is not finite."""
+        gradient = gradient if self._counts else torch.zeros_like(gradient)
+        if self._shared:
+            found = reduce_to_own(gradient)
+        else:
+            all_reduce([gradient])
+            found = gradient.reshape(-1)
+        share, adam = self._own[name], self._adam[name]
+        if not bool(found.isfinite().all()):
+            return
+        share.grad = found
+        adam.step()
+        share.grad = None
+        for tensor in (share, *adam.state[share].values()):
+            write_back(tensor)
+
+    def keep(self) -> None:
+        """Remember the weights as they are as the best so far."""
+        for name, share in self._own.items():
+            if name in self._best:
+                self._best[name].copy_(share)
+                write_back(self._best[name])
+            else:
+                best = offloaded(share)
+                self._best[name] = best.clone() if best is share else best
+
+    def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the name of each weight and the best so far, whole."""
+        for name, best in self._best.items():
+            shape = self.weights[name].shape
+            yield name, _assembled(best, shape) if self._shared else best.view(shape)
+
+
+def _assembled(share: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The tensor of which each process has its share of the elements."""
+    whole = share.new_empty(shape)
+    whole.view(-1)[own_elements(whole.numel())] = share
+    return start_gather(whole)()
+
+
+class _Updated(torch.autograd.Function):
+    """A weight whose gradient is taken where it is made, and goes no further.
+
+    ``anchor`` is a tensor that requires a gradient, and gets none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, weight: torch.Tensor, update: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.update = update
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        ctx.update(gradient)
+        return None, None, None
+
+
+class WeightsRun(TrainingRun):
+    """An interpreter that runs a graph with other weights, in float32 and by name; its own get no gradient."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor], stored: StoredWeights | None = None
+    ) -> None:
+        super().__init__(graph_module)
+        self.weights, self.stored = weights, stored
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def fetch_attr(self, target: str) -> Any:
+        found = None if self.stored is None else self.stored.weights.get(target)
+        return super().fetch_attr(target) if found is None else found
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = str(target)
+        if name in self.weights:
+            return self.weights[name].to(super().fetch_attr(name).dtype)
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach()
+        if self.stored is None or name not in self.stored.weights:
+            return value
+        if torch.is_grad_enabled():
+            value = _Updated.apply(self._anchor, value, partial(self.stored.update, name))  # type: ignore[no-untyped-call]
+        return value.to(super().fetch_attr(name).dtype)
+
+
+Trained: TypeAlias = TrainedVectors | TrainedWeights
