@@ -56,9 +56,9 @@ app = typer.Typer(add_completion=False)
 aten = torch.ops.aten
 META = torch.device("meta")
 
-fits, scores, select, shrink, tune = (
+prepare, fits, scores, select, shrink, tune = (
     importlib.import_module(f"fxprune.passes.{name}")
-    for name in ("compensate.base", "importance.base", "select.base", "shrink.shrink", "tune.tune")
+    for name in ("prepare", "compensate.base", "importance.base", "select.base", "shrink.shrink", "tune.tune")
 )
 
 CARDS: dict[str, dict[Any, float]] = {
@@ -235,14 +235,14 @@ class Meter(TorchDispatchMode):
     def _free(self, place: int, size: int) -> None:
         self.held[self.in_files.pop(place, "memory")] -= size
 
-    def offload(self, tensor: torch.Tensor, kind: str = "values") -> torch.Tensor:
-        """Stand-in for a tensor in a file."""
+    def offload(self, tensor: torch.Tensor, own: slice | None = None, kind: str = "values") -> torch.Tensor:
+        """Stand-in for a tensor in a file; ``own`` elements of it are those of trained weights."""
         if not tensor.is_meta or tensor.nbytes < files.SMALLEST:
             return tensor
         self.paused = True
         mapped = torch.empty_like(tensor)
         self.paused = False
-        self.in_files[mapped.untyped_storage()._cdata] = kind
+        self.in_files[mapped.untyped_storage()._cdata] = kind if own is None else "weights"
         self._hold(mapped)
         return mapped
 
@@ -314,6 +314,8 @@ class Meter(TorchDispatchMode):
             (ranks, "_waiting_group", lambda: None),
             (select, "inexpressible", self.uncounted(select.inexpressible)),
             (fits, "_stacked_data", _even_data),
+            (prepare, "can_generate", lambda _: False),
+            (tune, "free_disk", lambda: math.inf),
             (tune.Training, "_step", self.repeated(tune.Training._step, lambda: None, 2)),
             (tune.Training, "_measure", self.repeated(tune.Training._measure, self.answer, 1)),
             (dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine] * len(found))),

@@ -52,7 +52,10 @@ def _read(folder: Path | None) -> int:
     return found
 
 
-COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "all_gather_object", "broadcast_object_list")
+COLLECTIVES = (
+    *("all_reduce", "all_gather", "reduce_scatter", "broadcast"),
+    *("all_gather_object", "broadcast_object_list"),
+)
 
 
 def counted(name: str, note: Callable[[str, int], None]) -> Callable[..., Any]:

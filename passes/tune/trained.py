@@ -295,7 +295,7 @@ class StoredWeights:
                 continue
             share = whole.view(-1)[own]
             self.weights[name], self._own[name], self._rates[name] = whole, share, rate * _rate(weight)
-            adam = self._adam[name] = torch.optim.Adam([share], fused=True)
+            adam = self._adam[name] = torch.optim.Adam([share], fused=share.device.type == "cpu")
             moments = {moment: offloaded(torch.zeros_like(share)) for moment in ("exp_avg", "exp_avg_sq")}
             adam.state[share] = {"step": torch.zeros(()), **moments}
 
