@@ -60,11 +60,14 @@ _PASSES = {
 }
 
 _TINY_CHILD = """
-import torch, fxprune
+import sys, fxprune
 from benchmarks.common import Shape, memory_bytes
+from fxprune.checkpoint.read import load_tokenizer
+from fxprune.data.built_in import built_in_samples
 from transformers import LlamaForCausalLM
+samples = built_in_samples(load_tokenizer(sys.argv[1]), 128, 256)[:8] % 99
 model = LlamaForCausalLM(Shape.of_width(64, 128, 30).config())
-fxprune.prune(model, torch.randint(99, (8, 8)), ratio=0.1, recipe="llm-pruner", protect=())
+fxprune.prune(model, samples[:, :8], ratio=0.1, recipe="llm-pruner", protect=())
 print(memory_bytes("RssAnon"))
 """
 
@@ -136,19 +139,19 @@ def _compare_demo(share: float, samples: int, texts: list[Path], folder: Path | 
     """Prune the demo model in memory and in files, and print the perplexity of both."""
     model, tokenizer = load_demo_model()
     total = sum(parameter.nbytes for parameter in model.parameters())
-    python = float(subprocess.check_output([sys.executable, "-c", _TINY_CHILD], text=True).split()[-1])
-    limit = int(python + share * total)
     _, windows = demo_samples(tokenizer, 1, 20)
     heldout = {"held-out text": windows}
     for path in texts:
         tokens = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
         heldout[path.name] = tokens[: 60 * 128].view(-1, 128)
-    print(f"weights: {total / 1e9:.2f} GB; a prune of a tiny model: {python / 1e9:.2f} GB", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, outs = Path(place) / "dense", [Path(place) / "in-files", Path(place) / "in-memory"]
         model.save_pretrained(source, max_shard_size="50MB")
         tokenizer.save_pretrained(source)
         del model
+        tiny = subprocess.check_output([sys.executable, "-c", _TINY_CHILD, str(source)], text=True)
+        limit = int(float(tiny.split()[-1]) + share * total)
+        print(f"weights: {total / 1e9:.2f} GB; a prune of a tiny model: {float(tiny) / 1e9:.2f} GB", flush=True)
         for out in outs:
             command = [sys.executable, "-c", _DEMO_CHILD, str(source), str(out), str(samples), f"--{out.name}"]
             if out.name == "in-memory":

@@ -9,8 +9,9 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors.torch import save_file
 from torch import nn
 
 from fxprune.checkpoint.manifest import (
@@ -52,7 +54,7 @@ from fxprune.graph.tensors import names_by_identity
 from fxprune.modelling import blocks, layerwise, table_rows
 from fxprune.offload.atomic import finish_files, replace_folder, resolve_target, staging_folder, wrap_disk_errors
 from fxprune.offload.files import sync_writes
-from fxprune.offload.ranks import is_sharded, run_on_first
+from fxprune.offload.ranks import decide_on_first, gathered, is_sharded, rank, run_on_first, world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse, whole_number
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report
@@ -278,8 +280,9 @@ def save_pretrained(
 ) -> Structure:
     """Save a slim model: it is written beside the folder and takes its place in one step, or not at all.
 
-    Where several processes of torch call it, the first one writes and the others wait. Weights that are sharded over
-    the processes (``fully_shard``, tensor parallelism) are gathered on its CPU first.
+    Where several processes of torch call it, each writes its share of the files of weights, and the first one the rest.
+    Weights that are sharded over the processes (``fully_shard``, tensor parallelism) are gathered on its CPU, and it
+    writes them alone.
 
     In it: safetensors, ``config.json``, the generation config, the tokenizer, ``fxprune.json`` with digests of all
     files, ``plan.json``, ``report.json`` and the same as a page ``report.html``, a model card ``README.md``, and, where
@@ -316,7 +319,8 @@ def save_pretrained(
         state = _gathered(model)
 
     def fill(work: Path) -> None:
-        _write_model(model, work, structure, max_shard_size, state)
+        with nullcontext() if place is None else _saving_weights_by(partial(_move_or_save, place)):
+            _write_model(model, work, structure, max_shard_size, state)
         record = None
         if forward is not None:
             record = check_written(model, forward, read_model(work, stock_class(model)))
@@ -324,8 +328,79 @@ def save_pretrained(
         if also is not None:
             also(work)
 
-    run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
+    together = world_size() > 1 and not is_sharded(model)
+    with _written_by_all(model, folder, structure, max_shard_size) if together else nullcontext() as place:
+        run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
+
+
+@contextmanager
+def _written_by_all(
+    model: PreTrainedModel, folder: str | os.PathLike[str], structure: Structure, max_shard_size: int | str
+) -> Iterator[Path]:
+    """Write the files of weights, each process its share, and yield the temporary folder with them.
+
+    A process that does not see the folder writes none.
+    """
+    with ExitStack() as stack:
+        staging = staging_folder(check_place(folder, force=True))
+        with wrap_disk_errors(folder, CheckpointError):
+            place = decide_on_first(lambda: stack.enter_context(staging), CheckpointError)
+        failed = ""
+        try:
+            if place.is_dir():
+                _write_share(model, place, structure, max_shard_size)
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            failed = str(error)
+            raise
+        finally:
+            reasons = [reason for reason in gathered([failed]) if reason]
+        if reasons:
+            raise CheckpointError(reasons[0], where=os.fspath(folder))
+        yield place
+
+
+def _write_share(model: PreTrainedModel, place: Path, structure: Structure, max_shard_size: int | str) -> None:
+    def save(tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
+        number = _SHARD.search(Path(file).name)
+        if (int(number[1]) - 1 if number else 0) % world_size() == rank():
+            save_file(tensors, place / Path(file).name, **options)
+
+    with (
+        wrap_disk_errors(place, CheckpointError),
+        tempfile.TemporaryDirectory() as rest,
+        sync_writes(place),
+        _saving_weights_by(save),
+    ):
+        vars(model)["should_save_on_this_rank"] = lambda *_: True  # transformers saves on the first rank alone
+        try:
+            _save_model(model, Path(rest), structure, max_shard_size, None)
+        finally:
+            del vars(model)["should_save_on_this_rank"]
+
+
+_SHARD = re.compile(r"-(\d+)-of-\d+\.safetensors$")
+"""The number of a file of weights."""
+
+
+def _move_or_save(place: Path, tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
+    """Move a file of weights that a process wrote; write one that none did."""
+    written = place / Path(file).name
+    if written.is_file():
+        os.replace(written, file)
+    else:
+        save_file(tensors, file, **options)
+
+
+@contextmanager
+def _saving_weights_by(save: Callable[..., None]) -> Iterator[None]:
+    """Let transformers write its files of weights by ``save``, in place of safetensors' function."""
+    names = vars(transformers.modeling_utils)
+    true, names["safe_save_file"] = names["safe_save_file"], save
+    try:
+        yield
+    finally:
+        names["safe_save_file"] = true
 
 
 def _check_model(model: PreTrainedModel, plan: Plan | None, report: Report | None) -> str | None:
@@ -432,13 +507,14 @@ def _gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     return state
 
 
-def _write_model(
+def _save_model(
     model: PreTrainedModel,
     work: Path,
     structure: Structure,
     max_shard_size: int | str,
     state: dict[str, torch.Tensor] | None,
 ) -> None:
+    """Write the config and the weights, as transformers does."""
     with _savable(model, structure):
         save = partial(stock_class(model).save_pretrained, model, work, max_shard_size=max_shard_size, state_dict=state)
         try:
@@ -447,6 +523,16 @@ def _write_model(
             if structure.is_stock:
                 raise
             save(save_original_format=False)
+
+
+def _write_model(
+    model: PreTrainedModel,
+    work: Path,
+    structure: Structure,
+    max_shard_size: int | str,
+    state: dict[str, torch.Tensor] | None,
+) -> None:
+    _save_model(model, work, structure, max_shard_size, state)
     if has_unaligned_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         file = work / "config.json"  # grouped kernels do not accept their widths
         data = json.loads(file.read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from fxprune.rules.registry import writes
 Inputs = Mapping[str, torch.Tensor]
 
 
-_LARGE_VALUES = 0.05
+_LARGE_VALUES = 0.02
 """Bytes of a value for all batches, by those of the weights, from which on it goes to a file if they are in files."""
 
 

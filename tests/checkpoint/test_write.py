@@ -13,12 +13,14 @@ import transformers
 from huggingface_hub import ModelCard
 
 import fxprune
+from fxprune.checkpoint import write
 from fxprune.checkpoint.manifest import Manifest, read_manifest
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import MODELLING, model_card, save_pretrained, write_folder
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError, FxpruneError
 from tests.checkpoint.small import narrow
+from tests.forked import in_processes
 from tests.models import tiny, token_ids
 from tests.zoo_classes import inputs_of, tiny_model_of
 
@@ -31,6 +33,44 @@ def test_the_config_says_how_blocks_differ(slim: Any, tmp_path: Path) -> None:
     classes = {"AutoConfig": "LlamaConfig", "AutoModel": "LlamaModel", "AutoModelForCausalLM": type(slim).__name__}
     assert list(config["auto_map"].items()) == [(name, f"{MODELLING}.{kind}") for name, kind in classes.items()]
     assert structure == describe_structure(slim)
+
+
+def test_processes_write_the_files_of_weights_together(slim: Any, tmp_path: Path) -> None:
+    """The first wrote them all. One that cannot write, or does not see the folder, keeps nobody waiting."""
+    alone = tmp_path / "alone"
+    save_pretrained(slim, alone, max_shard_size=8000)
+    wanted = {path.name: path.read_bytes() for path in alone.iterdir() if "safetensors" in path.name}
+    assert sum(name.endswith(".safetensors") for name in wanted) > 3
+
+    def work(rank: int) -> list[Any]:
+        written, found = list[str](), list[Any]()
+        monkeypatch, save = pytest.MonkeyPatch(), write.save_file
+        monkeypatch.setattr(
+            write, "save_file", lambda t, file, **o: written.append(Path(file).name) or save(t, file, **o)
+        )
+        save_pretrained(slim, tmp_path / "together", max_shard_size=8000)
+        found.append(sorted(written))
+        share = write._write_share
+        monkeypatch.setattr(write, "_write_share", lambda *given: share(*given) if rank == 0 else 1 // 0)
+        try:
+            save_pretrained(slim, tmp_path / "refused", max_shard_size=8000)
+        except (CheckpointError, ZeroDivisionError) as error:
+            found.append(str(error))
+        monkeypatch.setattr(write, "_write_share", share)
+        if rank:
+            monkeypatch.setattr(Path, "is_dir", lambda path: False)
+        save_pretrained(slim, tmp_path / "unseen", max_shard_size=8000)
+        monkeypatch.undo()
+        return found
+
+    first, second = in_processes(work, 2, tmp_path)
+    shards = sorted(name for name in wanted if name.endswith(".safetensors"))
+    assert first[0] == shards[::2] and second[0] == shards[1::2]
+    assert "division" in first[1] and "division" in second[1]
+    for folder in ("together", "unseen"):
+        there = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if "safetensors" in path.name}
+        assert there == wanted
+    assert not (tmp_path / "refused").exists() and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.slow
