@@ -2,7 +2,7 @@
 
 The model is a random Llama of a given shape, written shard by shard. A process prunes it with Taylor scores and least
 squares under a limit that the kernel enforces, in a memory cgroup of its own, which takes root. Prints the peak that
-the kernel recorded, page cache included.
+the kernel recorded, page cache included; no file of the model is in it at first.
 
 `--demo` takes the demo model and the default recipe, with the text that it writes and tuning: once in memory, and once
 with the weights in files, and half the memory of them beside what Python, its packages and a prune of a tiny model with
@@ -104,6 +104,14 @@ def _write_gguf(folder: Path, config: LlamaConfig) -> tuple[Path, int]:
     return file, total
 
 
+def _evict(place: Path) -> None:
+    """Drop the pages of the files in a folder, or of a file: they count for the process that reads them first."""
+    for path in place.iterdir() if place.is_dir() else [place]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextmanager
 def _memory_limit(limit: int, number: int = 0) -> Iterator[tuple[list[str], Path]]:
     """Yield a command prefix that limits a process to `limit` bytes of memory, and the file with its peak.
@@ -152,6 +160,7 @@ def _compare_demo(share: float, samples: int, texts: list[Path], folder: Path | 
         tiny = subprocess.check_output([sys.executable, "-c", _TINY_CHILD, str(source)], text=True)
         limit = int(float(tiny.split()[-1]) + share * total)
         print(f"weights: {total / 1e9:.2f} GB; a prune of a tiny model: {float(tiny) / 1e9:.2f} GB", flush=True)
+        _evict(source)
         for out in outs:
             command = [sys.executable, "-c", _DEMO_CHILD, str(source), str(out), str(samples), f"--{out.name}"]
             if out.name == "in-memory":
@@ -200,6 +209,7 @@ def main(
             total = write_random(source, config)
             print(f"weights: {total / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
         limit = int(share * total)
+        _evict(source)
         print(f"memory allowed: {limit / 1e9:.2f} GB", flush=True)
         begin = time.perf_counter()
         options = json.dumps({"kinds": kinds, "ratio": 0.2, **({"recipe": recipe} if recipe else _PASSES)})

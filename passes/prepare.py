@@ -28,7 +28,7 @@ from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
-from fxprune.graph.tensors import device_of, require_weights, weights
+from fxprune.graph.tensors import device_of, require_weights, weight_bytes
 from fxprune.masking.objective import Objective, OwnLoss, own_loss, predicts_next
 from fxprune.offload.files import is_offloading
 from fxprune.offload.prefetch import autocast, use_bf16
@@ -248,7 +248,7 @@ class CalibratePass(Pass):
             bf16 = use_bf16("auto", graph_module, lambda: model(input_ids=few).logits, self.name)
             with autocast(few.device, bf16):
                 # a cache of many samples would be larger than what memory holds of weights in files
-                most = _CACHE * sum(tensor.nbytes for _, tensor in weights(graph_module))
+                most = _CACHE * weight_bytes(graph_module)
                 rows = rows_at_once(model, few, tokens, most) if is_offloading() else None
                 return generated_samples(
                     model, self.tokenizer, vocabulary, count, tokens, self.seed, tracked, chats=chats, rows=rows

@@ -53,7 +53,7 @@ from fxprune.graph.context import Refusal, attempt, default_modes, quiet
 from fxprune.graph.tensors import names_by_identity
 from fxprune.modelling import blocks, layerwise, table_rows
 from fxprune.offload.atomic import finish_files, replace_folder, resolve_target, staging_folder, wrap_disk_errors
-from fxprune.offload.files import sync_writes
+from fxprune.offload.files import offload_large, sync_writes
 from fxprune.offload.ranks import decide_on_first, gathered, is_sharded, rank, run_on_first, world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse, whole_number
 from fxprune.removal.plan import Plan
@@ -514,8 +514,8 @@ def _save_model(
     max_shard_size: int | str,
     state: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Write the config and the weights, as transformers does."""
-    with _savable(model, structure):
+    """Write the config and the weights, as transformers does, which copies those of experts to divide them."""
+    with _savable(model, structure), offload_large():
         save = partial(stock_class(model).save_pretrained, model, work, max_shard_size=max_shard_size, state_dict=state)
         try:
             save()

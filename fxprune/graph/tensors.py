@@ -267,6 +267,11 @@ def weights(graph_module: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, get_tensor(graph_module, name)
 
 
+def weight_bytes(graph_module: fx.GraphModule) -> int:
+    """Bytes of the tensors the graph reads."""
+    return sum(tensor.nbytes for _, tensor in weights(graph_module))
+
+
 def has_meta_weights(graph_module: fx.GraphModule) -> bool:
     """Whether the graph reads a tensor on ``meta``."""
     return any(tensor.is_meta for _, tensor in weights(graph_module))

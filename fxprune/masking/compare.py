@@ -20,7 +20,7 @@ from fxprune.axes import Expr, Keep, kept_mask
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
 from fxprune.graph.facts import Change, Fact
-from fxprune.graph.tensors import tensor_name, upstream
+from fxprune.graph.tensors import tensor_name, upstream, weight_bytes
 from fxprune.masking.masked_run import MaskedRun, PreciseRun, UntouchedRun, output_tensors
 from fxprune.offload.files import offload_large, offloaded
 from fxprune.offload.prefetch import inputs_on_device
@@ -61,7 +61,7 @@ class PairedRuns:
         self.needed = {node for node in self.graph.nodes if node.op == "placeholder"}.union(needed)
         self.dense = [PreciseRun(graph_module) for _ in batches]
         self.masked = [MaskedRun(graph_module, removal) for _ in batches]
-        self._offload = offload_large(_LARGE_VALUES / max(1, len(self.masked)), graph_module)
+        self._offload = offload_large(_LARGE_VALUES * weight_bytes(graph_module) / max(1, len(self.masked)))
         for runs in (self.dense, self.masked):
             runs[0].in_step()
             for run, inputs in zip(runs, batches, strict=True):

@@ -14,7 +14,7 @@ from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices
 from fxprune.data.samples import is_in_memory
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import Fact, facts_of, fork
-from fxprune.graph.tensors import returned_nodes, weights
+from fxprune.graph.tensors import returned_nodes, weight_bytes
 from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes, read_heldout
 from fxprune.masking.parts import Part, PartRuns, output_numel, parts_by_weights, run_in_parts
@@ -155,7 +155,7 @@ def _batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: 
     traced = max(output_numel(node) for node in nodes if node.op == "placeholder")
     outputs = max(map(output_numel, returned_nodes(graph_module.graph)), default=1)
     given = max(value.numel() for value in samples[0].inputs.values() if isinstance(value, torch.Tensor))
-    most = _LARGEST_LOGITS * sum(tensor.nbytes for _, tensor in weights(graph_module))
+    most = _LARGEST_LOGITS * weight_bytes(graph_module)
     return max(1, min(size, int(most * traced / max(1, 4 * outputs * given))))
 
 

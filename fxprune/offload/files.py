@@ -24,7 +24,7 @@ from torch import fx
 from fxprune.errors import FxpruneError
 from fxprune.graph.compat import TorchDispatchMode, tree_leaves
 from fxprune.graph.facts import Source, facts_of
-from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor, weights
+from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
 from fxprune.offload.ranks import barrier, broadcast_object, is_first
 
@@ -195,11 +195,9 @@ class OffloadLarge(TorchDispatchMode):
         return found if views else offloaded(found)
 
 
-def offload_large(share: float, graph_module: fx.GraphModule) -> AbstractContextManager[object]:
-    """Offload tensors that ops make of more than a share of the bytes of a graph's weights, if these are in files."""
-    if not is_offloading():
-        return nullcontext()
-    return OffloadLarge(share * sum(tensor.nbytes for _, tensor in weights(graph_module)))
+def offload_large(most: float = SMALLEST) -> AbstractContextManager[object]:
+    """Move tensors of more than ``most`` bytes to files as ops make them, inside :func:`offload_to`."""
+    return OffloadLarge(most) if is_offloading() else nullcontext()
 
 
 def write_back(tensor: torch.Tensor) -> None:

@@ -190,6 +190,12 @@ def gathers_weights() -> bool:
     return prefetcher is not None and prefetcher.gathers
 
 
+def read_together(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a weight, of which each process reads a share if it is in a file; all must ask for it."""
+    prefetcher = current_prefetcher()
+    return prefetcher.fetch([tensor])[0] if prefetcher is not None and prefetcher.gathers else tensor.detach()
+
+
 def compute_device(graph_module: fx.GraphModule) -> torch.device:
     """The device that a graph runs on: that of the prefetcher in use, else that of its weights."""
     prefetcher = _used.get()

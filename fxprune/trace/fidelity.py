@@ -42,6 +42,7 @@ from fxprune.graph.tensors import (
     is_input,
     map_tensors,
     tensors_of,
+    weight_bytes,
     weights,
 )
 from fxprune.offload.files import offload_large
@@ -266,7 +267,7 @@ class SideBySide:
     def gradients(self) -> dict[str, float]:
         """The relative difference of the gradient of each parameter; empty if there are no gradients."""
         try:
-            with offload_large(_LARGE_GRADIENTS, self.graph_module):
+            with offload_large(_LARGE_GRADIENTS * weight_bytes(self.graph_module)):
                 wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
                 got = None if wanted is None else _run_or_none(lambda: _gradient_digests(*self._run_graph(self.inputs)))
         except (MemoryError, torch.OutOfMemoryError):  # nothing is known about them

@@ -15,7 +15,7 @@ from torch import fx
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
 from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.graph.tensors import get_tensor, weights
+from fxprune.graph.tensors import get_tensor, weight_bytes
 from fxprune.masking.parts import Part, cut_graph, output_numel
 from fxprune.offload.files import cached, caching
 from fxprune.offload.prefetch import compute_device, free_bytes
@@ -98,7 +98,7 @@ def memory_limit(name: str, memory: Any) -> float | Memory:
 
 def usable_bytes(memory: float | Memory, graph_module: fx.GraphModule, wanted: float) -> float:
     """Bytes that sums may take at a time, of ``wanted`` bytes of all of them; infinity if they all fit."""
-    total = float(sum(tensor.nbytes for _, tensor in weights(graph_module)))
+    total = float(weight_bytes(graph_module))
     if not isinstance(memory, str):
         return memory * total
     if memory == "auto":

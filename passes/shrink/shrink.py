@@ -57,7 +57,7 @@ from fxprune.masking.compare import (
     slim_outputs,
 )
 from fxprune.offload.files import offloaded
-from fxprune.offload.prefetch import use_prefetcher
+from fxprune.offload.prefetch import read_together, use_prefetcher
 from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence
@@ -143,7 +143,7 @@ def _rescaled(tensor: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
 
 def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, Index]) -> torch.Tensor:
     """The kept indices of each axis, or a copy if all are kept; of a parameter, a parameter."""
-    value = tensor.detach()
+    value = read_together(tensor)
     for axis, index in kept.items():
         value = value.index_select(axis, torch.from_numpy(index).to(value.device))
     held = offloaded(value)

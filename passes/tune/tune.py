@@ -150,7 +150,7 @@ class Training:
         self.rates = [highest * rate for rate in trained.rates(graph_module)]
         groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
-        tries = bool(settings.truth) and broadcast_object(self._predicts_next(self.batches[0]))
+        tries = bool(settings.truth) and broadcast_object(self._predicts_next())
         self.truth = settings.truth if tries else 0.0
         self._error = {"divergence": divergence, "acceptance": rejection}[settings.objective]
         self.steps = max(1, round(settings.epochs * len(self.batches)))
@@ -262,8 +262,11 @@ class Training:
             ]
         return sum(gathered([error for error, counts in found if counts])) / self.measured
 
-    def _predicts_next(self, batch: TeacherBatch) -> bool:
+    def _predicts_next(self) -> bool:
         """Whether the model predicts next tokens: the label is an input, and no output depends on later inputs."""
+        samples = self.teacher.train
+        one = next((one for one in samples if bool((one.sample.labels != IGNORED).any())), samples[0])
+        (batch,) = teacher_batches([one], self.graph_module, 1)
         counted = batch.labels != IGNORED
         read = [
             name
@@ -363,7 +366,7 @@ class TunePass(Pass):
     truth: float = argument(
         0.0,
         """Weight of the cross-entropy of the samples' own next tokens beside the divergence; ignored for a model that
-        does not predict next tokens, which is tried on a batch: its output must not depend on later tokens.""",
+        does not predict next tokens, which is tried on a sample: its output must not depend on later tokens.""",
         least=0,
     )
     objective: Literal["divergence", "acceptance"] = argument(
