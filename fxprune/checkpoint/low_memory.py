@@ -16,19 +16,23 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fxprune.checkpoint.manifest import MANIFEST
-from fxprune.checkpoint.read import LOADING, check_sizes, from_pretrained, require_all_weights
+from fxprune.checkpoint.read import (
+    LOADING,
+    check_sizes,
+    from_pretrained,
+    offloading_parameters,
+    require_all_weights,
+)
 from fxprune.checkpoint.write import check_place
 from fxprune.data.samples import FileSamples
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
 from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
-from fxprune.offload.files import offload_to, offloaded, sync_writes
+from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import barrier, check_same, is_first, run_on_first
 from fxprune.report.report import package_versions
 
@@ -172,26 +176,11 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
     if not Path(source).is_file():
         check_sizes(source)
         read: Any = AutoModelForCausalLM.from_pretrained
-        with quiet(WARNING), _offloading_parameters():  # missing weights are refused by the caller
+        with quiet(WARNING), offloading_parameters():  # missing weights are refused by the caller
             model, info = read(source, dtype="auto", trust_remote_code=False, **LOADING)
         return model, info
     run_on_first(lambda: _unpack_once(source, unpacked), CheckpointError)
     return _load(unpacked, unpacked)
-
-
-@contextmanager
-def _offloading_parameters() -> Iterator[None]:
-    """Move parameters made in memory into files, inside :func:`~fxprune.offload.files.offload_to`."""
-
-    def offload(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.untyped_storage().resizable():  # those of files that are mapped are not
-            parameter.data = offloaded(parameter.detach())
-
-    hook = register_module_parameter_registration_hook(offload)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _unpack_once(source: str | os.PathLike[str], unpacked: Path) -> None:

@@ -18,6 +18,8 @@ import gguf
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,6 +34,7 @@ from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.offload.atomic import folder_identity, linked_copy, restore_replaced
 from fxprune.offload.distributed import sharding_plan
+from fxprune.offload.files import offloaded
 from fxprune.offload.ranks import world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse
 
@@ -229,13 +232,29 @@ def _load(
     return model
 
 
+@contextlib.contextmanager
+def offloading_parameters() -> Iterator[None]:
+    """Move parameters made in memory into files, inside :func:`~fxprune.offload.files.offload_to`."""
+
+    def offload(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.untyped_storage().resizable():  # those of files that are mapped are not
+            parameter.data = offloaded(parameter.detach())
+
+    hook = register_module_parameter_registration_hook(offload)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def read_model(
     path: Path, model_class: type[PreTrainedModel] | None = None, options: Mapping[str, Any] = MappingProxyType({})
 ) -> PreTrainedModel:
     """Load the model in a folder by its config and weights alone."""
     stock, config = _classes(path, model_class)
     read: Any = pruned_class(stock, type(config)).from_pretrained
-    model, info = read(path, config=config, **LOADING, **options)
+    with offloading_parameters():
+        model, info = read(path, config=config, **LOADING, **options)
     require_all_weights(path, info, model)
     return _as_stock(model, stock)
 

@@ -313,11 +313,9 @@ class StoredWeights:
     def update(self, name: str, gradient: torch.Tensor) -> None:
         """Make a step of Adam with the gradient of a weight; none if it is not finite."""
         gradient = gradient if self._counts else torch.zeros_like(gradient)
-        if self._shared:
-            found = reduce_to_own(gradient)
-        else:
-            all_reduce([gradient])
-            found = gradient.reshape(-1)
+        found = reduce_to_own(gradient) if self._shared else gradient.reshape(-1)
+        if not self._shared:
+            all_reduce([found])
         share, adam = self._own[name], self._adam[name]
         if not bool(found.isfinite().all()):
             return
