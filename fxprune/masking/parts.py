@@ -24,7 +24,7 @@ from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
-from fxprune.offload.files import offload_to, offloaded
+from fxprune.offload.files import is_offloading, offload_to, offloaded
 from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
 from fxprune.rules.picked import picks_matrices
 from fxprune.rules.registry import alias_roots, writes, written_sources
@@ -408,10 +408,11 @@ def observe_nodes(
     Args:
         watch: functions called with the value of a node, once for each batch.
         batch_by_batch: every value of a batch comes before those of the next. If False and weights are prefetched to
-            another device, the graph runs in parts, so that they go there once for all batches.
+            another device, or in files, the graph runs in parts, so that they are read once for all batches.
     """
     batches = list(stacked(samples, graph_module, batch))
-    if not batch_by_batch and current_prefetcher() is not None and not written_sources(graph_module.graph):
+    streams = current_prefetcher() is not None or is_offloading()
+    if not batch_by_batch and streams and not written_sources(graph_module.graph):
         parts = parts_by_weights(graph_module)
         end = max((i for i, part in enumerate(parts, 1) if not watch.keys().isdisjoint(part.nodes)), default=0)
         runs = PartRuns(graph_module, parts, batches, (), precise=True)

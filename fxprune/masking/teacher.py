@@ -130,10 +130,11 @@ def _each_logits(
 ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
     """Yield the numbers of the samples of each batch, and its logits in float32.
 
-    Where weights are fetched, those of a part are fetched once for all batches.
+    Where weights are fetched, or read from files, those of a part are so once for all batches.
     """
     inputs = (batched([samples[i] for i in numbers], graph_module) for numbers in batches)
-    if current_prefetcher() is None or written_sources(graph_module.graph):
+    whole = current_prefetcher() is None and not is_offloading()
+    if whole or written_sources(graph_module.graph):
         for numbers, given in track(zip(batches, inputs, strict=True), len(batches)):
             yield numbers, run_logits(UntouchedRun(graph_module), given).float()
         return
