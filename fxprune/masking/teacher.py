@@ -103,7 +103,7 @@ def record_teacher_logits(
     """
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     classes_given = gives_classes(graph_module)
-    size = _batch_size(graph_module, samples, batch) if classes_given else 1
+    size = batch_size(graph_module, samples, batch) if classes_given else 1
     batches = list(batch_indices(samples, graph_module, size))
     mine = deal(batches)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def _each_logits(
             yield batches[number], scores_of(graph_module, found.pop()).float()
 
 
-def _batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: int) -> int:
+def batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: int) -> int:
     """Samples that run at once: fewer than ``batch`` if their logits are large beside weights that are in files."""
     size = batch_for_all(batch, len(samples))
     if not is_offloading():
@@ -231,7 +231,7 @@ def rejection(logits: torch.Tensor, batch: TeacherBatch, truth: float = 0.0) -> 
     return rejected + truth * next_token_loss(logits, batch.labels) if truth else rejected
 
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Numbers of logits that are converted to log-probabilities at once: those of a step would be the largest in memory."""
 
 
@@ -340,7 +340,7 @@ class DivergenceJudge:
                 return record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
 
         teacher = shared(graph_module, ("judge", batch, *samples), record)
-        batches = tuple(teacher_batches(teacher, graph_module, _batch_size(graph_module, samples, batch)))
+        batches = tuple(teacher_batches(teacher, graph_module, batch_size(graph_module, samples, batch)))
         self.batches, self.positions = deal_in_step(batches), sum(batch.positions for batch in batches)
 
     def divergence(self, removal: Removal) -> float:

@@ -24,13 +24,20 @@ from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE, Verified
 from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
-from fxprune.masking.teacher import TeacherBatch, deal_in_step, divergence, rejection, run_logits, teacher_batches
+from fxprune.masking.teacher import (
+    TeacherBatch,
+    batch_size,
+    deal_in_step,
+    divergence,
+    rejection,
+    run_logits,
+    teacher_batches,
+)
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import free_disk, is_offloading, write_values
 from fxprune.offload.prefetch import autocast, free_bytes, gathers_weights, use_bf16
 from fxprune.offload.ranks import (
     all_reduce,
-    batch_for_all,
     broadcast,
     broadcast_object,
     check_same,
@@ -139,7 +146,7 @@ class Training:
     def __init__(self, settings: TunePass, graph_module: fx.GraphModule, trained: Trained, teacher: Teacher) -> None:
         self.settings, self.graph_module, self.trained, self.teacher = settings, graph_module, trained, teacher
         self.device = device_of(graph_module)
-        size = batch_for_all(settings.batch, len(teacher.heldout))
+        size = batch_size(graph_module, [one.sample for one in teacher.heldout], settings.batch)
         heldout = list(teacher_batches(teacher.heldout, graph_module, size))
         self.heldout, self.measured = deal_in_step(heldout), sum(batch.positions for batch in heldout)
         self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch, in_shards=True))

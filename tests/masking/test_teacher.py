@@ -119,6 +119,6 @@ def test_few_logits_at_once_where_weights_are_in_files(tmp_path: Path) -> None:
         whole = sum(tensor.nbytes for _, tensor in weights(dense))
         monkeypatch.setattr(masking_teacher, "_LARGEST_LOGITS", share * logits / whole)
         with offload_to(tmp_path):
-            assert masking_teacher._batch_size(dense, samples, 4) == size
+            assert masking_teacher.batch_size(dense, samples, 4) == size
         monkeypatch.undo()
-    assert masking_teacher._batch_size(dense, samples, 4) == 4, "in memory"
+    assert masking_teacher.batch_size(dense, samples, 4) == 4, "in memory"
