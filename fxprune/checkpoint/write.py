@@ -356,7 +356,8 @@ def _written_by_all(
         finally:
             reasons = [reason for reason in gathered([failed]) if reason]
         if reasons:
-            raise CheckpointError(reasons[0], where=os.fspath(folder))
+            remedy = "Choose a folder that each process can write to, or none but the first can see"
+            raise CheckpointError(f"another process: {reasons[0]}", where=os.fspath(folder), remedy=remedy)
         yield place
 
 
