@@ -320,7 +320,8 @@ def save_pretrained(
 
     def fill(work: Path) -> None:
         with nullcontext() if place is None else _saving_weights_by(partial(_move_or_save, place)):
-            _write_model(model, work, structure, max_shard_size, state)
+            _save_model(model, work, structure, max_shard_size, state)
+        _add_settings(model, work, structure)
         record = None
         if forward is not None:
             record = check_written(model, forward, read_model(work, stock_class(model)))
@@ -526,14 +527,8 @@ def _save_model(
             save(save_original_format=False)
 
 
-def _write_model(
-    model: PreTrainedModel,
-    work: Path,
-    structure: Structure,
-    max_shard_size: int | str,
-    state: dict[str, torch.Tensor] | None,
-) -> None:
-    _save_model(model, work, structure, max_shard_size, state)
+def _add_settings(model: PreTrainedModel, work: Path, structure: Structure) -> None:
+    """Add to a saved folder the implementation of experts, fields of single layers, and the code that reads them."""
     if has_unaligned_experts(model) and getattr(model.config, "_experts_implementation", None) == "eager":
         file = work / "config.json"  # grouped kernels do not accept their widths
         data = json.loads(file.read_text(encoding="utf-8"))

@@ -188,10 +188,8 @@ def generate_samples(
     drawn = GenerationConfig(do_sample=False, use_cache=True, repetition_penalty=1.0, max_new_tokens=length)
     begun = starts[torch.arange(samples) % len(starts)].to(device)
     draw = torch.Generator().manual_seed(seed)
-    drawn_at = torch.cat(
-        [torch.rand(length, len(batch), generator=draw).T for batch in begun.split(_BATCH)]
-    )  # (samples, tokens)
-    batches = list(zip(begun.split(rows or _BATCH), drawn_at.split(rows or _BATCH), strict=True))
+    numbers_of_all = torch.cat([torch.rand(length, len(batch), generator=draw).T for batch in begun.split(_BATCH)])
+    batches = list(zip(begun.split(rows or _BATCH), numbers_of_all.split(rows or _BATCH), strict=True))
     written: list[torch.Tensor] = []
     # transformers applies the model's own settings to every option that a call leaves open
     own = model.generation_config
@@ -213,9 +211,14 @@ def generate_samples(
 
 def generation_rounds(samples: int, chats: bool = True) -> int:
     """About how many batches :func:`generated_samples` generates, one token of each sample at a time."""
+    return sum(-(-count // _BATCH) for count in _kinds(samples, chats, foreign=True))
+
+
+def _kinds(samples: int, chats: bool, foreign: bool) -> tuple[int, int, int]:
+    """How many samples are chats, begin with an opening in another language, and begin with a random token."""
     talks = samples // 2 if chats else 0
-    foreign = (samples - talks) // _FOREIGN
-    return sum(-(-count // _BATCH) for count in (talks, foreign, samples - talks - foreign))
+    others = (samples - talks) // _FOREIGN if foreign else 0
+    return talks, others, samples - talks - others
 
 
 def rows_at_once(model: Any, ids: torch.Tensor, tokens: int, most: float) -> int:
@@ -267,17 +270,16 @@ def generated_samples(
     """
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
-    talks = samples // 2 if chat and chats else 0
     opened = opening_rows(tokenizer, tokens // _LONGEST)
-    foreign = (samples - talks) // _FOREIGN if len(opened) else 0
+    talks, foreign, plain = _kinds(samples, bool(chat) and chats, len(opened) > 0)
     opened = opened[torch.randperm(len(opened), generator=draw)]
-    drawn = vocabulary[torch.randint(len(vocabulary), (samples - talks - foreign,), generator=draw)][:, None]
+    drawn = vocabulary[torch.randint(len(vocabulary), (plain,), generator=draw)][:, None]
     first = torch.tensor(opening_tokens(tokenizer), dtype=torch.long)
     begun = (
         ("the model writes", drawn, len(drawn)),
         ("the model writes in other languages", opened, foreign),
     )
-    kinds = [(what, torch.cat([first.expand(len(rows), -1), rows], dim=1), count) for what, rows, count in begun]
+    kinds = [(what, torch.cat([first.expand(len(ids), -1), ids], dim=1), count) for what, ids, count in begun]
     kinds.append(("the model chats", torch.tensor([chat]), talks))
     written = [generate_samples(model, starts, n, tokens, seed, track, what, rows) for what, starts, n in kinds if n]
     return torch.cat(written)[torch.randperm(samples, generator=draw)]

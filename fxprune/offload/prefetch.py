@@ -224,7 +224,8 @@ _CGROUPS = (
     ("0::", "", "memory.max", "anon "),
     (":memory:", "memory", "memory.limit_in_bytes", "total_rss "),
 )
-"""Of version 2 and 1: the mark of the line in ``/proc/self/cgroup``, the folder, the limit, and what is in use."""
+"""Cgroups v2 and v1: line mark in ``/proc/self/cgroup``, folder of the controller, file with the limit, and field of
+``memory.stat`` with the anonymous memory in use."""
 
 
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

@@ -423,8 +423,9 @@ class TunePass(Pass):
         facts = facts_of(graph_module)
         teacher, removal = facts[Teacher], facts[Removed].removal
         own = TrainedWeights.of(graph_module, removal, self.everywhere)
-        in_files = is_offloading() and not self.folder and device_of(graph_module).type != "cuda"
-        if not broadcast_object(self._trains_weights(own, device_of(graph_module))):
+        device = device_of(graph_module)
+        in_files = is_offloading() and not self.folder and device.type in ("cpu", "meta")
+        if not broadcast_object(self._trains_weights(own, device, in_files)):
             trained: Trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
         else:
             trained = own.in_files(graph_module, self.rate or own.rate) if in_files else own
@@ -447,9 +448,9 @@ class TunePass(Pass):
         add_note(graph_module, f"tuned: {trained.count:,} {what}, {len(teacher.train)} samples; {outcome}")
         return PassResult(graph_module, better)
 
-    def _trains_weights(self, trained: TrainedWeights, device: torch.device) -> bool:
+    def _trains_weights(self, trained: TrainedWeights, device: torch.device, in_files: bool) -> bool:
         if self.weights != "auto":
             return bool(self.weights)
-        if is_offloading() and self.folder:
+        if is_offloading() and not in_files:
             return False
-        return 2 * _KEPT * 4 * trained.count <= (free_disk() if is_offloading() else free_bytes(device))
+        return 2 * _KEPT * 4 * trained.count <= (free_disk() if in_files else free_bytes(device))
