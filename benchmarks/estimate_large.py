@@ -51,6 +51,7 @@ from benchmarks.several_processes import COLLECTIVES, counted
 from fxprune.graph import tensors
 from fxprune.offload import files, ranks
 from fxprune.offload.prefetch import GatheringPrefetcher, offer_prefetcher
+from fxprune.rules import picked
 
 app = typer.Typer(add_completion=False)
 aten = torch.ops.aten
@@ -150,7 +151,7 @@ class Meter(TorchDispatchMode):
         self.sums: Any = Counter()
         """Calls, bytes and seconds; a counter whose values need not be whole."""
         self.held, self.peak = Counter[str](), Counter[str]()
-        self.answers, self.paused = 0, False
+        self.answers, self.paused, self.writes = 0, False, False
         self.pieces: Sequence[Any] = ()
         self.in_files = dict[int, str]()
         """By address of a storage in files, whether it has weights or values."""
@@ -187,7 +188,8 @@ class Meter(TorchDispatchMode):
             self.sums[name] += seconds
         for tensor in given:
             if self.in_files.get(tensor.untyped_storage()._cdata) == "weights":
-                self.sums["read"] += tensor.nbytes
+                rows = func._overloadpacket in (aten.index, aten.index_select, aten.embedding)  # reads these alone
+                self.sums["read"] += min(tensor.nbytes, made[0].nbytes) if rows and made else tensor.nbytes
         for tensor in made:
             self._hold(tensor)
         return found
@@ -235,16 +237,27 @@ class Meter(TorchDispatchMode):
     def _free(self, place: int, size: int) -> None:
         self.held[self.in_files.pop(place, "memory")] -= size
 
-    def offload(self, tensor: torch.Tensor, own: slice | None = None, kind: str = "values") -> torch.Tensor:
+    def offload(self, tensor: torch.Tensor, own: slice | None = None) -> torch.Tensor:
         """Stand-in for a tensor in a file; ``own`` elements of it are those of trained weights."""
         if not tensor.is_meta or tensor.nbytes < files.SMALLEST:
             return tensor
         self.paused = True
         mapped = torch.empty_like(tensor)
         self.paused = False
-        self.in_files[mapped.untyped_storage()._cdata] = kind if own is None else "weights"
+        self.in_files[mapped.untyped_storage()._cdata] = "values" if own is None and not self.writes else "weights"
         self._hold(mapped)
         return mapped
+
+    def weights(self, true: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that puts tensors in files that are weights."""
+
+        def call(*args: Any) -> Any:
+            self.writes = True
+            found = true(*args)
+            self.writes = False
+            return found
+
+        return call
 
     def note(self, kind: str, size: int) -> None:
         """A collective that is given ``size`` bytes."""
@@ -291,11 +304,12 @@ class Meter(TorchDispatchMode):
         pairs = zip(islice(cycle(mine), len(self.pieces)), self.pieces, strict=False)
         return [one[: len(piece)] if isinstance(one, list) and isinstance(piece, list) else one for one, piece in pairs]
 
-    def stands_in(self) -> ExitStack:
-        """A context in which passes run on ``meta`` as if there were values."""
+    def stands_in(self, experts: int) -> ExitStack:
+        """A context in which passes run on ``meta`` as if there were values; of experts in one tensor, so many."""
         stack = ExitStack()
         others: dict[Any, Any] = {
             files.offloaded: self.offload,
+            files.write_values: self.weights(files.write_values),
             tensors.has_meta_weights: lambda _: False,
             ranks.deal: partial(self.dealt, ranks.deal),
             ranks.gathered: partial(self.gathered, ranks.gathered),
@@ -306,7 +320,7 @@ class Meter(TorchDispatchMode):
             patches += [(module, name, other) for module in [*sys.modules.values()] if vars(module).get(name) is true]
         as_array, call, empty = torch.Tensor.numpy, fx.Interpreter.call_function, fx.GraphModule({}, fx.Graph())
         patches += [
-            *((module, "offloaded", partial(self.offload, kind="weights")) for module in (files, shrink)),
+            (shrink, "offloaded", self.weights(self.offload)),
             (scores, "score_groups", lambda groups, *_: scores.RandomImportancePass().score(empty, groups)),
             (torch, "autocast", lambda *_, **__: nullcontext()),  # weights in bfloat16 keep their precision
             (torch.Tensor, "numpy", lambda t: np.zeros(t.shape) if t.is_meta else as_array(t)),
@@ -314,6 +328,8 @@ class Meter(TorchDispatchMode):
             (ranks, "_waiting_group", lambda: None),
             (select, "inexpressible", self.uncounted(select.inexpressible)),
             (fits, "_stacked_data", _even_data),
+            (picked, "_is_large", lambda weight, index: index.numel() * weight[0].nbytes >= picked._LARGE),
+            (picked, "_rows_by_number", lambda index: _even_rows(index, experts)),
             (prepare, "can_generate", lambda _: False),
             (tune, "free_disk", lambda: math.inf),
             (tune.Training, "_step", self.repeated(tune.Training._step, lambda: None, 2)),
@@ -337,6 +353,12 @@ def _even_data(site: Any, run: Any) -> Iterator[tuple[int, torch.Tensor, torch.T
     rows = max(1, len(x) // count)
     for matrix in range(count):
         yield matrix, x[:rows, site.channels], y[:rows], torch.arange(rows) >= rows * 3 // 4
+
+
+def _even_rows(index: torch.Tensor, experts: int) -> tuple[list[int], tuple[torch.Tensor, ...]]:
+    """Numbers of experts and the rows of each, with the rows dealt evenly."""
+    rows = torch.empty_like(index).tensor_split(min(experts, len(index)))
+    return list(range(len(rows))), rows
 
 
 def _call_function(true: Callable[..., Any], run: Any, target: Any, args: Any, kwargs: Any) -> Any:
@@ -373,7 +395,8 @@ def count_passes(
     pipeline = fxprune.Pipeline([p for p in passes if p.stage not in ("emit", "report")], on_pass=mark)
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=processes)
     try:
-        with tempfile.TemporaryDirectory() as place, meter.stands_in(), files.offload_to(Path(place)):
+        experts = max((len(weight) for _, weight in tensors.weights(graph_module) if weight.dim() == 3), default=1)
+        with tempfile.TemporaryDirectory() as place, meter.stands_in(experts), files.offload_to(Path(place)):
             meter.in_files |= {w.untyped_storage()._cdata: "weights" for _, w in tensors.weights(graph_module)}
             with offer_prefetcher(GatheringPrefetcher(META)), meter:
                 pipeline(graph_module)

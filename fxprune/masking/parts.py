@@ -24,7 +24,7 @@ from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
-from fxprune.offload.files import is_offloading, offload_to, offloaded
+from fxprune.offload.files import is_offloading, offload_to, offloaded, release_freed
 from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
 from fxprune.rules.picked import picks_matrices
 from fxprune.rules.registry import alias_roots, writes, written_sources
@@ -197,6 +197,7 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
         ends = part.gives or part.nodes[-1:]
 
         def outputs(*taken: Any, part: Part = part, ends: Sequence[fx.Node] = ends) -> tuple[Any, ...]:
+            release_freed()
             run.env = dict(zip(part.takes, taken, strict=True))
             for node in part.nodes:
                 run.env[node] = run.run_node(node)
@@ -252,6 +253,7 @@ class PartRuns:
 
         The part is the first one, or comes after one that has run.
         """
+        release_freed()
         self._load(part, 1)
         for number, values in enumerate(self.values):
             with torch.no_grad(), clear_sample_errors(self.inputs[number]):
@@ -276,6 +278,7 @@ class PartRuns:
             watch: given the number of a sample, hooks on nodes on the way forward.
         """
         last = part is self.parts[-1]
+        release_freed()
         self._load(part, -1)
         for number, values in enumerate(self.values):
             gradients = self.gradients[number]

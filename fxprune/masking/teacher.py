@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx
@@ -160,24 +160,45 @@ def batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: i
     return max(1, min(size, int(most * traced / max(1, 4 * outputs * given))))
 
 
-def teacher_batches(
-    teacher: Sequence[TeacherLogits], graph_module: fx.GraphModule, size: int, *, in_shards: bool = False
-) -> Iterator[TeacherBatch]:
-    """Yield teacher logits in batches of up to ``size`` samples of the same shape.
+class TeacherBatches(Sequence[TeacherBatch]):
+    """Teacher logits in batches of up to ``size`` samples of the same shape; each is stacked when it is asked for.
 
     With ``in_shards``, each process gets its samples of each batch; or, if there are fewer than processes, the first
     sample with a share of 0.
     """
-    device = compute_device(graph_module)
-    size = size if gives_classes(graph_module) else 1  # other outputs may compare the samples of a batch
-    for numbers in batch_indices([one.sample for one in teacher], graph_module, size):
-        mine = deal(numbers) if in_shards else numbers
-        part = [teacher[i] for i in mine or numbers[:1]]
-        counts = {i: int((teacher[i].sample.labels[..., 1:] != IGNORED).sum()) for i in numbers}
-        yield TeacherBatch(
-            inputs=batched([one.sample for one in part], graph_module),
+
+    def __init__(
+        self, teacher: Sequence[TeacherLogits], graph_module: fx.GraphModule, size: int, *, in_shards: bool = False
+    ) -> None:
+        self.teacher, self.graph_module = teacher, graph_module
+        size = size if gives_classes(graph_module) else 1  # other outputs may compare the samples of a batch
+        self.numbers = list(batch_indices([one.sample for one in teacher], graph_module, size))
+        self.mine = [deal(numbers) for numbers in self.numbers] if in_shards else self.numbers
+
+    @property
+    def positions(self) -> int:
+        """The number of positions of all samples."""
+        return sum(len(one.classes) for one in self.teacher)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> TeacherBatch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TeacherBatch]: ...
+
+    def __getitem__(self, index: int | slice) -> TeacherBatch | list[TeacherBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        numbers, mine, device = self.numbers[index], self.mine[index], compute_device(self.graph_module)
+        part = [self.teacher[i] for i in mine or numbers[:1]]
+        counts = {i: int((self.teacher[i].sample.labels[..., 1:] != IGNORED).sum()) for i in numbers}
+        return TeacherBatch(
+            inputs=batched([one.sample for one in part], self.graph_module),
             classes=torch.stack([one.classes for one in part]).long().to(device),
-            likelihoods=torch.stack([one.likelihoods for one in part]).float().to(device),
+            likelihoods=torch.stack([one.likelihoods.float() for one in part]).to(device),
             labels=torch.cat([one.sample.labels for one in part]).to(device),
             share=len(mine) / len(numbers),
             counted=sum(counts[i] for i in mine) / max(1, sum(counts.values())),
@@ -340,8 +361,8 @@ class DivergenceJudge:
                 return record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
 
         teacher = shared(graph_module, ("judge", batch, *samples), record)
-        batches = tuple(teacher_batches(teacher, graph_module, batch_size(graph_module, samples, batch)))
-        self.batches, self.positions = deal_in_step(batches), sum(batch.positions for batch in batches)
+        batches = TeacherBatches(teacher, graph_module, batch_size(graph_module, samples, batch))
+        self.batches, self.positions = deal_in_step(batches), batches.positions
 
     def divergence(self, removal: Removal) -> float:
         work = self.graph_module

@@ -23,6 +23,7 @@ from fxprune.masking.teacher import (
     KEPT_CLASSES,
     DivergenceJudge,
     TeacherBatch,
+    TeacherBatches,
     divergence,
     foresee_split,
     logits_use_bf16,
@@ -30,7 +31,6 @@ from fxprune.masking.teacher import (
     run_logits,
     samples_except,
     split_samples,
-    teacher_batches,
 )
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.offload.ranks import all_reduce
@@ -427,7 +427,7 @@ class SelectByGatesPass(SelectByRatioPass):
         bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
         with autocast(device, bf16):
             recorded = record_teacher_logits(graph_module, samples, KEPT_CLASSES, self.batch, lambda items, _: items)
-        batches = list(teacher_batches(recorded, graph_module, self.batch, in_shards=True))
+        batches = TeacherBatches(recorded, graph_module, self.batch, in_shards=True)
         steps = max(1, round(self.epochs * len(batches)))
         adam = torch.optim.Adam(gates.trained, lr=self.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)

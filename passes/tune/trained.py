@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -254,8 +255,8 @@ class TrainedWeights:
     def folded(
         self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        values = zip(self.in_memory, numbers, strict=True)
-        for name, value in (*values, *(() if self.stored is None else self.stored.kept())):
+        stored = () if self.stored is None else self.stored.kept()
+        for name, value in chain(zip(self.in_memory, numbers, strict=True), stored):
             yield name, value.to(get_tensor(graph_module, name).dtype)
 
 

@@ -26,12 +26,12 @@ from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import (
     TeacherBatch,
+    TeacherBatches,
     batch_size,
     deal_in_step,
     divergence,
     rejection,
     run_logits,
-    teacher_batches,
 )
 from fxprune.offload.atomic import atomic_path
 from fxprune.offload.files import free_disk, is_offloading, write_values
@@ -147,9 +147,9 @@ class Training:
         self.settings, self.graph_module, self.trained, self.teacher = settings, graph_module, trained, teacher
         self.device = device_of(graph_module)
         size = batch_size(graph_module, [one.sample for one in teacher.heldout], settings.batch)
-        heldout = list(teacher_batches(teacher.heldout, graph_module, size))
-        self.heldout, self.measured = deal_in_step(heldout), sum(batch.positions for batch in heldout)
-        self.batches = list(teacher_batches(teacher.train, graph_module, settings.batch, in_shards=True))
+        heldout = TeacherBatches(teacher.heldout, graph_module, size)
+        self.heldout, self.measured = deal_in_step(heldout), heldout.positions
+        self.batches = TeacherBatches(teacher.train, graph_module, settings.batch, in_shards=True)
         self.stored = getattr(trained, "stored", None)
         self.parts = self._parts()
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
@@ -273,7 +273,7 @@ class Training:
         """Whether the model predicts next tokens: the label is an input, and no output depends on later inputs."""
         samples = self.teacher.train
         one = next((one for one in samples if bool((one.sample.labels != IGNORED).any())), samples[0])
-        (batch,) = teacher_batches([one], self.graph_module, 1)
+        (batch,) = TeacherBatches([one], self.graph_module, 1)
         counted = batch.labels != IGNORED
         read = [
             name

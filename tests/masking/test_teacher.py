@@ -16,11 +16,11 @@ from fxprune.masking import teacher as masking_teacher
 from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.teacher import (
     TeacherBatch,
+    TeacherBatches,
     divergence,
     record_teacher_logits,
     rejection,
     run_logits,
-    teacher_batches,
 )
 from fxprune.offload.files import offload_to
 from tests.models import tiny, token_ids
@@ -39,7 +39,7 @@ def test_all_classes_kept_give_the_divergence_and_few_give_less() -> None:
         assert [one.sample for one in teacher] == SAMPLES
         total = sum(
             float(divergence(other(batch.inputs["x"]), batch)) * batch.classes.shape[0] * batch.classes.shape[1]
-            for batch in teacher_batches(teacher, dense, 2)
+            for batch in TeacherBatches(teacher, dense, 2)
         )
         found.append(total / 13)
     x = torch.cat([sample.inputs["x"][0] for sample in SAMPLES])

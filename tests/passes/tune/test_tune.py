@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
 from fxprune.masking.masked_run import UntouchedRun
-from fxprune.masking.teacher import TeacherLogits, divergence, rejection, run_logits, teacher_batches
+from fxprune.masking.teacher import TeacherBatches, TeacherLogits, divergence, rejection, run_logits
 from fxprune.offload import files, prefetch
 from fxprune.offload.files import offload_to
 from fxprune.offload.prefetch import GatheringPrefetcher, offer_prefetcher
@@ -101,7 +101,7 @@ def tune(graph_module: fx.GraphModule, seen: list[int], stop: int = -1, **settin
 
 def heldout(graph_module: fx.GraphModule, lessons: fx.GraphModule, error: Any = divergence) -> float:
     """The error of a graph on what was held out, without any vectors."""
-    (batch,) = teacher_batches(facts_of(lessons)[Teacher].heldout, lessons, 64)
+    (batch,) = TeacherBatches(facts_of(lessons)[Teacher].heldout, lessons, 64)
     with torch.no_grad():
         return float(error(run_logits(UntouchedRun(graph_module), batch.inputs), batch))
 
@@ -299,6 +299,21 @@ def test_weights_are_trained_where_there_is_room(
     assert (TrainedWeights.rate, TrainedVectors.rate) == (0.008, 0.005)
     with pytest.raises(ArgumentError, match="Pass True, False or 'auto'"):
         TunePass(weights="car")  # type: ignore[arg-type]
+
+
+def test_weights_in_files_are_assembled_one_after_the_other(slim: fx.GraphModule) -> None:
+    """All of them at once, in float32, are more than a process holds."""
+    trained = TrainedWeights.of(slim, facts_of(slim)[Removed].removal, True)
+    assembled = []
+
+    def kept() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in trained.sizes:
+            assembled.append(name)
+            yield name, get_tensor(slim, name)
+
+    stored: Any = SimpleNamespace(kept=kept, weights=trained.sizes)
+    folded = dataclasses.replace(trained, stored=stored).folded((), slim)
+    assert [(next(folded)[0], len(assembled)) for _ in range(2)] == [(list(trained.sizes)[i], i + 1) for i in range(2)]
 
 
 def test_weights_in_files_learn_what_they_learn_in_memory(
