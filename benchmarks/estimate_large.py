@@ -49,7 +49,7 @@ import fxprune
 from benchmarks.common import SHAPES
 from benchmarks.several_processes import COLLECTIVES, counted
 from fxprune.graph import tensors
-from fxprune.offload import files, ranks
+from fxprune.offload import files, prefetch, ranks
 from fxprune.offload.prefetch import GatheringPrefetcher, offer_prefetcher
 from fxprune.rules import picked
 
@@ -67,6 +67,9 @@ CARDS: dict[str, dict[Any, float]] = {
     "RTX 4090": {torch.bfloat16: 165e12, torch.float32: 82.6e12, torch.float64: 1.29e12, "memory": 1.008e12},
 }
 """Dense operations a second by dtype, and bytes a second of the memory, by NVIDIA's data sheets (H100 SXM)."""
+
+CARD_MEMORY = 80e9
+"""Bytes of memory of an H100, by which passes choose their parts."""
 
 LINKS = {8: 450e9, math.inf: 50e9}
 """Bytes a second that leave a card, by the most processes: NVLink in a machine, else 400 Gb/s of InfiniBand a card."""
@@ -309,6 +312,7 @@ class Meter(TorchDispatchMode):
         stack = ExitStack()
         others: dict[Any, Any] = {
             files.offloaded: self.offload,
+            prefetch.free_bytes: lambda _: CARD_MEMORY,
             files.write_values: self.weights(files.write_values),
             tensors.has_meta_weights: lambda _: False,
             ranks.deal: partial(self.dealt, ranks.deal),

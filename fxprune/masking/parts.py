@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from fxprune.data.calibration import Sample, clear_sample_errors, stacked
 from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
-from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
+from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weight_bytes, weights
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
 from fxprune.offload.files import is_offloading, offload_to, offloaded, release_freed
-from fxprune.offload.prefetch import compute_device, current_prefetcher, to_device
+from fxprune.offload.prefetch import compute_device, current_prefetcher, free_bytes, to_device
+from fxprune.offload.ranks import broadcast_object
 from fxprune.rules.picked import picks_matrices
 from fxprune.rules.registry import alias_roots, writes, written_sources
 from fxprune.trace import trace
@@ -162,10 +163,30 @@ Hooks = Mapping[fx.Node, Callable[[Any], Any]]
 _NO_HOOKS: Hooks = MappingProxyType({})
 
 
+LOW_MEMORY = 0.1
+"""Of the bytes of all weights, those of a part, or of sums, that are there at a time with little memory."""
+
+_OF_FREE = 0.125
+"""Of the free memory, the most that a part takes: the next one is there too, and gradients and sums as large."""
+
+_MOST_HALVINGS = 6
+"""Parts of a six-hundredth of the weights are less than a layer of any model."""
+
+
+def part_bytes(graph_module: fx.GraphModule) -> float:
+    """Bytes of weights, or of sums, in a part: a tenth of those of all weights, halved while free memory is short.
+
+    The first process decides for all. Halves, so that a run that resumes most likely has the parts of the first.
+    """
+    limit, free = LOW_MEMORY * weight_bytes(graph_module), broadcast_object(free_bytes(compute_device(graph_module)))
+    halved = (limit * 0.5**count for count in range(_MOST_HALVINGS + 1))
+    return next((size for size in halved if size <= _OF_FREE * free), limit * 0.5**_MOST_HALVINGS)
+
+
 def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
-    """Cut a graph into parts, each with at most a tenth of the bytes of its weights or a single larger weight."""
+    """Cut a graph into parts whose weights have at most :func:`part_bytes`, or are a single larger weight."""
     costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
-    return cut_graph(graph_module.graph, costs, 0.1 * sum(costs.values()))
+    return cut_graph(graph_module.graph, costs, part_bytes(graph_module))
 
 
 def parts_to_run_again(graph_module: fx.GraphModule) -> list[Part]:

@@ -16,7 +16,7 @@ from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
 from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import get_tensor, weight_bytes
-from fxprune.masking.parts import Part, cut_graph, output_numel
+from fxprune.masking.parts import Part, cut_graph, output_numel, part_bytes
 from fxprune.offload.files import cached, caching
 from fxprune.offload.prefetch import compute_device, free_bytes
 from fxprune.offload.ranks import broadcast_object, check_same
@@ -85,10 +85,6 @@ def require_finite(value: torch.Tensor, where: str) -> None:
         raise CalibrationError("its inputs are not finite", where=where, remedy=remedy)
 
 
-LOW_MEMORY = 0.1
-"""Of the bytes of the weights, the part that sums may take with ``memory="low"``."""
-
-
 def memory_limit(name: str, memory: Any) -> float | Memory:
     """Return ``memory``, the argument ``name``: a word, or a fraction above 0 of the bytes of the weights."""
     if isinstance(memory, str):
@@ -98,12 +94,11 @@ def memory_limit(name: str, memory: Any) -> float | Memory:
 
 def usable_bytes(memory: float | Memory, graph_module: fx.GraphModule, wanted: float) -> float:
     """Bytes that sums may take at a time, of ``wanted`` bytes of all of them; infinity if they all fit."""
-    total = float(weight_bytes(graph_module))
     if not isinstance(memory, str):
-        return memory * total
+        return memory * weight_bytes(graph_module)
     if memory == "auto":
         memory = broadcast_object("fast" if 2 * wanted <= free_bytes(compute_device(graph_module)) else "low")
-    return math.inf if memory == "fast" else LOW_MEMORY * total
+    return math.inf if memory == "fast" else part_bytes(graph_module)
 
 
 def parts_within(

@@ -24,7 +24,7 @@ from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
 from fxprune.masking.masked_run import GatedRun, spread_gates
 from fxprune.masking.objective import sample_loss
-from fxprune.masking.parts import Hooks, Part, PartRuns
+from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
 from fxprune.offload.files import cached, caching, is_caching, offloaded, uncache
 from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
@@ -35,7 +35,7 @@ from fxprune.rules.products import LoneProduct, lone_products
 from fxprune.rules.registry import writes, written_sources
 from fxprune.trace.fidelity import require_gradients
 
-from .base import LOW_MEMORY, ImportancePass, Positions, axis_sums, memory_limit, parts_within
+from .base import ImportancePass, Positions, axis_sums, memory_limit, parts_within
 from .forward import ForwardImportancePass
 from .reconstruction import Costs, increasing_costs, unit_count
 
@@ -211,10 +211,10 @@ class TaylorImportancePass(ImportancePass):
     order: Order = argument("mix", "Order of the expansion: ``vector``, ``first``, ``second`` or ``mix``.")
     memory: float | Memory = argument(
         "auto",
-        """Memory for sums of gradients: ``fast`` takes what all of them need; ``low`` as little as possible, a tenth of
-        the bytes of the weights or what those of the largest weight need; ``auto`` is ``fast`` if that fits into half
-        the free memory, else ``low``; or a fraction of the bytes of all weights. ``mix`` keeps two float32 numbers for
-        each weight, ``first`` one.""",
+        """Memory for sums of gradients: ``fast`` takes what all of them need; ``low`` as little as possible, at most a
+        tenth of the bytes of the weights, or what those of the largest weight need; ``auto`` is ``fast`` if that fits
+        into half the free memory, else ``low``; or a fraction of the bytes of all weights. ``mix`` keeps two float32
+        numbers for each weight, ``first`` one.""",
         check=memory_limit,
     )
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
