@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fxprune.data.calibration import Sample, clear_sample_errors, stacked
 from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
-from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weight_bytes, weights
+from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
 from fxprune.offload.files import is_offloading, offload_to, offloaded, release_freed
 from fxprune.offload.prefetch import compute_device, current_prefetcher, free_bytes, to_device
@@ -169,18 +169,24 @@ LOW_MEMORY = 0.1
 _OF_FREE = 0.125
 """Of the free memory, the most that a part takes: the next one is there too, and gradients and sums as large."""
 
-_MOST_HALVINGS = 6
-"""Parts of a six-hundredth of the weights are less than a layer of any model."""
-
 
 def part_bytes(graph_module: fx.GraphModule) -> float:
     """Bytes of weights, or of sums, in a part: a tenth of those of all weights, halved while free memory is short.
 
-    The first process decides for all. Halves, so that a run that resumes most likely has the parts of the first.
+    They are not halved where that would keep many more values between parts, as those inside a block. The first process
+    decides for all. Halves, so that a run that resumes most likely has the parts of the first.
     """
-    limit, free = LOW_MEMORY * weight_bytes(graph_module), broadcast_object(free_bytes(compute_device(graph_module)))
-    halved = (limit * 0.5**count for count in range(_MOST_HALVINGS + 1))
-    return next((size for size in halved if size <= _OF_FREE * free), limit * 0.5**_MOST_HALVINGS)
+    costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
+    limit, free = LOW_MEMORY * sum(costs.values()), broadcast_object(free_bytes(compute_device(graph_module)))
+    most, least = 2 * _values_kept(graph_module, costs, limit), max(_OF_FREE * free, min(costs.values(), default=0.0))
+    while limit > least and _values_kept(graph_module, costs, limit / 2) <= most:
+        limit /= 2
+    return limit
+
+
+def _values_kept(graph_module: fx.GraphModule, costs: Mapping[str, float], limit: float) -> int:
+    """The most numbers that are kept after a part of a graph cut by ``limit``."""
+    return max(sum(map(output_numel, part.gives)) for part in cut_graph(graph_module.graph, costs, limit))
 
 
 def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:

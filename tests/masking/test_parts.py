@@ -19,7 +19,7 @@ from fxprune.data.calibration import Sample
 from fxprune.errors import CalibrationError
 from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import output_tensors
-from fxprune.masking.parts import Part, PartRuns, cut_graph, observe_nodes, part_bytes, parts_by_weights
+from fxprune.masking.parts import Part, PartRuns, cut_graph, observe_nodes, output_numel, part_bytes, parts_by_weights
 from fxprune.offload.files import offload_to
 from fxprune.offload.prefetch import Prefetcher, offer_prefetcher, use_prefetcher
 from fxprune.pipeline.registry import load_pass
@@ -109,14 +109,18 @@ def test_parts_compute_what_the_graph_computes_and_none_writes_to_what_another_k
     torch.testing.assert_close(got[0], want)
 
 
-def test_parts_are_halved_while_free_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = traced("llama")
+def test_parts_are_halved_while_free_memory_is_short_and_end_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = traced("llama", num_hidden_layers=24, intermediate_size=256)
     total = sum(tensor.nbytes for _, tensor in weights(dense))
-    for free, share in ((1.0, 0.1), (0.8, 0.1), (0.79, 0.05), (0.2, 0.025), (0.0, 0.1 / 64)):
+    kept = {}
+    for free, share in ((1.0, 0.1), (0.8, 0.1), (0.79, 0.05), (0.39, 0.05), (0.0, 0.05)):
         monkeypatch.setattr("fxprune.masking.parts.free_bytes", lambda _, free=free: free * total)
         assert part_bytes(dense) == pytest.approx(share * total)
+        parts = parts_by_weights(dense)
         wanted = cut_graph(dense.graph, {name: 4 * cost for name, cost in costs(dense).items()}, share * total)
-        assert [part.nodes for part in parts_by_weights(dense)] == [part.nodes for part in wanted]
+        assert [part.nodes for part in parts] == [part.nodes for part in wanted]
+        kept[share] = len(parts), max(sum(map(output_numel, part.gives)) for part in parts)
+    assert kept[0.05][0] > kept[0.1][0] and kept[0.05][1] <= 2 * kept[0.1][1]
 
 
 class Watched(Prefetcher):
