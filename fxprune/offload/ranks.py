@@ -222,16 +222,27 @@ def own_elements(count: int) -> slice:
     return slice(min(rank() * size, count), min((rank() + 1) * size, count))
 
 
+_AT_ONCE = 1 << 25
+"""Bytes of a tensor that one collective takes: gloo copies them once more."""
+
+
+def _chunks(size: int, tensor: torch.Tensor) -> list[slice]:
+    """Slices of the ``size`` elements of a tensor that each process has, for one collective each."""
+    most = max(1, _AT_ONCE // (tensor.itemsize * world_size()))
+    return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
+
+
 def reduce_to_own(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over processes, and return this process's share of its elements: reduce-scatter."""
     flat, count = tensor.reshape(-1), world_size()
     if count == 1:
         return flat
     size = -(-len(flat) // count)
-    padded = nn.functional.pad(flat, (0, size * count - len(flat)))
-    own = torch.empty_like(padded[:size])
-    dist.reduce_scatter(own, list(padded.split(size)))
-    share = own_elements(len(flat))
+    own, share = flat.new_empty(size), own_elements(len(flat))
+    for chunk in _chunks(size, flat):
+        pieces = [flat[i * size : (i + 1) * size][chunk] for i in range(count)]
+        length = chunk.stop - chunk.start  # the last ones may be shorter
+        dist.reduce_scatter(own[chunk], [nn.functional.pad(piece, (0, length - len(piece))) for piece in pieces])
     return own[: share.stop - share.start]
 
 
@@ -246,10 +257,14 @@ def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     own, whole = tensor.new_empty(size), tensor.new_empty(size * count)
     share = tensor.detach().reshape(-1)[own_elements(tensor.numel())]
     own[: len(share)] = share
-    gathering = dist.all_gather(list(whole.split(size)), own, async_op=True)
+    gathering = [
+        dist.all_gather([piece[chunk] for piece in whole.split(size)], own[chunk], async_op=True)
+        for chunk in _chunks(size, tensor)
+    ]
 
     def finish() -> torch.Tensor:
-        gathering.wait()
+        for one in gathering:
+            one.wait()
         return whole[: tensor.numel()].view(tensor.shape)
 
     return finish

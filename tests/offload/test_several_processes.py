@@ -5,12 +5,23 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import fxprune
 from fxprune.errors import FxpruneError
+from fxprune.offload import ranks
 from fxprune.offload.files import cached, caching, offload_to, uncache
-from fxprune.offload.ranks import all_reduce, barrier, check_same, decide_on_first, reduce_to_own, run_on_first
+from fxprune.offload.ranks import (
+    all_reduce,
+    barrier,
+    check_same,
+    decide_on_first,
+    own_elements,
+    reduce_to_own,
+    run_on_first,
+    start_gather,
+)
 from tests.forked import in_processes
 from tests.models import tiny
 
@@ -31,11 +42,17 @@ def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -
     assert found[0] == found[1] == found[2] == [[6.0] * 6, [3, 9], [4.5], [3.0] * 10, []]
 
 
-def test_each_process_gets_its_share_of_a_sum(tmp_path: Path) -> None:
-    """Of three, the last has fewer of seven elements; of two elements it has none."""
+@pytest.mark.parametrize("at_once", [ranks._AT_ONCE, 24, 1])
+def test_each_process_gets_its_share_of_a_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Of three, the last has fewer of seven elements; of two elements it has none. By one collective, or several."""
+    monkeypatch.setattr(ranks, "_AT_ONCE", at_once)
 
     def work(rank: int) -> list[list[float]]:
         found = [reduce_to_own(torch.arange(size, dtype=torch.float32).view(1, -1) * (rank + 1)) for size in (7, 2)]
+        for size in (7, 2):
+            mine = torch.full((size,), -1.0)
+            mine[own_elements(size)] = float(rank)
+            assert start_gather(mine)().tolist() == [i // -(-size // 3) for i in range(size)]
         return [one.tolist() for one in found]
 
     assert in_processes(work, 3, tmp_path) == [[[0, 6, 12], [0]], [[18, 24, 30], [6]], [[36], []]]
