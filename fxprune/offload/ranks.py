@@ -222,13 +222,13 @@ def own_elements(count: int) -> slice:
     return slice(min(rank() * size, count), min((rank() + 1) * size, count))
 
 
-_AT_ONCE = 1 << 25
-"""Bytes of a tensor that one collective takes: gloo copies them once more."""
+_AT_ONCE, _PIECES = 1 << 25, 4
+"""Bytes of a tensor that one collective takes, or a fourth of a larger one: gloo copies them once more."""
 
 
 def _chunks(size: int, tensor: torch.Tensor) -> list[slice]:
     """Slices of the ``size`` elements of a tensor that each process has, for one collective each."""
-    most = max(1, _AT_ONCE // (tensor.itemsize * world_size()))
+    most = max(1, max(_AT_ONCE, tensor.nbytes // _PIECES) // (tensor.itemsize * world_size()))
     return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
 
 
