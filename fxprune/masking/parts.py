@@ -245,6 +245,7 @@ class PartRuns:
         samples: the inputs of each sample, by name.
         reached: names of weights whose gradients are wanted.
         precise: compute in at least float32, whatever the dtypes of weights and casts.
+        forward_only: no part runs again, so that values are freed after their last use.
     """
 
     def __init__(
@@ -255,8 +256,10 @@ class PartRuns:
         reached: Collection[str],
         *,
         precise: bool = False,
+        forward_only: bool = False,
     ) -> None:
         self.parts = parts
+        self.last_use = {node: part for part in parts for node in part.takes} if forward_only else {}
         self.graph_module = graph_module
         self.home, self.place = device_of(graph_module), compute_device(graph_module)
         self.prefetcher = current_prefetcher()
@@ -287,6 +290,9 @@ class PartRuns:
                 takes = {node: to_device(values[node], self.place) for node in part.takes}
                 env = self.run.part(part, takes, {}, watch or {})
             values.update({node: self._to_home(env[node]) for node in part.gives})
+            for node in part.takes:
+                if self.last_use.get(node) is part:
+                    del values[node]
             yield number
 
     def backward(
@@ -445,7 +451,7 @@ def observe_nodes(
     if not batch_by_batch and streams and not written_sources(graph_module.graph):
         parts = parts_by_weights(graph_module)
         end = max((i for i, part in enumerate(parts, 1) if not watch.keys().isdisjoint(part.nodes)), default=0)
-        runs = PartRuns(graph_module, parts, batches, (), precise=True)
+        runs = PartRuns(graph_module, parts, batches, (), precise=True, forward_only=True)
         steps = (number for part in parts[:end] for number in runs.forward(part, watch))
         for _ in track(steps, len(batches) * end):
             pass
@@ -499,7 +505,8 @@ class PartwiseModel:
         found: list[Any] = []
         watch = {node: found.append for node in self.graph_module.graph.nodes if node.op == "output"}
         with tempfile.TemporaryDirectory() as place, offload_to(Path(place), None):
-            runs = PartRuns(self.graph_module, self.parts, [{self.name: ids} for ids in windows], ())
+            inputs = [{self.name: ids} for ids in windows]
+            runs = PartRuns(self.graph_module, self.parts, inputs, (), forward_only=True)
             steps = (part for part in self.parts for _ in runs.forward(part, watch))
             for _ in track(steps, len(self.parts) * len(windows)):
                 while found:

@@ -139,7 +139,7 @@ def _each_logits(
             yield numbers, run_logits(UntouchedRun(graph_module), given).float()
         return
     parts, found = parts_by_weights(graph_module), list[Any]()
-    runs = PartRuns(graph_module, parts, list(inputs), ())
+    runs = PartRuns(graph_module, parts, list(inputs), (), forward_only=True)
     watch = {graph_module.graph.output_node(): found.append}
     steps = ((part, number) for part in parts for number in runs.forward(part, watch))
     for part, number in track(steps, len(parts) * len(batches)):

@@ -22,7 +22,7 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, get_tensor, require_weights
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.files import cached, caching, write_values
+from fxprune.offload.files import cached, caching, release_freed, write_values
 from fxprune.offload.prefetch import compute_device, to_device
 from fxprune.offload.ranks import check_enough, deal
 from fxprune.pipeline.arguments import Reach, argument
@@ -323,6 +323,7 @@ class FitPass(Pass):
         if known is not None:
             nodes = {str(node.target): node for node in graph_module.graph.nodes}
             return {nodes[name]: value for name, value in load_file(known).items()}
+        release_freed()
         home = device_of(graph_module)
         fitted = self.fitted(graph_module, site, run)
         found = {node: to_device(value.contiguous(), home) for node, value in fitted.items()}

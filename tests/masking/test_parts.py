@@ -166,6 +166,22 @@ def test_weights_of_one_part_are_there_and_those_of_the_next_on_their_way() -> N
     assert all(copy() is None for _, copy in prefetcher.copies[:-1]), "and dropped in the end"
 
 
+@pytest.mark.parametrize("forward_only", [True, False])
+def test_a_forward_run_keeps_the_values_that_later_parts_take(forward_only: bool) -> None:
+    dense, parts = parts_of("llama", 0.2, num_hidden_layers=4)
+    ids = token_ids(1)
+    outputs: list[Any] = []
+    runs = PartRuns(dense, parts, [{"input_ids": ids}], (), forward_only=forward_only)
+    for i, part in enumerate(parts):
+        list(runs.forward(part, {dense.graph.output_node(): outputs.append}))
+        later = {node for other in parts[i + 1 :] for node in other.takes}
+        assert runs.values[0].keys() >= later & {
+            node for other in parts[: i + 1] for node in (*other.takes, *other.gives)
+        }
+        assert runs.values[0].keys() <= later or not forward_only
+    torch.testing.assert_close(output_tensors(outputs[0])[0], output_tensors(dense(ids))[0])
+
+
 @pytest.mark.parametrize("order", ["vector", "first", "second", "mix"])
 def test_scores_are_the_same_by_parts_on_disk_and_with_prefetched_weights(order: str, tmp_path: Path) -> None:
     """The tied weight, which several parts read, counts once."""
