@@ -222,20 +222,39 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
     last_use = {node: part for part in parts for node in part.takes}
     for part in parts:
         ends = part.gives or part.nodes[-1:]
+        freed = _last_uses(part, ends)
 
-        def outputs(*taken: Any, part: Part = part, ends: Sequence[fx.Node] = ends) -> tuple[Any, ...]:
+        def outputs(
+            *taken: Any,
+            part: Part = part,
+            ends: Sequence[fx.Node] = ends,
+            freed: Mapping[fx.Node, Sequence[fx.Node]] = freed,
+        ) -> tuple[Any, ...]:
             release_freed()
             run.env = dict(zip(part.takes, taken, strict=True))
-            for node in part.nodes:
-                run.env[node] = run.run_node(node)
-            found = tuple(run.env[node] for node in ends)
-            run.env = {}
-            return found
+            try:
+                for node in part.nodes:
+                    run.env[node] = run.run_node(node)
+                    for value in freed.get(node, ()):
+                        del run.env[value]
+                return tuple(run.env[node] for node in ends)
+            finally:  # a run for gradients ends in an exception of torch's once all that they need is there
+                run.env = {}
 
         found = checkpoint(outputs, *(values[node] for node in part.takes), use_reentrant=False)
         values |= dict(zip(ends, found, strict=True))
         values = {node: value for node, value in values.items() if node in ends or last_use.get(node) is not part}
     return values[parts[-1].nodes[-1]]
+
+
+def _last_uses(part: Part, kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """By op of a part, the values that no later op of it uses; without those to be ``kept``."""
+    last = {value: node for node in part.nodes for value in node.all_input_nodes}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        if value not in kept:
+            found.setdefault(node, []).append(value)
+    return found
 
 
 class PartRuns:
@@ -393,11 +412,7 @@ class _PartRun(UntouchedRun):
         self, part: Part, takes: Mapping[fx.Node, Any], weights: Mapping[str, torch.Tensor], watch: Hooks = _NO_HOOKS
     ) -> Mapping[Any, Any]:
         if part not in self.last_uses:
-            last = {value: node for node in part.nodes for value in node.all_input_nodes}
-            uses = self.last_uses[part] = {}
-            for value, node in last.items():
-                if value not in part.gives:
-                    uses.setdefault(node, []).append(value)
+            self.last_uses[part] = _last_uses(part, part.gives)
         freed = self.last_uses[part]
         self.weights, self.env, self._copies = weights, dict(takes), {}
         for node in part.nodes:

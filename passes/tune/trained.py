@@ -262,7 +262,8 @@ class TrainedWeights:
 
 def _rate(weight: torch.Tensor) -> float:
     """The learning rate of a weight in units of that of all: it moves by a fraction of its root mean square."""
-    return _CAREFUL * float(weight.detach().float().square().mean().sqrt())
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)  # no copy of the weight, as squares are
+    return _CAREFUL * float(norm / max(1, weight.numel()) ** 0.5)
 
 
 class StoredWeights:
