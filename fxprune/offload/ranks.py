@@ -241,8 +241,10 @@ def reduce_to_own(tensor: torch.Tensor) -> torch.Tensor:
     own, share = flat.new_empty(size), own_elements(len(flat))
     for chunk in _chunks(size, flat):
         pieces = [flat[i * size : (i + 1) * size][chunk] for i in range(count)]
-        length = chunk.stop - chunk.start  # the last ones may be shorter
-        dist.reduce_scatter(own[chunk], [nn.functional.pad(piece, (0, length - len(piece))) for piece in pieces])
+        length = chunk.stop - chunk.start
+        if len(pieces[-1]) < length:
+            pieces = [nn.functional.pad(piece, (0, length - len(piece))) for piece in pieces]
+        dist.reduce_scatter(own[chunk], pieces)
     return own[: share.stop - share.start]
 
 

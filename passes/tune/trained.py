@@ -16,7 +16,7 @@ from torch import fx, nn
 from fxprune.axes import factors
 from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
 from fxprune.masking.masked_run import UntouchedRun, at_least_float32
-from fxprune.offload.files import offloaded, write_back
+from fxprune.offload.files import offloaded, release_freed, write_back
 from fxprune.offload.prefetch import gathers_weights
 from fxprune.offload.ranks import all_reduce, own_elements, reduce_to_own, start_gather
 from fxprune.removal.removal import Removal
@@ -316,6 +316,7 @@ class StoredWeights:
         """Make a step of Adam with the gradient of a weight; none if it is not finite."""
         gradient = gradient if self._counts else torch.zeros_like(gradient)
         found = reduce_to_own(gradient) if self._shared else gradient.reshape(-1)
+        release_freed()
         if not self._shared:
             all_reduce([found])
         share, adam = self._own[name], self._adam[name]
