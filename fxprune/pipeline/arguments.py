@@ -306,8 +306,8 @@ def format_value(value: Any) -> str:
         kind = "tensor" if _is_tensor(value) else "array"
         return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
-        text = _REPR.repr(value)
-        if len(text) <= _LONGEST and "\n" not in text and " object at 0x" not in text:
+        text = re.sub(r"\n\s*", " ", _REPR.repr(value))  # tensors in it have lines, which may be cut out or not
+        if len(text) <= _LONGEST and " object at 0x" not in text:
             return text
     return _article(type(value).__name__)
 

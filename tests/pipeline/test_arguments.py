@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -64,5 +65,7 @@ def test_values_are_formatted_in_few_words() -> None:
     ):
         assert format_value(value) == words
     assert len(format_value("x" * 5000)) < 100
+    for columns in range(1, 40):  # lines of a tensor, wherever they are cut
+        assert format_value(OrderedDict(a=torch.ones(2, columns))).startswith("OrderedDict([('a', tensor([[")
     error = FxpruneError("it is\nbroken.", where="here", remedy="Mend it")
     assert str(error) == "here: it is broken. Mend it", "an error is one line"
