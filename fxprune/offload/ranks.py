@@ -240,7 +240,7 @@ def reduce_to_own(tensor: torch.Tensor) -> torch.Tensor:
     size = -(-len(flat) // count)
     own, share = flat.new_empty(size), own_elements(len(flat))
     for chunk in _chunks(size, flat):
-        pieces = [flat[i * size : (i + 1) * size][chunk] for i in range(count)]
+        pieces = [flat[i * size : (i + 1) * size][chunk].contiguous() for i in range(count)]
         length = chunk.stop - chunk.start
         if len(pieces[-1]) < length:
             pieces = [nn.functional.pad(piece, (0, length - len(piece))) for piece in pieces]

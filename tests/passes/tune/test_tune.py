@@ -316,13 +316,17 @@ def test_weights_in_files_are_assembled_one_after_the_other(slim: fx.GraphModule
     assert [(next(folded)[0], len(assembled)) for _ in range(2)] == [(list(trained.sizes)[i], i + 1) for i in range(2)]
 
 
+@pytest.mark.parametrize("batch", [4, 2])
 def test_weights_in_files_learn_what_they_learn_in_memory(
-    slim: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slim: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    """Vectors were trained in their place, which learn less. One process, and several that share the elements."""
+    """Vectors were trained in their place, which learn less. One process, and several that share the elements.
+
+    Of two samples in a step the third process has none.
+    """
     monkeypatch.setattr(files, "SMALLEST", 0)
     monkeypatch.setattr(prefetch, "SMALLEST", 0)
-    tune = TunePass(epochs=3, rate=0.02, precision="float32", weights=True)
+    tune = TunePass(epochs=3, rate=0.02, precision="float32", weights=True, batch=batch)
     named = {name: tensor.detach() for name, tensor in weights(tune(slim).graph_module)}
     alive = list[int]()
     update = StoredWeights.update
