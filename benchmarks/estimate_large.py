@@ -251,17 +251,6 @@ class Meter(TorchDispatchMode):
         self._hold(mapped)
         return mapped
 
-    def weights(self, true: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that puts tensors in files that are weights."""
-
-        def call(*args: Any) -> Any:
-            self.writes = True
-            found = true(*args)
-            self.writes = False
-            return found
-
-        return call
-
     def note(self, kind: str, size: int) -> None:
         """A collective that is given ``size`` bytes."""
         others = self.processes - 1
@@ -285,13 +274,13 @@ class Meter(TorchDispatchMode):
 
         return call
 
-    def uncounted(self, true: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that works on ``meta`` with values, too."""
+    def during(self, state: str, true: Callable[..., Any]) -> Callable[..., Any]:
+        """A function while which the meter is ``paused``, as values are at hand, or ``writes`` weights to files."""
 
         def call(*args: Any) -> Any:
-            self.paused = True
+            setattr(self, state, True)
             found = true(*args)
-            self.paused = False
+            setattr(self, state, False)
             return found
 
         return call
@@ -313,7 +302,7 @@ class Meter(TorchDispatchMode):
         others: dict[Any, Any] = {
             files.offloaded: self.offload,
             prefetch.free_bytes: lambda _: CARD_MEMORY,
-            files.write_values: self.weights(files.write_values),
+            files.write_values: self.during("writes", files.write_values),
             tensors.has_meta_weights: lambda _: False,
             ranks.deal: partial(self.dealt, ranks.deal),
             ranks.gathered: partial(self.gathered, ranks.gathered),
@@ -324,13 +313,13 @@ class Meter(TorchDispatchMode):
             patches += [(module, name, other) for module in [*sys.modules.values()] if vars(module).get(name) is true]
         as_array, call, empty = torch.Tensor.numpy, fx.Interpreter.call_function, fx.GraphModule({}, fx.Graph())
         patches += [
-            (shrink, "offloaded", self.weights(self.offload)),
+            (shrink, "offloaded", self.during("writes", self.offload)),
             (scores, "score_groups", lambda groups, *_: scores.RandomImportancePass().score(empty, groups)),
             (torch, "autocast", lambda *_, **__: nullcontext()),  # weights in bfloat16 keep their precision
             (torch.Tensor, "numpy", lambda t: np.zeros(t.shape) if t.is_meta else as_array(t)),
             (fx.Interpreter, "call_function", lambda run, *given: _call_function(call, run, *given)),
             (ranks, "_waiting_group", lambda: None),
-            (select, "inexpressible", self.uncounted(select.inexpressible)),
+            (select, "inexpressible", self.during("paused", select.inexpressible)),
             (fits, "_stacked_data", _even_data),
             (picked, "_is_large", lambda weight, index: index.numel() * weight[0].nbytes >= picked._LARGE),
             (picked, "_rows_by_number", lambda index: _even_rows(index, experts)),

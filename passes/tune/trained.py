@@ -314,12 +314,13 @@ class StoredWeights:
 
     def update(self, name: str, gradient: torch.Tensor) -> None:
         """Make a step of Adam with the gradient of a weight; none if it is not finite."""
-        if not self._counts:  # zeros that are reduced take no memory
-            gradient = gradient.new_zeros(1).expand(gradient.numel()) if self._shared else torch.zeros_like(gradient)
-        found = reduce_to_own(gradient) if self._shared else gradient.reshape(-1)
-        release_freed()
-        if not self._shared:
+        if self._shared:  # zeros that are reduced take no memory
+            zeros = gradient.new_zeros(1).expand(gradient.numel())
+            found = reduce_to_own(gradient if self._counts else zeros)
+        else:
+            found = (gradient if self._counts else torch.zeros_like(gradient)).reshape(-1)
             all_reduce([found])
+        release_freed()
         share, adam = self._own[name], self._adam[name]
         if not bool(found.isfinite().all()):
             return
