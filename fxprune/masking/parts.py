@@ -178,7 +178,8 @@ def part_bytes(graph_module: fx.GraphModule) -> float:
     """
     costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
     limit, free = LOW_MEMORY * sum(costs.values()), broadcast_object(free_bytes(compute_device(graph_module)))
-    most, least = 2 * _values_kept(graph_module, costs, limit), max(_OF_FREE * free, min(costs.values(), default=0.0))
+    least = max(_OF_FREE * free, min(costs.values(), default=0.0))
+    most = 2 * _values_kept(graph_module, costs, limit) if limit > least else 0
     while limit > least and _values_kept(graph_module, costs, limit / 2) <= most:
         limit /= 2
     return limit
