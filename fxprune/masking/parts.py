@@ -176,13 +176,17 @@ def part_bytes(graph_module: fx.GraphModule) -> float:
     They are not halved where that would keep many more values between parts, as those inside a block. The first process
     decides for all. Halves, so that a run that resumes most likely has the parts of the first.
     """
-    costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
+    costs = _bytes_of_weights(graph_module)
     limit, free = LOW_MEMORY * sum(costs.values()), broadcast_object(free_bytes(compute_device(graph_module)))
     least = max(_OF_FREE * free, min(costs.values(), default=0.0))
     most = 2 * _values_kept(graph_module, costs, limit) if limit > least else 0
     while limit > least and _values_kept(graph_module, costs, limit / 2) <= most:
         limit /= 2
     return limit
+
+
+def _bytes_of_weights(graph_module: fx.GraphModule) -> dict[str, float]:
+    return {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
 
 
 def _values_kept(graph_module: fx.GraphModule, costs: Mapping[str, float], limit: float) -> int:
@@ -192,8 +196,7 @@ def _values_kept(graph_module: fx.GraphModule, costs: Mapping[str, float], limit
 
 def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
     """Cut a graph into parts whose weights have at most :func:`part_bytes`, or are a single larger weight."""
-    costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
-    return cut_graph(graph_module.graph, costs, part_bytes(graph_module))
+    return cut_graph(graph_module.graph, _bytes_of_weights(graph_module), part_bytes(graph_module))
 
 
 def parts_to_run_again(graph_module: fx.GraphModule) -> list[Part]:
@@ -206,7 +209,7 @@ def parts_to_run_again(graph_module: fx.GraphModule) -> list[Part]:
         inside = (sum(output_numel(node) for node in part.nodes if node.op != "get_attr") for part in parts)
         return max(inside) + sum(output_numel(node) for part in parts for node in part.gives)
 
-    costs = {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
+    costs = _bytes_of_weights(graph_module)
     limits = (sum(costs.values()) / count for count in (1, 4, 8, 16, 32, 64, 128))
     return min((cut_graph(graph_module.graph, costs, limit) for limit in limits), key=numbers)
 
@@ -220,7 +223,7 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
     """
     places = [node for node in run.module.graph.nodes if node.op == "placeholder"]  # type: ignore[union-attr]
     values: dict[fx.Node, Any] = dict(zip(places, inputs, strict=True))
-    last_use = {node: part for part in parts for node in part.takes}
+    last_taker = _last_takers(parts)
     for part in parts:
         ends = part.gives or part.nodes[-1:]
         freed = _last_uses(part, ends)
@@ -244,8 +247,13 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
 
         found = checkpoint(outputs, *(values[node] for node in part.takes), use_reentrant=False)
         values |= dict(zip(ends, found, strict=True))
-        values = {node: value for node, value in values.items() if node in ends or last_use.get(node) is not part}
+        values = {node: value for node, value in values.items() if node in ends or last_taker.get(node) is not part}
     return values[parts[-1].nodes[-1]]
+
+
+def _last_takers(parts: Sequence[Part]) -> dict[fx.Node, Part]:
+    """By value between parts, the last part that takes it."""
+    return {node: part for part in parts for node in part.takes}
 
 
 def _last_uses(part: Part, kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -279,7 +287,7 @@ class PartRuns:
         forward_only: bool = False,
     ) -> None:
         self.parts = parts
-        self.last_use = {node: part for part in parts for node in part.takes} if forward_only else {}
+        self.last_taker = _last_takers(parts) if forward_only else {}
         self.graph_module = graph_module
         self.home, self.place = device_of(graph_module), compute_device(graph_module)
         self.prefetcher = current_prefetcher()
@@ -311,7 +319,7 @@ class PartRuns:
                 env = self.run.part(part, takes, {}, watch or {})
             values.update({node: self._to_home(env[node]) for node in part.gives})
             for node in part.takes:
-                if self.last_use.get(node) is part:
+                if self.last_taker.get(node) is part:
                     del values[node]
             yield number
 

@@ -226,21 +226,22 @@ _AT_ONCE, _PIECES = 1 << 25, 4
 """Bytes of a tensor that one collective takes, or a fourth of a larger one: gloo copies them once more."""
 
 
-def _chunks(size: int, tensor: torch.Tensor) -> list[slice]:
-    """Slices of the ``size`` elements of a tensor that each process has, for one collective each."""
-    most = max(1, max(_AT_ONCE, tensor.nbytes // _PIECES) // (tensor.itemsize * world_size()))
+def _chunks(own: torch.Tensor) -> list[slice]:
+    """Slices of the elements of a tensor that each process has, for one collective each."""
+    size, count = len(own), world_size()
+    most = max(1, max(_AT_ONCE, own.nbytes * count // _PIECES) // (own.itemsize * count))
     return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
 
 
-def reduce_to_own(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over processes, and return this process's share of its elements: reduce-scatter."""
+def reduce_to_own(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum a tensor over processes in ``dtype``, and return this process's share of its elements: reduce-scatter."""
     flat, count = tensor.reshape(-1), world_size()
     if count == 1:
-        return flat
+        return flat.to(dtype)
     size = -(-len(flat) // count)
-    own, share = flat.new_empty(size), own_elements(len(flat))
-    for chunk in _chunks(size, flat):
-        pieces = [flat[i * size : (i + 1) * size][chunk].contiguous() for i in range(count)]
+    own, share = flat.new_empty(size, dtype=dtype), own_elements(len(flat))
+    for chunk in _chunks(own):
+        pieces = [flat[i * size : (i + 1) * size][chunk].to(dtype).contiguous() for i in range(count)]
         length = chunk.stop - chunk.start
         if len(pieces[-1]) < length:
             pieces = [nn.functional.pad(piece, (0, length - len(piece))) for piece in pieces]
@@ -261,7 +262,7 @@ def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     own[: len(share)] = share
     gathering = [
         dist.all_gather([piece[chunk] for piece in whole.split(size)], own[chunk], async_op=True)
-        for chunk in _chunks(size, tensor)
+        for chunk in _chunks(own)
     ]
 
     def finish() -> torch.Tensor:

@@ -313,15 +313,15 @@ class StoredWeights:
             adam.param_groups[0]["lr"] = self._rates[name] * factor
 
     def update(self, name: str, gradient: torch.Tensor) -> None:
-        """Make a step of Adam with the gradient of a weight; none if it is not finite."""
+        """Make a step of Adam with the gradient of a weight, in any dtype; none if it is not finite."""
+        share, adam = self._own[name], self._adam[name]
         if self._shared:  # zeros that are reduced take no memory
             zeros = gradient.new_zeros(1).expand(gradient.numel())
-            found = reduce_to_own(gradient if self._counts else zeros)
+            found = reduce_to_own(gradient if self._counts else zeros, share.dtype)
         else:
-            found = (gradient if self._counts else torch.zeros_like(gradient)).reshape(-1)
+            found = (gradient if self._counts else torch.zeros_like(gradient)).reshape(-1).to(share.dtype)
             all_reduce([found])
         release_freed()
-        share, adam = self._own[name], self._adam[name]
         if not bool(found.isfinite().all()):
             return
         share.grad = found
@@ -397,9 +397,17 @@ class WeightsRun(TrainingRun):
         value = value.detach()
         if self.stored is None or name not in self.stored.weights:
             return value
+        value = value.to(_dtype_in_product(super().fetch_attr(name)))
         if torch.is_grad_enabled():
             value = _Updated.apply(self._anchor, value, partial(self.stored.update, name))  # type: ignore[no-untyped-call]
-        return value.to(super().fetch_attr(name).dtype)
+        return value
+
+
+def _dtype_in_product(weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product reads a weight: under autocast its gradient is never there in more bytes either."""
+    device = weight.device.type
+    wide = weight.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if wide else weight.dtype
 
 
 Trained: TypeAlias = TrainedVectors | TrainedWeights

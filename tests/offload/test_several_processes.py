@@ -48,7 +48,9 @@ def test_each_process_gets_its_share_of_a_sum(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ranks, "_AT_ONCE", at_once)
 
     def work(rank: int) -> list[list[float]]:
-        found = [reduce_to_own(torch.arange(size, dtype=torch.float32).view(1, -1) * (rank + 1)) for size in (7, 2)]
+        found = [
+            reduce_to_own(torch.arange(size).bfloat16().view(1, -1) * (rank + 1), torch.float32) for size in (7, 2)
+        ]
         for size in (7, 2):
             mine = torch.full((size,), -1.0)
             mine[own_elements(size)] = float(rank)
@@ -56,7 +58,7 @@ def test_each_process_gets_its_share_of_a_sum(tmp_path: Path, monkeypatch: pytes
         return [one.tolist() for one in found]
 
     assert in_processes(work, 3, tmp_path) == [[[0, 6, 12], [0]], [[18, 24, 30], [6]], [[36], []]]
-    assert reduce_to_own(torch.ones(2, 3)).tolist() == [1] * 6
+    assert reduce_to_own(torch.ones(2, 3), torch.float32).tolist() == [1] * 6
 
 
 def test_the_first_writes_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
