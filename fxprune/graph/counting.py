@@ -172,8 +172,9 @@ class _Sizes:
         """Return an argument of a node as a hashable value, with nodes by their shapes and numbers."""
         if isinstance(argument, fx.Node):
             if argument not in self._described:
-                traits = map_tensors(self.of(argument), lambda tensor: (tuple(tensor.shape), tensor.dtype))
-                self._described[argument] = comparable(traits)
+                value = self.of(argument) if argument.target is getattr else argument.meta["val"]
+                tensor = isinstance(value, torch.Tensor)
+                self._described[argument] = self._traits(value) if tensor else comparable(tree_map(self._traits, value))
             return self._described[argument]
         if isinstance(argument, tuple | list):
             return type(argument).__name__, *map(self.described, argument)
@@ -188,6 +189,11 @@ class _Sizes:
             assert isinstance(source, fx.Node) and isinstance(name, str)
             return getattr(self.of(source), name)
         return tree_map(self._leaf, node.meta["val"])
+
+    def _traits(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(map(self._number, value.shape)), value.dtype
+        return self._number(value) if isinstance(value, torch.SymInt) else value
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.compat import fake_mode, is_impure, tree_leaves, tree_map
-from fxprune.graph.context import default_modes, defer_gc, plain_export, quiet, wrap_errors
+from fxprune.graph.context import default_modes, defer_gc, plain_export, quiet, recompile_lazily, wrap_errors
 from fxprune.graph.counting import Work, count_parameters
 from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shaped, Source, find_blocks, set_facts
 from fxprune.graph.shapes import ShapedCalls, calls_of, change_dtype
@@ -126,7 +126,7 @@ def _first_that_agrees(
     native = model_dtype(model)
     portable = torch.bfloat16 if native == torch.float32 else native
     with defer_gc():
-        dry_run = find_repeats(model, inputs, native)
+        dry_run = find_repeats(model, inputs, native, portable)
         depends = find_dependence(model, inputs, native, portable, dry_run)
     notes: list[str] = []
     if depends.dtype:
@@ -146,7 +146,8 @@ def _first_that_agrees(
                     failure = failure or error
                     notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
                 continue
-            graph_module, limits = _graph_of(program, model, inputs, native, dtype, known)
+            with recompile_lazily():
+                graph_module, limits = _graph_of(program, model, inputs, native, dtype, known)
             del program
         fidelity = compare_with_module(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:

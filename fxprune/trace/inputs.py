@@ -182,8 +182,8 @@ def fake_twin(model: nn.Module, mode: FakeTensorMode | None, native: torch.dtype
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.dtype == native else tensor.dtype
-        with mode or nullcontext():  # not around the whole copy: tensors among the attributes keep their storage
-            return as_parameter(torch.empty(tensor.shape, dtype=wanted, device="cpu" if mode else "meta"), tensor)
+        made = torch.empty(tensor.shape, dtype=wanted, device="meta")
+        return as_parameter(made if mode is None else FakeTensor(mode, made, torch.device("cpu")), tensor)
 
     return _prepare(_twin(model, empty))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from types import MappingProxyType
@@ -231,16 +231,22 @@ _NO_REPEATS = Repeats()
 
 @dataclass(frozen=True)
 class DryRun:
-    """A run without storage: the groups of alike blocks, and the calls of torch functions outside of skipped blocks."""
+    """A run without storage: the groups of alike blocks, and the calls of torch functions outside of skipped blocks.
+
+    ``independent`` tells that a run in the other dtype and in training mode made the same calls.
+    """
 
     repeats: Repeats
     calls: list[CallRecord]
+    independent: bool = False
 
 
-def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype) -> DryRun | None:
+def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype, other: torch.dtype) -> DryRun | None:
     """Find alike blocks by a dry run of a copy of ``model`` on ``meta``; None if its code raises there.
 
-    Only shape and dtype of the inputs matter; ``native`` is the dtype of the weights.
+    They are confirmed by a run that skips most of them: in dtype ``other`` and in training mode, which shows at once
+    whether calls depend on these; or if it is not the same, in ``native``, the dtype of the weights, and evaluation.
+    Only shape and dtype of the inputs matter.
     """
     blocks, recorder = BlockRecorder(), CallRecorder()
     try:
@@ -265,9 +271,22 @@ def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtyp
                 calls += recorder.calls[place : call.start]
                 place = call.end
         calls += recorder.calls[place:]
-        if record_calls(model, inputs, native, native, repeats) == calls:
-            return DryRun(repeats, calls)
+        confirmed = _confirmed(DryRun(repeats, calls), model, inputs, native, other)
+        if confirmed is not None:
+            return confirmed
     return DryRun(_NO_REPEATS, recorder.calls)
+
+
+def _confirmed(
+    guess: DryRun, model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype, other: torch.dtype
+) -> DryRun | None:
+    """The dry run, if one that skips alike blocks makes the calls that it has outside of them."""
+    modes = _modes(model)
+    if (modes or other != native) and len(set(modes.values())) < 2:
+        calls = record_calls(model, inputs, native, other, guess.repeats, modes)
+        if calls and not _first_difference(guess.calls, calls, native, other):
+            return replace(guess, independent=True)
+    return guess if record_calls(model, inputs, native, native, guess.repeats) == guess.calls else None
 
 
 def record_calls(
@@ -440,18 +459,22 @@ def find_dependence(
         native: the dtype of its weights; ``other`` is the one to try.
         dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
-    training = {path: module.training for path, module in model.named_modules()}
-    trains, varies = any(training.values()), other != native
-    if not trains and not varies:
+    modes = _modes(model)
+    if (not modes and other == native) or (dry_run is not None and dry_run.independent):
         return Dependence()
-    modes = training if trains else {}
-    if dry_run is not None and (not dry_run.repeats.groups or len(set(training.values())) == 1):
+    if dry_run is not None and (not dry_run.repeats.groups or len(set(modes.values())) < 2):
         run = partial(record_calls, model, inputs, native, repeats=dry_run.repeats)
         found, finished = _compare_runs(run, dry_run.calls, native, other, modes)
         if finished:
             return found
     run_fake = partial(record_calls, model, inputs, native, fake=True)
     return _compare_runs(run_fake, run_fake(native), native, other, modes)[0]
+
+
+def _modes(model: nn.Module) -> Mapping[str, bool]:
+    """Whether each module is in training, by path; empty if none is."""
+    modes = {path: module.training for path, module in model.named_modules()}
+    return modes if any(modes.values()) else {}
 
 
 def _compare_runs(
