@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,55 @@ from torch.fx.experimental.proxy_tensor import get_proxy_slot as get_proxy_slot
 from torch.fx.experimental.proxy_tensor import track_tensor as track_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp as FakeTensorProp
+from torch.utils import _pytree
 from torch.utils._device import DeviceContext as DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec as TreeSpec
 from torch.utils._pytree import tree_flatten as tree_flatten
-from torch.utils._pytree import tree_leaves as tree_leaves
-from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+_LEAVES = (bool, int, float, str, type(None), torch.Tensor, torch.nn.Parameter, FakeTensor, torch.dtype, torch.device)
+
+
+def tree_leaves(value: Any) -> list[Any]:
+    """The leaves of nested containers, as torch's function finds them, which is slow on plain ones."""
+    found: list[Any] = []
+    _collect_leaves(value, found)
+    return found
+
+
+def _collect_leaves(value: Any, found: list[Any]) -> None:
+    kind = type(value)
+    if kind in _LEAVES:
+        found.append(value)
+    elif kind is tuple or kind is list:
+        for item in value:
+            _collect_leaves(item, found)
+    elif kind is dict:
+        for item in value.values():
+            _collect_leaves(item, found)
+    else:
+        found.extend(_pytree.tree_leaves(value))
+
+
+def tree_map(make: Callable[..., Any], value: Any, *others: Any) -> Any:
+    """Containers with ``make(leaf, ..)`` for each leaf, also of ``others``, as torch's function makes them."""
+    kind = type(value)
+    if others:
+        return _pytree.tree_map(make, value, *others)
+    if kind in _LEAVES:
+        return make(value)
+    if kind is tuple or kind is list:
+        return kind([tree_map(make, item) for item in value])
+    if kind is dict:
+        return {key: tree_map(make, item) for key, item in value.items()}
+    return _pytree.tree_map(make, value)
+
 
 disable_modes = _disable_current_modes
 """A context without the modes that intercept calls of ops, such as those of a trace."""
@@ -61,6 +98,14 @@ def fake_mode(fixed: bool = False) -> FakeTensorMode:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     mode.cache_enabled = mode.cache_enabled or fixed
     return mode
+
+
+def fake_like(tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> torch.Tensor:
+    """A fake tensor on the CPU of the shape of ``tensor``; for a parameter, a parameter."""
+    made: Any = FakeTensor(mode, torch.empty(tensor.shape, dtype=dtype, device="meta"), torch.device("cpu"))
+    if isinstance(tensor, torch.nn.Parameter):  # as one is marked of which the class is not Parameter, without a copy
+        made.requires_grad_(tensor.requires_grad)._is_param = True
+    return made  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -198,25 +197,31 @@ def mark_exporting() -> Iterator[None]:
             setattr(torch.compiler, name, value)
 
 
+class _ForwardWhenRead:
+    """A ``forward`` of a graph module without code, which is generated when it is read, as by a call."""
+
+    def __init__(self, recompile: Callable[[GraphModule], object]) -> None:
+        self.recompile = recompile
+
+    def __get__(self, graph_module: GraphModule | None, kind: Any) -> Any:
+        if graph_module is None:
+            return self
+        self.recompile(graph_module)
+        return graph_module.forward
+
+
 @contextmanager
-def recompile_lazily() -> Iterator[WeakSet[GraphModule]]:
-    """Generate the code of graph modules made in this context when they first run; yields those without code."""
+def recompile_lazily() -> Iterator[None]:
+    """Generate the code of graph modules that are made or changed in this context when it is first needed."""
     recompile = GraphModule.recompile
-    pending = WeakSet[GraphModule]()
 
     def postpone(graph_module: GraphModule) -> None:
-        pending.add(graph_module)
         kind: Any = type(graph_module)
-
-        def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
-            recompile(self)
-            return kind.forward(self, *args, **kwargs)
-
-        kind.forward = forward
+        kind.forward = _ForwardWhenRead(recompile)
 
     GraphModule.recompile = postpone  # type: ignore[method-assign,assignment]
     try:
-        yield pending
+        yield
     finally:
         GraphModule.recompile = recompile  # type: ignore[method-assign]
 

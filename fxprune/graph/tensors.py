@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,7 +83,20 @@ TRACED = "this graph was traced "
 
 
 class CheckedGraph(fx.GraphModule):
-    """A graph module whose checks of inputs raise :class:`GraphInputError`, with the sizes given."""
+    """A graph module whose checks of inputs raise :class:`GraphInputError`, with the sizes given.
+
+    Its code may be there only once it is read or run, as :func:`~fxprune.graph.context.recompile_lazily` leaves it.
+    """
+
+    @property
+    def code(self) -> str:
+        """The code of ``forward``."""
+        _ = self.forward  # which makes it, if it is not there yet
+        return super().code
+
+    def __str__(self) -> str:
+        _ = self.forward
+        return super().__str__()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -218,6 +232,8 @@ def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
 _LEAVES = (bool, int, float, str, torch.dtype, torch.device, nn.Module)
 """Types of most attributes of modules, which hold no tensors of their own."""
 
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+
 
 def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yield tensors with a gradient history among a module's attributes: torch refuses to copy them.
@@ -226,7 +242,8 @@ def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """
     for part in module.modules():
         for name, value in vars(part).items():
-            if name not in ("_parameters", "_modules") and not (value is None or isinstance(value, _LEAVES)):
+            empty = value is None or (type(value) in _CONTAINERS and not value)  # as most tables of hooks are
+            if name not in ("_parameters", "_modules") and not (empty or isinstance(value, _LEAVES)):
                 leaves = tree_leaves(value)
                 yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
 

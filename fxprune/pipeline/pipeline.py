@@ -110,7 +110,7 @@ class PassSequence(Pass):
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
         """Run all steps on ``graph_module``, or on one copy of it if one of them changes something.
 
-        The Python code of the graph is written once they are done; where a step runs the graph by it, before that.
+        The Python code of the graph is written when it is first read or run.
         Garbage of a graph without weights holds no storage, and is looked for once they are done as well.
 
         Raises:
@@ -121,15 +121,8 @@ class PassSequence(Pass):
             flag("inplace", inplace)
             self.requires(graph_module)
             on_copy = self.changes != "nothing" and not inplace
-            made = graph_module
-            try:
-                with recompile_lazily() as waiting, defer_gc() if has_meta_weights(graph_module) else nullcontext():
-                    result = run_apart(self, self.call, graph_module) if on_copy else self.call(graph_module)
-                made = result.graph_module
-            finally:  # where a step raised, too: what it left behind is the caller's graph
-                if made in waiting:
-                    made.recompile()
-            return result
+            with recompile_lazily(), defer_gc() if has_meta_weights(graph_module) else nullcontext():
+                return run_apart(self, self.call, graph_module) if on_copy else self.call(graph_module)
 
     def check_arguments(self) -> None:
         for step in self.leaves():

@@ -11,6 +11,7 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,11 +112,12 @@ def trace(
     if check:
         check_values(model)
     inputs = default_inputs(model, example_inputs)
-    graph_module, fidelity, notes = _first_that_agrees(model, example_inputs, inputs, dynamic, check)
-    if check and fidelity.error is None and example_inputs is not None and not has_meta_weights(graph_module):
-        check_runs(model, example_inputs)
-    graph_module.recompile()
-    _set_facts(graph_module, model, example_inputs, notes, fidelity)
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    with defer_gc() if on_meta else nullcontext():  # garbage holds no storage
+        graph_module, fidelity, notes = _first_that_agrees(model, example_inputs, inputs, dynamic, check)
+        if check and fidelity.error is None and example_inputs is not None and not has_meta_weights(graph_module):
+            check_runs(model, example_inputs)
+        _set_facts(graph_module, model, example_inputs, notes, fidelity)
     return Traced(graph_module, model, tuple(notes))
 
 

@@ -20,7 +20,15 @@ from torch import fx, nn
 from fxprune.data.calibration import check_names
 from fxprune.data.samples import DECODER
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
-from fxprune.graph.compat import FakeTensor, FakeTensorMode, TorchDispatchMode, fake_mode, tree_leaves, tree_map
+from fxprune.graph.compat import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    fake_like,
+    fake_mode,
+    tree_leaves,
+    tree_map,
+)
 from fxprune.graph.context import Refusal, attempt, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors, map_tensors
 from fxprune.offload.ranks import check_one_device, check_unsharded
@@ -182,8 +190,9 @@ def fake_twin(model: nn.Module, mode: FakeTensorMode | None, native: torch.dtype
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.dtype == native else tensor.dtype
-        made = torch.empty(tensor.shape, dtype=wanted, device="meta")
-        return as_parameter(made if mode is None else FakeTensor(mode, made, torch.device("cpu")), tensor)
+        if mode is not None:
+            return fake_like(tensor, mode, wanted)
+        return as_parameter(torch.empty(tensor.shape, dtype=wanted, device="meta"), tensor)
 
     return _prepare(_twin(model, empty))
 

@@ -48,10 +48,13 @@ class CallRecorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[CallRecord] = []
+        self._names: dict[Any, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        if func not in self._names:
+            self._names[func] = resolve_name(func) or getattr(func, "__name__", str(func))
+        name = self._names[func]
         idle = name.endswith("dropout") and 0.0 in (*args[1:2], (kwargs or {}).get("p"))
         if not name.endswith("__get__") and not idle:
             leaves = tree_leaves((args, kwargs, result))
