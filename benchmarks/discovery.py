@@ -3,9 +3,9 @@
 *Ours* is trace, dependency graph and groups of a model on `meta`. *Theirs* is Torch-Pruning's
 `DependencyGraph().build_dependency` on fake tensors, then a walk over `get_all_groups`, counted and dropped one by one
 as its pruner does. *Prune* is a whole prune of ours, with random scores and a quarter of each group removed. *Passes*
-is a prune by ratio of a narrow model with weights, each pass alone. Seconds are those of the processor. Every
-measurement runs in its own process, after the same was done to a narrow model of two layers, so that neither imports at
-first use nor building the model count.
+is a prune by ratio of a narrow model with weights, each pass alone, without garbage collection, which falls into any of
+them. Seconds are those of the processor. Every measurement runs in its own process, after the same was done to a narrow
+model of two layers, so that neither imports at first use nor building the model count.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import fxprune
 from benchmarks import common
 from benchmarks.common import SHAPES, Shape, environment, run_worker, write_results
 from fxprune.cli.console import widened
+from fxprune.graph.context import defer_gc
 from fxprune.pipeline.contract import Pass
 
 RESULTS = common.RESULTS / "discovery.json"
@@ -154,7 +155,7 @@ def measure_passes(shape: Shape) -> Discovery:
     traced = fxprune.trace(model)
     times.append(time.process_time())
     nodes = len(traced.graph_module.graph.nodes)
-    with patch.object(Pass, "__call__", timed):
+    with patch.object(Pass, "__call__", timed), defer_gc():
         result = fxprune.Result.of(pipeline(traced.graph_module).graph_module)
     rest = time.process_time() - times[1] - sum(seconds.values())
     seconds = {**_stages(("trace",), times), **seconds, "verification, copies": rest}

@@ -59,6 +59,7 @@ def results_page(folder: Path = RESULTS) -> str:
         "recovery",
         "discovery",
         "discovery_scaling",
+        "discovery_passes",
         "score_memory",
         "equal_bytes",
         "drafts",
