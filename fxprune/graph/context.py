@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -198,16 +199,18 @@ def mark_exporting() -> Iterator[None]:
 
 
 class _ForwardWhenRead:
-    """A ``forward`` of a graph module without code, which is generated when it is read, as by a call."""
+    """The ``forward`` of a graph module without code, which is generated when it is read, of it or of its class."""
 
-    def __init__(self, recompile: Callable[[GraphModule], object]) -> None:
+    def __init__(self, graph_module: GraphModule, recompile: Callable[[GraphModule], object]) -> None:
         self.recompile = recompile
+        self.only = weakref.ref(graph_module)  # each graph module has a class of its own
 
     def __get__(self, graph_module: GraphModule | None, kind: Any) -> Any:
-        if graph_module is None:
+        only = self.only()
+        if only is None:
             return self
-        self.recompile(graph_module)
-        return graph_module.forward
+        self.recompile(only)
+        return kind.forward if graph_module is None else only.forward
 
 
 @contextmanager
@@ -217,7 +220,7 @@ def recompile_lazily() -> Iterator[None]:
 
     def postpone(graph_module: GraphModule) -> None:
         kind: Any = type(graph_module)
-        kind.forward = _ForwardWhenRead(recompile)
+        kind.forward = _ForwardWhenRead(graph_module, recompile)
 
     GraphModule.recompile = postpone  # type: ignore[method-assign,assignment]
     try:

@@ -152,5 +152,6 @@ def test_code_of_a_graph_is_generated_when_it_first_runs() -> None:
     graph = torch.fx.symbolic_trace(nn.ReLU()).graph
     with recompile_lazily():
         module = torch.fx.GraphModule(nn.Module(), graph)
-    assert not hasattr(module, "_code")
+        other = torch.fx.GraphModule(nn.Module(), graph)
+    assert not hasattr(module, "_code") and len(torch.fx.symbolic_trace(other).graph.nodes) == 3
     assert torch.equal(module(torch.tensor([-1.0, 3.0])), torch.tensor([0.0, 3.0])) and "return" in module.code
