@@ -404,10 +404,10 @@ class WeightsRun(TrainingRun):
 
 
 def _dtype_in_product(weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which a product reads a weight: under autocast its gradient is never there in more bytes either."""
+    """The dtype in which a product reads a weight, so that under autocast its gradient takes no more bytes either."""
     device = weight.device.type
-    wide = weight.dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if wide else weight.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast and weight.dtype == torch.float32 else weight.dtype
 
 
 Trained: TypeAlias = TrainedVectors | TrainedWeights
