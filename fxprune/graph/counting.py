@@ -173,8 +173,7 @@ class _Sizes:
         if isinstance(argument, fx.Node):
             if argument not in self._described:
                 value = self.of(argument) if argument.target is getattr else argument.meta["val"]
-                tensor = isinstance(value, torch.Tensor)
-                self._described[argument] = self._traits(value) if tensor else comparable(tree_map(self._traits, value))
+                self._described[argument] = comparable(tree_map(self._traits, value))
             return self._described[argument]
         if isinstance(argument, tuple | list):
             return type(argument).__name__, *map(self.described, argument)

@@ -110,8 +110,8 @@ class PassSequence(Pass):
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
         """Run all steps on ``graph_module``, or on one copy of it if one of them changes something.
 
-        The Python code of the graph is written when it is first read or run.
-        Garbage of a graph without weights holds no storage, and is looked for once they are done as well.
+        The Python code of the graph is written when it is first read or run. Garbage of a graph without weights holds
+        no storage, and is looked for once the steps are done.
 
         Raises:
             PassError: the order cannot work; nothing has been done then.
