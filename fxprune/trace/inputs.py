@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -286,12 +287,17 @@ def hooks_left_out(model: nn.Module) -> tuple[str, ...]:
 def _twin(model: M, make: Callable[[torch.Tensor], torch.Tensor]) -> M:
     memo: dict[int, Any] = {id(tensor): make(tensor) for tensor in (*model.parameters(), *model.buffers())}
     memo |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
+    for module in model.modules():  # a module has a dozen tables, most of them empty, which are slow to copy
+        memo |= {id(held): type(held)() for held in vars(module).values() if type(held) in _TABLES and not held}
     for _, table, key in _hooks(model, _is_foreign):
         memo[id(table[key])] = None  # a user's hook may hold objects that cannot be copied
     twin = copy.deepcopy(model, memo)
     for _, table, key in _hooks(twin, lambda hook: hook is None):
         del table[key]
     return twin
+
+
+_TABLES = (dict, OrderedDict, set)
 
 
 def _prepare(twin: M) -> M:
