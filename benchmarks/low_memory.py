@@ -77,15 +77,16 @@ from benchmarks.demo import demo_samples
 from fxprune.checkpoint.read import load_tokenizer
 logging.basicConfig(format="%(asctime)s %(message)s")
 logging.getLogger("fxprune").setLevel(logging.INFO)
-source, out, samples = sys.argv[1], sys.argv[2], int(sys.argv[3])
+source, out, samples, recipe = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 tokenizer = load_tokenizer(source)
 calibration = demo_samples(tokenizer, samples, 1)[0] if samples else None
+options = {"ratio": 0.2, "recipe": recipe, "tokenizer": tokenizer}
 begin = time.perf_counter()
 if "--in-memory" in sys.argv:
-    result = fxprune.prune(source, calibration, ratio=0.2, eval=False, tokenizer=tokenizer)
+    result = fxprune.prune(source, calibration, eval=False, **options)
     result.save_pretrained(out)
 else:
-    result = fxprune.prune_checkpoint(source, out, calibration, ratio=0.2, tokenizer=tokenizer)
+    result = fxprune.prune_checkpoint(source, out, calibration, **options)
 print(f"pruned in {time.perf_counter() - begin:.0f} s")
 print(*result.report.notes, sep="\\n")
 """
@@ -143,7 +144,7 @@ def _run_limited(command: list[str], limit: int, processes: int) -> tuple[list[i
         return codes, [int(peak.read_text()) for _, peak in groups]
 
 
-def _compare_demo(share: float, samples: int, texts: list[Path], folder: Path | None) -> None:
+def _compare_demo(share: float, samples: int, recipe: str, texts: list[Path], folder: Path | None) -> None:
     """Prune the demo model in memory and in files, and print the perplexity of both."""
     model, tokenizer = load_demo_model()
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -162,7 +163,7 @@ def _compare_demo(share: float, samples: int, texts: list[Path], folder: Path | 
         print(f"weights: {total / 1e9:.2f} GB; a prune of a tiny model: {float(tiny) / 1e9:.2f} GB", flush=True)
         _evict(source)
         for out in outs:
-            command = [sys.executable, "-c", _DEMO_CHILD, str(source), str(out), str(samples), f"--{out.name}"]
+            command = [sys.executable, "-c", _DEMO_CHILD, str(source), str(out), str(samples), recipe, f"--{out.name}"]
             if out.name == "in-memory":
                 subprocess.run(command, check=True)
             else:
@@ -184,7 +185,9 @@ def main(
     samples: Annotated[int, typer.Option(help="Calibration samples; 0 for none of `--demo`.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
     experts: Annotated[int, typer.Option(help="Experts of each layer; 0 for a model without.")] = 0,
-    recipe: Annotated[str, typer.Option(help="Recipe; by default Taylor scores and least squares.")] = "",
+    recipe: Annotated[
+        str, typer.Option(help="Recipe; by default Taylor scores and least squares; `--demo`: balanced.")
+    ] = "",
     processes: Annotated[int, typer.Option(min=1, help="Processes, each with its own limit.")] = 1,
     kinds: Annotated[str, typer.Option(help="What goes: mlp, or expert where there are some.")] = "mlp",
     gguf: Annotated[bool, typer.Option("--gguf", help="Prune from a GGUF file in half precision.")] = False,
@@ -194,7 +197,7 @@ def main(
 ) -> None:
     """Write a model, prune it with half the memory of its weights, and load the result."""
     if demo:
-        _compare_demo(share, samples, text or [], folder)
+        _compare_demo(share, samples, recipe or "balanced", text or [], folder)
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, out = Path(place) / "dense", Path(place) / "slim"
