@@ -45,6 +45,7 @@ from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Scores
 from fxprune.removal.target import DEFAULT_RATIO
+from fxprune.report.report import Report
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged, is_hugging_face, private_twin
@@ -100,6 +101,9 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
     check_merged(model)
     if isinstance(model, nn.Module) and is_distributed(model):
         options.setdefault("tensor_parallel", tensor_parallel_size(model))
+        if options.get("inplace"):
+            what, remedy = "the weights of a distributed model are gathered in a copy", "Leave $inplace out"
+            raise ArgumentError(what, where="inplace", remedy=remedy, argument="inplace", value=True)
         return _distributed(prune(whole_copy(model), calibration, **options), model)
     values = resolve(options)
     if has_vocab(values):
@@ -524,6 +528,8 @@ def _run(
     pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], graph_module: fx.GraphModule | None = None
 ) -> Result:
     """Run a pipeline on a model; if it fails in place, restore the tensors cut off the model."""
+    if not any(Report in step.gives for step in pipeline.leaves()):  # a recipe of one's own may leave it out
+        pipeline = Pipeline([*pipeline.passes, load_pass("make-report")], track=values["track"])
     pipeline.check_arguments()
     if values["example_inputs"] is None and getattr(model, "main_input_name", "") == "input_ids":
         _check_samples(pipeline, model)

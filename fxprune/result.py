@@ -229,6 +229,7 @@ class Result:
         if self.tokenizer is not None:
             tokenizer, like = self.tokenizer, None
         options: dict[str, Any] = {"tokenizer": tokenizer, "like": like, "quantization": quantization, "cache": cache}
+        path = as_path("path", path)
         check_options(Path(path), calibration=calibration, **options)
         if not cache and Path(path).suffix != ".gguf":
             return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)

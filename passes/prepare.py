@@ -26,15 +26,16 @@ from fxprune.data.text import check_tokenizer, is_text, opening_tokens, text_sam
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError, FxpruneError, PassError
+from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weight_bytes
 from fxprune.masking.objective import Objective, OwnLoss, own_loss, predicts_next
 from fxprune.offload.files import is_offloading
 from fxprune.offload.prefetch import autocast, use_bf16
-from fxprune.offload.ranks import broadcast_object, decide_on_first
+from fxprune.offload.ranks import broadcast_object, check_same, decide_on_first
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
-from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, digest_of, tracked
 from fxprune.removal.removal import Removal, Scores
 from fxprune.trace.inputs import alias_twin, is_hugging_face, shifted_right, written_parameters
 
@@ -42,6 +43,12 @@ _CACHE = 0.15
 """Bytes of the key-value cache of samples that are generated from weights in files, by those of the weights."""
 
 _ADVICE = "some hundred samples of text like what the model is to be used on, passed as calibration, do better"
+
+
+def _digests(sample: Sample) -> list[str]:
+    """Digests of the tensors of a sample."""
+    leaves = tree_leaves((dict(sample.inputs), sample.labels, dict(sample.own or {})))
+    return [digest_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +167,7 @@ class CalibratePass(Pass):
         others = () if found is None or not is_hugging_face(found.model) else find_labels(type(found.model))
         form = Objective(next_token, None, shift, tuple(dict.fromkeys((LABELS, *others))))
         read = read_calibration(data, graph_module, next_token=next_token, shift=shift, named=form.named)
+        check_same(lambda: {"the samples": [_digests(sample) for sample in read]}, where="calibration")
         samples = spread(read, self.samples)
         self._check_opening(graph_module, samples)
         if self.added and next_token and not self.substitutes:

@@ -112,6 +112,16 @@ def _begin(work: Path, request: str | None) -> None:
         file.write_text(json.dumps(request), encoding="utf-8")
 
 
+def _parts(request: str | None) -> dict[str, Any]:
+    """A request in parts, for processes to compare: a copy of a file on another machine may have another time."""
+    if request is None:
+        return {"whether they can be resumed": None}
+    path, files, data, passes, versions = json.loads(request)
+    alike = [(name, size, digest) for name, size, _, digest in files]
+    named = {"the path of the model": path, "the files of the model": alike, "the samples": data}
+    return {**named, "the passes": passes, "the versions of packages": versions}
+
+
 @contextmanager
 def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *, force: bool = False) -> Iterator[Path]:
     """Offload tensors to a folder ``<out>.unfinished`` beside ``out`` and yield it; it is deleted at the end.
@@ -134,7 +144,7 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
                     stack.enter_context(made_folder(work.parent))
                 run_on_first(lambda: _begin(work, request), CheckpointError)
                 there = file.read_text("utf-8", "replace") if file.is_file() else ""
-                check_same(lambda: {"the request": request, "the files that they see": there}, where=str(work))
+                check_same(lambda: {**_parts(request), "the files in it that they see": there}, where=str(work))
             with offload_to(work, work if request is not None else None):
                 yield work
         except BaseException:  # an interrupt too leaves nothing that is of no use

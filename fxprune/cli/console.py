@@ -133,6 +133,10 @@ _ORDER = (
 """Commands in the order in which they are of use; others come last."""
 
 
+_TOGETHER = ("prune", "sweep", "apply", "eval", "recover")
+"""Commands whose work several processes share."""
+
+
 def option_name(name: str) -> str:
     """The option of an argument: ``--group-ratio`` for ``group_ratio``."""
     return {"inplace": "--in-place", "offload": "--low-memory"}.get(name, f"--{name.replace('_', '-')}")
@@ -179,6 +183,9 @@ class Command(TyperCommand):
             if quiet and verbose:
                 remedy = "Leave one of the two out"
                 raise ArgumentError("cannot be given with --verbose", where="--quiet", remedy=remedy)
+            if ctx.command.name not in _TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                what, remedy = "it runs in one process", "Start it without torchrun"
+                raise ArgumentError(what, where=f"fxprune {ctx.command.name}", remedy=remedy)
             if self.needs_library and "fxprune.api" not in sys.modules:
                 with exit_on_signal(), working("starting"):
                     import fxprune.api  # noqa: F401
@@ -272,13 +279,22 @@ def _report(text: str) -> int:
 def set_output(
     *, quiet: bool = False, verbose: bool = False, as_json: bool = False, with_results: bool = False
 ) -> None:
-    """Choose the output: ``with_results`` keeps results in spite of ``quiet``; errors are always printed."""
+    """Choose the output: ``with_results`` keeps results in spite of ``quiet``; errors are printed in any case.
+
+    Of several processes the first prints results and notes, and each its errors.
+    """
     widened(console)
-    console.quiet = as_json or (quiet and not with_results)
-    notes.quiet = quiet
+    console.quiet = as_json or (quiet and not with_results) or not is_first()
+    notes.quiet = quiet or not is_first()
     logger = logging.getLogger("fxprune")
     logger.handlers = [_Lines()] if verbose else []
     logger.setLevel(logging.INFO if verbose else logging.NOTSET)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints: of several of ``torchrun``, the first."""
+    ranks = sys.modules.get("fxprune.offload.ranks")  # imported where there are several
+    return ranks is None or bool(ranks.is_first())
 
 
 def widened(console: Console) -> Console:
@@ -289,8 +305,9 @@ def widened(console: Console) -> Console:
 
 
 def print_json(data: Any) -> None:
-    """Print one JSON document, whatever :func:`set_output` silenced."""
-    typer.echo(json.dumps(data, indent=2))
+    """Print one JSON document, whatever ``--quiet`` silenced."""
+    if is_first():
+        typer.echo(json.dumps(data, indent=2))
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -95,9 +95,7 @@ def evaluate(
         loading = {"dtype": dtype, "device": device}
         columns = _measure(compared, loading, options, work, has_reference=compare is not None)
         comparison = Comparison(columns, settings)
-    if not is_first():  # processes that share the windows compute the same
-        return
-    if write:
+    if write and is_first():  # processes that share the windows compute the same
         dense, *others = columns
         for model, column in zip((compared[one.name] for one in others), others, strict=True):
             write_quality(model, Comparison((dense, column), settings))

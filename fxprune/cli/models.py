@@ -87,18 +87,24 @@ def load(
 ) -> Any:
     """Load a model, dense or slim; ``dtype`` by its name in torch, None for that of the files."""
     import torch
-    from transformers.utils import logging
 
     from fxprune.checkpoint.read import load_model
     from fxprune.graph.context import silence_stderr
     from fxprune.offload.prefetch import as_device
 
     as_device(device)
-    logging.disable_progress_bar()
+    hide_bars()
     bars = silence_stderr() if notes.quiet else contextlib.nullcontext()  # of the conversion of GGUF tensors
     with working(f"loading {model}"), bars:
         named = None if dtype is None else getattr(torch, dtype)
         return load_model(locate_model(model), gguf_file, dtype=named, device=device, sharded=sharded)
+
+
+def hide_bars() -> None:
+    """Hide the progress bars of transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def load_words(model: str, gguf_file: str | None = None, *, needed: bool = True, instead: str = "") -> Any:

@@ -198,11 +198,8 @@ def write_run(run: str | None, file: Path) -> None:
 
 def print_result(result: fxprune.Result, out: Path, loading: str, *, as_json: bool) -> None:
     """Print the numbers, the widths that changed, and how to load the model."""
-    from fxprune.offload.ranks import is_first
     from fxprune.report.quality import figures_table
 
-    if not is_first():
-        return
     if as_json:
         print_json({"out": str(out), "loading": loading, **result.report.to_dict()})
         return

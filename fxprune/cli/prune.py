@@ -12,7 +12,7 @@ import fxprune
 from fxprune.cli import options as flags
 from fxprune.cli.config import format_run, run_file
 from fxprune.cli.console import Command, app, is_given, keep_freed, notes, option_name, run_progress, working
-from fxprune.cli.models import check_model, is_gguf, load, locate_model, model_class
+from fxprune.cli.models import check_model, hide_bars, is_gguf, load, locate_model, model_class
 from fxprune.cli.output import (
     OURS,
     check_output,
@@ -115,6 +115,7 @@ def _prune_on_disk(source: Any, out: Path, prepared: Prepared, run: str, **optio
     def write_beside(_: Any, folder: Path) -> None:
         write_run(run, run_file(folder, is_file=False))
 
+    hide_bars()
     with run_progress("pruning from disk") as shown:
         inputs = {"tokenizer": prepared.tokenizer, "also": write_beside, **shown}
         return fxprune.prune_checkpoint(source, out, prepared.samples, **inputs, **options)

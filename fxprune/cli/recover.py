@@ -51,7 +51,7 @@ def recover(
     """Train MODEL briefly, by LoRA on its pruned layers, and write it to OUT with its plan and report."""
     from fxprune.data.named import ROW_SUFFIXES
     from fxprune.data.rows import read_rows
-    from fxprune.offload.ranks import is_first
+    from fxprune.offload.ranks import world_size
     from fxprune.recovery import Distillation
 
     check_models([model, *([distil] if distil else [])])
@@ -59,6 +59,9 @@ def recover(
     if is_file(out):
         raise ArgumentError(f"{out} is a file", where="--out", remedy="Name a folder; `fxprune export` writes files")
     check_output(out, model, force=force)
+    if folder is None and world_size() > 1:
+        remedy = "Give --folder, one that all of them can write to"
+        raise ArgumentError("several processes need one folder", where="--folder", remedy=remedy)
     settings = RecoverySettings(**options)
     rows = Path(data) if Path(data).exists() or Path(data).suffix in ROW_SUFFIXES else data
     if isinstance(rows, Path):
@@ -88,8 +91,7 @@ def recover(
 
     more: dict[str, Any] = {"plan": plan, "report": report, "force": force, "also": write_recovery}
     fxprune.save_pretrained(recovery.model, out, tokenizer, **more)
-    if is_first():
-        _print_recovery(recovery, out)
+    _print_recovery(recovery, out)
 
 
 def _check_device(device: str | None) -> None:

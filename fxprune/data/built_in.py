@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from fxprune.data.calibration import spread
 from fxprune.data.text import calibration_text, opening_tokens, paragraphs, token_windows
 from fxprune.errors import CalibrationError
+from fxprune.graph.compat import cache_of
 from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet
 from fxprune.pipeline.contract import Track, no_progress
 
@@ -229,7 +230,7 @@ def rows_at_once(model: Any, ids: torch.Tensor, tokens: int, most: float) -> int
     """
     with torch.no_grad():
         found = model(input_ids=ids, use_cache=True)
-    each = _held_bytes(getattr(found, "past_key_values", None)) * tokens / ids.shape[1]
+    each = _held_bytes(cache_of(found)) * tokens / ids.shape[1]
     return max(1, min(_BATCH, int(most / max(each, 1.0))))
 
 

@@ -219,7 +219,7 @@ def read_text(path: str | Path) -> str:
 
 def check_tokenizer(name: str, value: Any) -> Any:
     """Return ``value``, the argument ``name``: a tokenizer, or None."""
-    if value is not None and (isinstance(value, type) or not callable(value)):
+    if value is not None and (isinstance(value, type | torch.nn.Module) or not callable(value)):
         raise refuse(name, value, "a tokenizer of transformers, as AutoTokenizer.from_pretrained returns")
     return value
 

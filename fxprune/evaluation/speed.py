@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.benchmark import timer
 
 from fxprune.errors import ArgumentError, EvaluationError
+from fxprune.graph.compat import cache_of
 from fxprune.graph.context import quiet, wrap_errors
 from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import instance, refuse, whole_number
@@ -206,9 +207,7 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float,
         )
     steps = [after - at for at, after in zip(clock.times, clock.times[1:], strict=False)]
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
-    fields = vars(found)  # the cache was renamed, and reading its old name as an attribute prints a warning
-    cache = fields.get("cache", fields.get("past_key_values"))
-    held = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
+    held = [value for layer in getattr(cache_of(found), "layers", ()) for value in vars(layer).values()]
     sizes = [value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor)]
     return clock.times[0] - start, median(steps), sum(sizes) if sizes else None, peak
 

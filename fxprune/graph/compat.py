@@ -225,6 +225,15 @@ def spell_expression(expression: Any, names: dict[Any, str]) -> str:
     return str(spelled)
 
 
+def cache_of(output: Any) -> Any:
+    """Return the key-value cache among the named outputs of a model; None if there is none.
+
+    transformers renamed it, and warns where its old name is read as an attribute.
+    """
+    fields = vars(output)
+    return fields.get("cache") or fields.get("past_key_values")
+
+
 def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
     """Return name, default value (None if there is none) and whether it is keyword-only for each argument of ``op``."""
     return [(arg.name, arg.default_value, arg.kwarg_only) for arg in op._schema.arguments]

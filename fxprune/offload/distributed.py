@@ -196,6 +196,8 @@ def _fsdp_arguments(module: Any) -> Mapping[str, Any]:
 def _dispatch(slim: Any, dense: Any) -> None:
     from accelerate import dispatch_model
 
+    if not hasattr(dense, "hf_device_map"):  # offloaded as a whole, by hooks: the slim model stays in host memory
+        return
     found = {name for name, _ in slim.named_modules()}
     places = {path: "cpu" if place == "disk" else place for path, place in dense.hf_device_map.items() if path in found}
     dispatch_model(slim, device_map=places)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,6 +111,26 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 """Whether this process does something that the others wait for, and that they take no part in."""
 
 
+_LOST = re.compile("gloo|nccl|connection (closed|reset)|peer", re.IGNORECASE)
+"""Words in errors of collectives whose other side is gone."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Raise a :class:`~fxprune.errors.PassError` that says so where a collective fails because a process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
+        raise PassError(
+            "another process has ended, or cannot be reached",
+            where=f"process {dist.get_rank()}",
+            remedy="Its own message tells why, or the system's if it ran out of memory; repeat the command, which "
+            "resumes if weights are on disk",
+        ) from error
+
+
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and not _alone.get() and dist.get_world_size() > 1
 
@@ -154,6 +175,7 @@ def deal(pieces: Sequence[T]) -> tuple[T, ...]:
     return tuple(pieces[rank() :: world_size()])
 
 
+@_together()
 def gathered(mine: Sequence[T]) -> list[T]:
     """Results of all processes, in the order of the pieces that :func:`deal` gave out."""
     if not _is_distributed():
@@ -163,6 +185,7 @@ def gathered(mine: Sequence[T]) -> list[T]:
     return [one for row in itertools.zip_longest(*held, fillvalue=_NONE) for one in row if one is not _NONE]
 
 
+@_together()
 def broadcast_dealt(tensor: torch.Tensor) -> None:
     """Copy each slice along the first axis to all, in place, from the process that :func:`deal` gives its index."""
     count = world_size()
@@ -189,6 +212,7 @@ def shard_indices(count: int) -> range:
     return range(rank(), -(-count // processes) * processes, processes)
 
 
+@_together()
 def all_reduce(tensors: Iterable[torch.Tensor]) -> None:
     """Sum tensors over processes, in place; all pass the same number, of the same shapes, in the same order."""
     for bucket in _buckets(tensors) if _is_distributed() else ():
@@ -233,6 +257,7 @@ def _chunks(own: torch.Tensor) -> list[slice]:
     return [slice(begin, min(begin + most, size)) for begin in range(0, size, most)]
 
 
+@_together()
 def reduce_to_own(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum a tensor over processes in ``dtype``, and return this process's share of its elements: reduce-scatter."""
     flat, count = tensor.reshape(-1), world_size()
@@ -249,6 +274,7 @@ def reduce_to_own(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return own[: share.stop - share.start]
 
 
+@_together()
 def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Start to assemble a tensor of which each process reads its share; the returned function waits, and returns it.
 
@@ -265,6 +291,7 @@ def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         for chunk in _chunks(own)
     ]
 
+    @_together()
     def finish() -> torch.Tensor:
         for one in gathering:
             one.wait()
@@ -273,6 +300,7 @@ def start_gather(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return finish
 
 
+@_together()
 def check_same(find: Callable[[], Mapping[str, Any]], where: str) -> None:
     """Compare values over processes; raise an error in all of them if one differs.
 
@@ -301,6 +329,7 @@ def check_same(find: Callable[[], Mapping[str, Any]], where: str) -> None:
             )
 
 
+@_together()
 def broadcast_object(value: T) -> T:
     """Return the first process's value in each process."""
     if not _is_distributed():
@@ -310,12 +339,14 @@ def broadcast_object(value: T) -> T:
     return held[0]
 
 
+@_together()
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """Copy the first process's tensors to all, in place."""
     for tensor in tensors if _is_distributed() else ():
         dist.broadcast(tensor, 0)
 
 
+@_together()
 def barrier() -> None:
     """Wait for all processes, however long one of them writes."""
     if _is_distributed():
@@ -332,7 +363,8 @@ def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
     group = _waiting_group()
     failed = ["the first process was stopped"]
     if not is_first():
-        dist.broadcast_object_list(failed, group=group)
+        with _together():
+            dist.broadcast_object_list(failed, group=group)
         if failed[0]:
             raise refusal(failed[0])
         return None
@@ -345,7 +377,8 @@ def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
         raise
     finally:
         _alone.reset(token)
-        dist.broadcast_object_list(failed, group=group)
+        with _together():
+            dist.broadcast_object_list(failed, group=group)
     return found
 
 

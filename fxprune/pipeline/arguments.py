@@ -107,6 +107,11 @@ def argument(
         check: ``check(name, value)`` returns the value as it is stored, or raises.
         spelled: False for data and objects, which have no spelling as text.
     """
+    if unknown := sorted(limits.keys() - {"least", "most", "above", "below", "error"}):
+        remedy = "Limits are least, most, above and below; error is the class of errors"
+        raise ArgumentError(f"it takes no {unknown[0]}", where="fxprune.argument", remedy=remedy)
+    if not isinstance(doc, str):
+        raise refuse("doc", doc, "a text that describes the argument")
     declaration = Argument(" ".join(doc.split()), default, check, limits, spelled, panel)
     return field(default=default, metadata={"argument": declaration})
 
@@ -404,8 +409,11 @@ def read_spelling(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if item and not (_BARE.fullmatch(item) or (equals and key and value)):
             raise PassError(f"{item!r} is not key=value", where=text, remedy=_FORM)
+        key = key.replace("-", "_")
+        if key in arguments:
+            raise PassError(f"{key} is given twice", where=text, remedy="Give each argument once")
         if item:
-            arguments[key.replace("-", "_")] = _value(value) if equals else True
+            arguments[key] = _value(value, item) if equals else True
     return name.strip(), arguments
 
 
@@ -415,16 +423,16 @@ def read_steps(text: str) -> list[str]:
     return [part for part in split(lines, ",\n;") if part]
 
 
-def _value(text: str) -> Any:
+def _value(text: str, where: str) -> Any:
     if (_BARE.fullmatch(text) and text not in ("True", "False", "None")) or _is_pass(text):
         return text
     if text[0] in "[(":
-        return tuple(_value(item) for item in split(text[1:-1], ",") if item)
+        return tuple(_value(item, where) for item in split(text[1:-1], ",") if item)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        remedy = "Put text that is not one word in quotes"
-        raise PassError(f"{text!r} is no value", where=text, remedy=remedy) from error
+        remedy = "Put text that is not one word, such as a path, in quotes"
+        raise PassError(f"{text!r} is no value", where=where, remedy=remedy) from error
 
 
 def _is_pass(text: str) -> bool:

@@ -143,6 +143,12 @@ class Pass(Arguments, PassBase):
     keeps: ClassVar[Kinds] = ()
     """Classes of facts about the graph or weights that still hold after its change; all others are dropped."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(self, "name", None), str):
+            remedy = "Give its class a `name`, as in `name: ClassVar[str] = 'my-pass'`"
+            raise PassError("it has no name", where=type(self).__name__, remedy=remedy)
+        super().__post_init__()
+
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
         """Check the facts needed, run, and compare the outcome with the declarations.
 

@@ -82,8 +82,11 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         if isinstance(choice, str | Pass) or choice is None:
             made = made_for(stage, choice)
             choice = () if made is None else (made,)
+        given: Any = choice
+        if not isinstance(given, Sequence) or not all(isinstance(one, Pass) for one in given):
+            raise refuse(stage, given, "a pass, its spelling, several passes, or None")
         self._changed = True
-        self._slots[stage] = tuple(choice)
+        self._slots[stage] = tuple(given)
 
     def __delitem__(self, stage: str) -> None:
         self[stage] = None

@@ -237,7 +237,8 @@ def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
         yield path
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecoveryError("several processes need one folder", where="folder", remedy="Pass folder=")
+        remedy = "Give $folder, one that all of them can write to"
+        raise RecoveryError("several processes need one folder", where="folder", remedy=remedy, argument="folder")
     with tempfile.TemporaryDirectory(prefix="fxprune-recovery-") as temporary:
         yield Path(temporary)
 

@@ -89,8 +89,10 @@ class Scores(Fact):
             ) from error
         return cls(units, metadata.get("source", ""))
 
-    def check(self, groups: Iterable[Group]) -> None:
-        """Check that the scores are of ``groups``, one for each unit; some groups may have none."""
+    def check(
+        self, groups: Iterable[Group], remedy: str = "Use scores of this model as it is, or score it again"
+    ) -> None:
+        """Check that the scores are of ``groups``, finite, one for each unit; some groups may have none."""
         if not isinstance(self.units, Mapping):
             raise PlanError(
                 f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
@@ -104,7 +106,7 @@ class Scores(Fact):
                 raise PlanError(
                     f"{found}, but scores of shape {row.shape}, which must be finite",
                     where=name,
-                    remedy="Use scores of this model as it is, or score it again",
+                    remedy=remedy,
                 )
 
 
@@ -127,7 +129,7 @@ def unit_scores(group: Group, member: Member, positions: PositionScores) -> Arra
     found = positions[member.name, member.axis]
     if found.is_meta:
         raise PassError("its weights are on meta", where=member.name, remedy="Load the weights first")
-    score = found.to(torch.float64).cpu().numpy()
+    score = found.detach().to(torch.float64).cpu().numpy()
     if group.factor is None:
         return np.asarray([score.sum()])
     unit = unit_index(member.expr, group.factor)

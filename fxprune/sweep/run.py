@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -24,6 +25,7 @@ from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
 from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
+from fxprune.offload.ranks import decide_on_first, is_first, run_on_first
 from fxprune.pipeline.arguments import as_path, flag, number, one_of, refuse
 from fxprune.pipeline.contract import digest_of, sharing
 from fxprune.recipes import Options, Recipe, as_recipe
@@ -83,35 +85,34 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     bench, force = flag("bench", bench), flag("force", force)
     model, calibration, given = _read_inputs(model, calibration, options)
     source = _digest(model, calibration)
-    rows = {row.name: row for row in _read(folder, source, force=force)}
-    todo, made = [], set[str]()
+    found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
+    rows, keys, made = {row.name: row for row in found}, dict[str, str](), set[str]()
     for name, own in asked.items():
         pipeline = prune_pipeline(calibration, **given, **own)
         pipeline.check_arguments()
-        key = hashlib.sha256(f"{source} {pipeline} {given.get('eval_text')}".encode()).hexdigest()
-        if not _is_done(rows.get(name), key, folder, rows, keep=keep, bench=bench):
-            todo.append((name, key, own))
-    with wrap_disk_errors(folder, CheckpointError), made_folder(folder), sharing():
+        keys[name] = hashlib.sha256(f"{source} {pipeline} {given.get('eval_text')}".encode()).hexdigest()
+
+    def missing() -> list[str]:
+        return [n for n, key in keys.items() if not _is_done(rows.get(n), key, folder, rows, keep=keep, bench=bench)]
+
+    todo = decide_on_first(missing, CheckpointError)
+    making = made_folder(folder) if is_first() else nullcontext()
+    with wrap_disk_errors(folder, CheckpointError), making, sharing():
         traced = trace(model, given.get("example_inputs")).graph_module if todo else None
-        for name, key, own in todo:
+        for name, own in ((name, asked[name]) for name in todo):
             assert traced is not None
             start = time.perf_counter()
             result = prune_traced(traced, model, calibration, {**given, **own})  # type: ignore[typeddict-item]
-            seconds = time.perf_counter() - start
-            rows[name] = _row(name, key, own, result, model if bench else None, seconds)
+            measured = partial(_row, name, keys[name], own, result, model if bench else None)
+            rows[name] = decide_on_first(partial(measured, time.perf_counter() - start), EvaluationError)
             done = Sweep(folder, tuple(rows.values()))
             if keep == "all" or (keep == "best" and rows[name] in done.best):
                 result.save_pretrained(folder / name, given["tokenizer"])
-            _write(done, source)
             made.add(name)
-            if keep == "best":
-                _clear(done, made)
-            del result  # before the next one is made
+            run_on_first(partial(_write, done, source, made if keep == "best" else ()), CheckpointError)
+            del result, measured  # before the next one is made
     done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
-    _write(done, source)
-    write_file(folder / "sweep.md", done.to_markdown())
-    with suppress(EvaluationError), atomic_path(folder / "sweep.svg") as picture:  # there may be no matplotlib
-        done.plot(picture)
+    run_on_first(partial(_write_pages, done, source), CheckpointError)
     return done
 
 
@@ -244,12 +245,16 @@ def _row(
     )
 
 
-def _write(done: Sweep, source: str) -> None:
+def _write_pages(done: Sweep, source: str) -> None:
+    _write(done, source)
+    write_file(done.folder / "sweep.md", done.to_markdown())
+    with suppress(EvaluationError), atomic_path(done.folder / "sweep.svg") as picture:  # there may be no matplotlib
+        done.plot(picture)
+
+
+def _write(done: Sweep, source: str, made: Collection[str] = ()) -> None:
+    """Write the rows, and delete those models made in this sweep that another one beats by now."""
     write_file(done.folder / TABLE, json.dumps({"source": source, **done.to_dict()}, indent=2))
-
-
-def _clear(done: Sweep, made: Set[str]) -> None:
-    """Delete models made in this sweep that another one beats by now."""
     for row in done.rows:
         if row.name in made and row not in done.best and (done.folder / row.name / MANIFEST).is_file():
             shutil.rmtree(done.folder / row.name)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune.data.calibration import check_names
 from fxprune.data.samples import DECODER
@@ -394,6 +395,9 @@ def _check_module(model: Any) -> None:
         )
     for path, module in model.named_modules():
         where = path or type(model).__name__
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            remedy = "Call torch.nn.utils.prune.remove on it first"
+            raise UnsupportedModelError("torch.nn.utils.prune masks a weight of it", where=where, remedy=remedy)
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModelError("it is TorchScript", where=where, remedy="Pass the original Python module")
         if "_orig_mod" in module._modules:

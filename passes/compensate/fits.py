@@ -61,8 +61,9 @@ class FitMoments:
 
     def add(self, X: torch.Tensor, D: torch.Tensor) -> None:
         X = torch.cat((X, X.new_ones(len(X), 1)), dim=1) if self.free else X
-        self.square.add_(X.T @ X)
-        self.product.add_(X.T @ D)
+        X = X.double()  # of products in float32 the rounding depends on the batches, and a fit may amplify it
+        self.square.addmm_(X.T, X)
+        self.product.addmm_(X.T, D.double())
 
     def merge(self, other: FitMoments) -> None:
         self.square.add_(other.square)
@@ -299,7 +300,7 @@ class RotationPass(FitPass):
         scale = both.new_zeros(len(W))
         for matrix, X, y, _ in fit_data(site, run):
             Z = X @ w[matrix].T
-            both[matrix] += y.T @ Z
+            both[matrix] += y.double().T @ Z.double()
             scale[matrix] += Z.square().sum() / W.shape[1]
         all_reduce((both, scale))
         mean = float(scale.sum()) / max(1, int(scale.count_nonzero()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -15,12 +16,22 @@ from torch import fx
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds
 from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
-from fxprune.graph.tensors import get_tensor, weight_bytes
+from fxprune.graph.tensors import get_tensor, weight_bytes, weights
 from fxprune.masking.parts import Part, cut_graph, output_numel, part_bytes
 from fxprune.offload.files import cached, caching
 from fxprune.offload.prefetch import compute_device, free_bytes
 from fxprune.offload.ranks import broadcast_object, check_same
-from fxprune.pipeline.arguments import MEMORY, Memory, argument, as_seed, instance, number, one_of, path_or_empty
+from fxprune.pipeline.arguments import (
+    MEMORY,
+    Memory,
+    argument,
+    as_seed,
+    format_value,
+    instance,
+    number,
+    one_of,
+    path_or_empty,
+)
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import REDUCTIONS, Scores, score_groups
 
@@ -50,8 +61,12 @@ class ImportancePass(Pass):
         if known is not None:
             facts.put(Scores.load(known))
             return PassResult(graph_module, False)
-        found = broadcast_object(self.score(graph_module, facts[Groups].of_kinds(self.kinds)))
-        scores = replace(found, source=str(self))
+        with _kept_gradients(graph_module):
+            found: Any = self.score(graph_module, facts[Groups].of_kinds(self.kinds))
+        if not isinstance(found, Scores):
+            raise PassError(f"`score` gave {format_value(found)}", where=f"pass {self.name}", remedy="Return Scores")
+        found.check(facts[Groups], f"Let {self.name} give a finite score for each unit, or check weights and samples")
+        scores = replace(broadcast_object(found), source=str(self))
         with caching("scores.safetensors") as file:
             if file is not None:
                 scores.save(file)
@@ -60,7 +75,15 @@ class ImportancePass(Pass):
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         wanted = {(m.name, m.axis): None for group in groups for m in group.parameters}
-        return score_groups(groups, self.positions(graph_module, tuple(wanted)), self.reduction)
+        given: Any = self.positions(graph_module, tuple(wanted))
+        found = given if isinstance(given, Mapping) else {}
+        for name, axis in wanted:
+            size, value = get_tensor(graph_module, name).shape[axis], found.get((name, axis))
+            if not isinstance(value, torch.Tensor) or value.shape != (size,):
+                shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+                what = f"`positions` gave {shape} for {name, axis}, not {size} scores"
+                raise PassError(what, where=f"pass {self.name}", remedy="Give a score for each position along the axis")
+        return score_groups(groups, found, self.reduction)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         """For each wanted ``(parameter, axis)`` one score per position along the axis.
@@ -70,6 +93,18 @@ class ImportancePass(Pass):
         raise PassError(
             "scores nothing", where=f"pass {self.name}", remedy="Define `positions`, or `score` for units as a whole"
         )
+
+
+@contextmanager
+def _kept_gradients(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Restore the gradients of parameters, which are those of the user's model: a criterion may call ``backward``."""
+    held = [(tensor, tensor.grad) for _, tensor in weights(graph_module) if tensor.is_leaf]
+    try:
+        yield
+    finally:
+        for tensor, gradient in held:
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
 
 
 def axis_sums(value: torch.Tensor, axis: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -271,3 +272,15 @@ def test_experts_that_lie_one_by_one_in_files_are_put_together_in_files(tmp_path
         assert not any(parameter.untyped_storage().resizable() for parameter in large.values()), "memory of a process"
         for (_, found), (_, wanted) in zip(mapped.named_parameters(), model.named_parameters(), strict=True):
             assert torch.equal(found, wanted)
+
+
+def test_processes_compare_requests_part_by_part(tmp_path: Path) -> None:
+    """A copy of a folder on another machine has other times."""
+    (tmp_path / "config.json").write_text("{}")
+    before = low_memory._parts(request_key(tmp_path, token_ids(), "l2"))
+    os.utime(tmp_path / "config.json", (1, 1))
+    assert low_memory._parts(request_key(tmp_path, token_ids(), "l2")) == before
+    (tmp_path / "config.json").write_text("[]")
+    after = low_memory._parts(request_key(tmp_path, token_ids(), "l1"))
+    assert [name for name in after if after[name] != before[name]] == ["the files of the model", "the passes"]
+    assert low_memory._parts(None) != before

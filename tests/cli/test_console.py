@@ -102,3 +102,27 @@ def test_verbose_prints_each_pass(models: Path, tmp_path: Path) -> None:
     more = ("apply", models / "dense", models / "slim/plan.json", "--out", tmp_path / "again")
     assert "--quiet: cannot be given with --verbose" in refused(*more, "--quiet", "--verbose")
     assert "find-groups: " in run(*more, "--verbose")[2]
+
+
+@pytest.mark.slow
+def test_quiet_leaves_nothing_of_a_prune_on_disk(models: Path, tmp_path: Path) -> None:
+    """Bars of transformers, and its remark on a renamed cache, were printed."""
+    options = ("--low-memory", "--recipe", "llm-pruner", "--importance", "l2", "--quiet")
+    assert run("prune", models / "dense", "--out", tmp_path / "slim", *options) == (0, "", "")
+
+
+def test_of_several_processes_the_first_prints(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of JSON came from each."""
+    asked = ("prune", models / "dense", "--dry-run", "--recipe", "llm-pruner", "--importance", "l2")
+    code, printed, _ = run(*asked, "--json")
+    assert code == 0 and json.loads(printed)
+    monkeypatch.setattr("fxprune.offload.ranks.is_first", lambda: False)
+    assert run(*asked, "--json") == run(*asked) == (0, "", "")
+
+
+def test_commands_that_processes_do_not_share_are_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused("bench", models / "dense") == "fxprune bench: it runs in one process. Start it without torchrun"
+    monkeypatch.setattr("fxprune.offload.ranks.world_size", lambda: 2)
+    line = refused("recover", models / "slim", "--data", "alpaca", "--out", "new")
+    assert line == "--folder: several processes need one folder. Give --folder, one that all of them can write to"

@@ -350,3 +350,9 @@ def test_code_that_still_runs_the_blocks_that_went_is_refused() -> None:
     with pytest.raises(fxprune.FxpruneError, match="computes something else"):
         prune(Stack(), ("layer",), example_inputs=given)
     assert prune(Stack(), ("layer",), example_inputs=given, inplace=False).report.removed_blocks
+
+
+def test_half_precision_is_rounding_also_in_generation() -> None:
+    """Logits of generation are in float32 whatever they were computed in, and were compared as such."""
+    options: dict[str, Any] = {"importance": "fisher", "recipe": "llm-pruner", "protect": (), "ratio": 0.2}
+    assert fxprune.prune(tiny("llama").half(), token_ids(8, 16), **options).model is not None

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import fxprune
 from fxprune.checkpoint.low_memory import load_mapped
+from fxprune.errors import PassError
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import UntouchedRun
@@ -152,3 +153,21 @@ def test_criteria_and_selections(tmp_path: Path) -> None:
         for plans in in_processes(work, count, tmp_path / str(count), timeout=240):
             for (_, text), plan, wanted in zip(chosen, plans, alone, strict=True):
                 assert plan == wanted, (count, text)
+
+
+def test_fitted_biases(tmp_path: Path) -> None:
+    """No damping holds them, so that rounding in the moments of a fit showed in them."""
+    assert_same(tmp_path, "gpt2", (2, 3), recipe="fast")
+
+
+def test_samples_that_differ_are_refused(tmp_path: Path) -> None:
+    """Each process took its share of its own samples, and the rest of them was lost."""
+    passes = Pipeline(f"find-groups, wanda, {_RATIO}")
+
+    def work(rank: int) -> str:
+        steps = Pipeline([fxprune.load_pass("calibrate", data=token_ids(8 + rank, 12)), passes])
+        with pytest.raises(PassError) as error:
+            steps(fork(grouped("llama")))
+        return str(error.value)
+
+    assert all("differ in the samples" in text for text in in_processes(work, 2, tmp_path / "meeting"))

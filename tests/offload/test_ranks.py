@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fxprune
-from fxprune.errors import FxpruneError, UnsupportedModelError
+from fxprune.errors import ArgumentError, FxpruneError, PassError, UnsupportedModelError
 from fxprune.evaluation import perplexity
+from fxprune.offload import ranks
 from fxprune.offload.ranks import (
     all_reduce,
     broadcast,
@@ -117,3 +119,26 @@ def test_one_process_does_everything() -> None:
     assert run_on_first(lambda: 7, FxpruneError) == 7
     with pytest.raises(KeyError):
         run_on_first(lambda: {}["missing"], FxpruneError)
+
+
+def test_a_collective_whose_other_side_is_gone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told as a failure of the user's model."""
+    monkeypatch.setattr(ranks, "_is_distributed", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    raised = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]: Connection reset by peer")
+    monkeypatch.setattr(ranks.dist, "all_reduce", Mock(side_effect=[raised, RuntimeError("out of memory")]))
+    with pytest.raises(PassError, match="another process has ended"):
+        all_reduce([torch.ones(2)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        all_reduce([torch.ones(2)])
+
+
+def test_a_model_that_hooks_offload_is_pruned() -> None:
+    """It has no device map, and its slim model was dispatched by one at the end."""
+    model = cpu_offload(tiny("llama"), execution_device="cpu")
+    options: dict[str, Any] = {"importance": "l2", "recipe": "llm-pruner", "protect": (), "ratio": 0.2}
+    result = fxprune.prune(model, **options)
+    assert result.plan == fxprune.prune(tiny("llama"), **options).plan
+    assert all(parameter.device.type == "cpu" for parameter in result.model.parameters())
+    with pytest.raises(ArgumentError, match="inplace: the weights of a distributed model are gathered in a copy"):
+        fxprune.prune(model, inplace=True, **options)

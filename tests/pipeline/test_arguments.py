@@ -12,6 +12,7 @@ import torch
 
 from fxprune.errors import ArgumentError, FxpruneError, RatioError
 from fxprune.pipeline.arguments import (
+    argument,
     as_path,
     as_seed,
     flag,
@@ -69,3 +70,10 @@ def test_values_are_formatted_in_few_words() -> None:
         assert format_value(OrderedDict(a=torch.ones(2, columns))).startswith("OrderedDict([('a', tensor([[")
     error = FxpruneError("it is\nbroken.", where="here", remedy="Mend it")
     assert str(error) == "here: it is broken. Mend it", "an error is one line"
+
+
+def test_a_misspelled_limit_is_refused_where_it_is_declared() -> None:
+    with pytest.raises(ArgumentError, match=r"it takes no atleast. Limits are least, most, above and below"):
+        argument(1, "A number.", atleast=2)
+    with pytest.raises(ArgumentError, match="doc is 5"):
+        argument(1, 5)  # type: ignore[arg-type]

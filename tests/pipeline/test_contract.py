@@ -333,3 +333,13 @@ def test_a_pass_that_wants_a_fact_may_not_run_before_its_giver() -> None:
     Pipeline(["find-groups", "l2", WantingPass()])(llama())
     with pytest.raises(PassError, match="pass make-report: reads the fact Emitted, which emit-model gives after it"):
         Pipeline("find-groups, l2, select-by-ratio{protect=()}, shrink, make-report, emit-model")(llama())
+
+
+def test_a_pass_without_a_name_is_refused_when_it_is_made() -> None:
+    @dataclass(frozen=True, eq=False)
+    class NamelessPass(Pass):
+        def call(self, graph_module: fx.GraphModule) -> PassResult:
+            return PassResult(graph_module, False)
+
+    with pytest.raises(PassError, match="NamelessPass: it has no name"):
+        NamelessPass()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import fxprune
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 from fxprune.pipeline.contract import STAGES
 from fxprune.pipeline.registry import load_pass
 from fxprune.recipes.recipe import Recipe, as_recipe, made_for, read_recipe
+from tests.models import tiny
 
 
 def test_replacing_a_stage_is_an_assignment() -> None:
@@ -68,6 +70,14 @@ def test_a_combinator_runs_the_pass_whose_place_it_takes() -> None:
     recipe.replace_stage("importance", "score-in-steps{steps=3}", {})
     recipe.set_arguments("importance", {"reduction": "max"})
     assert str(recipe["importance"][0]) == "score-in-steps{importance=taylor{reduction=max, order=second}, steps=3}"
+
+
+def test_a_prune_makes_a_report_though_its_recipe_leaves_it_out() -> None:
+    """It was missed after all the work."""
+    result = fxprune.prune(tiny("llama"), recipe="find-groups\nl2\nselect-by-ratio\nshrink", protect=(), ratio=0.2)
+    assert result.report.achieved == pytest.approx(0.2, abs=0.01)
+    with pytest.raises(ArgumentError, match=r"importance is 5.*a pass, its spelling, several passes, or None"):
+        read_recipe("balanced")["importance"] = 5  # type: ignore[assignment]
 
 
 def test_only_optional_stages_can_be_left_out() -> None:

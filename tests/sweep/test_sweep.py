@@ -18,6 +18,7 @@ from fxprune.errors import ArgumentError, CheckpointError, FxpruneError, Unknown
 from fxprune.pipeline.contract import sharing
 from fxprune.recipes import Recipe
 from fxprune.sweep.table import Sweep, SweepRow
+from tests.forked import in_processes
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
@@ -188,3 +189,21 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         sweep(tmp_path / "mine", recipe=FIT, ratio=0.1)
     with pytest.raises(FxpruneError, match="samples in memory"):
         fxprune.sweep(tiny("llama"), iter(SAMPLES), out=tmp_path / "new", **OPTIONS)
+
+
+@pytest.mark.slow
+def test_several_processes_make_one_sweep(tmp_path: Path) -> None:
+    """Each of them wrote and deleted the same files."""
+    fxprune.trace(tiny("llama"))  # for both forks
+
+    def work(rank: int) -> list[tuple[str, float, float]]:
+        found = fxprune.sweep(tiny("llama"), SAMPLES, out=tmp_path / "sweep", ratio=[0.1, 0.3], recipe=FIT, **OPTIONS)
+        again = fxprune.sweep(tiny("llama"), SAMPLES, out=tmp_path / "sweep", ratio=[0.1, 0.3], recipe=FIT, **OPTIONS)
+        assert [row.seconds for row in again.rows] == [row.seconds for row in found.rows], "nothing is done twice"
+        return [(row.name, row.ratio_of_perplexity, row.seconds) for row in found.rows]
+
+    one, other = in_processes(work, 2, tmp_path / "meeting", timeout=240)
+    assert one == other
+    assert [row["name"] for row in json.loads((tmp_path / "sweep/sweep.json").read_text())["rows"]] == [
+        n for n, *_ in one
+    ]

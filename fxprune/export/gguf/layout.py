@@ -13,6 +13,7 @@ from torch import nn
 
 from fxprune.errors import ExportError
 from fxprune.export.gguf.format import Arch, joined_names, name_elsewhere, names_in_format, place_of
+from fxprune.graph.compat import cache_of
 from fxprune.graph.context import quiet
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ def _parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _cache_sizes(output: Any) -> dict[int, tuple[int, int, int]]:
     """Key/value heads, size of a key and size of a value in the cache, by number of the block."""
-    cache = vars(output).get("cache") or output.get("past_key_values")
-    layers = getattr(cache, "layers", None)
+    layers = getattr(cache_of(output), "layers", None)
     if layers is None:
         raise ExportError("keeps no cache of keys and values", where="the model", remedy=_REMEDY)
     found: dict[int, tuple[int, int, int]] = {}

@@ -351,3 +351,63 @@ def test_what_is_no_scores_of_the_model_is_refused(tmp_path: Path) -> None:
     for arguments in ({}, {"scores": "l2"}, {"file": str(tmp_path / "none")}):
         with pytest.raises(PlanError):
             fxprune.Pipeline([load_pass("load-scores", **arguments)])(dense)
+
+
+OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "protect": (), "ratio": 0.2}
+
+
+def criterion(give: Any, method: str = "positions") -> ImportancePass:
+    """A criterion of one's own."""
+
+    class OwnPass(ImportancePass):
+        """A criterion of one's own."""
+
+        name = "own"
+
+    setattr(OwnPass, method, lambda self, graph_module, wanted: give(graph_module, wanted))
+    return OwnPass()
+
+
+def column_sums(graph_module: fx.GraphModule, wanted: Any, factor: float = 1.0) -> dict[tuple[str, int], torch.Tensor]:
+    """Scores that keep their gradient."""
+    found = {}
+    for name, axis in wanted:
+        square = fxprune.get_tensor(graph_module, name).float() ** 2 * factor
+        found[name, axis] = square.sum([i for i in range(square.dim()) if i != axis])
+    return found
+
+
+def test_a_criterion_need_not_detach_its_scores() -> None:
+    model = tiny("llama")
+    plan = fxprune.prune(model, importance=criterion(column_sums), **OPTIONS).plan
+    assert plan == fxprune.prune(model, importance="l2", **OPTIONS).plan
+
+
+@pytest.mark.parametrize(
+    ("method", "give", "text"),
+    [
+        ("positions", lambda gm, wanted: column_sums(gm, wanted, float("nan")), "finite score"),
+        ("positions", lambda gm, wanted: column_sums(gm, wanted, float("inf")), "finite score"),
+        ("positions", lambda gm, wanted: None, "gave None for"),
+        ("positions", lambda gm, wanted: {name: torch.ones(1) for name, _ in wanted}, "gave None for"),
+        ("positions", lambda gm, wanted: dict.fromkeys(wanted, torch.ones(3)), "a tensor of shape"),
+        ("positions", lambda gm, wanted: dict.fromkeys(wanted, 1.0), "gave 1.0 for"),
+        ("score", lambda gm, groups: None, "`score` gave None"),
+        ("score", lambda gm, groups: Scores({"nothing": np.ones(1)}), "no such group"),
+    ],
+)
+def test_scores_that_are_none_are_refused_by_name(method: str, give: Any, text: str) -> None:
+    with pytest.raises(PassError, match=text) as error:
+        fxprune.prune(tiny("llama"), importance=criterion(give, method), **OPTIONS)
+    assert "own" in str(error.value) and "defect" not in str(error.value)
+
+
+def test_a_criterion_that_runs_backward_leaves_no_gradient() -> None:
+    model = tiny("llama")
+
+    def give(graph_module: fx.GraphModule, wanted: Any) -> Any:
+        graph_module(**{"input_ids": token_ids(1)})["logits"].sum().backward()
+        return column_sums(graph_module, wanted)
+
+    fxprune.prune(model, importance=criterion(give), **OPTIONS)
+    assert all(parameter.grad is None for parameter in model.parameters())
