@@ -152,8 +152,9 @@ def evaluate(
     if hasattr(model, "graph_module") and not isinstance(model, type):
         model = model.model if model.model is not None else model.graph_module
     check_track(track)
-    if questions is not None:
-        whole_number("questions", questions, least=1, error=EvaluationError)
+    for name, most in (("questions", questions), ("windows", windows)):
+        if most is not None:
+            whole_number(name, most, least=1, error=EvaluationError)
     corpora, asked = named_corpora(texts), named_tasks(tasks)
     if not corpora and not asked and not flag("generate", generate):
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")

@@ -70,7 +70,7 @@ MEASURES: list[tuple[str, tuple[Any, ...], str]] = [
     ("texts", ({"a": "x y"}, {"a": "x\ny"}), "holds no window of 8"),
     ("window", (0, -1, 1, "8", None, 1.5, True, 10**9, float("nan")), "window"),
     ("stride", (0, -1, 99, "1", 0.5, True), "stride"),
-    ("windows", (0, -1, "3", 1.5), "limit is"),
+    ("windows", (0, -1, "3", 1.5), "windows is"),
     ("questions", (0, -1, "3", 1.5), "questions is"),
     ("batch", (0, -1, "3", None, 1.5, True), "batch is"),
     ("tasks", (3, [3], {"a": 3}, object(), b"x"), "tasks is"),
