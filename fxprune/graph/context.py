@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import signal
 import threading
 import warnings
 import weakref
@@ -269,6 +270,27 @@ def defer_gc() -> Iterator[None]:
         if collects:
             gc.enable()
             gc.collect(0)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM at the end of the context, in the main thread; other threads receive none.
+
+    Python raises in whatever code it runs then: in a callback from C++, as tracing makes many, that ends the process.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    held: dict[int, None] = {}
+    for number in handlers:
+        signal.signal(number, lambda received, _: held.setdefault(received))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for received in held:
+            signal.raise_signal(received)
 
 
 @contextmanager

@@ -21,7 +21,15 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.compat import fake_mode, is_impure, tree_leaves, tree_map
-from fxprune.graph.context import default_modes, defer_gc, plain_export, quiet, recompile_lazily, wrap_errors
+from fxprune.graph.context import (
+    default_modes,
+    defer_gc,
+    hold_signals,
+    plain_export,
+    quiet,
+    recompile_lazily,
+    wrap_errors,
+)
 from fxprune.graph.counting import Work, count_parameters
 from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shaped, Source, find_blocks, set_facts
 from fxprune.graph.shapes import ShapedCalls, calls_of, change_dtype
@@ -284,7 +292,7 @@ def _export(
         with mode:
             inputs = map_tensors(inputs, torch.empty_like)
     export = partial(torch.export.export, twin, (), inputs, dynamic_shapes=dims if dynamic else None, strict=False)
-    with quiet(), plain_export(), torch.enable_grad():
+    with hold_signals(), quiet(), plain_export(), torch.enable_grad():
         try:
             return export()
         except RuntimeError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from fxprune.graph.context import (
     call_foreign,
     default_modes,
     eval_mode,
+    hold_signals,
     preserve_rng,
     recompile_lazily,
     wrap_errors,
@@ -155,3 +159,16 @@ def test_code_of_a_graph_is_generated_when_it_first_runs() -> None:
         other = torch.fx.GraphModule(nn.Module(), graph)
     assert not hasattr(module, "_code") and len(torch.fx.symbolic_trace(other).graph.nodes) == 3
     assert torch.equal(module(torch.tensor([-1.0, 3.0])), torch.tensor([0.0, 3.0])) and "return" in module.code
+
+
+def test_signals_wait_for_the_end_of_a_context() -> None:
+    """One that arrived in a callback from C++ while a model was traced ended the process."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), hold_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(sum(range(1000)))
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    in_thread = threading.Thread(target=lambda: reached.append(hold_signals().__enter__()))  # type: ignore[func-returns-value]
+    in_thread.start()
+    in_thread.join()
+    assert len(reached) == 2, "only the main thread can set handlers"
