@@ -98,6 +98,8 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collect
     shrunk = [group for group in asked if group.factor is not None and removal.keep.touches(group.factor)]
     if not shrunk or not _refusal(graph_module, source, removal, shrunk):
         return {}
+    if _refusal(graph_module, source, removal, ()):  # nor the dense model: it was changed since its class built it
+        return {}
     alike: dict[object, list[Group]] = {}
     for group in shrunk:
         axes = tuple((m.name.rpartition(".")[2], m.axis) for m in group.parameters)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -356,3 +357,12 @@ def test_half_precision_is_rounding_also_in_generation() -> None:
     """Logits of generation are in float32 whatever they were computed in, and were compared as such."""
     options: dict[str, Any] = {"importance": "fisher", "recipe": "llm-pruner", "protect": (), "ratio": 0.2}
     assert fxprune.prune(tiny("llama").half(), token_ids(8, 16), **options).model is not None
+
+
+def test_a_model_that_its_class_no_longer_builds_is_pruned_as_a_graph() -> None:
+    """All its groups stayed whole, and ratios were refused as out of reach."""
+    model = tiny("llama")
+    parametrizations.weight_norm(model.model.layers[0].mlp.gate_proj)
+    result = fxprune.prune(model, importance="l2", recipe="llm-pruner", protect=(), ratio=0.2)
+    assert result.model is None and any("no attribute `parametrizations`" in why for why in result.report.model_reasons)
+    assert result.report.achieved == pytest.approx(0.2, abs=0.02)
