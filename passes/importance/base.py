@@ -75,14 +75,8 @@ class ImportancePass(Pass):
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         wanted = {(m.name, m.axis): None for group in groups for m in group.parameters}
-        given: Any = self.positions(graph_module, tuple(wanted))
-        found = given if isinstance(given, Mapping) else {}
-        for name, axis in wanted:
-            size, value = get_tensor(graph_module, name).shape[axis], found.get((name, axis))
-            if not isinstance(value, torch.Tensor) or value.shape != (size,):
-                shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
-                what = f"`positions` gave {shape} for {name, axis}, not {size} scores"
-                raise PassError(what, where=f"pass {self.name}", remedy="Give a score for each position along the axis")
+        found = self.positions(graph_module, tuple(wanted))
+        check_positions(found, {(n, axis): get_tensor(graph_module, n).shape[axis] for n, axis in wanted}, self.name)
         return score_groups(groups, found, self.reduction)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
@@ -93,6 +87,16 @@ class ImportancePass(Pass):
         raise PassError(
             "scores nothing", where=f"pass {self.name}", remedy="Define `positions`, or `score` for units as a whole"
         )
+
+
+def check_positions(found: Any, sizes: Mapping[tuple[str, int], int], criterion: str) -> None:
+    """Refuse position scores of a criterion that are not one for each position along each axis, given by its size."""
+    for place, size in sizes.items():
+        value = found.get(place) if isinstance(found, Mapping) else None
+        if not isinstance(value, torch.Tensor) or value.shape != (size,):
+            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+            what, remedy = f"`positions` gave {shape} for {place}, not {size} scores", "Give one for each position"
+            raise PassError(what, where=f"pass {criterion}", remedy=remedy)
 
 
 @contextmanager
