@@ -45,7 +45,6 @@ from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Scores
 from fxprune.removal.target import DEFAULT_RATIO
-from fxprune.report.report import Report
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged, is_hugging_face, private_twin
@@ -337,6 +336,7 @@ def _pipeline(
     _check_takes_target(recipe, values["target"])
     _complete(recipe, values["steps"], arguments["teach"])
     _read_samples(recipe, calibration, values["tokenizer"])
+    recipe["report"] = recipe["report"] or "make-report"  # a recipe of one's own may leave it out
     if not values["verify"]:
         recipe.set_arguments("shrink", {"verify": False})
     return Pipeline(recipe.passes, track=values["track"])
@@ -528,8 +528,6 @@ def _run(
     pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], graph_module: fx.GraphModule | None = None
 ) -> Result:
     """Run a pipeline on a model; if it fails in place, restore the tensors cut off the model."""
-    if not any(Report in step.gives for step in pipeline.leaves()):  # a recipe of one's own may leave it out
-        pipeline = Pipeline([*pipeline.passes, load_pass("make-report")], track=values["track"])
     pipeline.check_arguments()
     if values["example_inputs"] is None and getattr(model, "main_input_name", "") == "input_ids":
         _check_samples(pipeline, model)

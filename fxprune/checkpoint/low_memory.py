@@ -112,14 +112,16 @@ def _begin(work: Path, request: str | None) -> None:
         file.write_text(json.dumps(request), encoding="utf-8")
 
 
+_FILES = "the files of the model"
+"""The part of a request with name, size, time and digest of each file."""
+
+
 def _parts(request: str | None) -> dict[str, Any]:
     """A request in parts, for processes to compare: a copy of a file on another machine may have another time."""
     if request is None:
         return {"whether they can be resumed": None}
-    path, files, data, passes, versions = json.loads(request)
-    alike = [(name, size, digest) for name, size, _, digest in files]
-    named = {"the path of the model": path, "the files of the model": alike, "the samples": data}
-    return {**named, "the passes": passes, "the versions of packages": versions}
+    parts: dict[str, Any] = json.loads(request)
+    return {**parts, _FILES: [(name, size, digest) for name, size, _, digest in parts[_FILES]]}
 
 
 @contextmanager
@@ -225,4 +227,5 @@ def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -
         digest = hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
         data = [digest, str(calibration.dtype), list(calibration.shape)]
     name = str(folder.resolve() if folder.exists() else source)
-    return json.dumps([name, files, data, passes, package_versions()])
+    parts = {"the path of the model": name, _FILES: files, "the samples": data, "the passes": passes}
+    return json.dumps({**parts, "the versions of packages": package_versions()})

@@ -239,10 +239,11 @@ def _cache_fault(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> 
     generate = partial(twin.generate, **inputs, **options, prefix_allowed_tokens_fn=lambda *_: [1])
     with quiet(), torch.no_grad():
         plain, cached = attempt(generate, use_cache=False), attempt(generate, use_cache=True)
-    if isinstance(plain, Refusal) or isinstance(cached, Refusal):
-        return str(plain) if isinstance(plain, Refusal) else _fault((), cached)
+    if isinstance(plain, Refusal):
+        return str(plain)
     # generation gives logits in float32, whatever they were computed in
-    return _fault(*([logits.to(twin.dtype) for logits in one.logits] for one in (plain, cached)))
+    want = [logits.to(twin.dtype) for logits in plain.logits]
+    return _fault(want, cached if isinstance(cached, Refusal) else [logits.to(twin.dtype) for logits in cached.logits])
 
 
 def outputs_agree(want: torch.Tensor, got: torch.Tensor) -> bool:

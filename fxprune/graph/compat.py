@@ -230,7 +230,7 @@ def cache_of(output: Any) -> Any:
 
     transformers renamed it, and warns where its old name is read as an attribute.
     """
-    fields = vars(output)
+    fields = getattr(output, "__dict__", {})  # a tuple has none
     return fields.get("cache") or fields.get("past_key_values")
 
 

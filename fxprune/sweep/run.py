@@ -91,26 +91,22 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
         pipeline = prune_pipeline(calibration, **given, **own)
         pipeline.check_arguments()
         keys[name] = hashlib.sha256(f"{source} {pipeline} {given.get('eval_text')}".encode()).hexdigest()
-
-    def missing() -> list[str]:
-        return [n for n, key in keys.items() if not _is_done(rows.get(n), key, folder, rows, keep=keep, bench=bench)]
-
-    todo = decide_on_first(missing, CheckpointError)
+    todo = decide_on_first(partial(_missing, keys, folder, rows, keep=keep, bench=bench), CheckpointError)
     making = made_folder(folder) if is_first() else nullcontext()
     with wrap_disk_errors(folder, CheckpointError), making, sharing():
         traced = trace(model, given.get("example_inputs")).graph_module if todo else None
-        for name, own in ((name, asked[name]) for name in todo):
+        for name in todo:
             assert traced is not None
-            start = time.perf_counter()
+            start, own = time.perf_counter(), asked[name]
             result = prune_traced(traced, model, calibration, {**given, **own})  # type: ignore[typeddict-item]
-            measured = partial(_row, name, keys[name], own, result, model if bench else None)
-            rows[name] = decide_on_first(partial(measured, time.perf_counter() - start), EvaluationError)
+            row = partial(_row, name, keys[name], own, result, model if bench else None, time.perf_counter() - start)
+            rows[name] = decide_on_first(row, EvaluationError)
             done = Sweep(folder, tuple(rows.values()))
             if keep == "all" or (keep == "best" and rows[name] in done.best):
                 result.save_pretrained(folder / name, given["tokenizer"])
             made.add(name)
             run_on_first(partial(_write, done, source, made if keep == "best" else ()), CheckpointError)
-            del result, measured  # before the next one is made
+            del result, row  # before the next one is made
     done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
     run_on_first(partial(_write_pages, done, source), CheckpointError)
     return done
@@ -204,6 +200,13 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
         remedy = "Choose a new folder, or replace it with $force=True"
         raise CheckpointError("it is of another model, other samples or versions", where=str(file), remedy=remedy)
     return rows if same else []
+
+
+def _missing(
+    keys: Mapping[str, str], folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
+) -> list[str]:
+    """The names of the prunes that are still to be made."""
+    return [n for n, key in keys.items() if not _is_done(rows.get(n), key, folder, rows, keep=keep, bench=bench)]
 
 
 def _is_done(
