@@ -159,7 +159,7 @@ def main(
     if keep is not None and asked:
         own = [row for row in rows if row.protocol == protocol and row.ratio in ratios]
         models = saved_models(keep, [row for row in own if not names or row.entry in names])
-        compared = ask_questions(dense, tokenizer, models, asked, most, measured)
+        compared = ask_questions(dense, tokenizer, models, asked, most, measured, keep)
         console.print(compared.table(f"{name}, all questions" if most is None else f"{name}, up to {most} questions"))
         if json_:
             write_results(answers, compared.to_dict())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 import fxprune
 from benchmarks.common import cpu_name, local_tasks, memory_bytes, reset_peak_memory
 from benchmarks.quality.entries import Entry, place_of_entry
-from benchmarks.quality.reference import KeptReference
+from benchmarks.quality.reference import KeptReference, weights_digest
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, blocks, over_dense, read_rows
 from benchmarks.quality.texts import Texts, beginning
-from fxprune.evaluation import Perplexity, text_perplexity
-from fxprune.evaluation.comparison import Column, Comparison, measure_model
-from fxprune.evaluation.tasks import named_tasks
+from fxprune.evaluation import Evaluation, LocalTask, Perplexity, TaskScore, text_perplexity, zero_shot
+from fxprune.evaluation.comparison import Column, Comparison, as_column
+from fxprune.evaluation.tasks import Task, named_tasks
+from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.pipeline import Pipeline
 
 _BATCH_TOKENS = 512
@@ -210,8 +212,9 @@ def ask_questions(
     files: Iterable[Path],
     questions: int | None,
     dtype: torch.dtype,
+    keep: Path,
 ) -> Comparison:
-    """Ask the dense model and slim models the same questions.
+    """Ask the dense model and slim models the same questions; an interrupted run resumes with the next task.
 
     Args:
         dense: The dense model; it is converted to `dtype`.
@@ -220,6 +223,7 @@ def ask_questions(
         files: JSONL of questions, and YAML of tasks of lm-evaluation-harness.
         questions: Most questions of the second half of a file of questions, and of a task; None for all of both halves.
         dtype: Type of the models.
+        keep: Folder for the answers of each model to each file.
     """
     half = "both" if questions is None else "second"
     given = list(files)
@@ -227,17 +231,39 @@ def ask_questions(
         **local_tasks([path for path in given if path.suffix == ".jsonl"], half),
         **named_tasks([path for path in given if path.suffix == ".yaml"]),
     }
-
-    def columns() -> Iterator[Column]:
-        yield measure_model(DENSE, dense.to(dtype=dtype), tokenizer, texts=(), tasks=tasks, questions=questions)
-        for name, folder in models.items():
-            slim: Any = fxprune.from_pretrained(folder)
-            yield measure_model(name, slim.to(dtype=dtype), tokenizer, texts=(), tasks=tasks, questions=questions)
-
     settings = {
         "questions": questions,
         "half": half,
         "measured_in": str(dtype),
         "lm_eval": version("lm_eval"),
     }
+
+    def column(name: str, model: Any) -> Column:
+        folder = keep / "questions" / weights_digest(model)
+        scores = {task: _answered(model, tokenizer, task, asked, settings, folder) for task, asked in tasks.items()}
+        return as_column(name, model, Evaluation(tasks=scores))
+
+    def columns() -> Iterator[Column]:
+        yield column(DENSE, dense.to(dtype=dtype))
+        for name, folder in models.items():
+            slim: Any = fxprune.from_pretrained(folder)
+            yield column(name, slim.to(dtype=dtype))
+
     return Comparison(tuple(columns()), settings)
+
+
+def _answered(
+    model: Any, tokenizer: Any, name: str, task: Task, settings: Mapping[str, Any], folder: Path
+) -> TaskScore:
+    """Score of a model on a task: that in the folder, if the same was asked, or else a new one, which is put there."""
+    path = task.path if isinstance(task, LocalTask) else task
+    asked = [str(task), hashlib.sha256(Path(path).read_bytes()).hexdigest(), dict(settings)]
+    file = folder / f"{name}.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["asked"] == asked:
+            return TaskScore(**kept["score"])
+    score = zero_shot(model, tokenizer, {name: task}, limit=settings["questions"])[name]
+    with atomic_path(file, parents=True) as new:
+        new.write_text(json.dumps({"asked": asked, "score": asdict(score)}), encoding="utf-8")
+    return score

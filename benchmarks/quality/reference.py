@@ -13,6 +13,15 @@ from fxprune.evaluation import logits_of
 from fxprune.offload.atomic import atomic_path
 
 
+def weights_digest(model: Any) -> str:
+    """Digest of the names, the values and the dtype of a model's weights, 16 hexadecimal digits."""
+    digest = hashlib.sha256(str(model.dtype).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 class KeptReference:
     """A model that keeps what its output embedding reads in files, and runs only the embedding when asked again.
 
@@ -25,11 +34,7 @@ class KeptReference:
     """
 
     def __init__(self, model: Any, folder: Path) -> None:
-        digest = hashlib.sha256(str(model.dtype).encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
-        self.model, self.folder = model, folder / digest.hexdigest()[:16]
+        self.model, self.folder = model, folder / weights_digest(model)
 
     def __call__(self, *, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of windows: `(windows, tokens, vocabulary)`."""

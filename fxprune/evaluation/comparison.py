@@ -447,6 +447,11 @@ def compare_models(
 
 def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Column:
     """Measure quality and size of one model, without MACs and latency; ``options`` are for :func:`fxprune.evaluate`."""
+    return as_column(name, model, evaluate(model, tokenizer, **options))
+
+
+def as_column(name: str, model: nn.Module, evaluation: Evaluation) -> Column:
+    """Column of a model that was evaluated, without MACs and latency."""
     tensors = [*model.parameters(), *model.buffers()]
     return Column(
         name=name,
@@ -454,7 +459,7 @@ def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Colu
         macs=None,
         memory=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         latency_ms=None,
-        evaluation=evaluate(model, tokenizer, **options),
+        evaluation=evaluation,
     )
 
 

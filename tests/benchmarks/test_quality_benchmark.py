@@ -15,6 +15,7 @@ import fxprune
 from benchmarks.pages import draw_quality, quality_page, uniform_price
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import entries as entries_module
+from benchmarks.quality import measure
 from benchmarks.quality import texts as texts_module
 from benchmarks.quality.entries import ENTRIES, Entry, entries
 from benchmarks.quality.measure import trained_by, with_ratio
@@ -194,6 +195,9 @@ def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: p
     mean, error = asked["columns"][1]["difference"]["quiz"]
     assert "on all questions of each file" in page
     assert f"| l1, 10% | {100 * mean:+.1f} ± {100 * error:.1f} |" in page
+    monkeypatch.setattr(measure, "zero_shot", None)  # all were asked before: nothing is asked anew
+    run(small, "--questions", "all", "--only", "l1", *kept)
+    assert json.loads(quality.TASKS.read_text())["columns"] == asked["columns"]
 
 
 def measured(value: float, losses: tuple[float, ...] = (), divergence: Divergence | None = None) -> Perplexity:
