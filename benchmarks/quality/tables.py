@@ -91,6 +91,27 @@ class Section:
             yield name, [_bits([row.at(length)[text] for row in drawn if text in row.at(length)])
                          for text in self.texts(length)]  # fmt: skip
 
+    def short_rows(self, ratio: float, length: int) -> Iterator[list[str]]:
+        """For each entry its draws, means over all texts, and the least and the largest perplexity over dense.
+
+        The means are of the perplexity over that of the dense model, of the divergence, and of the agreement.
+        """
+        dense = self.dense.at(length)
+        for name, drawn in self.entries(ratio):
+            rows = [row.at(length) for row in drawn if row.at(length).keys() >= dense.keys()]
+            pairs = [[over_dense(row[text], dense[text]) for row in rows] for text in dense]
+            apart = [row[text].divergence for row in rows for text in dense]
+            ratios = [[pair for pair in each if pair is not None] for each in pairs]
+            known = [each for each in apart if each is not None]
+            if not rows or not all(ratios) or len(known) < len(apart):
+                continue
+            means = [fmean(value for value, _ in each) for each in ratios]
+            errors = [fmean(error or 0.0 for _, error in each) for each in ratios]
+            error = sum(each**2 for each in errors) ** 0.5 / len(errors)
+            same, mean = fmean(each.agreement for each in known), fmean(each.mean for each in known)
+            cells = [f"x{fmean(means):.2f} ± {error:.2f}", f"x{min(means):.2f} to x{max(means):.2f}"]
+            yield [name, str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
+
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
         """For each recipe with a control, its perplexity over that of random units, from the same draws and windows."""
         drawn = {name: {row.draw: row.at(length) for row in rows} for name, rows in self.entries(ratio)}

@@ -236,6 +236,19 @@ def test_the_page_and_the_picture_show_draws(tmp_path: Path) -> None:
     assert "balanced" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 1000
 
 
+def test_the_page_begins_with_means_over_texts() -> None:
+    """A row without one of the texts has no mean that compares with the others."""
+
+    def both(name: str, one: float, other: float) -> QualityRow:
+        first, second = (row(name, 0, value).texts["text"] for value in (one, other))
+        return replace(row(name, 0, one), texts={"text": first, "second text": second})
+
+    page = quality_page(as_data(both("dense", 10.0, 10.0), both("best", 12.0, 15.0), row("balanced", 0, 14.0)))
+    short = page.partition("## In short")[2].partition("## Protocol")[0]
+    assert "### m, 20% removed" in short and "| best | 1 | x1.35 ± 0.01 | x1.20 to x1.50 | 0.50 | 64% |" in short
+    assert "balanced" not in short
+
+
 def test_the_page_tells_what_the_selection_is_worth_from_equal_draws() -> None:
     """A second draw of one side alone would compare other samples."""
     alone, control = row("balanced", 1, 20.0), row("balanced, random units", 0, 16.0)
