@@ -20,6 +20,7 @@ DOCS = ROOT / "docs"
 DEMO = ROOT / "fxprune" / "cli" / "demo.json"
 RECIPES = (
     *("llm-pruner", "FLAP", "fast", "balanced", "best", "fast, random units", "balanced, random units"),
+    *(f"{name}, without programs" for name in ("fast", "balanced", "best")),
     *("fast by forward passes", "balanced by local ranking"),
     *(f"{name} by wanda" for name in ("fast", "balanced", "best")),
 )

@@ -102,6 +102,13 @@ class CalibratePass(Pass):
         reads more than token ids.""",
         least=0,
     )
+    programs: float = argument(
+        0.0,
+        """Fraction of the generated samples that begin as programs do, in ten languages of source files, so that a
+        model pruned on prose keeps its code.""",
+        least=0,
+        most=1,
+    )
     seed: int = argument(0, "Random seed of the generated samples.", check=as_seed)
 
     @property
@@ -123,11 +130,11 @@ class CalibratePass(Pass):
     def cost(self, samples: int) -> PassCost:
         """Each sample that the model generates, token by token, takes as long as three forward runs."""
         if self.substitutes:
-            sweeps = self.tokens * generation_rounds(self.generated)
+            sweeps = self.tokens * generation_rounds(self.generated, self.programs)
             return PassCost(runs=3.0 * self.generated, batch=1, sweeps=sweeps)
         taken = min(samples, 2 * self.added) if self.added else samples
         generated = min(self.added, taken // 2)
-        sweeps = self.tokens * generation_rounds(generated, chats=False)
+        sweeps = self.tokens * generation_rounds(generated, self.programs, chats=False)
         return PassCost(runs=3.0 * generated, batch=1, given=taken + generated, sweeps=sweeps)
 
     def check_arguments(self) -> None:
@@ -259,7 +266,16 @@ class CalibratePass(Pass):
                 most = _CACHE * weight_bytes(graph_module)
                 rows = rows_at_once(model, few, tokens, most) if is_offloading() else None
                 return generated_samples(
-                    model, self.tokenizer, vocabulary, count, tokens, self.seed, tracked, chats=chats, rows=rows
+                    model,
+                    self.tokenizer,
+                    vocabulary,
+                    count,
+                    tokens,
+                    self.seed,
+                    tracked,
+                    chats=chats,
+                    programs=self.programs,
+                    rows=rows,
                 )
 
         found = attempt(decide_on_first, generate, PassError)

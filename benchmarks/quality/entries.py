@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fxprune
-from fxprune.recipes import read_recipe
+from fxprune.recipes import as_recipe, read_recipe
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,33 @@ def _by_wanda(name: str, samples: int) -> str:
     return str(recipe)
 
 
-def _fitted_and_tuned(importance: str, select: str) -> str:
-    """The default recipe with scores and a selection of another method."""
-    recipe = read_recipe("balanced")
-    recipe["importance"], recipe["select"] = importance, select
+def _calibrated(name: str, prepare: str) -> str:
+    """A recipe with other samples."""
+    recipe = read_recipe(name)
+    recipe["prepare"] = f"calibrate{{{prepare}}}"
     return str(recipe)
 
 
+def _fitted_and_tuned(importance: str, select: str, recipe: str = "balanced") -> str:
+    """The default recipe, or another one, with scores and a selection of another method."""
+    changed = as_recipe(recipe)
+    changed["importance"], changed["select"] = importance, select
+    return str(changed)
+
+
 SECOND, READERS = "taylor{order=second}", "wanda{readers_only}"
-FAST_GIVEN = str(read_recipe("fast")).replace(", added=32", "").replace("=96", "=64").replace("=48", "=32")
+FAST_GIVEN = _calibrated("fast", "samples=64, written=64").replace("=96", "=64").replace("=48", "=32")
 FORWARD = {"recipe": FAST_GIVEN, "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
-GIVEN = str(read_recipe("balanced")).replace(", added=192", "").replace("=576", "=288").replace("weights=auto, ", "")
+GIVEN = _calibrated("balanced", "written=384").replace("=576", "=288").replace("weights=auto, ", "")
+PROSE = {
+    "fast": _calibrated("fast", "samples=64, written=64, added=32"),
+    "balanced": _calibrated("balanced", "written=384, added=192"),
+    "best": _calibrated("best", "written=1024, added=384"),
+}
+"""Recipes as they were before the model wrote programs too."""
 BEST = _by_wanda("best", 128)
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")
 SEARCHED = (
@@ -90,6 +103,15 @@ ENTRIES = (
         "whole layers, fitted and tuned as balanced",
         {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
         ("block-influence",),
+    ),
+    *(Entry(f"{name}, without programs", {"recipe": recipe}) for name, recipe in PROSE.items()),
+    *(
+        Entry(f"{name}, without programs, random units", {"recipe": PROSE[name], "importance": "random"})
+        for name in ("fast", "balanced")
+    ),
+    Entry(
+        "llm-pruner, fitted and tuned as balanced without programs",
+        {"recipe": _fitted_and_tuned("taylor{samples=64}", "select-by-ratio", PROSE["balanced"])},
     ),
     Entry("fast, on the given text alone", {"recipe": FAST_GIVEN}),
     Entry("fast, on the given text alone, random units", {"recipe": FAST_GIVEN, "importance": "random"}),

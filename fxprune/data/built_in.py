@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -136,8 +137,12 @@ _MARK = "0a9f3c"
 _LONGEST = 4
 """At most one token in four of a sample comes from the chat template or an opening."""
 
+_NEXT_PROGRAM = "%%"
+"""Line between two texts of ``programs.txt``."""
+
 _FOREIGN = 4
-"""One sample in four that is no chat begins with an opening: random tokens of an English vocabulary lead to English."""
+"""One sample in four that is no chat and no program begins with an opening: random tokens of an English vocabulary lead
+to English."""
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -210,16 +215,17 @@ def generate_samples(
     return torch.cat(written)
 
 
-def generation_rounds(samples: int, chats: bool = True) -> int:
+def generation_rounds(samples: int, programs: float, chats: bool = True) -> int:
     """About how many batches :func:`generated_samples` generates, one token of each sample at a time."""
-    return sum(-(-count // _BATCH) for count in _kinds(samples, chats, foreign=True))
+    return sum(-(-count // _BATCH) for count in _kinds(samples, programs, chats, foreign=True))
 
 
-def _kinds(samples: int, chats: bool, foreign: bool) -> tuple[int, int, int]:
-    """How many samples are chats, begin with an opening in another language, and begin with a random token."""
-    talks = samples // 2 if chats else 0
-    others = (samples - talks) // _FOREIGN if foreign else 0
-    return talks, others, samples - talks - others
+def _kinds(samples: int, programs: float, chats: bool, foreign: bool) -> tuple[int, int, int, int]:
+    """How many samples are programs, chats, begin in another language, and begin with a random token."""
+    coded = round(samples * programs)
+    talks = (samples - coded) // 2 if chats else 0
+    others = (samples - coded - talks) // _FOREIGN if foreign else 0
+    return coded, talks, others, samples - coded - talks - others
 
 
 def rows_at_once(model: Any, ids: torch.Tensor, tokens: int, most: float) -> int:
@@ -252,13 +258,15 @@ def generated_samples(
     seed: int,
     track: Track,
     chats: bool = True,
+    programs: float = 0.0,
     rows: int | None = None,
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
-    Each begins as the tokenizer begins a text. With ``chats``, if the tokenizer has a chat template, half of them go on
-    as a chat does, up to the user's message. Of the others, a quarter go on with the opening of a text in one of thirty
-    languages, the rest with one token drawn from the vocabulary.
+    Each begins as the tokenizer begins a text. A fraction ``programs`` of them go on with the first lines of a program.
+    Of the others, with ``chats`` and if the tokenizer has a chat template, half go on as a chat does, up to the user's
+    message; of the rest, a quarter with the opening of a text in another language, the remainder with one token drawn
+    from the vocabulary.
 
     Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (arXiv 2305.17888),
     for the token; Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing"
@@ -271,14 +279,18 @@ def generated_samples(
     """
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
-    opened = opening_rows(tokenizer, tokens // _LONGEST)
-    talks, foreign, plain = _kinds(samples, bool(chat) and chats, len(opened) > 0)
+    opened = opening_rows(tokenizer, tokens // _LONGEST, opening_texts())
+    code = opening_rows(tokenizer, tokens // _LONGEST, program_texts())
+    coded, talks, foreign, plain = _kinds(
+        samples, programs if len(code) else 0.0, bool(chat) and chats, len(opened) > 0
+    )
     opened = opened[torch.randperm(len(opened), generator=draw)]
     drawn = vocabulary[torch.randint(len(vocabulary), (plain,), generator=draw)][:, None]
     first = torch.tensor(opening_tokens(tokenizer), dtype=torch.long)
     begun = (
         ("the model writes", drawn, len(drawn)),
         ("the model writes in other languages", opened, foreign),
+        ("the model writes programs", code, coded),
     )
     kinds = [(what, torch.cat([first.expand(len(ids), -1), ids], dim=1), count) for what, ids, count in begun]
     kinds.append(("the model chats", torch.tensor([chat]), talks))
@@ -291,11 +303,17 @@ def opening_texts() -> tuple[str, ...]:
     return tuple(files(__package__).joinpath("openings.txt").read_text(encoding="utf-8").splitlines())
 
 
-def opening_rows(tokenizer: Any, tokens: int) -> torch.Tensor:
-    """The first token ids, at most ``tokens``, of the openings that a tokenizer can write: ``(openings, ids)``."""
+def program_texts() -> tuple[str, ...]:
+    """First lines of programs and other source files in ten languages, written for this package."""
+    text = files(__package__).joinpath("programs.txt").read_text(encoding="utf-8")
+    return tuple(text.split(f"{_NEXT_PROGRAM}\n"))
+
+
+def opening_rows(tokenizer: Any, tokens: int, texts: Sequence[str]) -> torch.Tensor:
+    """The first token ids, at most ``tokens``, of the texts that a tokenizer can write: ``(texts, ids)``."""
     if tokenizer is None or tokens < 1:
         return torch.empty(0, 0, dtype=torch.long)
-    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in opening_texts()]
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     unknown = getattr(tokenizer, "unk_token_id", None)
     known = [ids for ids in found if ids and unknown not in ids]
     length = min([tokens, *map(len, known)])

@@ -14,7 +14,7 @@ from benchmarks import several_processes
 from benchmarks.estimate_large import CARDS, META, Meter, app, count_passes, trace_empty
 from fxprune.recipes.texts import recipe_text
 
-RECIPE = recipe_text("balanced").replace("ranking=auto", "ranking=local").replace(", added=192", "")
+RECIPE = recipe_text("balanced").replace("ranking=auto", "ranking=local").replace(", added=192, programs=0.125", "")
 """As the default, with widths that do not depend on scores, and without text that the model generates."""
 
 CONFIG = LlamaConfig(

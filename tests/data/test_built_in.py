@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxprune.data import built_in
 from fxprune.data.built_in import (
     _Draw,
     built_in_samples,
@@ -23,6 +24,7 @@ from fxprune.data.built_in import (
     offline_text,
     opening_rows,
     opening_texts,
+    program_texts,
     rows_at_once,
 )
 from fxprune.data.text import token_windows
@@ -130,14 +132,17 @@ def test_a_chat_begins_with_what_stands_before_the_user() -> None:
     assert chat_start(chats) == [], "it leaves out what the user says"
 
 
-def _own(tokenizer: Any, samples: int = 8, tokens: int = 16, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+def _own(
+    tokenizer: Any, samples: int = 8, tokens: int = 16, seed: int = 0, programs: float = 0.0
+) -> tuple[torch.Tensor, list[str]]:
     shown: list[str] = []
 
     def track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         shown.append(f"{what} {total}")
         return items
 
-    return generated_samples(tiny("llama"), tokenizer, torch.tensor([7, 9]), samples, tokens, seed, track), shown
+    model, words = tiny("llama"), torch.tensor([7, 9])
+    return generated_samples(model, tokenizer, words, samples, tokens, seed, track, programs=programs), shown
 
 
 def test_without_a_chat_each_sample_begins_with_a_token_of_the_vocabulary() -> None:
@@ -149,13 +154,27 @@ def test_without_a_chat_each_sample_begins_with_a_token_of_the_vocabulary() -> N
 def test_one_sample_in_four_begins_with_a_language_that_the_tokenizer_can_write() -> None:
     tokenizer = character_tokenizer()
     assert len(opening_texts()) == len(set(opening_texts())) == 30 and min(map(len, opening_texts())) > 50
-    rows = opening_rows(tokenizer, 4)
+    rows = opening_rows(tokenizer, 4, opening_texts())
     assert 0 < len(rows) < 30 and rows.shape[1] == 4 and tokenizer.unk_token_id not in rows
     assert {tokenizer.decode(row) for row in rows} <= {text[:4] for text in opening_texts()}
-    assert opening_rows(None, 4).numel() == opening_rows(tokenizer, 0).numel() == 0
+    assert opening_rows(None, 4, opening_texts()).numel() == opening_rows(tokenizer, 0, opening_texts()).numel() == 0
     written, shown = _own(tokenizer)
     begun = [any(torch.equal(sample[:4], row) for row in rows) for sample in written]
     assert sum(begun) == 2 and shown == ["the model writes 1", "the model writes in other languages 1"]
+
+
+def test_a_fraction_of_the_samples_begins_as_programs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is shared among the other kinds as without them."""
+    texts = program_texts()
+    assert len(set(texts)) == 10 and min(map(len, texts)) > 100 and all(text.endswith("\n") for text in texts)
+    chats = character_tokenizer(chat=True)
+    monkeypatch.setattr(built_in, "program_texts", lambda: ("dcdcdc", "ddcc", "\u2603 unknown"))
+    written, shown = _own(chats, samples=16, programs=0.25)
+    begun = [any(chats.decode(sample[:4]) == start for start in ("dcdc", "ddcc")) for sample in written]
+    assert sum(begun) == 4 and shown[-2:] == ["the model writes programs 1", "the model chats 1"]
+    start = torch.tensor(chat_start(chats))
+    assert int((written[:, : len(start)] == start).all(-1).sum()) == 6
+    assert torch.equal(_own(None, programs=0.5)[0], _own(None)[0]), "a tokenizer that can write none"
 
 
 def test_half_of_the_samples_of_a_model_that_chats_are_chats() -> None:

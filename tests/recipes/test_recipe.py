@@ -20,7 +20,7 @@ def test_replacing_a_stage_is_an_assignment() -> None:
     recipe["tune"] = None
     del recipe["teach"]
     recipe["compensate"] = load_pass("rotation")
-    expected = "calibrate{written=384, added=192}\nfind-groups{norm=masked}\ntaylor{order=second}\n"
+    expected = "calibrate{written=384, added=192, programs=0.125}\nfind-groups{norm=masked}\ntaylor{order=second}\n"
     expected += "select-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}\nrotation\nshrink{verify}\n"
     expected += "emit-model\nmake-report"
     assert str(recipe) == str(recipe.pipeline) == expected
