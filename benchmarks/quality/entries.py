@@ -44,10 +44,10 @@ def _by_wanda(name: str, samples: int) -> str:
     return str(recipe)
 
 
-def _calibrated(name: str, prepare: str) -> str:
-    """A recipe with other samples."""
+def _calibrated(name: str, **arguments: Any) -> str:
+    """A recipe with other arguments of its samples."""
     recipe = read_recipe(name)
-    recipe["prepare"] = f"calibrate{{{prepare}}}"
+    recipe.set_arguments("prepare", arguments)
     return str(recipe)
 
 
@@ -59,17 +59,13 @@ def _fitted_and_tuned(importance: str, select: str, recipe: str = "balanced") ->
 
 
 SECOND, READERS = "taylor{order=second}", "wanda{readers_only}"
-FAST_GIVEN = _calibrated("fast", "samples=64, written=64").replace("=96", "=64").replace("=48", "=32")
+FAST_GIVEN = _calibrated("fast", added=0, programs=0.0).replace("=96", "=64").replace("=48", "=32")
 FORWARD = {"recipe": FAST_GIVEN, "ranking": "local"}
 BALANCED = _by_wanda("balanced", 64)
 UNCOUNTED = BALANCED.replace(", truth=0.2", "")
 BUILT_IN = BALANCED.replace("{written=288}", "{built_in=288}")
-GIVEN = _calibrated("balanced", "written=384").replace("=576", "=288").replace("weights=auto, ", "")
-PROSE = {
-    "fast": _calibrated("fast", "samples=64, written=64, added=32"),
-    "balanced": _calibrated("balanced", "written=384, added=192"),
-    "best": _calibrated("best", "written=1024, added=384"),
-}
+GIVEN = _calibrated("balanced", added=0, programs=0.0).replace("=576", "=288").replace("weights=auto, ", "")
+PROSE = {name: _calibrated(name, programs=0.0) for name in ("fast", "balanced", "best")}
 """Recipes as they were before the model wrote programs too."""
 BEST = _by_wanda("best", 128)
 ONCE = BEST.replace("{copies=3, noise=0.2}", "").replace(", truth=0.2", "")

@@ -99,17 +99,15 @@ class Section:
         dense = self.dense.at(length)
         for name, drawn in self.entries(ratio):
             rows = [row.at(length) for row in drawn if row.at(length).keys() >= dense.keys()]
-            pairs = [[over_dense(row[text], dense[text]) for row in rows] for text in dense]
-            apart = [row[text].divergence for row in rows for text in dense]
-            ratios = [[pair for pair in each if pair is not None] for each in pairs]
-            known = [each for each in apart if each is not None]
-            if not rows or not all(ratios) or len(known) < len(apart):
+            by_text = [[found for row in rows if (found := row[text].divergence) is not None] for text in dense]
+            if not rows or any(len(each) < len(rows) for each in by_text):
                 continue
-            means = [fmean(value for value, _ in each) for each in ratios]
-            errors = [fmean(error or 0.0 for _, error in each) for each in ratios]
+            ratios = [fmean(each.ratio for each in found) for found in by_text]
+            errors = [fmean(each.ratio_error for each in found) for found in by_text]
             error = sum(each**2 for each in errors) ** 0.5 / len(errors)
-            same, mean = fmean(each.agreement for each in known), fmean(each.mean for each in known)
-            cells = [f"x{fmean(means):.2f} ± {error:.2f}", f"x{min(means):.2f} to x{max(means):.2f}"]
+            every = [each for found in by_text for each in found]
+            same, mean = fmean(each.agreement for each in every), fmean(each.mean for each in every)
+            cells = [f"x{fmean(ratios):.2f} ± {error:.2f}", f"x{min(ratios):.2f} to x{max(ratios):.2f}"]
             yield [name, str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
 
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:

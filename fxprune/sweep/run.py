@@ -86,11 +86,8 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     model, calibration, given = _read_inputs(model, calibration, options)
     source = _digest(model, calibration)
     found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
-    rows, keys, made = {row.name: row for row in found}, dict[str, str](), set[str]()
-    for name, own in asked.items():
-        pipeline = prune_pipeline(calibration, **given, **own)
-        pipeline.check_arguments()
-        keys[name] = hashlib.sha256(f"{source} {pipeline} {given.get('eval_text')}".encode()).hexdigest()
+    rows, made = {row.name: row for row in found}, set[str]()
+    keys = {name: _key(source, calibration, {**given, **own}) for name, own in asked.items()}
     todo = decide_on_first(partial(_missing, keys, folder, rows, keep=keep, bench=bench), CheckpointError)
     making = made_folder(folder) if is_first() else nullcontext()
     with wrap_disk_errors(folder, CheckpointError), making, sharing():
@@ -200,6 +197,13 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
         remedy = "Choose a new folder, or replace it with $force=True"
         raise CheckpointError("it is of another model, other samples or versions", where=str(file), remedy=remedy)
     return rows if same else []
+
+
+def _key(source: str, calibration: Any, options: Mapping[str, Any]) -> str:
+    """Fingerprint of a prune: its model and samples, its passes, which are checked, and the text it is measured on."""
+    pipeline = prune_pipeline(calibration, **options)
+    pipeline.check_arguments()
+    return hashlib.sha256(f"{source} {pipeline} {options.get('eval_text')}".encode()).hexdigest()
 
 
 def _missing(

@@ -156,9 +156,8 @@ def test_a_killed_run_is_resumed(
 )
 def test_passes_that_run_twice_find_out_twice(source: Path, tmp_path: Path, was: str, becomes: str) -> None:
     """The second fit of a weight, the scores of a second step and the fits of all trials were the first ones again."""
-    text = str(read_recipe("fast")).replace(
-        ", added=32, programs=0.125", ""
-    )  # none are generated where weights stay in files
+    # none are generated where weights stay in files
+    text = str(read_recipe("fast")).replace(", added=32, programs=0.125", "")
     assert text.count(was) == 1
     options: dict[str, Any] = {"recipe": text.replace(was, becomes).replace("protect=[0.07, 0.04], ", ""), "ratio": 0.2}
     model = type(tiny("llama")).from_pretrained(source)
