@@ -64,6 +64,7 @@ def results_page(folder: Path = RESULTS) -> str:
         "score_memory",
         "equal_bytes",
         "drafts",
+        "joined",
         "vision",
     )
     files = {name: folder / f"{name}.json" for name in names}
