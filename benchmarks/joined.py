@@ -61,8 +61,8 @@ class JoinedRow:
     agreement: float
 
 
-def block_sums(graph: fx.Graph, blocks: int) -> list[list[fx.Node]]:
-    """Residual additions of each block, in order.
+def block_sums(graph: fx.Graph, blocks: int) -> tuple[str, list[list[fx.Node]]]:
+    """The name of the value that enters the first block, and the residual additions of each block, in order.
 
     Raises:
         ValueError: They are not one chain, with as many in each block.
@@ -72,7 +72,7 @@ def block_sums(graph: fx.Graph, blocks: int) -> list[list[fx.Node]]:
     if not sums or len(sums) % blocks or any(found[other.name] != one.name for one, other in pairwise(sums)):
         raise ValueError(f"{len(sums)} residual additions are no chain over {blocks} blocks")
     size = len(sums) // blocks
-    return [sums[i : i + size] for i in range(0, len(sums), size)]
+    return found[sums[0].name], [sums[i : i + size] for i in range(0, len(sums), size)]
 
 
 def join(graph_module: fx.GraphModule, blocks: int, pairs: Sequence[int]) -> fx.GraphModule:
@@ -82,12 +82,11 @@ def join(graph_module: fx.GraphModule, blocks: int, pairs: Sequence[int]) -> fx.
     of the branches that they consist of: attention beside attention, and so on.
     """
     graph_module = fork(graph_module)
-    found = {node.name: node for node in graph_module.graph.nodes}
-    streams = find_residuals(graph_module.graph)
-    sums = block_sums(graph_module.graph, blocks)
+    entry, sums = block_sums(graph_module.graph, blocks)
+    start = next(node for node in graph_module.graph.nodes if node.name == entry)
     for place in pairs:
         first, second = sums[place], sums[place + 1]
-        source = found[streams[first[0].name]]
+        source = sums[place - 1][-1] if place else start
         begin = second[0]
         for user in list(first[-1].users):
             user.replace_input_with(first[-1], first[0] if user is begin else source)
@@ -142,9 +141,9 @@ def main(
     dense, tokenizer, name = load_named(model)
     protocol = Protocol(name, calibration, samples, tokens, kept_back(data, calibration), windows, (tokens,))
     texts = read_texts(tokenizer, data, calibration, protocol, text or ())
-    converted: Any = copy.deepcopy(dense)
     blocks = dense.config.get_text_config().num_hidden_layers
     taken = texts.calibration[:samples]
+    converted: Any = copy.deepcopy(dense)
     converted.to(dtype=torch.bfloat16)
     graph_module = fxprune.trace(converted).graph_module
     rows: list[JoinedRow] = []
