@@ -27,7 +27,7 @@ from fxprune.graph.tensors import starred, tensor_name
 from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
 from fxprune.pipeline.pipeline import html_table
 from fxprune.rules.apply import apply_rule_alone
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, values_of
 from fxprune.rules.statements import Axis, Role
 
 __all__ = [
@@ -350,18 +350,15 @@ def units_at(group: Group, consumer: Consumer, axes: AxisMap) -> np.ndarray[tupl
 def read_weight(node: fx.Node) -> str | None:
     """Return the name of the weight whose values ``node`` holds, moved, cast or selected; None for other values."""
     while node.op == "call_function":
-        rule, first = find_rule(node.target), node.args[0] if node.args else None
-        if rule is None or rule.values not in (Values.MOVED, Values.CAST, Values.PICKED):
-            return None
-        if not isinstance(first, fx.Node):
+        first = node.args[0] if node.args else None
+        if values_of(node) not in (Values.MOVED, Values.CAST, Values.PICKED) or not isinstance(first, fx.Node):
             return None
         node = first
     return tensor_name(node) if node.op == "get_attr" else None
 
 
 def _consumers(node: fx.Node, axes: AxisMap) -> Iterator[Consumer]:
-    rule = find_rule(node.target) if node.op == "call_function" else None
-    if rule is None or rule.values is not Values.PRODUCT or not isinstance(node.meta.get("val"), torch.Tensor):
+    if values_of(node) is not Values.PRODUCT or not isinstance(node.meta.get("val"), torch.Tensor):
         return
     read = {tensor_name(source): read_weight(source) for source in node.all_input_nodes}
     if not axes.trained.intersection(name for name in read.values() if name is not None):

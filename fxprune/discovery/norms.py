@@ -24,7 +24,7 @@ from fxprune.axes import Expr
 from fxprune.graph.tensors import read_argument, tensor_name
 from fxprune.pipeline.arguments import NORMS
 from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
-from fxprune.rules.registry import Values, find_rule, writes
+from fxprune.rules.registry import Values, values_of, writes
 from fxprune.rules.site import nodes_in
 from fxprune.rules.statements import Average
 
@@ -115,8 +115,8 @@ def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, st
     readers: dict[str, set[str]] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target) in owners:
-            found_readers = readers.setdefault(owners[str(node.target)], set())
-            found_readers.update(user.name for user in node.users if _reads_values(user))
+            users = (user for user in node.users if user.target is not getattr and values_of(user) is not Values.SHAPE)
+            readers.setdefault(owners[str(node.target)], set()).update(user.name for user in users)
     scaled: dict[str, list[tuple[KeptNorm, ScaledWeight]]] = {}
     for norm in kept:
         for weight in norm.weights:
@@ -127,11 +127,6 @@ def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, st
         if len(scalings) > 1 or readers[name] != {weight.reader for _, weight in pairs}:
             found.update(norm.node for norm, _ in pairs)
     return found
-
-
-def _reads_values(user: fx.Node) -> bool:
-    rule = find_rule(user.target) if user.op == "call_function" else None
-    return user.target is not getattr and (rule is None or rule.values is not Values.SHAPE)
 
 
 class _Walk:
@@ -175,8 +170,7 @@ class _Walk:
 
     def _passed(self, node: fx.Node, scaled: Mapping[fx.Node, float]) -> float:
         """The power of a node's result, given those of its inputs; 0 if a weight absorbs it or only shapes are read."""
-        rule = find_rule(node.target) if node.op == "call_function" else None
-        values = None if rule is None else rule.values
+        values = values_of(node)
         if values is Values.SHAPE:
             return 0.0
         if node.op == "output" or writes(node):
@@ -212,13 +206,13 @@ class _Walk:
             if name is not None:
                 self.weights.append(ScaledWeight(name, power, offset, user.name))
             return name is not None
-        rule = find_rule(source.target) if source.op == "call_function" else None
-        if rule is None or len(source.users) != 1:
+        values = values_of(source)
+        if len(source.users) != 1:
             return False
-        if rule.values in (Values.MOVED, Values.CAST):
+        if values in (Values.MOVED, Values.CAST):
             first = nodes_in(source.args[0]) if source.args else []
             return len(first) == 1 and self._ends_at(first[0], source, power, offset)
-        if rule.values is not Values.POINTWISE or offset:
+        if values is not Values.POINTWISE or offset:
             return False
         if len(source.all_input_nodes) == 1 and (shift := shift_of(source)) is not None:
             return self._ends_at(source.all_input_nodes[0], source, power, shift)

@@ -26,7 +26,7 @@ from fxprune.pipeline.arguments import one_of
 from fxprune.removal.removal import Removal
 from fxprune.removal.target import TOKENIZER, Type, bytes_each, check_format, find_places, type_of
 from fxprune.rules.apply import apply_rule_alone
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, values_of
 
 PHASES = ("prefill", "decode")
 """Timed phases: reading a prompt, and generating one token."""
@@ -374,16 +374,16 @@ def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
     """MACs per sample: output size times contracted size."""
     nodes, traced = {tensor_name(node): node for node in graph.nodes}, _traced(graph)
     for node in graph.nodes:
-        rule = find_rule(node.target) if node.op == "call_function" else None
-        if rule is None or not isinstance(node.meta.get("val"), torch.Tensor):
+        attends = _is_attention(node)
+        if not (attends or values_of(node) is Values.PRODUCT) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         block = axes.block_of(axes.modules.get(node.name, ""))
         exprs, tokens = _split_sizes(node, axes, traced)
-        if _is_attention(node):
+        if attends:
             yield Term(exprs, block, tokens * TOKENS)
             yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, tokens * TOKENS)
             continue
-        for found in apply_rule_alone(node)[1].sums if rule.values is Values.PRODUCT else ():
+        for found in apply_rule_alone(node)[1].sums:
             if len(found.places) == 2:
                 place = found.places[0]
                 free = is_free(nodes[place.tensor].meta["val"].shape[place.dim])

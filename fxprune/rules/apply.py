@@ -54,7 +54,7 @@ def apply_rule(node: fx.Node, stated: Statements) -> OpSite:
             stated.unruled[node.name] = str(node.target)
             site.freeze_all(f"the rule for {node.target} does not cover this use ({type(error).__name__})")
             site.understood.clear()
-    follow_positions(site, None if rule is None else rule.values)
+    follow_positions(site)
     return site
 
 

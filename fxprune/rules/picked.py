@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fxprune.graph.compat import FakeTensor
 from fxprune.rules.products import StackedProduct, stacked_product
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, values_of
 
 _LARGE = 1 << 26
 """Bytes of picked matrices from which on they are not copied; below, a batched product is faster."""
@@ -18,8 +18,7 @@ _LARGE = 1 << 26
 
 def picks_matrices(node: fx.Node) -> bool:
     """Whether an op picks matrices from a weight of three axes by number, for one other op."""
-    rule = find_rule(node.target) if node.op == "call_function" and len(node.users) == 1 else None
-    inputs = node.all_input_nodes if rule is not None and rule.values is Values.PICKED else ()
+    inputs = node.all_input_nodes if values_of(node) is Values.PICKED and len(node.users) == 1 else ()
     return len(inputs) == 2 and inputs[0].op == "get_attr" and getattr(node.meta.get("val"), "ndim", 0) == 3
 
 

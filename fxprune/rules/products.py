@@ -17,7 +17,7 @@ from fxprune.axes import UNIT, Expr
 from fxprune.graph.compat import UNKNOWN_SIZE
 from fxprune.graph.tensors import get_tensor, tensor_name
 from fxprune.rules.apply import apply_rule_alone
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, find_rule, values_of
 from fxprune.rules.site import OpArguments
 from fxprune.rules.statements import Statements, TensorAxes
 
@@ -55,7 +55,7 @@ class Contraction:
 
 def contractions(node: fx.Node) -> Iterator[Contraction]:
     """The contractions that ``node`` is, with either tensor as the weight; none if it is anything else."""
-    rule = find_rule(node.target) if node.op == "call_function" else None
+    rule = find_rule(node.target)
     if rule is None or rule.values is not Values.PRODUCT:
         return
     arguments = OpArguments(node)
@@ -239,8 +239,7 @@ class StackedProduct:
 
 def picked_matrices(node: fx.Node) -> PickedMatrices | None:
     """The matrices that ``node`` picks by number from a weight of three axes; None if it does anything else."""
-    rule = find_rule(node.target) if node.op == "call_function" else None
-    if rule is None or rule.values is not Values.PICKED or len(node.all_input_nodes) != 2:
+    if values_of(node) is not Values.PICKED or len(node.all_input_nodes) != 2:
         return None
     site, stated = apply_rule_alone(node)
     nodes = {tensor_name(source): source for source in node.all_input_nodes}

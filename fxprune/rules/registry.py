@@ -425,6 +425,12 @@ def _find(name: str) -> Rule | None:
     return _RULES.get(name) or _RULES.get(name.split(".")[0])
 
 
+def values_of(node: fx.Node) -> Values | None:
+    """The effect of a node on values; None if it is unknown, or the node calls no op."""
+    found = find_rule(node.target)
+    return None if found is None else found.values
+
+
 def moves_values(op: str) -> bool:
     """Whether an op, as text such as ``aten.view.default``, only moves or casts values."""
     is_getitem = op == str(operator.getitem)

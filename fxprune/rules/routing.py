@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxprune.graph.compat import tree_leaves
-from fxprune.rules.registry import Values, rule
+from fxprune.rules.registry import Values, rule, values_of
 from fxprune.rules.site import OpSite, nodes_in
 from fxprune.rules.statements import TensorAxes
 
@@ -33,11 +33,11 @@ def look_up(op: OpSite, index: TensorAxes, x: TensorAxes, i: int) -> None:
     pick(op, index, x, i)
 
 
-def follow_positions(op: OpSite, values: Values | None) -> None:
+def follow_positions(op: OpSite) -> None:
     """State the content of results, after a rule ran: positions, or matrices picked from weights."""
     unread = [x for x in op.tensors if op.positions_of(x) is not None and x.name not in op.understood]
     if unread:
-        _follow_unread(op, unread, values)
+        _follow_unread(op, unread, values_of(op.node))
     taken_out = op.node.target is operator.getitem
     if not (taken_out or any(map(op.is_picked, op.tensors))):
         return
