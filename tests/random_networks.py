@@ -24,11 +24,11 @@ from torch import fx, nn
 
 from fxprune.axes import Keep, factors
 from fxprune.discovery.groups import Group
-from fxprune.discovery.norms import NORMS
 from fxprune.graph.facts import fork
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import tensor_name
 from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.pipeline.arguments import NORMS
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.plan import Plan, keep_of, plan_of
 from fxprune.rules.site import op_name

@@ -22,12 +22,12 @@ import torch
 from torch import fx
 
 from fxprune.axes import Concat, Expr, Factor, Freeze, factors
-from fxprune.discovery.norms import NORMS, KeptNorm, NormReport, find_norms
+from fxprune.discovery.norms import KeptNorm, NormReport, find_norms
 from fxprune.discovery.zeros import follow_zeros
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of, owner_block
 from fxprune.graph.tensors import get_tensor, is_input, tensor_name
-from fxprune.pipeline.arguments import instance, one_of, refuse
+from fxprune.pipeline.arguments import NORMS, instance, one_of, refuse
 from fxprune.rules.apply import RuleDescriber, apply_rule, fresh_axes
 from fxprune.rules.registry import is_sum
 from fxprune.rules.site import OpSite

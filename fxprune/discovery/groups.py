@@ -30,25 +30,6 @@ from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, values_of
 from fxprune.rules.statements import Axis, Role
 
-__all__ = [
-    "DEFAULT_KINDS",
-    "KINDS",
-    "Consumer",
-    "Group",
-    "Groups",
-    "Member",
-    "as_kinds",
-    "axes_by_factor",
-    "bare_kind",
-    "consumers_of",
-    "find_consumers",
-    "find_groups",
-    "propagate",
-    "read_weight",
-    "takes_parameter",
-    "units_at",
-]
-
 DEFAULT_KINDS = ("mlp", "head", "conv")
 """Kinds to prune by default: those of the paper, and channels of convolutional networks, which have no others."""
 

@@ -22,13 +22,10 @@ from torch import fx
 
 from fxprune.axes import Expr
 from fxprune.graph.tensors import read_argument, tensor_name
-from fxprune.pipeline.arguments import NORMS
 from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
 from fxprune.rules.registry import Values, values_of, writes
 from fxprune.rules.site import nodes_in
 from fxprune.rules.statements import Average
-
-__all__ = ["NORMS", "KeptNorm", "NormReport", "find_norms"]
 
 
 @dataclass(frozen=True)

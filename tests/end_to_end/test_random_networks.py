@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import fxprune
-from fxprune.discovery.groups import KINDS
 from fxprune.errors import RatioError
+from fxprune.pipeline.arguments import KINDS
 from tests import random_mixes
 from tests.end_to_end.conftest import COUNTS
 from tests.oracle import groups_of
