@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from fxprune.axes import Concat, Expr, Factor, Freeze, factors
-from fxprune.discovery.norms import KeptNorm, NormReport, find_norms
+from fxprune.discovery.norms import KeptNorm, find_norms
 from fxprune.discovery.zeros import follow_zeros
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of, owner_block
@@ -364,9 +364,10 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
     owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in attributes}
     tied = {name: owner for name, owner in owners.items() if name != owner}
     own = {name: tied.get(name, name) for name in attributes if name not in constants}
-    averages = {one: tuple(tensors[place.tensor][place.dim] for place in one.places) for one in stated.averages}
-    norms = find_norms(graph_module.graph, averages, zeros.averaged, own) if norm == "masked" else NormReport()
-    kept_norms = {kept.node for kept in norms.kept}
+    rescaled = stated.averages if norm == "masked" else ()
+    averages = {one: tuple(tensors[place.tensor][place.dim] for place in one.places) for one in rescaled}
+    norms, unkept = find_norms(graph_module.graph, averages, zeros.averaged, own)
+    kept_norms = {kept.node for kept in norms}
     renormalised = {
         factor: tuple(name for name in names if name not in kept_norms) for factor, names in zeros.renormalised.items()
     }
@@ -375,7 +376,7 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         frozen=solver.frozen_factors(),
         tags=solver.tagged_factors(),
         renormalised={factor: names for factor, names in renormalised.items() if names},
-        summed=zeros.summed,
+        summed={factor: tuple(names) for factor, names in zeros.summed.items()},
         size_arguments=tuple(replace(size, expr=solver.resolve(size.expr)) for size in stated.size_arguments),
         unruled=dict(stated.unruled),
         modules={node.name: module_path(node) for node in graph_module.graph.nodes},
@@ -390,8 +391,8 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         constants=tuple(name for name in attributes if name in constants),
         rules=rules,
         norm=norm,
-        norms=norms.kept,
-        unkept=dict(norms.reasons),
+        norms=norms,
+        unkept=unkept,
         residuals=find_residuals(graph_module.graph),
     )
 

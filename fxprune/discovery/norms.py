@@ -14,7 +14,7 @@ The effect of an op is found by calling it, so no form of a norm is known here.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,22 +63,14 @@ class KeptNorm:
     weights: tuple[ScaledWeight, ...] = ()
 
 
-@dataclass(frozen=True)
-class NormReport:
-    """The averages of a graph that can be rescaled, and for the others, by node, why not."""
-
-    kept: tuple[KeptNorm, ...] = ()
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-
 class _Lost(Exception):
     """Nothing can absorb the factor; the message says where it is lost."""
 
 
 def find_norms(
     graph: fx.Graph, averages: Mapping[Average, tuple[Expr, ...]], zero: Collection[str], owners: Mapping[str, str]
-) -> NormReport:
-    """Find the averages that can be rescaled to equal masking.
+) -> tuple[tuple[KeptNorm, ...], dict[str, str]]:
+    """The averages that can be rescaled to equal masking, and for the others, by node, why not.
 
     Args:
         averages: those stated by the rules, with the solved axes of each.
@@ -104,7 +96,7 @@ def find_norms(
         reasons |= dict.fromkeys(shared, "its weight is also used elsewhere")
         kept = [norm for norm in kept if norm.node not in shared]
         shared = _shared(graph, kept, owners)
-    return NormReport(tuple(kept), reasons)
+    return tuple(kept), reasons
 
 
 def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, str]) -> set[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 from torch import fx
@@ -36,26 +35,9 @@ _MOST = 4
 """Most values to track, then any value: each op is called for all combinations of the values of its inputs."""
 
 
-@dataclass(frozen=True)
-class ZeroReport:
-    """Result of propagating masked units through a graph.
-
-    Args:
-        renormalised: for each factor the nodes that must run on its kept units only.
-        frozen: factors that must keep their units, with the reason.
-        summed: for each factor the nodes that sum over it.
-        averaged: names of the nodes that average over units whose masked values are zero.
-    """
-
-    renormalised: dict[Factor, tuple[str, ...]]
-    frozen: dict[Factor, Freeze]
-    summed: dict[Factor, tuple[str, ...]]
-    averaged: frozenset[str] = frozenset()
-
-
 def follow_zeros(
-    graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str] = ()
-) -> ZeroReport:
+    graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str]
+) -> ZeroWalk:
     """Propagate the values of masked units of every factor through the graph.
 
     ``constants`` are tensors made by the code of the model, which masking does not change.
@@ -66,10 +48,7 @@ def follow_zeros(
     for node in graph.nodes:
         if node.op == "call_function":
             walk.visit(node)
-    renormalised, summed = (
-        {factor: tuple(nodes) for factor, nodes in found.items()} for found in (walk.renormalised, walk.summed)
-    )
-    return ZeroReport(renormalised, walk.frozen, summed, frozenset(walk.averaged))
+    return walk
 
 
 class _Op:
@@ -90,7 +69,12 @@ class _Op:
 
 
 class ZeroWalk:
-    """A walk over a graph in order; ``held`` has the values of masked units, where they are known."""
+    """A walk over a graph in order, and what it finds.
+
+    ``held`` has the values of masked units, where they are known; ``renormalised`` for each factor the nodes that must
+    run on its kept units only, ``summed`` those that sum over it; ``frozen`` the factors that must keep their units;
+    ``averaged`` the nodes that average over units whose masked values are zero.
+    """
 
     def __init__(
         self, graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str]

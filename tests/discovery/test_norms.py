@@ -149,4 +149,4 @@ def test_an_average_that_is_an_output_is_not_rescaled_and_another_treatment_is_r
     graph = fxprune.trace(net(KEPT["fused"]), INPUTS)
     with pytest.raises(UnknownNameError, match="norm"):
         fxprune.dependency_graph(graph, norm="mask")
-    assert find_norms(graph.graph_module.graph, {}, (), {}).kept == ()
+    assert find_norms(graph.graph_module.graph, {}, (), {}) == ((), {})
