@@ -250,19 +250,8 @@ def _depth(expr: Expr, factor: Factor) -> int:
 
 def _around(expr: Expr, factor: Factor) -> list[Factor]:
     """The factors that stand before every occurrence of ``factor`` in the products of ``expr``."""
-    found: list[list[Factor]] = []
-
-    def walk(term: Expr, above: list[Factor]) -> None:
-        if term == factor:
-            found.append(above)
-        elif not isinstance(term, Factor):
-            for part in term.parts:
-                walk(part, above)
-                if isinstance(term, Product) and isinstance(part, Factor):
-                    above = [*above, part]
-
-    walk(expr, [])
-    return [f for f in found[0] if all(f in other for other in found)] if found else []
+    first, *others = (before for before, _ in beside(expr, factor))
+    return [f for f in first if all(f in other for other in others)]
 
 
 def _layer_groups(axes: AxisMap) -> list[Group]:
