@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, Product, beside, factors, unit_index
+from fxprune.axes import Expr, Factor, Index, Product, beside, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.errors import ArgumentError
 from fxprune.graph.context import defer_gc
@@ -119,6 +119,20 @@ class Group:
     def size(self) -> int:
         """Number of units, inside one outer unit if there is an outer factor."""
         return 1 if self.factor is None else self.factor.size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(units,)``, or ``(outer units, units)`` where units may be chosen separately inside each outer unit."""
+        return (self.size,) if self.outer is None else (self.outer.size, self.size)
+
+    def numbers_along(self, expr: Expr) -> Index:
+        """The unit at each position of the axis ``expr``, or -1 for none: ``(size,)``.
+
+        Unit ``u`` in outer unit ``o`` has number ``o * size + u``.
+        """
+        assert self.factor is not None
+        unit = unit_index(expr, self.factor)
+        return unit if self.outer is None else np.where(unit < 0, -1, unit_index(expr, self.outer) * self.size + unit)
 
     def is_of(self, kinds: Sequence[str]) -> bool:
         """Whether its units are of one of ``kinds``; ``exact-mlp`` matches kind ``mlp`` with no norm over it."""
@@ -304,17 +318,9 @@ def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consume
     return tuple(consumer for consumer in consumers if (consumer.name, consumer.axis) in held)
 
 
-def units_at(group: Group, consumer: Consumer, axes: AxisMap) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return the unit of ``group`` at each position of a consumer's input, or -1 for none: ``(size,)``.
-
-    Unit ``u`` in outer unit ``o`` has number ``o * group.size + u``.
-    """
-    assert group.factor is not None
-    expr = axes.tensors[consumer.name][consumer.axis]
-    unit = unit_index(expr, group.factor)
-    if group.outer is None:
-        return unit
-    return np.where(unit < 0, -1, unit_index(expr, group.outer) * group.size + unit)
+def units_at(group: Group, consumer: Consumer, axes: AxisMap) -> Index:
+    """Return the unit of ``group`` at each position of a consumer's input, as :meth:`Group.numbers_along`."""
+    return group.numbers_along(axes.tensors[consumer.name][consumer.axis])
 
 
 def read_weight(node: fx.Node) -> str | None:

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fxprune.axes import Expr, Factor, Index, Keep, factors, kept_mask, unit_index
+from fxprune.axes import Expr, Factor, Index, Keep, Mask, factors, kept_mask
 from fxprune.errors import PlanError
 from fxprune.pipeline.arguments import NORMS, format_value
 
@@ -236,7 +236,7 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
         PlanError: the plan does not match the model, or removes parts of units.
     """
     masks = _plan_masks(axes, plan)
-    units: dict[Factor, npt.NDArray[np.bool_]] = {}
+    units: dict[Factor, Mask] = {}
     outer: dict[Factor, Factor] = {}
     for group in groups:
         member = next((m for m in group.members if (m.name, m.axis) in masks), None)
@@ -257,13 +257,13 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
     return keep
 
 
-def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[np.bool_]]:
+def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], Mask]:
     blocks = set(plan.removed_blocks) - set(axes.bypasses)
     if blocks:
         raise PlanError(
             "the model has no removable block of this name", where=min(blocks) or "removed_blocks", remedy=_OWN
         )
-    masks: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+    masks: dict[tuple[str, int], Mask] = {}
     for name, by_axis in plan.kept.items():
         for axis, index in by_axis.items():
             exprs = axes.tensors.get(name)
@@ -283,16 +283,12 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], npt.NDArray[
     return masks
 
 
-def _unit_mask(expr: Expr, group: Group, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _unit_mask(expr: Expr, group: Group, mask: Mask) -> Mask:
     """Return the units of ``group`` with a kept position, by outer unit if these differ."""
-    assert group.factor is not None
-    unit = unit_index(expr, group.factor)
+    unit = group.numbers_along(expr)
+    table: Mask = np.bincount(unit[mask & (unit >= 0)], minlength=prod(group.shape)).reshape(group.shape) > 0
     if group.outer is None:
-        return np.bincount(unit[mask & (unit >= 0)], minlength=group.size) > 0
-    rows = unit_index(expr, group.outer)
-    table = np.zeros((group.outer.size, group.size), dtype=bool)
-    held = mask & (unit >= 0)
-    table[rows[held], unit[held]] = True
+        return table
     full = table.any(axis=1)
     some = table[full]
     if len(some) and (some == some[0]).all():
@@ -301,7 +297,7 @@ def _unit_mask(expr: Expr, group: Group, mask: npt.NDArray[np.bool_]) -> npt.NDA
     return table
 
 
-def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], npt.NDArray[np.bool_]], plan: Plan) -> None:
+def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], Mask], plan: Plan) -> None:
     rows_equal = all(len(set(mask.sum(axis=1).tolist())) == 1 for mask in keep.units.values() if mask.ndim == 2)
     again = plan_of(axes, keep, plan.removed_blocks).kept if rows_equal else {}
     for name, axis in masks:

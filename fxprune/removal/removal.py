@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fxprune.axes import Index, Keep, factors, kept_size, unit_index
+from fxprune.axes import Index, Keep, factors, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group, Member
 from fxprune.discovery.norms import KeptNorm
@@ -97,7 +97,7 @@ class Scores(Fact):
             raise PlanError(
                 f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
             )
-        shapes = {g.name: (g.size,) if g.outer is None else (g.outer.size, g.size) for g in groups}
+        shapes = {group.name: group.shape for group in groups}
         for name, row in self.units.items():
             if not isinstance(row, np.ndarray):
                 raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
@@ -132,13 +132,9 @@ def unit_scores(group: Group, member: Member, positions: PositionScores) -> Arra
     score = found.detach().to(torch.float64).cpu().numpy()
     if group.factor is None:
         return np.asarray([score.sum()])
-    unit = unit_index(member.expr, group.factor)
-    if group.outer is None:
-        return np.bincount(unit[unit >= 0], score[unit >= 0], minlength=group.size).astype(np.float64)
-    cell = unit_index(member.expr, group.outer) * group.size + unit
-    inside = unit >= 0
-    table = np.bincount(cell[inside], score[inside], minlength=group.outer.size * group.size)
-    return table.astype(np.float64).reshape(group.outer.size, group.size)
+    unit = group.numbers_along(member.expr)
+    sums = np.bincount(unit[unit >= 0], score[unit >= 0], minlength=prod(group.shape))
+    return sums.astype(np.float64).reshape(group.shape)
 
 
 _MOST_LINES = 6

@@ -207,8 +207,7 @@ class RandomImportancePass(ImportancePass):
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         generator = np.random.default_rng(self.seed)
-        shapes = {g.name: (g.outer.size, g.size) if g.outer is not None else (g.size,) for g in groups}
-        return Scores({name: generator.random(shape) for name, shape in shapes.items()})
+        return Scores({group.name: generator.random(group.shape) for group in groups})
 
 
 @dataclass(frozen=True, eq=False)

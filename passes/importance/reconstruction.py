@@ -5,6 +5,7 @@ The score of a unit is what its consumers lose that a fit of the units that stay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +127,7 @@ def increasing_costs(costs: Costs, floor: float = 0.0) -> Costs:
 
 def unit_count(group: Group) -> int:
     """Units of a group, those inside each outer unit counted separately."""
-    return group.size * (1 if group.outer is None else group.outer.size)
+    return math.prod(group.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,7 @@ class ReconstructionImportancePass(ForwardImportancePass):
                     )
                 rows.append(removal_costs(products, self.steps) / max(tokens, 1))
             for (group, _), row in zip(chunk, gathered(rows), strict=True):
-                units[group.name] = row if group.outer is None else row.reshape(group.outer.size, group.size)
+                units[group.name] = row.reshape(group.shape)
         return Scores(units)
 
     def _chunks(self, graph_module: fx.GraphModule, groups: Sequence[Group]) -> Iterator[list[Work]]:

@@ -501,7 +501,7 @@ class FisherImportancePass(ForwardImportancePass):
             costs = greedy_costs(rows[:, torch.from_numpy(columns)], self.shrinkage, self.steps)
             ends = np.cumsum([unit_count(g) for g in alike])
             for group, row in zip(alike, np.split(costs, ends[:-1]), strict=True):
-                units[group.name] = row if group.outer is None else row.reshape(group.outer.size, group.size)
+                units[group.name] = row.reshape(group.shape)
         return Scores(units)
 
     def _gradients(
