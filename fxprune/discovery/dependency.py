@@ -10,6 +10,7 @@ over anything else freezes its axis.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -315,13 +316,14 @@ def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str
         if node.op == "get_attr":
             name = tensor_name(node)
             value = get_tensor(graph_module, name)
-            weight = stated.tensors[name] = fresh_axes(name, value, weight=True)
+            weight = fresh_axes(name, value, weight=True)
+            stated.tensors[name] = (weight,)
             tied = owner.setdefault(id(value), weight)
             if tied is not weight:
                 OpSite(node, stated, (weight,)).tie_all(tied)
         elif is_input(node):
             tensor = fresh_axes(node.name, node.meta["val"])
-            stated.tensors[node.name] = tensor
+            stated.tensors[node.name] = (tensor,)
             for axis in tensor.axes:
                 stated.solver.freeze(axis, "an input of the model", node.name)
         elif node.op == "call_function":
@@ -334,14 +336,13 @@ def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str
 def _freeze_output(node: fx.Node, stated: Statements) -> None:
     """Freeze the axes of the outputs; the arguments of an output class count as outputs."""
     for result in node.all_input_nodes:
-        tensor = stated.tensors.get(tensor_name(result))
-        if tensor is None:
+        if tensor_name(result) not in stated.tensors:
             _freeze_output(result, stated)
-        for item in (tensor,) if isinstance(tensor, TensorAxes) else tensor or ():
-            for axis in item.axes:
+        for tensor in stated.tensors.get(tensor_name(result), ()):
+            for axis in tensor.axes:
                 stated.solver.freeze(axis, "an output of the model", result.name)
-            if item.name in stated.positions:
-                expr = stated.positions[item.name].expr
+            if tensor.name in stated.positions:
+                expr = stated.positions[tensor.name].expr
                 stated.solver.freeze(expr, "positions along it are an output of the model", result.name)
 
 
@@ -349,10 +350,8 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
     solver, facts = stated.solver, facts_of(graph_module)
     blocks, constants = facts[Blocks].paths, facts[Constants].names
     least = resolve_experts(stated)
-    tensors: dict[str, tuple[Expr, ...]] = {}
-    for entry in stated.tensors.values():
-        for tensor in (entry,) if isinstance(entry, TensorAxes) else entry:
-            tensors[tensor.name] = tuple(solver.resolve(axis) for axis in tensor.axes)
+    made = itertools.chain.from_iterable(stated.tensors.values())
+    tensors = {tensor.name: tuple(solver.resolve(axis) for axis in tensor.axes) for tensor in made}
     zeros = follow_zeros(graph_module.graph, stated, tensors, constants)
     for factor, freeze in zeros.frozen.items():
         solver.freeze(factor, freeze.reason, freeze.node)
@@ -409,8 +408,7 @@ def _unproduced(
     """
 
     def tensors(node: fx.Node) -> tuple[TensorAxes, ...]:
-        entry = stated.tensors.get(tensor_name(node), ())
-        return (entry,) if isinstance(entry, TensorAxes) else entry
+        return stated.tensors.get(tensor_name(node), ())
 
     def held(node: fx.Node) -> set[Factor]:
         return {factor for tensor in tensors(node) for expr in axes[tensor.name] for factor in factors(expr)}

@@ -22,11 +22,11 @@ def fresh_axes(name: str, value: Any, weight: bool = False) -> TensorAxes:
     return TensorAxes(name, tuple(new_factor(size_hint(size)) for size in shape), weight)
 
 
-def _fresh_results(node: fx.Node, weight: bool) -> TensorAxes | tuple[TensorAxes, ...]:
+def _fresh_results(node: fx.Node, weight: bool) -> tuple[TensorAxes, ...]:
     """The tensors that ``node`` makes, one or several, with fresh axes; ``()`` if it makes none."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return fresh_axes(tensor_name(node), value, weight)
+        return (fresh_axes(tensor_name(node), value, weight),)
     if isinstance(value, tuple | list) and any(isinstance(item, torch.Tensor) for item in value):
         return tuple(fresh_axes(output_name(node, i), item, weight) for i, item in enumerate(value))
     return ()
@@ -34,12 +34,10 @@ def _fresh_results(node: fx.Node, weight: bool) -> TensorAxes | tuple[TensorAxes
 
 def apply_rule(node: fx.Node, stated: Statements) -> OpSite:
     """State everything about ``node``, a call of an op whose inputs are known."""
-    inputs = [stated.tensors[name] for n in node.all_input_nodes if (name := tensor_name(n)) in stated.tensors]
-    weight = bool(inputs) and all(isinstance(x, TensorAxes) and x.weight for x in inputs)
-    found = _fresh_results(node, weight)
-    outs = (found,) if isinstance(found, TensorAxes) else found
+    inputs = [(x, name) for name in map(tensor_name, node.all_input_nodes) for x in stated.tensors.get(name, ())]
+    outs = _fresh_results(node, bool(inputs) and all(x.weight and x.name == name for x, name in inputs))
     if outs:
-        stated.tensors[node.name] = found
+        stated.tensors[node.name] = outs
     site = OpSite(node, stated, outs)
     for axis in (axis for out in outs for axis in out.axes if axis.size == UNKNOWN_SIZE):
         site.freeze_expr(axis, "its size depends on the data")

@@ -219,14 +219,12 @@ class OpSite:
         return found
 
     def of(self, node: fx.Node) -> TensorAxes | None:
-        """The tensor that ``node`` makes, if it makes one."""
-        found = self._stated.tensors.get(tensor_name(node))
-        return found if isinstance(found, TensorAxes) else None
+        """The tensor that ``node`` makes, if it makes one and no list."""
+        return next((x for x in self.all_of(node) if x.name == tensor_name(node)), None)
 
     def all_of(self, node: fx.Node) -> tuple[TensorAxes, ...]:
         """The tensors that ``node`` makes, one or several."""
-        found = self._stated.tensors.get(tensor_name(node), ())
-        return (found,) if isinstance(found, TensorAxes) else found
+        return self._stated.tensors.get(tensor_name(node), ())
 
     def list_of(self, name: str) -> list[TensorAxes]:
         """The tensors of the list passed as argument ``name``."""

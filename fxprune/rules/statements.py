@@ -176,7 +176,7 @@ class Statements:
     """Everything that the rules have stated about a graph so far.
 
     Args:
-        tensors: the axes of each tensor by the name of its node, which may make several.
+        tensors: the tensors that each node makes, one or several, by the name of the weight or node.
         held: values of masked units along axes of results, if the rule states them.
         positions: the axis that an integer tensor holds positions along, by the name of the tensor.
         picked: names of tensors that are matrices picked from weights.
@@ -187,7 +187,7 @@ class Statements:
     """
 
     solver: Solver = field(default_factory=Solver)
-    tensors: dict[str, TensorAxes | tuple[TensorAxes, ...]] = field(default_factory=dict)
+    tensors: dict[str, tuple[TensorAxes, ...]] = field(default_factory=dict)
     couplings: list[Coupling] = field(default_factory=list)
     size_arguments: list[SizeArgument] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)

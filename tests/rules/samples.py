@@ -15,7 +15,7 @@ from fxprune.graph.tensors import output_name
 from fxprune.rules import registered_rules
 from fxprune.rules.apply import apply_rule, fresh_axes
 from fxprune.rules.convolution import _POOLS
-from fxprune.rules.statements import Positions, Statements, TensorAxes
+from fxprune.rules.statements import Positions, Statements
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -50,8 +50,7 @@ class Applied:
         self.node = self.graph.call_function(sample.op, args, kwargs)
         names = list(self.inputs)
         for i, (other, dim) in sample.positions.items():
-            of = self.stated.tensors[names[other]]
-            assert isinstance(of, TensorAxes)
+            (of,) = self.stated.tensors[names[other]]
             self.stated.positions[names[i]] = Positions(of, dim)
         self.node.meta["val"] = self.value(self.inputs, self.node.args, self.node.kwargs)
         self.site = apply_rule(self.node, self.stated)
@@ -61,7 +60,7 @@ class Applied:
         name = f"t{len(self.inputs)}"
         node = self.graph.create_node("get_attr", name, name=name)
         node.meta["val"] = self.inputs[name] = value
-        self.stated.tensors[name] = fresh_axes(name, value)
+        self.stated.tensors[name] = (fresh_axes(name, value),)
         return node
 
     def _several(self, values: tuple[torch.Tensor, ...]) -> fx.Node:

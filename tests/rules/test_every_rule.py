@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from fxprune.discovery.dependency import resolve_experts
 from fxprune.discovery.zeros import ZeroWalk
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.tensors import with_argument
-from fxprune.rules.statements import Axis, TensorAxes
+from fxprune.rules.statements import Axis
 from tests.rules.page import PAGE, page
 from tests.rules.samples import Applied, Sample, Tensors, samples
 
@@ -29,8 +30,8 @@ class Trial(Applied):
         super().__init__(sample)
         self.least = resolve_experts(self.stated)
         solver = self.stated.solver
-        found = [x for e in self.stated.tensors.values() for x in ((e,) if isinstance(e, TensorAxes) else e)]
-        self.axes = {x.name: tuple(solver.resolve(axis) for axis in x.axes) for x in found}
+        made = itertools.chain.from_iterable(self.stated.tensors.values())
+        self.axes = {x.name: tuple(solver.resolve(axis) for axis in x.axes) for x in made}
         self.frozen = solver.frozen_factors()
         self.statistics = {f for s in self.stated.statistics for f in factors(solver.resolve(s.expr))}
         self.positions = {name: solver.resolve(found.expr) for name, found in self.stated.positions.items()}
