@@ -145,17 +145,13 @@ def beside(
             yield from beside(part, factor, before + left, right + after)
 
 
-def render(
-    expr: Expr,
-    name: Callable[[Factor], str] = lambda factor: f"f{factor.uid}",
-    size: Callable[[Factor], object] = lambda factor: factor.size,
-) -> str:
-    """``expr`` as text, such as ``(kv:2 * rep:2 * [rot:8 | rot:8])``; each factor as ``name:size``."""
+def render(expr: Expr, label: Callable[[Factor], str] = lambda factor: f"f{factor.uid}:{factor.size}") -> str:
+    """``expr`` as text, such as ``(kv:2 * rep:2 * [rot:8 | rot:8])``, with a label for each factor."""
     if isinstance(expr, Factor):
-        return f"{name(expr)}:{size(expr)}"
+        return label(expr)
     if not expr.parts:
-        return "1"
-    inner = [render(part, name, size) for part in expr.parts]
+        return str(expr.size)
+    inner = [render(part, label) for part in expr.parts]
     return f"({' * '.join(inner)})" if isinstance(expr, Product) else f"[{' | '.join(inner)}]"
 
 

@@ -272,7 +272,7 @@ class _Forms:
             return axis.tensor if shared else _STREAM, axis.dim
 
         nodes = self.atlas.graph.nodes
-        axes = tuple((name, axis.dim, render(nodes[axis]["expr"], kind, lambda _: "")) for axis, name in names.items())
+        axes = tuple((name, axis.dim, render(nodes[axis]["expr"], kind)) for axis, name in names.items())
         lines = sorted((*sorted((end(a), end(b))), op) for a, b, op in self.edges[block])
         return axes, tuple(lines), block in self.atlas.axes.bypasses
 

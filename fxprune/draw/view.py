@@ -216,7 +216,8 @@ class Labels:
         A fold has its least and its largest size, as in ``mlp:1024..1480``; a plan, sizes before and after, as in
         ``mlp:1536→1184``.
         """
-        return render(self._atlas.graph.nodes[axis]["expr"], self.unit, self.amount)
+        expr = self._atlas.graph.nodes[axis]["expr"]
+        return render(expr, lambda factor: f"{self.unit(factor)}:{self.amount(factor)}")
 
     def amount(self, factor: Factor) -> str:
         """Number of units of ``factor``, and the number that stay."""

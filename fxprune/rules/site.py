@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.axes import UNIT, Expr, Factor, Freeze, Product, factors
+from fxprune.axes import UNIT, Expr, Factor, Freeze, factors, render
 from fxprune.errors import AxisMismatch
 from fxprune.graph.compat import OpOverload, argument_names
 from fxprune.graph.tensors import tensor_name
@@ -116,16 +116,8 @@ class _RuleFormatter:
             self.letters[factor] = next(self.spare)
         return self.letters[factor]
 
-    def expr(self, expr: Expr) -> str:
-        if isinstance(expr, Factor):
-            return self.letter(expr)
-        if not expr.parts:
-            return "1" if isinstance(expr, Product) else "0"
-        parts = [self.expr(part) for part in expr.parts]
-        return f"({' * '.join(parts)})" if isinstance(expr, Product) else f"[{' | '.join(parts)}]"
-
     def tensor(self, label: str, x: TensorAxes) -> str:
-        return f"{label}[{', '.join(self.expr(self.stated.solver.resolve(axis)) for axis in x.axes)}]"
+        return f"{label}[{', '.join(render(self.stated.solver.resolve(axis), self.letter) for axis in x.axes)}]"
 
     def letters_in(self, *exprs: Expr) -> str:
         """The letters in ``exprs``, each once, separated by commas."""
