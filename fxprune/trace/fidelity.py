@@ -31,7 +31,7 @@ from fxprune.graph.compat import (
     size_range,
     spell_expression,
 )
-from fxprune.graph.context import quiet
+from fxprune.graph.context import preserve_rng, quiet
 from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import (
@@ -394,17 +394,12 @@ class _AliasRun(PickingRun):
 @contextmanager
 def _same_randomness(seed: int = 0) -> Iterator[None]:
     """Seed the random numbers of torch, Python and numpy, and restore their states."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with preserve_rng():
         # torch.manual_seed notes the seed, with the stack, for each kind of device that may be used one day
         (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
         np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+        yield
 
 
 def _copies(inputs: Mapping[str, Any]) -> dict[str, Any]:
