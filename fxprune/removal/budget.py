@@ -173,13 +173,6 @@ class Budget:
         return self.total - self.removed(counts, dict.fromkeys(removal.removed_blocks, 1.0))
 
 
-class ParameterBudget(Budget):
-    """The number of parameters of a model; tied ones count once."""
-
-    def __init__(self, axes: AxisMap) -> None:
-        super().__init__(_weights(axes), "parameters")
-
-
 class FileBudget(Budget):
     """The bytes of a GGUF file in a format, about; ``more`` terms are added to those of the tensors.
 
@@ -303,7 +296,7 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
         else:
             found = Budget([*_own_bytes(graph_module, axes), *more], word)
     else:
-        found = ParameterBudget(axes)
+        found = Budget(_weights(axes), "parameters")
     if not found.total:
         raise PassError(f"the model has no {found.word}", where="budget", remedy="Choose another budget")
     return found

@@ -24,7 +24,7 @@ from fxprune.masking.compare import masked_outputs
 from fxprune.masking.teacher import DivergenceJudge
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
-from fxprune.removal.budget import Budget, ParameterBudget, make_budget
+from fxprune.removal.budget import Budget, make_budget
 from fxprune.removal.removal import Removal
 from fxprune.removal.target import TOKENIZER
 from tests.models import VOCABULARY, tiny, token_ids
@@ -135,7 +135,7 @@ def test_a_search_ends_no_worse_than_it_began_and_says_what_it_did(dense: fx.Gra
     before, after = judge.divergence(begun), judge.divergence(found)
     assert after < before and [call.args[2] for call in track.mock_calls] == [14]
     assert f"{before:.3f} nats per token before and {after:.3f} after" in told[0]
-    budget = ParameterBudget(axes_of(dense))
+    budget = make_budget("params", dense, axes_of(dense))
     assert left(dense, budget, found) == pytest.approx(left(dense, budget, begun), abs=0.0021 * budget.total)
     assert told[1].startswith("search: took ") and any(line.startswith("search: mlp ") for line in told)
     idle = [g for g in found.groups if g.kind == "mlp"]

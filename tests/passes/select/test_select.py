@@ -29,7 +29,7 @@ from fxprune.graph.facts import Notes, facts_of
 from fxprune.pipeline.arguments import read_steps
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
-from fxprune.removal.budget import ParameterBudget
+from fxprune.removal.budget import make_budget
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal, Scores
 from tests.models import tiny, token_ids
@@ -90,7 +90,7 @@ def test_the_budget_counts_what_is_really_left_and_tied_parameters_once(dense: f
     tied, gone = discover(tiny("llama", tie_word_embeddings=True, num_hidden_layers=1)), ("model.layers.2",)
     for graph, kinds, removed in ((dense, ALL, ()), (dense, ALL, gone), (tied, ("channel",), ())):
         state = select(graph, kinds=kinds, ratio=0.3, protect=())
-        budget = ParameterBudget(axes_of(graph))
+        budget = make_budget("params", graph, axes_of(graph))
         counts = {factor: float(state.keep.count(factor)) for factor in state.keep.units}
         left = count_parameters(slim_graph(graph, state.keep, removed))
         assert budget.total == count_parameters(graph)
