@@ -29,7 +29,7 @@ def sum_or_norm(op: OpSite) -> None:
             op.add_up((x, i))
         else:
             op.take_statistic(x, i)
-    _keep_others(op, x, dims)
+    op.tie_others(x, dims)
 
 
 @rule("linalg_norm", "linalg_matrix_norm", values="reduced")
@@ -43,7 +43,7 @@ def matrix_norm(op: OpSite) -> None:
             op.add_up((x, i))
         else:
             op.freeze(x, i, f"{op.node.target} of this order picks from this axis")
-    _keep_others(op, x, dims)
+    op.tie_others(x, dims)
 
 
 @rule("var", "std", "var_mean", "std_mean", values="reduced")
@@ -68,7 +68,7 @@ def reduce(op: OpSite) -> None:
         op.take_statistic(x, i)
     if op.name == "mean":
         op.average(x, dims, power=-1)
-    _keep_others(op, x, dims)
+    op.tie_others(x, dims)
 
 
 @rule("argmax", "argmin", "max.dim", "min.dim")
@@ -80,7 +80,7 @@ def argmax(op: OpSite) -> None:
     x = op.need("self")
     (i,) = _dims(op, x)
     op.take_statistic(x, i)
-    _keep_others(op, x, (i,))
+    op.tie_others(x, (i,))
     op.hold_positions(op.outs[-1], x, i)
     if len(op.outs) == 1 or any(user.args[1:] == (1,) and user.users for user in op.node.users):
         op.need_units(x, i, 1)
@@ -94,7 +94,7 @@ def order_statistic(op: OpSite) -> None:
     dims = _dims(op, x)
     for i in dims:
         op.freeze(x, i, f"{op.node.target} picks from this axis")
-    _keep_others(op, x, dims)
+    op.tie_others(x, dims)
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax")
@@ -132,14 +132,6 @@ def scan(op: OpSite) -> None:
         op.freeze(x, i, f"{op.node.target} runs over this axis")
 
 
-def _keep_others(op: OpSite, x: TensorAxes, dims: tuple[int, ...]) -> None:
-    """Tie the axes that are not reduced to those of every output."""
-    left = [i for i in range(x.rank) if i not in dims]
-    for out in op.outs:
-        for j, i in enumerate(left):
-            op.tie(x, i, out, i if out.rank == x.rank else j)
-
-
 @rule("batch_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(op: OpSite) -> None:
     """Statistics per channel (axis 1), from buffers while evaluating: channels are independent.
@@ -148,8 +140,7 @@ def batch_norm(op: OpSite) -> None:
     """
     x = op.need("input")
     from_input = bool(op.arg("training", False)) or op.tensor("running_mean") is None
-    for i in range(x.rank):
-        op.tie(x, i, op.outs[0], i)
+    op.tie_all(x)
     _tie_channel_parameters(op, x, from_input)
     for i in (0, *range(2, x.rank)) if from_input else ():
         op.take_statistic(x, i)

@@ -242,8 +242,7 @@ def index_put(op: OpSite) -> None:
 def one_hot(op: OpSite) -> None:
     """A new last axis of ``num_classes``, with a one at the position in ``self``."""
     x = op.need("self")
-    for i in range(x.rank):
-        op.tie(x, i, op.out, i)
+    op.tie_all(x)
     if op.arg("num_classes", -1) != -1 and op.picks(x, op.out, -1):
         op.size_argument("num_classes", op.out.axes[-1])
         op.keep_zeros(op.out, -1)

@@ -70,9 +70,7 @@ def squeeze(op: OpSite) -> None:
     x = op.need("self")
     dim = op.arg("dim")
     named = range(x.rank) if dim is None else [d % x.rank for d in (dim if isinstance(dim, list | tuple) else (dim,))]
-    left = [i for i in range(x.rank) if not (i in named and x.sizes[i] == 1)]
-    for j, i in enumerate(left):
-        op.tie(x, i, op.out, j)
+    op.tie_others(x, [i for i in named if x.sizes[i] == 1])
 
 
 rule("t", notation="self[i?, j] -> out[j, i?]", values="moved")
@@ -190,8 +188,7 @@ def unbind(op: OpSite) -> None:
     x = op.need("self")
     at = op.arg("dim", 0) % x.rank
     op.freeze(x, at, "unbound by position")
-    for part in op.outs:
-        _drop_axis(op, x, at, part)
+    op.tie_others(x, (at,))
 
 
 @rule("select", values="moved")
@@ -200,13 +197,7 @@ def select(op: OpSite) -> None:
     x = op.need("self")
     at = op.arg("dim") % x.rank
     op.freeze(x, at, "selected by position")
-    _drop_axis(op, x, at, op.out)
-
-
-def _drop_axis(op: OpSite, x: TensorAxes, at: int, out: TensorAxes) -> None:
-    for i in range(x.rank):
-        if i != at:
-            op.tie(x, i, out, i if i < at else i - 1)
+    op.tie_others(x, (at,))
 
 
 @rule("slice", "narrow", values="moved")
@@ -301,8 +292,7 @@ def diagonal(op: OpSite) -> None:
     x = op.need("self")
     first, second = (op.arg(name, default) % x.rank for name, default in (("dim1", 0), ("dim2", 1)))
     _tie_diagonal(op, x, op.out, first, second)
-    for j, i in enumerate(i for i in range(x.rank) if i not in (first, second)):
-        op.tie(x, i, op.out, j)
+    op.tie_others(x, (first, second))
 
 
 @rule("diag_embed")

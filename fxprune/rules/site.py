@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -285,6 +285,13 @@ class OpSite:
         for i in range(x.rank):
             if i not in skip:
                 self.tie(x, i, out, i)
+
+    def tie_others(self, x: TensorAxes, dims: Collection[int]) -> None:
+        """State that the axes of ``x`` other than ``dims`` are those of every output, which may lack ``dims``."""
+        left = [i for i in range(x.rank) if i not in dims]
+        for out in self.outs:
+            for j, i in enumerate(left):
+                self.tie(x, i, out, i if out.rank == x.rank else j)
 
     def broadcast(self, x: TensorAxes, out: TensorAxes | None = None) -> None:
         """State that ``x`` is broadcast to ``out``: trailing axes match, axes of size 1 do not count."""
