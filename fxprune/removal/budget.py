@@ -64,8 +64,6 @@ def read_timing(phase: str, place: str) -> Timing:
     except (OSError, ValueError, RecursionError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
         raise FxpruneError(what, where=str(path), remedy=f"Name {_FORMS}") from error
-    if not isinstance(table, Mapping):
-        raise FxpruneError("it holds no measurements", where=str(path), remedy=f"Name {_FORMS}")
     try:
         rows = list(_benchmark_rows(table, phase, engine) if "rows" in table else _command_rows(table, phase))
         if not all(isfinite(value) and value > 0 for row in rows for value in row):
@@ -233,14 +231,13 @@ def check_budget(name: str, value: Any) -> str:
         return one_of(name, value, BUDGETS)
     if _timed(value):
         read_timing(*_timed(value))
-        return value
-    if value.startswith(_BYTES):
+    elif value.startswith(_BYTES):
         check_format(value.removeprefix(_BYTES))
-        return value
-    if value.startswith(_MEMORY):
+    elif value.startswith(_MEMORY):
         _context(value)
-        return value
-    return one_of(name, value, (*BUDGETS, f"{_BYTES}q8_0"))
+    else:
+        one_of(name, value, (*BUDGETS, f"{_BYTES}q8_0"))
+    return value
 
 
 @dataclass(frozen=True)

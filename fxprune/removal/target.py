@@ -84,7 +84,7 @@ def type_of(name: str, place: Place, row: int) -> Type:
     """The type of a matrix in a format, with ``row`` values in a row."""
     name = _ALIASES.get(name, name)
     if name in _PLAIN:
-        kind = _named(name)
+        kind = Type[name.upper()]
         outer = place.part in ("embedding", "head")
         return Type.Q8_0 if outer and bytes_each(kind) < _COARSE else kind
     kind = _in_mixture(name, place)
@@ -93,14 +93,9 @@ def type_of(name: str, place: Place, row: int) -> Type:
     return Type.F16 if row % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _named(name: str) -> Type:
-    found: Type = getattr(Type, name.upper())
-    return found
-
-
 def _in_mixture(name: str, place: Place) -> Type:
-    base = name[: len("q4_k")]
-    kind, part, block, depth = _named(base), place.part, place.block, place.depth
+    kind = Type[name[: len("q4_k")].upper()]
+    part, block, depth = place.part, place.block, place.depth
     favoured = block < depth // 8 or block >= 7 * depth // 8 or (block - depth // 8) % 3 == 2
     if part == "head":
         return Type.Q6_K
@@ -282,7 +277,7 @@ def _of_dense(text: str, number: float, quantity: str) -> Target:
     if number >= 1:
         remedy = "Ask for less than 1, as in '0.8x params'; a speed is above 1, as in '1.3x decode'"
         raise _refuse(text, f"{number:g} times the dense model is nothing to remove", remedy)
-    return Target(text, _with_format("bytes", place, text) if name == "bytes" else quantity, part=number)
+    return Target(text, _bytes_in(place, text) if name == "bytes" else quantity, part=number)
 
 
 def _of_bytes(text: str, amount: float, rest: str) -> Target:
@@ -290,16 +285,14 @@ def _of_bytes(text: str, amount: float, rest: str) -> Target:
         return Target(text, "kv", amount)
     if rest and not (rest.startswith("@") and rest[1:]):
         raise refuse("target", text, WANTED)
-    return Target(text, _with_format("bytes", rest[1:], text), amount)
+    return Target(text, _bytes_in(rest[1:], text), amount)
 
 
-def _with_format(name: str, file_format: str, text: str) -> str:
-    if not file_format:
-        return name
-
-    if file_format.lower() not in FORMATS:
+def _bytes_in(file_format: str, text: str) -> str:
+    """The name of the budget of bytes, in a format if one is named."""
+    if file_format and file_format.lower() not in FORMATS:
         raise _refuse(text, f"{file_format!r} is no format of GGUF files", f"Known: {', '.join(FORMATS)}")
-    return f"{name}@{check_format(file_format)}"
+    return f"bytes@{file_format.lower()}" if file_format else "bytes"
 
 
 def _in_context(target: Target, context: int) -> Target:
