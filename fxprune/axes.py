@@ -121,11 +121,6 @@ def factors(expr: Expr) -> tuple[Factor, ...]:
     return (expr,) if isinstance(expr, Factor) else expr.factors
 
 
-def contains(expr: Expr, factor: Factor) -> bool:
-    """Whether ``factor`` occurs in ``expr``."""
-    return any(found == factor for found in factors(expr))
-
-
 def beside(
     expr: Expr, factor: Factor, before: tuple[Factor, ...] = (), after: tuple[Factor, ...] = ()
 ) -> Iterator[tuple[tuple[Factor, ...], tuple[Factor, ...]]]:

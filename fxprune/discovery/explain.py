@@ -11,7 +11,7 @@ from typing import Any
 
 import networkx as nx
 
-from fxprune.axes import Freeze, contains, factors
+from fxprune.axes import Freeze, factors
 from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.discovery.groups import Group, axes_by_factor, find_groups
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
@@ -135,7 +135,7 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
     target = find_axis(graph, *member)
     expr = graph.nodes[target]["expr"]
     chosen = group or next(iter(groups_of(graph, target)), None)
-    if chosen is None or chosen.factor is None or chosen.trigger is None or not contains(expr, chosen.factor):
+    if chosen is None or chosen.factor is None or chosen.trigger is None or chosen.factor not in factors(expr):
         reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
         raise FxpruneError(
             f"axis {target.dim} is in no such group: {reason}",
@@ -153,7 +153,7 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
 def groups_of(graph: nx.Graph[Axis], axis: Axis) -> list[Group]:
     """Return the groups whose units lie along ``axis``, in order of execution of their triggers."""
     expr = graph.nodes[axis]["expr"]
-    return [group for group in find_groups(graph) if group.factor is not None and contains(expr, group.factor)]
+    return [group for group in find_groups(graph) if group.factor in factors(expr)]
 
 
 def exactness(axes: AxisMap, group: Group) -> str:

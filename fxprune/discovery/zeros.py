@@ -140,7 +140,7 @@ class ZeroWalk:
         return self.held.get((place, factor), _ANYTHING)
 
     def count(self, place: Axis, factor: Factor) -> int:
-        return sum(found == factor for found in factors(self.tensors[place.tensor][place.dim]))
+        return factors(self.tensors[place.tensor][place.dim]).count(factor)
 
     def places(self, name: str) -> Iterator[Axis]:
         """The axes of a tensor, or of all results of a node with several."""

@@ -20,7 +20,7 @@ from torch import nn
 
 import fxprune
 import fxprune.draw.write
-from fxprune.axes import contains
+from fxprune.axes import factors
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import propagate
 from fxprune.draw.atlas import Atlas
@@ -201,7 +201,7 @@ def test_one_colour_for_each_group_and_the_legend_names_them(llama: nx.Graph, fi
         if group.factor is None or not names:
             continue
         shared = set.intersection(*(set(first.colours(name)) for name in names))
-        holding = (a for a, data in llama.nodes(data=True) if contains(data["expr"], group.factor))
+        holding = (a for a, data in llama.nodes(data=True) if group.factor in factors(data["expr"]))
         others = first.nodes.keys() - {f"{a.tensor}[{a.dim}]" for a in holding}
         own = {c for c in shared if not any(c in first.colours(other) for other in others)}
         assert own, group.name
@@ -244,7 +244,7 @@ def test_lines_of_each_group_form_a_tree_in_order_of_execution(family: str, llam
     for group in fxprune.find_groups(graph):
         if group.factor is None:
             continue
-        holding = (a for a, data in graph.nodes(data=True) if contains(data["expr"], group.factor))
+        holding = (a for a, data in graph.nodes(data=True) if group.factor in factors(data["expr"]))
         shown = {f"{a.tensor}[{a.dim}]" for a in holding} & picture.nodes.keys()
         if not shown and group.block not in (None, "model.layers.0"):
             continue
@@ -271,7 +271,7 @@ def units(line: pydot.Edge) -> set[str]:
 def test_group_shows_all_that_the_search_reaches(llama: nx.Graph, tmp_path: Path) -> None:
     group = next(g for g in fxprune.find_groups(llama) if g.name == "model.layers.1/head")
     picture = Picture(tmp_path, llama, group=group)
-    holding = {a for a, data in llama.nodes(data=True) if contains(data["expr"], group.factor)}
+    holding = {a for a, data in llama.nodes(data=True) if group.factor in factors(data["expr"])}
     reached = propagate(llama, group.trigger, holding)
     assert picture.nodes.keys() == {f"{a.tensor}[{a.dim}]" for a in reached}
     assert any(node.get("style") == '"filled,rounded"' for node in picture.nodes.values())
