@@ -30,6 +30,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -375,23 +376,18 @@ def rule(
         instance("notation", notation, str, "text such as 'x[*b, i, j] -> out[*b, j, i]'")
     if values is not None and values not in tuple(Values):
         raise UnknownNameError("values", str(values), tuple(Values))
-    properties: dict[str, Any] = {
-        "values": None if values is None else Values(values),
-        "added": added,
-        "may_alias": may_alias,
-        "regroups": regroups,
-        "adds": adds,
-    }
+    effect = None if values is None else Values(values)
+    register = partial(register_rule, values=effect, may_alias=may_alias, regroups=regroups, adds=adds)
     if notation is not None:
         for name in names:
-            read = read_notation(notation, _qualified(name), multiplies=values == Values.PRODUCT)
-            register_rule(name, read.state, **{**properties, "added": added or read.added})
+            read = read_notation(notation, _qualified(name), multiplies=effect is Values.PRODUCT)
+            register(name, read.state, added=added or read.added)
 
     def decorate(decorated: Decorated) -> Decorated:
         if notation is None:
             function("rule", decorated, "a function of an OpSite, or a notation")
             for name in names:
-                register_rule(name, decorated, **properties)  # type: ignore[arg-type]
+                register(name, decorated, added=added)  # type: ignore[arg-type]
         return decorated
 
     return decorate

@@ -28,6 +28,7 @@ from fxprune.graph.compat import (
     TorchDispatchMode,
     fake_like,
     fake_mode,
+    storage_of,
     tree_leaves,
     tree_map,
 )
@@ -226,7 +227,7 @@ def written_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset
     faked = partial(fake_twin, mode=mode, native=torch.float32, dtype=torch.float32)
     for make, device, context in ((meta_twin, "meta", nullcontext()), (faked, "cpu", mode)):
         twin = make(model).eval()
-        twins = {parameter.untyped_storage()._cdata: name for name, parameter in twin.named_parameters()}
+        twins = {storage_of(parameter): name for name, parameter in twin.named_parameters()}
         empty = partial(torch.empty_like, device=device)
         with context, torch.no_grad(), quiet():
             given = {name: map_tensors(value, empty) for name, value in inputs.items()}
@@ -263,7 +264,7 @@ class _Writes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
             leaves = tree_leaves(written_arguments(func, args, kwargs or {}))
-            self.storages |= {x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)}
+            self.storages |= {storage_of(x) for x in leaves if isinstance(x, torch.Tensor)}
         return func(*args, **(kwargs or {}))
 
 
