@@ -29,7 +29,7 @@ from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of, owner_block
 from fxprune.graph.tensors import get_tensor, is_input, tensor_name
 from fxprune.pipeline.arguments import NORMS, instance, one_of, refuse
-from fxprune.rules.apply import RuleDescriber, apply_rule, fresh_axes
+from fxprune.rules.apply import apply_rule, describe_once, fresh_axes
 from fxprune.rules.registry import is_sum
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Axis, Role, SizeArgument, Statements, Statistic, TensorAxes
@@ -309,7 +309,7 @@ def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
 
 def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str, str]]:
     """Run all rules in order, and return their statements and each rule as text; tied parameters first become one."""
-    stated, descriptions = Statements(), RuleDescriber()
+    stated, described = Statements(), dict[Any, str]()
     owner: dict[int, TensorAxes] = {}
     rules: dict[str, str] = {}
     for node in graph_module.graph.nodes:
@@ -327,7 +327,7 @@ def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str
             for axis in tensor.axes:
                 stated.solver.freeze(axis, "an input of the model", node.name)
         elif node.op == "call_function":
-            rules[node.name] = descriptions.describe(apply_rule(node, stated))
+            rules[node.name] = describe_once(apply_rule(node, stated), described)
         elif node.op == "output":
             _freeze_output(node, stated)
     return stated, rules

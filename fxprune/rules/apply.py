@@ -84,21 +84,15 @@ def describe_rule(node: fx.Node) -> str:
     return str(apply_rule_alone(node)[0])
 
 
-class RuleDescriber:
-    """Describes the rules of many nodes; a description depends on the op, shapes and other arguments alone."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, str] = {}
-
-    def describe(self, op: OpSite) -> str:
-        """The same text as :func:`describe_rule`."""
-        node = op.node
-        results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
-        keywords = tuple(node.kwargs), _signature(op, tuple(node.kwargs.values()))
-        key = (node.target, _signature(op, node.args), keywords, results)
-        if key not in self._known:
-            self._known[key] = describe_rule(node)
-        return self._known[key]
+def describe_once(op: OpSite, known: dict[Any, str]) -> str:
+    """As :func:`describe_rule`, with those ``known`` by what they depend on: op, shapes and other arguments."""
+    node = op.node
+    results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
+    keywords = tuple(node.kwargs), _signature(op, tuple(node.kwargs.values()))
+    key = (node.target, _signature(op, node.args), keywords, results)
+    if key not in known:
+        known[key] = describe_rule(node)
+    return known[key]
 
 
 def _signature(op: OpSite, argument: Any) -> Any:

@@ -7,7 +7,7 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.graph.compat import tree_leaves
-from fxprune.rules.apply import RuleDescriber, apply_rule_alone, describe_rule
+from fxprune.rules.apply import apply_rule_alone, describe_once, describe_rule
 from fxprune.rules.probing import constant_result
 from fxprune.rules.products import weight_product
 from fxprune.rules.registry import alias_roots, find_spelling, may_alias, regroups, writes
@@ -54,7 +54,7 @@ def test_products_name_their_weight_and_bias() -> None:
 def test_a_rule_in_isolation_describes_itself() -> None:
     node = next(node for node in graph_of(Net(), 2, 5).nodes if node.target is aten.linear.default)
     site, stated = apply_rule_alone(node)
-    assert str(site) == describe_rule(node) == RuleDescriber().describe(site)
+    assert str(site) == describe_rule(node) == describe_once(site, {})
     assert op_name(node.target) == "linear" and OpArguments(node).get("bias").target == "up.bias"
     assert not stated.unruled and len(tree_leaves(site.outs)) == 1
     assert constant_result(node, {}) is None
