@@ -91,11 +91,9 @@ def find_norms(
             kept.append(walk.follow(nodes[average.node], average, axes))
         except _Lost as lost:
             reasons[average.node] = str(lost)
-    shared = _shared(graph, kept, owners)
-    while shared:
+    while shared := _shared(graph, kept, owners):
         reasons |= dict.fromkeys(shared, "its weight is also used elsewhere")
         kept = [norm for norm in kept if norm.node not in shared]
-        shared = _shared(graph, kept, owners)
     return tuple(kept), reasons
 
 
