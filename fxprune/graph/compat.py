@@ -239,11 +239,6 @@ def argument_names(op: OpOverload) -> list[tuple[str, Any, bool]]:
     return [(arg.name, arg.default_value, arg.kwarg_only) for arg in op._schema.arguments]
 
 
-def is_pointwise(op: object) -> bool:
-    """Whether torch tags ``op`` as pointwise."""
-    return isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags
-
-
 def is_random(op: object) -> bool:
     """Whether torch tags ``op`` as drawing random numbers."""
     return isinstance(op, OpOverload) and torch.Tag.nondeterministic_seeded in op.tags

@@ -187,7 +187,8 @@ class FileBudget(Budget):
             Term(exprs, self._owners[name], self._each(name, [expr.size for expr in exprs]))
             for name, exprs in self._named.items()
         ]
-        rows = max((self._named[name][0].size for name in self._outer()), default=0)
+        outer = [name for name, place in self.places.items() if place.part in ("embedding", "head")]
+        rows = max((self._named[name][0].size for name in outer), default=0)
         self._more = [Term((), None, float(TOKENIZER * rows)), *more]
         super().__init__([*tensors, *self._more], word)
         self.blocks = self._multiples()
@@ -199,9 +200,6 @@ class FileBudget(Budget):
                 dense, slim = [expr.size for expr in exprs], [kept_size(expr, keep) for expr in exprs]
                 found += prod(slim) * (self._each(name, slim) - self._each(name, dense))
         return found
-
-    def _outer(self) -> Iterator[str]:
-        return (name for name, place in self.places.items() if place.part in ("embedding", "head"))
 
     def _type(self, name: str, shape: Sequence[float]) -> Type:
         place = self.places.get(name)

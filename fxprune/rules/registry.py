@@ -37,7 +37,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import FxpruneError, UnknownNameError
-from fxprune.graph.compat import OpOverload, argument_names, is_pointwise
+from fxprune.graph.compat import OpOverload, argument_names
 from fxprune.pipeline.arguments import function, instance, refuse
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
@@ -412,7 +412,7 @@ def find_rule(target: object) -> Rule | None:
     if not isinstance(target, OpOverload):
         return _RULES.get(f"python::{getattr(target, '__name__', '')}")
     found = _find(target.name())
-    if found is None and not target._schema.is_mutable and is_pointwise(target):
+    if found is None and not target._schema.is_mutable and torch.Tag.pointwise in target.tags:
         return _RULES[_TAGGED]
     return found
 

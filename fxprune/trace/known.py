@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.data.samples import DECODER
 from fxprune.graph.compat import SIZE, FakeTensor, disable_modes, tree_leaves
+from fxprune.graph.context import disable_torch_function
 
 
 def deciding_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -60,7 +61,7 @@ class _Computed(TorchFunctionMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         known = func in _MAKERS or bool(tensors)
         if known and not any(isinstance(leaf, FakeTensor | nn.Parameter | SIZE) for leaf in leaves):
-            with disable_modes(), torch._C.DisableTorchFunction():
+            with disable_modes(), disable_torch_function():
                 made = func(*args, **(kwargs or {}))
             if not any(isinstance(leaf, torch.Tensor) and leaf.dtype == self.dtype for leaf in tree_leaves(made)):
                 return made

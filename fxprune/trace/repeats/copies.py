@@ -22,7 +22,6 @@ from fxprune.graph.compat import (
     is_size,
     shape_env_state,
     tree_flatten,
-    tree_leaves,
     tree_unflatten,
 )
 from fxprune.graph.context import bind_node, current_tracer, disable_torch_function, node_of, pause_tracing
@@ -270,4 +269,4 @@ def _same_node(one: fx.Node, other: fx.Node, images: Mapping[fx.Node, fx.Node]) 
         return False
     if arguments != fx.map_arg((other.args, other.kwargs), comparable):
         return False
-    return same_shapes(tree_leaves(one.meta.get("val")), tree_leaves(other.meta.get("val")))
+    return same_shapes(one.meta.get("val"), other.meta.get("val"))
