@@ -12,15 +12,6 @@ clause:
 * ``sums i, j``: contracted (multiplied and summed over);
 * ``r by indices``: units are picked by the numbers in another tensor;
 * ``c zero with weight, bias``, for letters that stay: masked units are zero where they are in all of these tensors.
-
-Regular rules are a line of text (:mod:`fxprune.rules.registry`), others a function::
-
-    fxprune.rule("mylib::project", notation="x[*b, i], weight[o, i] -> out[*b, o]  sums i", values="product")
-
-    @fxprune.rule("mylib::scaled_add", values="pointwise")  # every overload, or "mylib::scaled_add.out" for one
-    def scaled_add(op: fxprune.OpSite) -> None:
-        for x in op.tensors:
-            op.broadcast(x)
 """
 
 from __future__ import annotations
