@@ -8,7 +8,7 @@ since others may share the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -154,10 +154,7 @@ def masked_by_block(
 
 
 def slim_by_block(
-    graph_module: fx.GraphModule,
-    expected: Mapping[str, BlockOutput],
-    inputs: Mapping[str, Any],
-    compare: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], float],
+    graph_module: fx.GraphModule, expected: Mapping[str, BlockOutput], inputs: Mapping[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, float]]:
     """Run the slim graph, each block on the inputs it has in the masked dense one, with ``expected`` outputs.
 

@@ -331,7 +331,7 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
     if expected.outputs is not None:
         blocks: Mapping[str, float] = {}
         if expected.leaving:
-            found, blocks = slim_by_block(graph_module, expected.leaving, expected.inputs, compare)
+            found, blocks = slim_by_block(graph_module, expected.leaving, expected.inputs)
         else:
             found = slim_outputs(graph_module, expected.inputs)
         error = max(compare(expected.outputs, found), *blocks.values(), 0.0)

@@ -157,12 +157,12 @@ def test_outputs_block_by_block_are_those_of_whole_runs(family: str) -> None:
     assert {value.block for value in leaving.values()} == set(nodes.values()) == set(removal.axes.blocks)
     assert all(removal.axes.modules[node.name].startswith(block) for node, block in nodes.items())
     slim = load_pass("shrink")(dense).graph_module
-    found, errors = slim_by_block(slim, leaving, INPUTS, compare)
+    found, errors = slim_by_block(slim, leaving, INPUTS)
     assert compare(slim_outputs(slim, INPUTS), found) < TOLERANCE and compare(outputs, found) < TOLERANCE
     assert set(errors) == set(removal.axes.blocks) and max(errors.values()) < TOLERANCE
     if family == "llama":
         damage(slim, "model.layers.0.mlp.down_proj.weight")
-        _, errors = slim_by_block(slim, leaving, INPUTS, compare)
+        _, errors = slim_by_block(slim, leaving, INPUTS)
         first, *others = (errors[block] for block in removal.axes.blocks)
         assert first > 10 * max(others) and max(others) < TOLERANCE, "a block does not answer for those before it"
 
