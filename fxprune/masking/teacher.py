@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import fx
@@ -160,7 +160,7 @@ def batch_size(graph_module: fx.GraphModule, samples: Sequence[Sample], batch: i
     return max(1, min(size, int(most * traced / max(1, 4 * outputs * given))))
 
 
-class TeacherBatches(Sequence[TeacherBatch]):
+class TeacherBatches:
     """Teacher logits in batches of up to ``size`` samples of the same shape; each is stacked when it is asked for.
 
     With ``in_shards``, each process gets its samples of each batch; or, if there are fewer than processes, the first
@@ -183,15 +183,10 @@ class TeacherBatches(Sequence[TeacherBatch]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> TeacherBatch: ...
+    def __iter__(self) -> Iterator[TeacherBatch]:
+        return (self[i] for i in range(len(self)))
 
-    @overload
-    def __getitem__(self, index: slice) -> list[TeacherBatch]: ...
-
-    def __getitem__(self, index: int | slice) -> TeacherBatch | list[TeacherBatch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def __getitem__(self, index: int) -> TeacherBatch:
         numbers, mine, device = self.numbers[index], self.mine[index], compute_device(self.graph_module)
         part = [self.teacher[i] for i in mine or numbers[:1]]
         counts = {i: int((self.teacher[i].sample.labels[..., 1:] != IGNORED).sum()) for i in numbers}
@@ -205,7 +200,7 @@ class TeacherBatches(Sequence[TeacherBatch]):
         )
 
 
-def deal_in_step(batches: Sequence[TeacherBatch]) -> list[tuple[TeacherBatch, bool]]:
+def deal_in_step(batches: TeacherBatches) -> list[tuple[TeacherBatch, bool]]:
     """This process's share of some batches, and whether the results count.
 
     Where processes read weights together, all get the same number, and results that another one has do not count.

@@ -441,7 +441,7 @@ class SelectByGatesPass(SelectByRatioPass):
             adam.step()
             schedule.step()
 
-    def _shuffled(self, batches: Sequence[TeacherBatch], steps: int) -> Iterator[TeacherBatch]:
+    def _shuffled(self, batches: TeacherBatches, steps: int) -> Iterator[TeacherBatch]:
         generator = torch.Generator().manual_seed(self.seed)
         left: list[int] = []
         for _ in range(steps):
