@@ -104,7 +104,7 @@ def failed_check(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str
 
     A check that cannot be computed at some sizes fails as well: the graph does not run at them.
     """
-    needed = upstream(filter(is_check, graph_module.graph.nodes))
+    needed = set(upstream(filter(is_check, graph_module.graph.nodes)))
     values: dict[fx.Node, Any] = {}
     for node in (node for node in graph_module.graph.nodes if node in needed):
         if node.op == "placeholder":

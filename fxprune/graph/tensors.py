@@ -67,15 +67,15 @@ def input_tensors(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
     yield from ((node, name) for node, name in names.items() if isinstance(node.meta.get("val"), torch.Tensor))
 
 
-def upstream(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Node]:
-    """The nodes that ``ends`` are computed from, and these; what ``known`` ones are computed from is left out."""
+def upstream(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> Iterator[fx.Node]:
+    """Yield ``ends`` and the nodes they are computed from; what ``known`` ones are computed from is left out."""
     found, pending = set[fx.Node](), list(ends)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
             pending += () if node in known else node.all_input_nodes
-    return found
+            yield node
 
 
 TRACED = "this graph was traced "

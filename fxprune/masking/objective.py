@@ -135,7 +135,7 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
     nodes |= {name: value for name, value in fields.items() if isinstance(value, fx.Node) and value is not loss}
     graph = fx.Graph()
     ends = {node: name for name, node in nodes.items()}
-    needed = upstream([loss], ends)
+    needed = set(upstream([loss], ends))
     made = {node: graph.placeholder(name) for node, name in ends.items() if node in needed}
     for node in traced.graph.nodes:
         if node not in needed or node in made:

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxprune.axes import new_factor
 from fxprune.graph.compat import UNKNOWN_SIZE, size_hint
-from fxprune.graph.tensors import output_name, tensor_name
+from fxprune.graph.tensors import output_name, tensor_name, upstream
 from fxprune.rules.registry import find_rule
 from fxprune.rules.routing import follow_positions
 from fxprune.rules.site import OpSite
@@ -68,15 +68,8 @@ def apply_rule_alone(node: fx.Node) -> tuple[OpSite, Statements]:
 
 def _is_weight(node: fx.Node) -> bool:
     """Whether ``node`` is computed from parameters and buffers alone."""
-    seen, pending = {node}, [node]
-    while pending:
-        here = pending.pop()
-        if here.op == "placeholder" or (here.op == "call_function" and not here.all_input_nodes):
-            return False
-        new = [source for source in here.all_input_nodes if source not in seen]
-        seen.update(new)
-        pending += new
-    return True
+    begins = (here for here in upstream([node]) if not here.all_input_nodes)
+    return all(here.op not in ("placeholder", "call_function") for here in begins)
 
 
 def describe_rule(node: fx.Node) -> str:
