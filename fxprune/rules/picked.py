@@ -18,7 +18,7 @@ _LARGE = 1 << 26
 
 def picks_matrices(node: fx.Node) -> bool:
     """Whether an op picks matrices from a weight of three axes by number, for one other op."""
-    inputs = node.all_input_nodes if values_of(node) is Values.PICKED and len(node.users) == 1 else ()
+    inputs = node.all_input_nodes if len(node.users) == 1 and values_of(node) is Values.PICKED else ()
     return len(inputs) == 2 and inputs[0].op == "get_attr" and getattr(node.meta.get("val"), "ndim", 0) == 3
 
 
