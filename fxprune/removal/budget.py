@@ -108,8 +108,6 @@ BUDGETS = ("params", "macs", "kv", "bytes")
 """Budgets by name; also ``bytes@`` with a format, ``memory@`` with a number of tokens and perhaps a format, and
 ``prefill@`` or ``decode@`` with a table of times."""
 
-_BYTES, _MEMORY = "bytes@", "memory@"
-
 CHUNK = 512
 """The most tokens of a prompt that programs for GGUF files read at once by default."""
 
@@ -227,14 +225,15 @@ def check_budget(name: str, value: Any) -> str:
     """
     if not isinstance(value, str):
         return one_of(name, value, BUDGETS)
-    if _timed(value):
-        read_timing(*_timed(value))
-    elif value.startswith(_BYTES):
-        check_format(value.removeprefix(_BYTES))
-    elif value.startswith(_MEMORY):
+    quantity, at, detail = value.partition("@")
+    if at and quantity in PHASES:
+        read_timing(quantity, detail)
+    elif at and quantity == "bytes":
+        check_format(detail)
+    elif at and quantity == "memory":
         _context(value)
     else:
-        one_of(name, value, (*BUDGETS, f"{_BYTES}q8_0"))
+        one_of(name, value, (*BUDGETS, "bytes@q8_0"))
     return value
 
 
@@ -266,23 +265,24 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
             ``decode@times.json`` or ``prefill@times.json:onnxruntime``, from measurements: a fixed part, and one
             proportional to weights in decoding and to multiply-accumulates in prefill.
     """
+    quantity, at, detail = name.partition("@")
     if name == "macs":
         found = Budget(_work(graph_module.graph, axes), "multiply-accumulates")
     elif name == "kv":
         found = Budget(_cache(graph_module.graph, axes), "bytes of the key-value cache")
-    elif _timed(name):
-        work = _work(graph_module.graph, axes) if name.startswith(PHASES[0]) else _weights(axes)
-        timing, budget = read_timing(*_timed(name)), Budget(work, "work")
+    elif at and quantity in PHASES:
+        work = _work(graph_module.graph, axes) if quantity == PHASES[0] else _weights(axes)
+        timing, budget = read_timing(quantity, detail), Budget(work, "work")
         microseconds = timing.seconds * 1e6
         each = microseconds * (1 - timing.fixed) / max(budget.total, 1)
         terms = [Term(term.exprs, term.block, term.each * each) for term in budget.terms]
         found = Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
-    elif name.startswith(_BYTES):
-        file_format = check_format(name.removeprefix(_BYTES))
+    elif at and quantity == "bytes":
+        file_format = check_format(detail)
         found = FileBudget(graph_module.graph, axes, file_format, (), f"bytes of a file in {file_format}")
     elif name == "bytes":
         found = Budget(_own_bytes(graph_module, axes), "bytes of weights")
-    elif name.startswith(_MEMORY):
+    elif at and quantity == "memory":
         context, file_format = _context(name)
         word = f"bytes of memory with {context:,} tokens of context"
         more = [*_in_use(graph_module.graph, axes, context)]
@@ -299,17 +299,11 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
 
 def _context(name: str) -> tuple[int, str]:
     """The tokens of a budget of memory, and the format of its weights; empty for their own dtype."""
-    number, _, file_format = name.removeprefix(_MEMORY).partition(":")
+    number, _, file_format = name.removeprefix("memory@").partition(":")
     if not number.isdecimal() or not int(number):
-        remedy = f"Write {_MEMORY}8192 with a number of tokens, and perhaps a format as in {_MEMORY}8192:q4_k_m"
+        remedy = "Write memory@8192 with a number of tokens, and perhaps a format as in memory@8192:q4_k_m"
         raise ArgumentError(f"$budget is {name!r}", where="budget", remedy=remedy, argument="budget", value=name)
     return int(number), check_format(file_format) if file_format else ""
-
-
-def _timed(name: str) -> tuple[str, ...]:
-    """The phase and the place of its table; empty for other budgets."""
-    phase, at, place = name.partition("@")
-    return (phase, place) if at and phase in PHASES else ()
 
 
 def by_kind(budget: Budget, groups: Sequence[Group]) -> dict[str, float]:
