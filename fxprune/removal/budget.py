@@ -24,12 +24,9 @@ from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import tensor_name, weights
 from fxprune.pipeline.arguments import one_of
 from fxprune.removal.removal import Removal
-from fxprune.removal.target import TOKENIZER, Type, bytes_each, check_format, find_places, type_of
+from fxprune.removal.target import PHASES, TOKENIZER, Type, bytes_each, check_format, find_places, type_of
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, values_of
-
-PHASES = ("prefill", "decode")
-"""Timed phases: reading a prompt, and generating one token."""
 
 _FORMS = "the table that `make bench` writes, or the output of `fxprune bench DENSE SLIM --json`"
 

@@ -177,7 +177,8 @@ _BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _BYTES |= {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
 _FACTOR = "x"
 
-_SPEEDS = ("prefill", "decode")
+PHASES = ("prefill", "decode")
+"""Timed phases: reading a prompt, and generating one token."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _is_number(text: str) -> bool:
 
 def _of_dense(text: str, number: float, quantity: str) -> Target:
     name, at, place = quantity.partition("@")
-    if name in _SPEEDS and (place or not at):
+    if name in PHASES and (place or not at):
         if number <= 1:
             raise _refuse(text, f"{number:g} times the speed is no gain", f"Ask for more than 1, as in '1.3x {name}'")
         return Target(text, quantity, part=1 / number)

@@ -19,9 +19,9 @@ from fxprune.graph.context import attempt
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
-from fxprune.removal.budget import PHASES, Budget, check_budget
+from fxprune.removal.budget import Budget, check_budget
 from fxprune.removal.removal import Removal
-from fxprune.removal.target import DEFAULT_RATIO, Reached, Target, check_target, least_each, parse_target
+from fxprune.removal.target import DEFAULT_RATIO, PHASES, Reached, Target, check_target, least_each, parse_target
 
 from .base import (
     Array,
