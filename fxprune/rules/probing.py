@@ -70,7 +70,12 @@ def _results(function: Callable[..., Any], args: Any, kwargs: Any, use_numbers: 
             return [fill(item) for item in argument]
         return {name: fill(item) for name, item in argument.items()} if isinstance(argument, dict) else argument
 
-    leaves = tree_leaves(function(*fill(args), **fill(kwargs)))
+    return _numbers_in(function(*fill(args), **fill(kwargs)))
+
+
+def _numbers_in(result: Any) -> torch.Tensor:
+    """All numbers in tensors, with the real and the imaginary part of a complex one as two."""
+    leaves = tree_leaves(result)
     parts = [torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves]
     return torch.cat([part.reshape(-1).to(torch.float64) for part in parts])
 
@@ -125,7 +130,10 @@ def shift_of(node: fx.Node) -> float | None:
     plain, value = _call(node, {}), source.meta.get("val")
     if plain is None or not isinstance(value, torch.Tensor):
         return None
-    shifts = plain - random_values(value.dtype, torch.Generator().manual_seed(0)).to(torch.float64)
+    given = _numbers_in(random_values(value.dtype, torch.Generator().manual_seed(0)))
+    if plain.shape != given.shape:
+        return None
+    shifts = plain - given
     return float(shifts[0]) if bool(((shifts - shifts[0]).abs() <= _TOLERANCE).all()) else None
 
 
@@ -166,7 +174,6 @@ def _call(
     if literal is not None:
         arguments = with_argument(arguments, literal, read_argument(node, literal) * factor)
     try:
-        leaves = tree_leaves(node.target(*arguments[0], **arguments[1]))  # type: ignore[operator]
-        return torch.cat([leaf.reshape(-1).to(torch.float64) for leaf in leaves])
+        return _numbers_in(node.target(*arguments[0], **arguments[1]))  # type: ignore[operator]
     except Exception:  # the op may refuse tensors of one axis, or an unknown value
         return None

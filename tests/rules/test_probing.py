@@ -46,9 +46,12 @@ def last(function: Function) -> tuple[fx.Node, list[fx.Node]]:
         (lambda x, y: x.exp(), None),
         (lambda x, y: x + 1, None),
         (lambda x, y: -x, 1.0),
+        (lambda x, y: torch.complex(y, x), None),
+        (lambda x, y: torch.complex(x, x), 1.0),
     ],
 )
 def test_scaling_powers(function: Function, power: float | None) -> None:
+    """A scaled imaginary part once counted as no scaling, as if a weight had absorbed it."""
     node, (x, _) = last(function)
     assert scaling_power(node, {x: 1.0}) == power
     twice = scaling_power(node, {x: 2.0})
