@@ -30,7 +30,7 @@ from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weight_bytes
-from fxprune.masking.objective import Objective, OwnLoss, own_loss, predicts_next
+from fxprune.masking.objective import Objective, own_loss, predicts_next
 from fxprune.offload.files import is_offloading
 from fxprune.offload.prefetch import autocast, use_bf16
 from fxprune.offload.ranks import broadcast_object, check_same, decide_on_first
@@ -183,7 +183,7 @@ class CalibratePass(Pass):
         facts_of(graph_module).put(replace(form, own=self._own_loss(graph_module, samples)))
         return PassResult(graph_module, False)
 
-    def _own_loss(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> OwnLoss | None:
+    def _own_loss(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> fx.GraphModule | None:
         """The model's own loss on labels that are not next tokens; None with a note if it has none."""
         source, labelled = facts_of(graph_module).get(Source), [one for one in samples if one.own is not None]
         if not labelled or source is None:

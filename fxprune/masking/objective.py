@@ -34,31 +34,13 @@ _LOSS = "loss"
 
 
 @dataclass(frozen=True, eq=False)
-class OwnLoss:
-    """The loss of a model as a graph of the named outputs, the inputs and the labels of two samples or more."""
-
-    graph_module: fx.GraphModule
-
-    def __call__(self, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
-        """The loss of one sample, given its output; both are repeated, as the graph may not accept a batch of one."""
-        given = {**sample.inputs, **output, **(sample.own or {})}
-        wanted = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "placeholder"]
-        device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
-        twice = [
-            torch.cat([value, value]).to(device) if isinstance(value, torch.Tensor) else value
-            for value in map(given.get, wanted)
-        ]
-        found: torch.Tensor = fx.Interpreter(self.graph_module).run(*twice)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
 class Objective(Fact):
     """The loss of calibration samples: that of next tokens, or the model's own on labels, or a divergence.
 
     Args:
         next_token: whether the model predicts next tokens.
-        own: the model's own loss; None if samples have no labels, or the loss cannot be read from the model.
+        own: the model's own loss, as :func:`own_loss` makes it; None if samples have no labels, or the loss cannot be
+            read from the model.
         shift: makes what a decoder reads from labels; None if the graph reads no such input.
         named: the names that the model has for labels.
     """
@@ -66,7 +48,7 @@ class Objective(Fact):
     open: ClassVar[bool] = True
 
     next_token: bool = True
-    own: OwnLoss | None = None
+    own: fx.GraphModule | None = None
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None
     named: tuple[str, ...] = (LABELS,)
 
@@ -113,8 +95,8 @@ def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
     return read_calibration(data, graph_module, next_token=form.next_token, shift=form.shift, named=form.named)
 
 
-def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
-    """The loss that a model computes from its outputs and ``labels``, as its own graph.
+def own_loss(model: nn.Module, sample: Sample) -> fx.GraphModule:
+    """The loss of a model as a graph of its named outputs, its inputs and the labels of two samples or more.
 
     The model is traced with labels, and of its graph stays what lies between outputs, labels and loss.
 
@@ -146,10 +128,23 @@ def own_loss(model: nn.Module, sample: Sample) -> OwnLoss:
             raise PassError(what, where=f"forward of {type(model).__name__}", remedy=_REMEDY)
         made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(made[loss])
-    return OwnLoss(fx.GraphModule(traced, graph))
+    return fx.GraphModule(traced, graph)
 
 
 _REMEDY = "Leave labels out: the divergence from the dense model needs none"
+
+
+def _run_own_loss(loss: fx.GraphModule, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
+    """The loss of one sample, given its output; both are repeated, as the graph may not accept a batch of one."""
+    given = {**sample.inputs, **output, **(sample.own or {})}
+    wanted = [str(node.target) for node in loss.graph.nodes if node.op == "placeholder"]
+    device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
+    twice = [
+        torch.cat([value, value]).to(device) if isinstance(value, torch.Tensor) else value
+        for value in map(given.get, wanted)
+    ]
+    found: torch.Tensor = fx.Interpreter(loss).run(*twice)
+    return found
 
 
 def named_outputs(graph_module: fx.GraphModule) -> Mapping[str, Any] | None:
@@ -191,7 +186,7 @@ def sample_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
     objective = facts_of(graph_module).get(Objective) or Objective()
     if objective.own is not None and sample.own is not None:
         with clear_sample_errors(sample.own):
-            return objective.own(output, sample)
+            return _run_own_loss(objective.own, output, sample)
     if objective.next_token and sample.labels.numel():
         outputs = output_tensors(output)
         labels = sample.labels.to(outputs[0].device if outputs else "cpu")
