@@ -84,7 +84,7 @@ def type_of(name: str, place: Place, row: int) -> Type:
     """The type of a matrix in a format, with ``row`` values in a row."""
     name = _ALIASES.get(name, name)
     if name in _PLAIN:
-        kind = Type[name.upper()]
+        kind: Type = getattr(Type, name.upper())
         outer = place.part in ("embedding", "head")
         return Type.Q8_0 if outer and bytes_each(kind) < _COARSE else kind
     kind = _in_mixture(name, place)
@@ -94,7 +94,7 @@ def type_of(name: str, place: Place, row: int) -> Type:
 
 
 def _in_mixture(name: str, place: Place) -> Type:
-    kind = Type[name[: len("q4_k")].upper()]
+    kind: Type = getattr(Type, name[: len("q4_k")].upper())
     part, block, depth = place.part, place.block, place.depth
     favoured = block < depth // 8 or block >= 7 * depth // 8 or (block - depth // 8) % 3 == 2
     if part == "head":
