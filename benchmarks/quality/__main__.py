@@ -18,7 +18,7 @@ import fxprune
 from benchmarks import common
 from benchmarks.common import load_named, write_results
 from benchmarks.quality.entries import Entry, entries
-from benchmarks.quality.measure import Bench, ask_questions, describe, saved_models
+from benchmarks.quality.measure import Bench, ask_questions, describe, saved_models, with_earlier
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, read_rows
 from benchmarks.quality.texts import kept_back, read_texts
@@ -162,7 +162,7 @@ def main(
         compared = ask_questions(dense, tokenizer, models, asked, most, measured, keep)
         console.print(compared.table(f"{name}, all questions" if most is None else f"{name}, up to {most} questions"))
         if json_:
-            write_results(answers, compared.to_dict())
+            write_results(answers, with_earlier(compared.to_dict(), answers))
 
 
 def _measure(

@@ -252,6 +252,24 @@ def ask_questions(
     return Comparison(tuple(columns()), settings)
 
 
+def with_earlier(asked: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Columns of a comparison, and those in the file of models that were asked the same questions before.
+
+    Slim models that a file has answers of need not be there any more.
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"columns": []}
+    if not before["columns"] or _questions_of(before) != _questions_of(asked):
+        return asked
+    columns = {column["name"]: column for column in (*before["columns"], *asked["columns"])}
+    return {**asked, "columns": list(columns.values())}
+
+
+def _questions_of(asked: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells the questions of a comparison from others: settings, tasks, and the dense model's scores."""
+    tasks = asked["columns"][0]["evaluation"]["tasks"]
+    return asked["settings"], {name: (score["samples"], score["value"]) for name, score in tasks.items()}
+
+
 def _answered(
     model: Any, tokenizer: Any, name: str, task: Task, settings: Mapping[str, Any], folder: Path
 ) -> TaskScore:

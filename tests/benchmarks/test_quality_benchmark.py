@@ -18,7 +18,7 @@ from benchmarks.quality import entries as entries_module
 from benchmarks.quality import measure
 from benchmarks.quality import texts as texts_module
 from benchmarks.quality.entries import ENTRIES, Entry, entries
-from benchmarks.quality.measure import trained_by, with_ratio
+from benchmarks.quality.measure import trained_by, with_earlier, with_ratio
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare, read_rows
 from benchmarks.quality.texts import beginning, python_code, read_texts
@@ -198,6 +198,23 @@ def test_saved_models_are_asked_beside_the_dense_one(small: Path, monkeypatch: p
     monkeypatch.setattr(measure, "zero_shot", None)  # all were asked before: nothing is asked anew
     run(small, "--questions", "all", "--only", "l1", *kept)
     assert json.loads(quality.TASKS.read_text())["columns"] == asked["columns"]
+
+
+def test_answers_of_models_that_are_gone_stay_if_the_questions_are_the_same(tmp_path: Path) -> None:
+    def asked(*names: str, value: float = 0.5, samples: int = 8) -> dict[str, Any]:
+        evaluation = {"tasks": {"quiz": {"samples": samples, "value": value}}}
+        columns = [{"name": name, "evaluation": evaluation} for name in ("dense", *names)]
+        return {"settings": {"questions": None}, "columns": columns}
+
+    def names(found: dict[str, Any]) -> list[str]:
+        return [column["name"] for column in found["columns"]]
+
+    file = tmp_path / "answers.json"
+    assert with_earlier(asked("l2"), file) == asked("l2")
+    file.write_text(json.dumps(asked("l1", "l2")))
+    assert names(with_earlier(asked("l2", "taylor"), file)) == ["dense", "l1", "l2", "taylor"]
+    for other in (asked("l2", value=0.25), asked("l2", samples=4), {**asked("l2"), "settings": {"questions": 3}}):
+        assert with_earlier(other, file) == other
 
 
 def measured(value: float, losses: tuple[float, ...] = (), divergence: Divergence | None = None) -> Perplexity:
