@@ -253,6 +253,17 @@ def test_the_changelog_lists_the_deprecated_options_with_what_replaces_them() ->
         assert read_spelling(spelling)[0] in pass_names(stage)
 
 
+def test_the_figures_of_the_readme_are_those_of_the_page_of_quality() -> None:
+    """The default recipe and the paper's method at 20%: perplexity over dense, and how often tokens agree."""
+    table = text_of("docs/quality.md").partition("### ")[2].partition("\n###")[0]
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    readme = " ".join(text_of("README.md").split())
+    for name in ("balanced", "llm-pruner"):
+        mean, same = re.findall(r"x[\d.]+(?= ±)|\d+%(?= \|$)", rows[name])
+        assert mean in readme and same in readme, f"{name}: {mean}, {same}"
+    assert re.findall(r"x[\d.]+ to x[\d.]+", rows["balanced"])[0] in readme
+
+
 def test_tables_of_options_passes_and_facts_are_those_declared() -> None:
     """After a change of a declaration: `python -m tests.reference_tables`."""
     assert reference_tables.options_page() == reference_tables.OPTIONS.read_text(encoding="utf-8")
