@@ -29,14 +29,14 @@ Written by `python -m tests.reference_tables` from the declarations in the code.
 
 ## Options of a prune
 
-Keyword arguments of `fxprune.prune`, `fxprune.prune_pipeline` and `fxprune.prune_checkpoint`, with the option of
-`fxprune prune` that says the same. An option that is left out is as the [recipe](recipes.md) has it.
+Keyword arguments of `fxprune.prune`, `fxprune.prune_pipeline` and `fxprune.prune_checkpoint`, with the corresponding
+options of `fxprune prune`. An omitted option is as the [recipe](recipes.md) has it.
 """
 
 ARGUMENTS = """## Arguments of passes
 
 In recipes and pipelines, as in `wanda{samples=64}`; `fxprune passes NAME` prints those of one pass. Data and objects
-have no spelling as text and are passed from Python. [Passes](passes.md) has the passes themselves.
+cannot be written as text and are passed from Python. [Passes](passes.md) describes the passes themselves.
 """
 
 

@@ -57,28 +57,29 @@ class ApplyOptions(TypedDict, total=False):
         str | Pass | None,
         _what_goes(
             "Fit the weights that lost inputs to what the dense model computes on the calibration data: "
-            "`least-squares`, perhaps with arguments, or a pass; `none` leaves every kept weight as it is."
+            "`least-squares`, optionally with arguments, or a pass; `none` leaves every kept weight as it is."
         ),
     ]
     tune: Annotated[
         str | Pass | None,
         _what_goes(
-            "Train a few vectors of the slim model end to end: `tune`, perhaps with arguments as in "
+            "Train a few vectors of the slim model end to end: `tune`, optionally with arguments as in "
             "`tune{epochs=2}`, or a pass; `none` for no tuning."
         ),
     ]
     norm: Annotated[
         Norm | None,
         _what_goes(
-            "A norm over units that go, such as channels of the residual stream: `masked` computes what the dense norm "
-            "does with them zeroed, which makes the removal exact; `sliced` averages over those that stay."
+            "How norms over removed units, such as channels of the residual stream, are treated: `masked` computes the "
+            "output of the dense norm with these units zeroed, which makes the removal exact; `sliced` averages over "
+            "the units that stay."
         ),
     ]
     tokenizer: Annotated[
         Any,
         Argument(
-            "The tokenizer of the model: with it there are calibration samples if none are given, and held-out text "
-            "for tuning to stop by.",
+            "The tokenizer of the model, which provides calibration samples if none are given, and held-out text for "
+            "early stopping in tuning.",
             check=_check,
             spelled=False,
         ),
@@ -86,9 +87,9 @@ class ApplyOptions(TypedDict, total=False):
     eval: Annotated[
         bool,
         Argument(
-            "Measure the slim model beside the dense one at the end, on text that was not used: perplexity, "
-            "divergence, the share of next tokens on which both agree, and an answer. It takes the tokenizer, and "
-            "weights in memory.",
+            "At the end, measure the slim model and the dense one on text that was not used: perplexity, divergence, "
+            "the fraction of next tokens on which both agree, and an answer. This needs the tokenizer, and weights in "
+            "memory.",
             default=True,
             panel=DATA,
         ),
@@ -96,8 +97,8 @@ class ApplyOptions(TypedDict, total=False):
     eval_text: Annotated[
         str | os.PathLike[str] | None,
         Argument(
-            "Text to measure on, the part of it that was not used: a text file, or rows in `.json`, `.jsonl` or "
-            "`.parquet`, or the name of a data set; by default documentation of Python's library.",
+            "Text to measure on, of which only the part that was not used counts: a text file, rows in `.json`, "
+            "`.jsonl` or `.parquet`, or the name of a data set; by default documentation of Python's library.",
             check=_check,
             panel=DATA,
         ),
@@ -122,8 +123,8 @@ class ApplyOptions(TypedDict, total=False):
     device: Annotated[
         Any,
         _machine(
-            "Device to compute on, such as `cuda`, while the weights stay where they are: those of a part of the model "
-            "are moved there while it runs, and the next ones are prefetched.",
+            "Device to compute on, such as `cuda`, while the weights stay where they are: the weights of each part of "
+            "the model are moved to the device while it runs, and the next ones are prefetched.",
             check=_check,
         ),
     ]
@@ -150,49 +151,49 @@ class Options(ApplyOptions, total=False):
         str | Recipe | os.PathLike[str] | None,
         _what_goes(
             "`balanced` (the default), `fast`, `best` or `llm-pruner`, the paper as published; a file with a recipe, "
-            "or a pipeline as text. `fxprune recipes` lists what each does and costs."
+            "or a pipeline as text. `fxprune recipes` lists what each recipe does and costs."
         ),
     ]
     ratio: Annotated[
         float | Mapping[str, float] | None,
         _what_goes(
-            "Fraction of the parameters to remove, in [0, 1), reached within half a percentage point; by default 0.2. "
-            "A fraction for each kind is of the parameters in structures of that kind."
+            "Fraction of the parameters to remove, in [0, 1), reached to within half a percentage point; by default "
+            "0.2. If given for each kind, a fraction of the parameters in structures of that kind."
         ),
     ]
     target: Annotated[
         str | int | None,
         _what_goes(
             "In place of a ratio, the size or speed of the slim model: `100M` parameters, `80MB` of weights, "
-            "`80MB@q4_k_m` for a GGUF file, `6GB` of memory with a `context`; or a part of the dense model: "
+            "`80MB@q4_k_m` for a GGUF file, `6GB` of memory with a `context`; or relative to the dense model: "
             "`0.8x params`, `0.5x macs`, `0.5x kv`, and `1.3x decode` by times of `fxprune bench --sweep`.",
             check=_check_target,
         ),
     ]
     context: Annotated[
         int | None,
-        _what_goes("Tokens of context of a target of memory: weights, cache and activations.", limits={"least": 1}),
+        _what_goes("Tokens of context for a memory target: weights, cache and activations.", limits={"least": 1}),
     ]
     kinds: Annotated[
         str | Sequence[str] | None,
         _what_goes(
-            "Kinds of structures that may go: `mlp`, `head`, `conv`, `channel`, `head_dim`, `expert`, `layer`, and "
-            "`vocab`, tokens with their rows of embedding and head. `exact-` in front of one, as in `exact-mlp`, "
-            "leaves out its groups that a norm runs over."
+            "Kinds of structures that may be removed: `mlp`, `head`, `conv`, `channel`, `head_dim`, `expert`, `layer`, "
+            "and `vocab`, tokens with their rows of embedding and output layer. The prefix `exact-`, as in "
+            "`exact-mlp`, leaves out groups that a norm runs over."
         ),
     ]
     part: Annotated[
         str | None,
         _what_goes(
-            "Module that alone loses structures, by its name, as in `language_model`; the rest stays whole and counts "
-            "in the ratio."
+            "Name of the only module to prune, as in `language_model`; the rest of the model stays whole and counts in "
+            "the ratio."
         ),
     ]
     importance: Annotated[
         str | Pass | None,
         _what_goes(
-            "The criterion, in place of the recipe's: `taylor`, `wanda`, `l2`, `random` or another pass, with "
-            "arguments of its own as in `taylor{order=second}`."
+            "The criterion, in place of the recipe's: `taylor`, `wanda`, `l2`, `random` or another pass, optionally "
+            "with arguments as in `taylor{order=second}`."
         ),
     ]
     reduction: Annotated[
@@ -216,13 +217,15 @@ class Options(ApplyOptions, total=False):
     ]
     protect: Annotated[
         tuple[float, float] | tuple[()] | None,
-        _what_goes("Layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for none."),
+        _what_goes(
+            "Number of layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for none."
+        ),
     ]
     round_to: Annotated[
         int | str | Mapping[str, int],
         _output(
-            "Slim widths are multiples of this; a number for each kind counts units. `auto`: multiples of what was "
-            "measured to pay on the device, see `fxprune.evaluation.measure_widths`.",
+            "Slim widths are multiples of this; a number for each kind counts units. `auto`: multiples measured to be "
+            "fast on the device, see `fxprune.evaluation.measure_widths`.",
             default=1,
         ),
     ]
@@ -236,29 +239,33 @@ class Options(ApplyOptions, total=False):
     ]
     tensor_parallel: Annotated[
         int,
-        _output("Devices that share each layer: widths of MLPs and heads that shrink are multiples of it.", default=1),
+        _output(
+            "Devices that share each layer: numbers of MLP channels and heads that shrink are multiples of this.",
+            default=1,
+        ),
     ]
     budget: Annotated[
         str,
         _output(
             "What `ratio` is a fraction of: `params`, `macs`, `kv` (bytes of the key-value cache), `bytes@q8_0`, ...; "
-            "or time, as in `decode@times.json`, by measurements of `fxprune bench DENSE SLIM --json`.",
+            "or time, as in `decode@times.json`, with the output of `fxprune bench DENSE SLIM --json`.",
             default="params",
         ),
     ]
     memory: Annotated[
         Memory | None,
         _machine(
-            "For sums of gradients: `low` computes them for one part of the model at a time, with one more forward "
-            "run, compares block by block, and runs parts again in tuning; `fast` all at once; `auto`, the default, "
-            "what fits."
+            "`low` computes sums of gradients for one part of the model at a time, with one more forward run, verifies "
+            "block by block, and recomputes parts in tuning; `fast` keeps everything at once; `auto`, the default, "
+            "chooses by what fits."
         ),
     ]
     offload: Annotated[
         str | os.PathLike[str] | None,
         Argument(
-            "Keep weights and intermediate results of a model larger than memory, given as a folder or hub id, in the "
-            "folder `<offload>.unfinished`; a killed run resumes if it is repeated with the same arguments and files.",
+            "Keep weights and intermediate results on disk, in the folder `<offload>.unfinished`, for a model larger "
+            "than memory that is given as a folder or hub id; a killed run resumes if it is repeated with the same "
+            "arguments and files.",
             spelled=False,
         ),
     ]

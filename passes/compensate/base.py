@@ -247,8 +247,8 @@ class FitPass(Pass):
     reach: Reach = argument(
         "lost",
         """Weights to fit: ``lost``, those that lost inputs; ``stream``, also those whose output is added to a value
-        that changed, such as the projections of attention after a feed-forward network that shrank; ``all``, also those
-        that only read such a value.""",
+        that changed, such as the output projections of attention after an MLP that shrank; ``all``, also those that
+        only read such a value.""",
     )
 
     def cost(self, samples: int) -> PassCost:

@@ -226,15 +226,15 @@ class LeastSquaresPass(FitPass):
 
     damping: float | None = argument(
         None,
-        """How much the old columns count: ``d``. None for what does best, weight by weight, on a quarter of the tokens
-        that the fit on the others has not seen, of 0.03 to 30 and of both kinds of ``R``; if none does better than no
-        change, the weight stays.""",
+        """Strength of the ridge towards the old columns: ``d``. None to choose for each weight what does best, of 0.03
+        to 30 and of both kinds of ``R``, on a held-out quarter of the tokens; if none does better than no change, the
+        weight stays.""",
         above=0,
     )
     each: bool = argument(
         False,
-        """With a damping given, put the ridge of each input in units of its own mean square, not of that of all inputs.
-        If a few inputs are far larger than the others, one number for all keeps the others from moving.""",
+        """With a given damping, measure the ridge of each input in units of its own mean square, not of that of all
+        inputs. If a few inputs are far larger than the others, one number for all keeps the others from moving.""",
     )
     bias: bool = argument(True, "Whether biases are fitted too.")
 
@@ -288,8 +288,8 @@ class RotationPass(FitPass):
 
     damping: float = argument(
         0.1,
-        """How much the old weight counts: ``d``, in units of the mean square of an output. Directions that no sample
-        has are then not rotated.""",
+        """Strength of the pull towards the old weight: ``d``, in units of the mean square of an output. It keeps
+        directions that occur in no sample from being rotated.""",
         above=0,
     )
 

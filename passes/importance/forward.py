@@ -172,8 +172,8 @@ class WandaImportancePass(ForwardImportancePass):
 
     readers_only: bool = argument(
         False,
-        """Count the weights that read a unit alone, if there are any. Those that compute it have other units as inputs,
-        whose norms say nothing about this one; a few of them are often hundreds of times the others.""",
+        """Count only the weights that read a unit, if there are any. Those that compute it have other units as inputs,
+        whose norms say nothing about this one; a few of these norms are often hundreds of times the others.""",
     )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
@@ -221,8 +221,8 @@ class FlapImportancePass(ForwardImportancePass):
 
     standardise: bool = argument(
         False,
-        """Subtract from the scores of a group their mean and divide by their standard deviation, which makes layers and
-        kinds comparable: what the paper does before ``ranking="global"``.""",
+        """Standardise the scores of each group (subtract their mean, divide by their standard deviation), which makes
+        layers and kinds comparable: what the paper does before ``ranking="global"``.""",
     )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:

@@ -46,14 +46,14 @@ class ScoreInStepsPass(Pass):
     importance: Pass | str = argument("l2", "The criterion.", check=pass_argument("importance"))
     select: Pass | str | None = argument(
         None,
-        "The selection that follows, with its ratio; None for that of the recipe. In step i of k its ratio is "
-        "multiplied by i / k.",
+        "The selection that follows, with its ratio; None for the recipe's. In step i of k its ratio is multiplied by "
+        "i / k.",
         check=pass_argument("select"),
     )
     compensate: Pass | str | None = argument(
-        None, "The fit between steps; None for that of the recipe, if any.", check=pass_argument("compensate")
+        None, "The fit between steps; None for the recipe's, if any.", check=pass_argument("compensate")
     )
-    steps: int = argument(2, "How often it scores.", least=1)
+    steps: int = argument(2, "How many times units are scored.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

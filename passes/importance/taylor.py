@@ -211,10 +211,10 @@ class TaylorImportancePass(ImportancePass):
     order: Order = argument("mix", "Order of the expansion: ``vector``, ``first``, ``second`` or ``mix``.")
     memory: float | Memory = argument(
         "auto",
-        """Memory for sums of gradients: ``fast`` takes what all of them need; ``low`` as little as possible, at most a
-        tenth of the bytes of the weights, or what those of the largest weight need; ``auto`` is ``fast`` if that fits
-        into half the free memory, else ``low``; or a fraction of the bytes of all weights. ``mix`` keeps two float32
-        numbers for each weight, ``first`` one.""",
+        """Memory for sums of gradients: ``fast`` keeps all of them at once; ``low`` takes as little as possible, at
+        most a tenth of the bytes of the weights, or what the sums of the largest weight need; ``auto`` is ``fast`` if
+        that fits into half the free memory, else ``low``; or a fraction of the bytes of all weights. ``mix`` keeps two
+        float32 numbers for each weight, ``first`` one.""",
         check=memory_limit,
     )
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
@@ -481,7 +481,7 @@ class FisherImportancePass(ForwardImportancePass):
 
     shrinkage: float = argument(
         0.5,
-        "How much less interactions count than estimated, in [0, 1]; at 1 the diagonal alone counts.",
+        "How much interactions are shrunk from their estimate, in [0, 1]; at 1 only the diagonal counts.",
         least=0,
         most=1,
     )

@@ -312,15 +312,15 @@ class SelectPass(Pass):
     kinds: tuple[str, ...] = argument(DEFAULT_KINDS, "Kinds of groups that may shrink.", check=as_kinds)
     part: str = argument(
         "",
-        """Module that alone loses units, by its name, as in ``language_model``; the rest stays whole and counts in the
-        ratio. All by default.""",
+        """Name of the only module that loses units, as in ``language_model``; the rest of the model stays whole and
+        counts in the ratio. The whole model by default.""",
         check=partial(instance, kind=str, wanted="the name of a module"),
     )
     ranking: Ranking = argument(
         "local",
         """``local``: the same fraction of every group; ``global``: the lowest scores anywhere, normalised within groups
-        of the same kind; ``auto``: ``global``, unless ``local`` leaves the masked model nearer to the dense one by 5%,
-        on held-out calibration samples; and ``local`` where there are none or with ``uniform``.""",
+        of the same kind; ``auto``: ``global``, unless ``local`` leaves the masked model closer to the dense one by 5%
+        on held-out calibration samples; ``local`` if there are no such samples, or with ``uniform``.""",
     )
     protect: tuple[float, float] | tuple[()] | None = argument(
         None,
@@ -330,7 +330,7 @@ class SelectPass(Pass):
     )
     round_to: int | str | tuple[tuple[str, int], ...] = argument(
         1,
-        """Widths of parameters stay multiples of this where they shrink; the number of experts is no width. Numbers by
+        """Widths of parameters that shrink stay multiples of this; the number of experts is not a width. Numbers by
         kind, as in ``{"mlp": 64, "head": 2}``, count units of that kind. ``auto``: the finest multiple that is about as
         fast as any, as measured on the device by :func:`fxprune.evaluation.measure_widths`.""",
         check=_check_round_to,
@@ -338,8 +338,8 @@ class SelectPass(Pass):
     uniform: bool = argument(False, "The same widths in all layers, accepted by the stock config if there is one.")
     tensor_parallel: int = argument(
         1,
-        """Devices that will share each layer: MLP channels, query heads and key/value heads of each layer stay
-        multiples of it where they shrink.""",
+        """Devices that will share each layer: numbers of MLP channels, query heads and key/value heads that shrink stay
+        multiples of it in each layer.""",
         least=1,
     )
     budget: str = argument(

@@ -335,14 +335,14 @@ class SelectByRatioPass(SelectPass):
     name: ClassVar[str] = "select-by-ratio"
     ratio: float | tuple[tuple[str, float], ...] = argument(
         DEFAULT_RATIO,
-        """Fraction of all parameters, in [0, 1). By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction of the
-        parameters in structures of that kind, in all layers together; only these kinds shrink then.""",
+        """Fraction of all parameters to remove, in [0, 1). By kind, as in ``{"mlp": 0.3, "head": 0.1}``: the fraction
+        of the parameters in structures of that kind, over all layers; only these kinds then shrink.""",
         check=_check_ratio,
     )
     first: tuple[str, ...] = argument(
         (),
-        """Kinds that shrink alone as long as at most three quarters of their units have to go; past that, and in models
-        without any, all ``kinds`` shrink.""",
+        """Only these kinds shrink as long as at most three quarters of their units have to go; beyond that, and in
+        models without such units, all ``kinds`` shrink.""",
         check=lambda name, value: as_kinds(name, value) if value != () else (),
     )
     target: str = argument(
@@ -568,8 +568,8 @@ class SelectByGroupRatioPass(SelectPass):
     name: ClassVar[str] = "select-by-group-ratio"
     group_ratio: float | tuple[tuple[str, float], ...] = argument(
         0.25,
-        """Fraction of the units of each group, in [0, 1); by kind too, as in ``{"mlp": 0.3, "head": 0.1}``: only these
-        kinds shrink then.""",
+        """Fraction of the units of each group to remove, in [0, 1); also by kind, as in ``{"mlp": 0.3, "head": 0.1}``:
+        only these kinds then shrink.""",
         check=_check_ratio,
     )
 

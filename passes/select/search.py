@@ -104,7 +104,7 @@ class SelectBySearchPass(SelectByRatioPass):
     samples: int = argument(
         16, "Calibration samples to measure on, and as many again for the final comparison.", least=1
     )
-    bins: int = argument(4, "Parts of the depth that budget moves between.", least=1)
+    bins: int = argument(4, "Parts of the depth between which budget moves.", least=1)
     fit: Pass | None = argument(
         None,
         """Compensation carried out before each measurement, such as ``least-squares``. None by default: a fit takes
@@ -363,13 +363,13 @@ class SelectByGatesPass(SelectByRatioPass):
     preconditions = (require_weights,)
 
     epochs: float = argument(2.0, "Epochs over the samples.", above=0)
-    rate: float = argument(0.05, "Learning rate of Adam at first; it falls to 0 along a cosine.", above=0)
-    scales: bool = argument(True, "Train a scale for each unit beside its gate.")
+    rate: float = argument(0.05, "Initial learning rate of Adam; it falls to 0 along a cosine.", above=0)
+    scales: bool = argument(True, "Train a scale for each unit in addition to its gate.")
     batch: int = argument(4, "Samples in a step.", least=1)
     samples: int = argument(16, "Held-out samples for the final comparison.", least=1)
     heldout: Any | None = argument(
         None,
-        "Those samples, in any form that calibration data has; None for calibration samples.",
+        "The held-out samples, in any form that calibration data has; None for calibration samples.",
         check=check_samples,
         spelled=False,
     )

@@ -490,7 +490,7 @@ class ShrinkPass(PassSequence):
 
     verify: bool = argument(False, "Check that the slim graph equals the dense one with the same structures zeroed.")
     by_block: bool = argument(
-        False, "Compare every block of the slim graph on the masked inputs of its own, and report the worst."
+        False, "Compare every block of the slim graph on its own masked inputs, and report the worst."
     )
     seed: int = argument(0, "Seed of random verification inputs.", check=as_seed)
 

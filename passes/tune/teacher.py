@@ -75,10 +75,10 @@ class RecordTeacherPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Teacher, HeldOut)
 
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
-    copies: int = argument(1, "Copies of each sample to record, each with noise of its own.", least=1)
+    copies: int = argument(1, "Copies of each sample to record, each with its own noise.", least=1)
     noise: float = argument(
         0.0,
-        "Largest fraction of the tokens of a copy that is replaced; one copy in four keeps them all.",
+        "Largest fraction of the tokens of a copy that is replaced; one copy in four keeps all of its tokens.",
         least=0,
         below=1,
     )
@@ -95,12 +95,12 @@ class RecordTeacherPass(Pass):
     )
     dense: Any | None = argument(
         None,
-        """A ``DenseTeacher`` in place of the graph: the dense model with other tokens, of a pruned vocabulary. Samples
-        that it cannot read are left out.""",
+        """A ``DenseTeacher`` in place of the graph: the dense model, with its own tokens, for a slim model whose
+        vocabulary was pruned. Samples that it cannot read are left out.""",
         check=check_dense,
         spelled=False,
     )
-    kept: int = argument(64, "Classes to record at each position; the others count as one.", least=1)
+    kept: int = argument(64, "Classes to record at each position; all others are recorded as one.", least=1)
     batch: int = argument(4, "Samples that run at once.", least=1)
     precision: Precision = argument(
         "auto",

@@ -351,35 +351,35 @@ class TunePass(Pass):
     batch: int = argument(4, "Samples in a step.", least=1)
     everywhere: bool = argument(
         True,
-        """Scale the inputs and outputs of all products; False for those that lost inputs alone, which learns less, and
+        """Scale the inputs and outputs of all products; False for only those that lost inputs, which learns less, and
         does best at four times the rate.""",
     )
     rank: int = argument(
         0,
-        """Rank of a low-rank update of the weight of each of these products, beside the scales, as in LoRA; 0 for none.
-        It learns more from much text, and overfits to little text sooner.""",
+        """Rank of a low-rank update of the weight of each of these products, in addition to the scales, as in LoRA; 0
+        for none. It learns more from much text, and overfits sooner to little text.""",
         least=0,
     )
     weights: bool | Literal["auto"] = argument(
         False,
-        """Train the weights of these products themselves, and the parameters of one axis, in place of scales. It learns
-        the most, and takes five times the memory of these weights beside them: gradients, two moments, themselves and
-        the best so far. Of a model in files these are in files too, but for gradients, unless there is a ``folder``.
-        ``auto`` for weights if that fits into half the free memory, or of a model in files half the free disk, else
-        scales and low-rank updates. Each moves by a fraction of its root mean square, so that a rate means the same for
-        models of all sizes.""",
+        """Train the weights of these products themselves, and the parameters of one axis, in place of scales. This
+        learns the most, and takes another five times the memory of these weights: gradients, two moments, the weights
+        themselves and the best so far. For a model in files, all except the gradients are in files too, unless there is
+        a ``folder``. ``auto``: weights if that fits into half the free memory, or for a model in files half the free
+        disk, else scales and low-rank updates. Each weight moves by a fraction of its root mean square, so that a rate
+        means the same for models of all sizes.""",
         check=_flag_or_auto,
     )
     truth: float = argument(
         0.0,
-        """Weight of the cross-entropy of the samples' own next tokens beside the divergence; ignored for a model that
-        does not predict next tokens, which is tried on a sample: its output must not depend on later tokens.""",
+        """Weight of the cross-entropy of the samples' own next tokens, added to the divergence; ignored for a model
+        that does not predict next tokens, as tested on a sample: its output must not depend on later tokens.""",
         least=0,
     )
     objective: Literal["divergence", "acceptance"] = argument(
         "divergence",
-        """Aim of training and of early stopping: ``divergence``, predictions like the dense model's; ``acceptance``, a
-        draft of which speculative decoding accepts as many tokens as can be.""",
+        """Objective of training and of early stopping: ``divergence``, predictions like the dense model's;
+        ``acceptance``, a draft of which speculative decoding accepts as many tokens as possible.""",
     )
     precision: Precision = argument(
         "auto",
@@ -388,15 +388,15 @@ class TunePass(Pass):
     )
     memory: Memory = argument(
         "auto",
-        """Memory for the activations of a step: ``fast`` keeps all for the backward run; ``low`` those between parts of
-        the model, and runs each part again, which takes a third more time; ``auto`` is ``fast`` if all fit into half
-        the free memory, else ``low``.""",
+        """Memory for the activations of a step: ``fast`` keeps all for the backward run; ``low`` keeps only those
+        between parts of the model and recomputes each part, which takes a third more time; ``auto`` is ``fast`` if all
+        fit into half the free memory, else ``low``.""",
     )
     measurements: int = argument(8, "How often the divergence is measured on held-out samples.", least=1)
-    patience: int = argument(3, "Measurements without improvement before it stops.", least=1)
+    patience: int = argument(3, "Measurements without improvement before tuning stops.", least=1)
     folder: str = argument(
         "",
-        "Where progress is saved; a run with the same arguments resumes from it. Empty for nowhere.",
+        "Folder to save progress in, from which a run with the same arguments resumes; empty for none.",
         check=path_or_empty,
     )
     seed: int = argument(0, "Random seed of the order of the samples.", check=as_seed)
