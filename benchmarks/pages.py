@@ -159,11 +159,16 @@ def uniform_price(data: Mapping[str, Any]) -> str:
         data: Results of `benchmarks.quality` on texts.
     """
     section = sections(data)[0]
-    measured = {row.entry for row in section.rows}
-    name = next(one for one in ("fast", "fast, on the given text alone, by gradients") if f"{one}, uniform" in measured)
+    found = [row for row in section.rows if row.ratio == section.ratios[0]]
+    draws = {(row.entry, row.draw) for row in found}
+    names = ("fast", "fast, on the given text alone, by gradients")
+    name = next(one for one in names if any(entry == f"{one}, uniform" for entry, _ in draws))
     values = {}
     for entry in (name, f"{name}, uniform"):
-        rows = [row.at(section.protocol.lengths[0]) for row in section.rows if row.entry == entry]
+        both = (
+            row for row in found if row.entry == entry and {(name, row.draw), (f"{name}, uniform", row.draw)} <= draws
+        )
+        rows = [row.at(section.protocol.lengths[0]) for row in both]
         values[entry] = [fmean(row[text].value for row in rows) for text in _ENGLISH]
     pairs = zip(values[f"{name}, uniform"], values[name], strict=True)
     more = [100 * (uniform / own - 1) for uniform, own in pairs]

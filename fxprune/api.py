@@ -333,7 +333,7 @@ def _pipeline(
     for stage, choice in choices.items():
         if choice is not None:
             recipe.replace_stage(stage, choice, arguments[stage])
-    _check_takes_target(recipe, values["target"])
+    _check_taken(recipe, _given({name: values[name] for name in ("target", "ratio")}))
     _complete(recipe, values["steps"], arguments["teach"])
     _read_samples(recipe, calibration, values["tokenizer"])
     recipe["report"] = recipe["report"] or "make-report"  # a recipe of one's own may leave it out
@@ -432,10 +432,12 @@ def _check_target(values: Mapping[str, Any]) -> None:
         raise _conflict("target", values["target"], "budget", "a target states its quantity")
 
 
-def _check_takes_target(recipe: Recipe, target: str | None) -> None:
-    if target is not None and not any(hasattr(step, "target") for step in recipe["select"]):
-        chosen = ", ".join(step.name for step in recipe["select"])
-        raise _conflict("target", target, "select", f"{chosen or 'the recipe'} takes none")
+def _check_taken(recipe: Recipe, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of the selection that it would not read."""
+    for name, value in arguments.items():
+        if not any(hasattr(step, name) for step in recipe["select"]):
+            chosen = ", ".join(step.name for step in recipe["select"])
+            raise _conflict(name, value, "select", f"{chosen or 'the recipe'} takes none")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

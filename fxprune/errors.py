@@ -13,6 +13,9 @@ _LISTED = 30
 _LONGEST = 80
 """Characters of a name that a message repeats."""
 
+_LONGEST_PLACE = 400
+"""Characters of a place from which on it is cut, to as many as a name has."""
+
 _MARKED = re.compile(r"\$([a-z][a-z_]*)")
 """An argument named in a message."""
 
@@ -33,6 +36,8 @@ class FxpruneError(Exception):
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "", argument: str = "", value: Any = None) -> None:
         what, where = (" ".join(part.splitlines()) for part in (what, where))
+        if len(where) > _LONGEST_PLACE:  # a text that was passed as a path
+            where = f"{where[:_LONGEST]}..."
         self.what = what if what.endswith("...") else what.removesuffix(".")
         self.where, self.remedy, self.argument, self.value = where, remedy, argument, value
         super().__init__(self.render())

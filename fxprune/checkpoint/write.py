@@ -167,7 +167,7 @@ def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manif
         report: of the prune; None if it is not known.
     """
     source = str(getattr(model.config, "_name_or_path", "") or "")
-    base = source if _ON_A_HUB.fullmatch(source) and not Path(source).exists() else None
+    base = source if _ON_A_HUB.fullmatch(source) and not os.path.exists(source) else None
     entries = {"pipeline_tag": _task(model), "datasets": _data_sets(report), **_from_dense(Path(source))}
     data = ModelCardData(library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **entries)
     return _card_text(data, base or Path(source).name, stock_class(model).__name__, work, folder, manifest, report)

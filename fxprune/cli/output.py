@@ -226,7 +226,8 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
     yield from _quality_lines(report)
     yield from (f"note: {note}" for note in (*report.model_reasons, *report.notes))
     if report.verification_error is not None:
-        yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}"
+        over = ", with statistics over the units that stay" if report.renormalised else ""
+        yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}{over}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
     if loading == OURS and report.widths and not report.measured:
         price = f"for {uniform_price()} (docs/quality.md)"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fxprune.errors import DataError
@@ -53,7 +53,7 @@ def is_data_set(name: Any) -> bool:
     """
     if not isinstance(name, str) or len(name) > _LONGEST_ID or name.endswith(ROW_SUFFIXES):
         return False
-    return (name in CORPORA or _ID.fullmatch(name) is not None) and not Path(name).exists()
+    return (name in CORPORA or _ID.fullmatch(name) is not None) and not os.path.exists(name)
 
 
 def load_named(name: str, *, held_out: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import wave
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,9 +29,9 @@ _REMEDY = (
 def needs_processor(source: str) -> bool:
     """Whether a path holds images or sounds, or rows of these or of numbers, rather than text alone."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return True
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix != ".jsonl" or not os.path.isfile(path):
         return False
     first = next(iter(_rows(path)), ("", {}))[1]
     fields = {name for name, value in first.items() if isinstance(value, list) and name != "messages"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _open(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix not in ROW_SUFFIXES:
         raise DataError(f"a {path.suffix or 'suffixless'} file", where=str(path), remedy=f"Give one of {ROW_SUFFIXES}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError("there is no such file", where=str(path), remedy=f"Give the path of one of {ROW_SUFFIXES}")
     if path.suffix == ".parquet":
         return _numbered(load_split("parquet", data_files=str(path), split="train"))

@@ -316,6 +316,9 @@ def _sample(
     if labels.dim() != 2 or not _is_whole(labels):
         remedy = f"Pass labels (samples, tokens), {IGNORED} to ignore one"
         raise _error(f"labels are {format_value(labels)}", where, remedy)
+    if first.whole and shift is None and labels.shape != values[first.name].shape:
+        what = f"labels are {format_value(labels)}, and {first.name} {format_value(values[first.name])}"
+        raise _error(what, where, "Pass as many labels as tokens")
     if labels.shape[1] < 2:
         raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
     if bool((labels[:, 1:] == IGNORED).all()):

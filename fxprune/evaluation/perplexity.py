@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ def load_corpus(source: Any) -> str:
     path = Path(source)
     if isinstance(source, str) and path.suffix not in _FILES and (" " in source or "\n" in source):
         return source
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UnknownNameError("corpus", str(source), CORPORA)
     return read_text(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,7 +177,7 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
     named: dict[str, Task] = {}
     for item in items:
         path = Path(item.path if isinstance(item, LocalTask) else item)
-        if path.is_dir():
+        if os.path.isdir(path):
             found = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", *_YAML))
             if not found:
                 raise EvaluationError("holds no .jsonl or .yaml file", where=str(path), remedy="Name another folder")
@@ -194,7 +195,7 @@ def _as_file(task: Task) -> Task:
     if isinstance(task, LocalTask):
         return task
     suffix = Path(task).suffix
-    is_there = isinstance(task, Path) or Path(task).is_file()
+    is_there = isinstance(task, Path) or os.path.isfile(task)
     is_file = suffix in (".jsonl", ".json") or (is_there and suffix not in _YAML)
     return LocalTask(task) if is_file else task
 

@@ -11,6 +11,7 @@ bool is no number, and no check takes NaN or an infinity.
 from __future__ import annotations
 
 import ast
+import errno
 import math
 import os
 import re
@@ -283,12 +284,23 @@ def instance(name: str, value: Any, kind: type[T], wanted: str, error: type[Fxpr
     raise refuse(name, value, wanted, error)
 
 
-def as_path(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:
-    """Return ``value`` as the path of a file or folder."""
+def as_path(name: str, value: Any, wanted: str = "a path", *, error: type[FxpruneError] = ArgumentError) -> str:
+    """Return ``value`` as the path of a file or folder, which need not exist; ``wanted`` describes the valid ones."""
     found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if isinstance(found, str) and found and "\0" not in found:
+    if isinstance(found, str) and found and _may_exist(found):
         return found
-    raise refuse(name, value, "a path", error)
+    raise refuse(name, value, wanted, error)
+
+
+def _may_exist(path: str) -> bool:
+    """Whether the file system allows a path: a text is too long for one, or has bytes that are 0."""
+    try:
+        os.stat(os.path.expanduser(path))
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:
+        return False
+    return True
 
 
 def path_or_empty(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, isfinite, lcm, prod
@@ -53,13 +54,14 @@ def read_timing(phase: str, place: str) -> Timing:
     is a JSON file, and after a colon the engine if the file covers several.
     """
     path, engine = Path(place), ""
-    if not path.is_file() and ":" in place:  # a colon may also be part of the name of the file
+    if not os.path.isfile(path) and ":" in place:  # a colon may also be part of the name of the file
         file, _, engine = place.rpartition(":")
         path, engine = Path(file), engine.strip()
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {error}"
+        reason = error.strerror if isinstance(error, OSError) else error  # str(error) repeats the path
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read: {reason}"
         raise FxpruneError(what, where=str(path), remedy=f"Name {_FORMS}") from error
     try:
         rows = list(_benchmark_rows(table, phase, engine) if "rows" in table else _command_rows(table, phase))

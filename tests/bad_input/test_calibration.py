@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fxprune
 from fxprune.data.calibration import Calibration
 from fxprune.errors import CalibrationError
-from tests.bad_input.refusals import IDS, check_table, facts_left, net
+from tests.bad_input.refusals import IDS, Net, check_table, facts_left, net
 from tests.remembered import traced
+from tests.tokens import character_tokenizer
 
 
 class Broken(Dataset[Any]):
@@ -147,6 +148,8 @@ BATCHES: list[tuple[dict[str, Any], str]] = [
     (batch(labels=FLOATS), "labels are a torch.float32"),
     (batch(labels=IDS[:, 0]), "labels are"),
     (batch(labels=IDS[..., None]), "labels are"),
+    (batch(labels=IDS[:, :3]), r"labels are .* shape \(1, 3\), and input_ids .* \(1, 6\).*as many labels as tokens"),
+    (batch(labels=IDS.repeat(1, 2)), r"labels are .* shape \(1, 12\)"),
     (batch(labels="text"), "labels is text"),
     (batch(labels=["a"] * 4), "labels is text"),
     (batch(labels=3), "labels"),
@@ -175,12 +178,27 @@ def test_data(graph: fx.GraphModule, capfd: pytest.CaptureFixture[str]) -> None:
     assert facts_left(graph) == known
 
 
+def test_text_in_place_of_its_path(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A whole text, too long for a file name or with bytes that are 0, is refused by all that takes a path."""
+    tokenizer, model = character_tokenizer(), Net()
+    calls: list[Callable[[str], Any]] = [
+        lambda text: fxprune.load_pass("calibrate", data=text, tokenizer=tokenizer)(traced(net)),
+        lambda text: fxprune.prune(model, IDS, tokenizer=tokenizer, eval_text=text),
+        lambda text: fxprune.prune_checkpoint(tmp_path, tmp_path / "slim", text, tokenizer=tokenizer),
+        lambda text: fxprune.prune(model, importance="l2", recipe="llm-pruner", budget=f"decode@{text}"),
+        lambda text: fxprune.recover(model, text, tokenizer),
+        fxprune.prune,
+        fxprune.from_pretrained,
+        lambda text: fxprune.evaluate(model, tokenizer, texts=(), tasks=[text]),
+    ]
+    for text in ("# A page\n\n" + 4000 * "of many words ", 3000 * "/x", "a\0b"):
+        check_table(lambda call, text=text: call(text), [(call, "") for call in calls], capfd)
+
+
 def test_labels_that_do_not_fit_the_logits(graph: fx.GraphModule, capfd: pytest.CaptureFixture[str]) -> None:
     rows = [
         (IDS + 100, "labels hold .*, the model gives logits for 0 to 10.*-100"),
         (IDS - 50, "labels hold -"),
-        (torch.zeros(4, 9, dtype=torch.long), r"9 labels for logits \(1, 6, 11\)"),
-        (torch.zeros(4, 3, dtype=torch.long), r"3 labels for logits \(1, 6, 11\)"),
     ]
 
     def score(labels: torch.Tensor) -> None:
