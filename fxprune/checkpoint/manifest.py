@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ from fxprune.emit.layout import stock_class
 from fxprune.emit.snapshot import configs_of
 from fxprune.errors import CheckpointError, PlanError, TraceError
 from fxprune.graph.context import Refusal, attempt, default_modes, eval_mode, preserve_rng, quiet
-from fxprune.graph.tensors import computed_tensors, set_tensor
+from fxprune.graph.tensors import copy_with_hooks, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.ranks import input_device
@@ -103,7 +102,8 @@ def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:
         else:
             inputs[name] = torch.randn(entry["shape"], generator=generator).to(device, model.dtype)
     dispatched = any("_hf_hook" in vars(module) for module in model.modules())  # such hooks hold weights
-    twin = None if dispatched else attempt(_twin, model)
+    parameters = {id(tensor): tensor for tensor in model.parameters()}
+    twin = None if dispatched else attempt(copy_with_hooks, model, parameters)
     runs = twin if isinstance(twin, type(model)) else model
     options = without_cache(runs) if runs is twin else {}
     with default_modes(), preserve_rng(), eval_mode(runs), quiet(), torch.no_grad():
@@ -114,16 +114,6 @@ def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:
         whole = output.full_tensor() if hasattr(output, "full_tensor") else output
         return Forward(shapes, whole)
     return found if isinstance(found, Refusal) else Refusal(ValueError("its outputs are not numbers"))
-
-
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy of a model, which its forward may write to, with the same parameters and hooks."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
-    memo |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    held = (item for module in model.modules() for item in vars(module).items())
-    tables = (table for name, table in held if name.endswith("_hooks") and isinstance(table, Mapping))
-    memo |= {id(hook): hook for table in tables for hook in table.values()}
-    return copy.deepcopy(model, memo)
 
 
 def _dtype(model: nn.Module) -> str:

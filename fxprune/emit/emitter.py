@@ -58,6 +58,7 @@ from fxprune.emit.structure import KeptUnits, combined_inputs, find_inputs, remo
 from fxprune.errors import VerificationError
 from fxprune.graph.context import Refusal, attempt, call_foreign
 from fxprune.graph.facts import within
+from fxprune.graph.tensors import named_tensors
 from fxprune.modelling.blocks import BUILT_AT, flags_of, put_fields
 from fxprune.modelling.layerwise import OVERRIDES, Overrides, apply_overrides, build_blocks
 from fxprune.trace.inputs import clear_quantisation_marks, meta_twin
@@ -593,8 +594,7 @@ class _Emitter:
     def alone(self, one: Resized) -> Iterator[Patches]:
         """Yield attributes with which the dense model runs if ``one`` alone goes, by paths within its scope."""
         model = self.task.model
-        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in chain(*named)}
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model)}
         for (name, axis), size in one.axes.items():
             tensors[name] = tensors[name].narrow(axis, 0, size)
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
