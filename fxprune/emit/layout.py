@@ -257,7 +257,7 @@ def block_rebuilder(
 def _block_rebuilder(
     model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int]
 ) -> Rebuilder | None:
-    builder = builder_of(block)
+    builder = builder_of(block, vars(block).get(BUILT_AT))
     if builder is None:
         return None
     start = part_of(plain_config(model), part)

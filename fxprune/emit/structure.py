@@ -321,7 +321,7 @@ def _move(
     """
     found: list[nn.Module | None] = []
     for config, index in (before, after):
-        builder = builder_of(block)
+        builder = builder_of(block, vars(block).get(BUILT_AT))
         built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
         found.append(None if isinstance(built, Refusal) else built)
     here, there = found

@@ -93,34 +93,26 @@ def names_index(name: str) -> bool:
     return name.endswith(_INDEX_ENDINGS)
 
 
-def builder_of(block: nn.Module) -> Builder | None:
-    """Builder of blocks like this one; None if its class cannot be called."""
-    return block_builder(type(block), vars(block).get(BUILT_AT), flags_of(block))
-
-
 def flags_of(block: nn.Module) -> dict[str, Any]:
     """Flags and strings among the attributes of a block and of the modules in it; the outer and the first ones win."""
     every = [item for module in block.modules() for item in vars(module).items()]
     return {name: value for name, value in reversed(every) if isinstance(value, bool | str)}
 
 
-def block_builder(
-    kind: type[nn.Module], built_at: Mapping[str, Any] | None = None, attributes: Mapping[str, Any] | None = None
-) -> Builder | None:
-    """Builder of blocks from a config and an index; None if the class requires more.
+def builder_of(block: nn.Module, built_at: Mapping[str, Any] | None) -> Builder | None:
+    """Builder of blocks like this one from a config and an index; None if the class requires more.
 
     Args:
-        kind: the class of the block.
+        block: another argument is read off its attribute of this name, or one of a module in it, if that is a flag or
+            a string; a number may be a size, which changes.
         built_at: index and fields at which the class builds the wanted kind of block, if that is not its index.
-        attributes: of such a block. Another argument is read off the attribute of its name if that is a flag or a
-            string; a number may be a size, which changes.
     """
+    kind, flags = type(block), flags_of(block)
     named = {p.name: p for p in inspect.signature(kind).parameters.values() if p.kind not in _VARIADIC}
     first, *others = named or [""]
     place = next((name for name in others if names_index(name)), None)
-    given = {name: (attributes or {}).get(name) for name in others if name != place}
-    held = {name: value for name, value in given.items() if isinstance(value, bool | str)}
-    if not first or any(named[name].default is inspect.Parameter.empty for name in given.keys() - held.keys()):
+    held = {name: flags[name] for name in others if name != place and name in flags}
+    if not first or any(named[name].default is inspect.Parameter.empty for name in {*others} - {place, *held}):
         return None
     if place is not None:
         return lambda config, index: _build_at(partial(kind, **held), config, place, index, built_at or {})

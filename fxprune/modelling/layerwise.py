@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.modelling.blocks import CannotBuildError, block_builder, block_config, flags_of, list_and_index
+from fxprune.modelling.blocks import CannotBuildError, block_config, builder_of, list_and_index
 from fxprune.modelling.table_rows import select_inputs
 
 OVERRIDES = "fxprune_overrides"
@@ -86,8 +86,7 @@ def build_blocks(
     source = model if like is None else like
     for path in dict.fromkeys((*overrides.block_fields, *overrides.absent, *overrides.built_at)):
         blocks, index = list_and_index(model, path)
-        block = source.get_submodule(path)
-        build = block_builder(type(block), overrides.built_at.get(path), flags_of(block))
+        build = builder_of(source.get_submodule(path), overrides.built_at.get(path))
         if build is None:
             raise CannotBuildError(f"{path}: its class is not called with a config and an index")
         own = block_config(config_of(path), overrides.block_fields.get(path, {}), overrides.absent.get(path, ()))
