@@ -30,7 +30,7 @@ from fxprune.emit.snapshot import (
     without_storage,
 )
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, quiet
+from fxprune.graph.context import Refusal, attempt, quiet, replaced
 from fxprune.graph.facts import within
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError, builder_of, names_index, renumber
 from fxprune.modelling.layerwise import OVERRIDES, SECTION, AnyWidths, Layerwise, Overrides, section_of
@@ -224,11 +224,8 @@ def _parameters_on_meta() -> Iterator[None]:
                 empty._is_hf_initialized = True  # type: ignore[attr-defined]  # random numbers take time on meta too
                 module._parameters[name] = empty
 
-        nn.Module.register_parameter = on_meta  # type: ignore[assignment]
-        try:
+        with replaced(nn.Module, register_parameter=on_meta):
             yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _attributes(model: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
