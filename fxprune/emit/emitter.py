@@ -33,6 +33,7 @@ from fxprune.emit.patch import (
     carry_over,
     composed_patches,
     epsilon_fields,
+    leaf_patches,
     merged,
     numbers_of,
     patches_by_hand,
@@ -311,8 +312,8 @@ def _candidate(
     task: EmissionTask, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]
 ) -> Candidate:
     fields, full = _with_adopted(task, shared, blocks, chosen)
-    extra = {name: value for name, value in fields.items() if name not in shared.fields}
-    around = shared.patches(task.rebuilder, task.outside(), extra)
+    built, skip = task.rebuilder.build(fields), task.rebuilder.skip
+    around = {} if built is None else leaf_patches(built, task.outside(), skip)
     dense = vars(part_of(task.model.config, task.layout.part))
     block_fields, absent = dict[str, dict[str, int]](), dict[str, list[str]]()
     for path, own in full.items():

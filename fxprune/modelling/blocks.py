@@ -153,16 +153,3 @@ def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str],
         same = [name for name, value in vars(module).items() if type(value) is int and value == old]
         indices = [name for name in same if (follows(path, name) if follows else names_index(name))]
         vars(module).update(dict.fromkeys(indices, new))
-
-
-def list_and_index(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
-    """List that a block is in, and its index there.
-
-    Raises:
-        CannotBuildError: the block is not in a list of modules.
-    """
-    parent, _, index = path.rpartition(".")
-    blocks = model.get_submodule(parent)
-    if not isinstance(blocks, nn.ModuleList):
-        raise CannotBuildError(f"{path}: not in a list of modules")
-    return blocks, int(index)
