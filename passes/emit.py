@@ -12,6 +12,7 @@ from fxprune.checkpoint import save_pretrained
 from fxprune.checkpoint.read import load_tokenizer
 from fxprune.checkpoint.write import check_request
 from fxprune.data.calibration import Calibration, VerificationInputs, make_inputs, token_input
+from fxprune.discovery.explain import frozen_in
 from fxprune.emit.emitted import Emitted, check_own_forward, emit_from_graph
 from fxprune.errors import CheckpointError
 from fxprune.graph.counting import Work, count_bytes, count_macs, count_parameters
@@ -22,15 +23,7 @@ from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import Ran
 from fxprune.removal.budget import CacheSize
 from fxprune.removal.removal import Removed, kept_norm_modules, scaled_numbers, unkept_norm_reasons
-from fxprune.report.report import (
-    Report,
-    SamplesUsed,
-    frozen_reasons,
-    group_sizes,
-    group_widths,
-    renormalised_groups,
-    score_spreads,
-)
+from fxprune.report.report import Report, SamplesUsed, group_sizes, group_widths, score_spreads
 from fxprune.trace.fidelity import Fidelity
 from fxprune.trace.inputs import is_hugging_face
 
@@ -92,7 +85,8 @@ class MakeReportPass(Pass):
         calibration, reads_tokens = facts.get(Calibration), token_input(graph_module) is not None
         generates = emitted is None or emitted.model is None or emitted.model.can_generate()
         groups, keep, blocks = removal.groups, removal.keep, removal.removed_blocks
-        renormalised = renormalised_groups(groups, keep)
+        widths, sizes = group_widths(groups, keep), group_sizes(groups, keep, blocks)
+        renormalised = {one.name: one.renormalised for one in groups if one.renormalised and one.name in widths}
         unkept = unkept_norm_reasons(
             removal.axes, dict.fromkeys(node for nodes in renormalised.values() for node in nodes)
         )
@@ -103,10 +97,10 @@ class MakeReportPass(Pass):
             ratio=removal.asked.get("ratio"),
             group_ratio=removal.asked.get("group_ratio"),
             reached=removal.reached,
-            widths=group_widths(groups, keep),
+            widths=widths,
             renormalised=renormalised,
             removed_blocks=blocks,
-            frozen=frozen_reasons(removal.axes),
+            frozen={axis: str(freeze) for axis, freeze in frozen_in(removal.axes).items()},
             verification_error=None if verified is None else verified.error,
             fidelity=traced.error,
             gradient_fidelity=traced.gradients,
@@ -115,8 +109,8 @@ class MakeReportPass(Pass):
             model=work.model,
             memory=(work.memory, count_bytes(graph_module)),
             cache=None if cache is None or not reads_tokens or not generates else (cache.dense, cache.slim),
-            groups=group_sizes(groups, keep, blocks),
-            scores=score_spreads(groups, keep, blocks, removal.scores),
+            groups=sizes,
+            scores=score_spreads(groups, sizes, keep, removal.scores),
             criterion="" if removal.scores is None else removal.scores.source,
             kept_norms=kept_norm_modules(removal.axes, keep),
             passes=(facts.get(Ran) or Ran()).passes,

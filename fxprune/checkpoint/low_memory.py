@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from logging import WARNING
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from fxprune.checkpoint.read import (
 from fxprune.checkpoint.write import check_place
 from fxprune.data.samples import FileSamples
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, quiet, silence_stderr
+from fxprune.graph.context import Refusal, attempt, quiet, replaced, silence_stderr
 from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
 from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import barrier, check_same, is_first, run_on_first
@@ -86,17 +86,11 @@ def _by_block(tensors: Sequence[Any]) -> Iterator[list[Any]]:
     yield from parts.values()
 
 
-@contextmanager
-def _reader_of(reader: Any, tensors: Sequence[Any]) -> Iterator[None]:
+def _reader_of(reader: Any, tensors: Sequence[Any]) -> AbstractContextManager[None]:
     """Let ``gguf.GGUFReader``, which transformers calls, read these tensors only."""
     fields = {key: value for key, value in reader.fields.items() if not key.startswith(_WORDS)}
     view = SimpleNamespace(fields=fields, tensors=tensors)
-    names = vars(gguf)
-    true_reader, names["GGUFReader"] = names["GGUFReader"], lambda *_: view
-    try:
-        yield
-    finally:
-        names["GGUFReader"] = true_reader
+    return replaced(gguf, GGUFReader=lambda *_: view)
 
 
 _REQUEST = "request.json"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +18,9 @@ from torch import nn
 from fxprune.emit.emitted import outputs_agree
 from fxprune.emit.layout import stock_class
 from fxprune.emit.snapshot import configs_of
-from fxprune.errors import CheckpointError, PlanError, TraceError
+from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph.context import Refusal, attempt, default_modes, eval_mode, preserve_rng, quiet
-from fxprune.graph.tensors import computed_tensors, set_tensor
+from fxprune.graph.tensors import copy_with_hooks, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.ranks import input_device
@@ -33,6 +32,7 @@ from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 
 _SEED, _BATCH, _TOKENS = 0, 2, 6
 _SIDE = 32
@@ -103,7 +103,8 @@ def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:
         else:
             inputs[name] = torch.randn(entry["shape"], generator=generator).to(device, model.dtype)
     dispatched = any("_hf_hook" in vars(module) for module in model.modules())  # such hooks hold weights
-    twin = None if dispatched else attempt(_twin, model)
+    parameters = {id(tensor): tensor for tensor in model.parameters()}
+    twin = None if dispatched else attempt(copy_with_hooks, model, parameters)
     runs = twin if isinstance(twin, type(model)) else model
     options = without_cache(runs) if runs is twin else {}
     with default_modes(), preserve_rng(), eval_mode(runs), quiet(), torch.no_grad():
@@ -114,16 +115,6 @@ def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:
         whole = output.full_tensor() if hasattr(output, "full_tensor") else output
         return Forward(shapes, whole)
     return found if isinstance(found, Refusal) else Refusal(ValueError("its outputs are not numbers"))
-
-
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy of a model, which its forward may write to, with the same parameters and hooks."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
-    memo |= {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    held = (item for module in model.modules() for item in vars(module).items())
-    tables = (table for name, table in held if name.endswith("_hooks") and isinstance(table, Mapping))
-    memo |= {id(hook): hook for table in tables for hook in table.values()}
-    return copy.deepcopy(model, memo)
 
 
 def _dtype(model: nn.Module) -> str:
@@ -299,32 +290,23 @@ class Manifest:
 
     def read_plan(self, folder: Path) -> Plan | None:
         """Read the plan of the checkpoint in a folder; None if it was saved without one."""
-        text = self._text(folder, PLAN, self.plan)
-        try:
-            return None if text is None else Plan.from_json(text)
-        except PlanError as error:
-            raise CheckpointError(str(error), where=str(self._place(folder, PLAN)), remedy=_SAVE_AGAIN) from error
+        return self._read(folder, PLAN, self.plan, Plan.from_json)
 
     def read_report(self, folder: Path) -> Report | None:
         """Read the report of the checkpoint in a folder; None if it was saved without one."""
-        text = self._text(folder, REPORT, self.report)
-        try:
-            return None if text is None else Report.from_dict(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(str(error), where=str(self._place(folder, REPORT)), remedy=_SAVE_AGAIN) from error
+        return self._read(folder, REPORT, self.report, lambda text: Report.from_dict(json.loads(text)))
 
-    def _place(self, folder: Path, name: str) -> Path:
-        return folder / (name if name in self.files else MANIFEST)
-
-    def _text(self, folder: Path, name: str, embedded: Mapping[str, Any] | None) -> str | None:
-        if embedded is not None:
-            return json.dumps(embedded)
-        if name not in self.files:  # a file of this name may be the user's
+    def _read(self, folder: Path, name: str, embedded: Mapping[str, Any] | None, parse: Callable[[str], T]) -> T | None:
+        if embedded is None and name not in self.files:  # a file of this name may be the user's
             return None
+        place = folder / (name if name in self.files else MANIFEST)
         try:
-            return (folder / name).read_text(encoding="utf-8", errors="replace")
+            text = place.read_text("utf-8", "replace") if embedded is None else json.dumps(embedded)
+            return parse(text)
         except OSError as error:
-            raise CheckpointError("this file is missing", where=str(folder / name), remedy=_COPY_AGAIN) from error
+            raise CheckpointError("this file is missing", where=str(place), remedy=_COPY_AGAIN) from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(str(error), where=str(place), remedy=_SAVE_AGAIN) from error
 
 
 def content_digest(data: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_loaded, check_weights, read_manifest
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.layout import stock_class, stock_config
-from fxprune.emit.snapshot import Shape, shapes_of, slim_name, without_storage
+from fxprune.emit.snapshot import shapes_of, slim_name, without_storage
 from fxprune.emit.structure import parse_config, pruned_class
 from fxprune.errors import CheckpointError, FxpruneError
 from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
@@ -221,8 +221,7 @@ def _load(
     manifest = read_manifest(path)
     check_weights(path, manifest.weights, digests=verify is True)
     check_files(path, manifest)
-    stock, config = _classes(path, model_class)
-    _check_plan(path, pruned_class(stock, type(config)), manifest)
+    _check_plan(path, model_class, manifest)
     model = read_model(path, model_class, options)
     if manifest.plan_digest is not None:
         vars(model)[PLAN_DIGEST] = manifest.plan_digest
@@ -315,11 +314,21 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
         ) from error
 
 
-def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> None:
+_EDITED = (LookupError, TypeError, ValueError, AttributeError)
+"""Errors of our own code over an edited config: the fault is in the file."""
+
+
+def _check_plan(path: Path, model_class: type[PreTrainedModel] | None, manifest: Manifest) -> None:
+    stock, config = _classes(path, model_class)
     plan = manifest.read_plan(path)
     if plan is None:
         return
-    shapes = _built_shapes(path / "config.json", slim)
+    with without_storage():
+        model = attempt(pruned_class(stock, type(config)), config, refusals=_EDITED)
+    if isinstance(model, Refusal):
+        where, remedy = str(path / "config.json"), "Save the model again"
+        raise CheckpointError(f"no model can be built from it: {model}", where=where, remedy=remedy) from model.error
+    shapes = shapes_of(model)
     for name, by_axis in plan.kept.items():
         new = slim_name(name, plan.removed_blocks)
         shape = None if new is None else shapes.get(new)
@@ -330,26 +339,6 @@ def _check_plan(path: Path, slim: type[PreTrainedModel], manifest: Manifest) -> 
                 error = f"it leaves {len(index)} of {name}[{axis}], the model has {shape}"
                 where, remedy = str(path / MANIFEST), "Save the model again"
                 raise CheckpointError(f"the plan is of another model: {error}", where=where, remedy=remedy)
-
-
-_EDITED = (LookupError, TypeError, ValueError, AttributeError)
-"""Errors of our own code over an edited config: the fault is in the file."""
-
-
-def _built_shapes(file: Path, slim: type[PreTrainedModel]) -> dict[str, Shape]:
-    data = parse_config(file.read_text(encoding="utf-8"))
-
-    def build() -> PreTrainedModel:
-        config: Any = slim.config_class
-        return slim(config.from_dict(data))
-
-    with without_storage():
-        model = attempt(build, refusals=_EDITED)
-    if isinstance(model, Refusal):
-        raise CheckpointError(
-            f"no model can be built from it: {model}", where=str(file), remedy="Save the model again"
-        ) from model.error
-    return shapes_of(model)
 
 
 _REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, or a hub id that can be reached"

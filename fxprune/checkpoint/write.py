@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.snapshot import has_unaligned_experts, part_of
 from fxprune.emit.structure import Structure, describe_structure, pruned_class
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, default_modes, quiet
+from fxprune.graph.context import Refusal, attempt, default_modes, quiet, replaced
 from fxprune.graph.tensors import names_by_identity
 from fxprune.modelling import blocks, layerwise, table_rows
 from fxprune.offload.atomic import finish_files, replace_folder, resolve_target, staging_folder, wrap_disk_errors
@@ -394,15 +394,9 @@ def _move_or_save(place: Path, tensors: dict[str, torch.Tensor], file: str | os.
         save_file(tensors, file, **options)
 
 
-@contextmanager
-def _saving_weights_by(save: Callable[..., None]) -> Iterator[None]:
+def _saving_weights_by(save: Callable[..., None]) -> AbstractContextManager[None]:
     """Let transformers write its files of weights by ``save``, in place of safetensors' function."""
-    names = vars(transformers.modeling_utils)
-    true, names["safe_save_file"] = names["safe_save_file"], save
-    try:
-        yield
-    finally:
-        names["safe_save_file"] = true
+    return replaced(transformers.modeling_utils, safe_save_file=save)
 
 
 def _check_model(model: PreTrainedModel, plan: Plan | None, report: Report | None) -> str | None:

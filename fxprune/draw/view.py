@@ -150,16 +150,15 @@ def _tree(atlas: Atlas, paths: Mapping[_Pair, _Path]) -> dict[_Pair, _Path]:
     return {pair: paths[pair] for pair in pairs}
 
 
-def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis] | None = None) -> View:
+def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis]) -> View:
     """A picture of the axes that breadth-first search reaches from the trigger of a group.
 
-    ``group`` is not one of a whole block; ``inside`` are the axes that may be shown, None for all.
+    ``group`` is not one of a whole block; ``inside`` are the axes that may be shown.
     """
     assert group.factor is not None and group.trigger is not None
     factor, reach = group.factor, atlas.part(group.factor)
     tree = list(nx.bfs_edges(reach, group.trigger))
-    reached = {group.trigger, *itertools.chain.from_iterable(tree)}
-    wanted = reached if inside is None else reached.intersection(inside)
+    wanted = {group.trigger, *itertools.chain.from_iterable(tree)}.intersection(inside)
     before = {b: a for a, b in tree}
     couplings = []
     for axis in atlas.in_order(wanted):  # back to the last wanted axis that the search passed before

@@ -24,7 +24,14 @@ from fxprune.emit.structure import carry_structure, describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.context import Refusal, attempt, defer_gc, eval_mode, quiet
 from fxprune.graph.facts import Blocks, Constants, Fact, Source, facts_of, within
-from fxprune.graph.tensors import as_parameter, copy_tensor, has_meta_weights, names_by_identity, weights
+from fxprune.graph.tensors import (
+    as_parameter,
+    copy_tensor,
+    has_meta_weights,
+    named_tensors,
+    names_by_identity,
+    weights,
+)
 from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
 from fxprune.removal.plan import Plan, keep_of, kept_indices
@@ -67,7 +74,7 @@ def _left_by(
     axes: AxisMap, keep: Keep, removed_blocks: Collection[str], model: nn.Module, *, empty: bool = True
 ) -> dict[str, torch.Tensor]:
     """The tensors that a removal leaves of a model, by all their names: on ``meta`` if ``empty``, else with values."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = dict(named_tensors(model))
     exprs = {name: axes.tensors[name] for name in axes.weights()}
     slim: dict[str, torch.Tensor] = {}
     for aliases in names_by_identity(model).values():
@@ -344,11 +351,9 @@ def emit_from_graph(
     epsilons = find_epsilons(slim.graph, dense, scaled_numbers(removal.axes, removal.keep))
     removed = removal.removed_blocks
     tensors = {name: tensor for own, tensor in weights(slim) for name in source.names.get(own, ())}
-    model = source.model
-    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in named:  # those that the graph does not read come from the dense model
-            if name not in tensors and not within(name, removed):
-                tensors[name] = tensor if source.shares else copy_tensor(tensor)
+    for name, tensor in named_tensors(source.model):  # those that the graph does not read come from the dense model
+        if name not in tensors and not within(name, removed):
+            tensors[name] = tensor if source.shares else copy_tensor(tensor)
     with defer_gc(), quiet():  # once around all builds and runs: entering them for each costs more than a small block
         resized = _resized(source, removal)
         kept = _kept_units(slim, removal)

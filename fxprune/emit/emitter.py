@@ -33,6 +33,7 @@ from fxprune.emit.patch import (
     carry_over,
     composed_patches,
     epsilon_fields,
+    leaf_patches,
     merged,
     numbers_of,
     patches_by_hand,
@@ -58,6 +59,7 @@ from fxprune.emit.structure import KeptUnits, combined_inputs, find_inputs, remo
 from fxprune.errors import VerificationError
 from fxprune.graph.context import Refusal, attempt, call_foreign
 from fxprune.graph.facts import within
+from fxprune.graph.tensors import named_tensors
 from fxprune.modelling.blocks import BUILT_AT, flags_of, put_fields
 from fxprune.modelling.layerwise import OVERRIDES, Overrides, apply_overrides, build_blocks
 from fxprune.trace.inputs import clear_quantisation_marks, meta_twin
@@ -310,8 +312,8 @@ def _candidate(
     task: EmissionTask, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]
 ) -> Candidate:
     fields, full = _with_adopted(task, shared, blocks, chosen)
-    extra = {name: value for name, value in fields.items() if name not in shared.fields}
-    around = shared.patches(task.rebuilder, task.outside(), extra)
+    built, skip = task.rebuilder.build(fields), task.rebuilder.skip
+    around = {} if built is None else leaf_patches(built, task.outside(), skip)
     dense = vars(part_of(task.model.config, task.layout.part))
     block_fields, absent = dict[str, dict[str, int]](), dict[str, list[str]]()
     for path, own in full.items():
@@ -593,8 +595,7 @@ class _Emitter:
     def alone(self, one: Resized) -> Iterator[Patches]:
         """Yield attributes with which the dense model runs if ``one`` alone goes, by paths within its scope."""
         model = self.task.model
-        named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in chain(*named)}
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model)}
         for (name, axis), size in one.axes.items():
             tensors[name] = tensors[name].narrow(axis, 0, size)
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -244,20 +244,14 @@ def block_rebuilder(
 ) -> Rebuilder | None:
     """Return the rebuilder of one block at its index in the dense model; None if its class cannot be called.
 
-    It is one of ``depth`` that are described by a ``part`` of the config.
-
-    ``own`` are the fields in which the block already differs from the model's config.
+    It is one of ``depth`` that are described by a ``part`` of the config; ``own`` are the fields in which it already
+    differs from the model's config.
     """
-    key = "block", type(block), str(vars(block).get(BUILT_AT)), str(flags_of(block)), part, depth, index, str(own)
-    if key not in known:
-        known[key] = _block_rebuilder(model, part, depth, index, block, own)
-    return known[key]  # type: ignore[no-any-return]
-
-
-def _block_rebuilder(
-    model: PreTrainedModel, part: str, depth: int, index: int, block: nn.Module, own: Mapping[str, int]
-) -> Rebuilder | None:
-    builder = builder_of(block)
+    built_at = vars(block).get(BUILT_AT)
+    key = "block", type(block), str(built_at), str(flags_of(block)), part, depth, index, str(own)
+    if key in known:
+        return known[key]  # type: ignore[no-any-return]
+    builder = builder_of(block, built_at)
     if builder is None:
         return None
     start = part_of(plain_config(model), part)
@@ -274,4 +268,5 @@ def _block_rebuilder(
         if whole is not None and alone is not None and whole.shapes == alone.shapes:  # it reads no entries but its own
             put_fields(start, entries)
     put_fields(start, own)
-    return Rebuilder(make, start, record_reads(start, lambda config: builder(config, index)))
+    found = known[key] = Rebuilder(make, start, record_reads(start, lambda config: builder(config, index)))
+    return found

@@ -20,7 +20,7 @@ from fxprune.graph.compat import DeviceContext, tree_map
 from fxprune.graph.context import Refusal, attempt, call_foreign, quiet
 from fxprune.graph.facts import within
 from fxprune.graph.shapes import MetaOpCache
-from fxprune.graph.tensors import submodule
+from fxprune.graph.tensors import named_tensors, submodule
 from fxprune.modelling.blocks import CannotBuildError
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ def is_number(value: object) -> TypeGuard[Number]:
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
     """Shapes by name of all parameters and buffers, tied and non-persistent ones included."""
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
-    shapes.update((name, tuple(b.shape)) for name, b in module.named_buffers(remove_duplicate=False))
-    return shapes
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
 
 
 def take_snapshot(module: nn.Module, skip: Collection[str] = ()) -> Snapshot:
@@ -383,8 +381,7 @@ def has_unaligned_experts(model: nn.Module) -> bool:
 
 def names_on_meta(model: nn.Module) -> list[str]:
     """Names of the tensors without storage: parameters, buffers and plain attributes."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names = [name for name, tensor in named if tensor.is_meta]
+    names = [name for name, tensor in named_tensors(model) if tensor.is_meta]
     for path, module in model.named_modules():
         names += [f"{path}.{k}" for k, v in vars(module).items() if isinstance(v, torch.Tensor) and v.is_meta]
     return names

@@ -330,11 +330,6 @@ class SharedWidths:
     fields: Mapping[str, int]
     written_afterwards: Mapping[str, int] = field(default_factory=dict)
 
-    def patches(self, rebuilder: Rebuilder, wanted: Mapping[str, Shape], extra: Mapping[str, int]) -> Patches:
-        """Return attributes to set outside the blocks, given further fields that the whole model is built with."""
-        module = rebuilder.build({**self.fields, **extra})
-        return {} if module is None else leaf_patches(module, wanted, rebuilder.skip)
-
 
 def shared_widths_for(rebuilder: Rebuilder, wanted: Mapping[str, Shape]) -> list[SharedWidths]:
     """Return ways to reach the wanted shapes outside the blocks, the likeliest first."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,7 @@ from fxprune.emit.snapshot import (
     without_storage,
 )
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, quiet
+from fxprune.graph.context import Refusal, attempt, quiet, replaced
 from fxprune.graph.facts import within
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError, builder_of, names_index, renumber
 from fxprune.modelling.layerwise import OVERRIDES, SECTION, AnyWidths, Layerwise, Overrides, section_of
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PRUNED: dict[tuple[type, type], type[PreTrainedModel]] = {}
-_RELAXED: dict[type, type[PreTrainedConfig]] = {}
 
 
 def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
@@ -57,6 +56,7 @@ def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -
     return _PRUNED[stock, relaxed]
 
 
+@cache
 def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Config class like ``config`` that allows any widths; its instances can be copied and sent to other processes."""
     if issubclass(config, AnyWidths):
@@ -65,12 +65,11 @@ def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _empty, (_relaxed_config, config), dict(vars(self))
 
-    if config not in _RELAXED:
-        members = {"__reduce__": reduce, "__module__": config.__module__}
-        relaxed = _RELAXED[config] = type(config.__name__, (AnyWidths, config), members)
-        if getattr(transformers, config.__name__, None) is config:
-            _register(relaxed, config)
-    return _RELAXED[config]
+    members = {"__reduce__": reduce, "__module__": config.__module__}
+    relaxed = type(config.__name__, (AnyWidths, config), members)
+    if getattr(transformers, config.__name__, None) is config:
+        _register(relaxed, config)
+    return relaxed
 
 
 def _register(relaxed: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> None:
@@ -225,11 +224,8 @@ def _parameters_on_meta() -> Iterator[None]:
                 empty._is_hf_initialized = True  # type: ignore[attr-defined]  # random numbers take time on meta too
                 module._parameters[name] = empty
 
-        nn.Module.register_parameter = on_meta  # type: ignore[assignment]
-        try:
+        with replaced(nn.Module, register_parameter=on_meta):
             yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _attributes(model: nn.Module, twin: nn.Module) -> dict[str, dict[str, Any]]:
@@ -322,7 +318,7 @@ def _move(
     """
     found: list[nn.Module | None] = []
     for config, index in (before, after):
-        builder = builder_of(block)
+        builder = builder_of(block, vars(block).get(BUILT_AT))
         built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
         found.append(None if isinstance(built, Refusal) else built)
     here, there = found

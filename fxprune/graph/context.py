@@ -187,16 +187,21 @@ def _innermost(traceback: TracebackType | None) -> TracebackType | None:
 
 
 @contextmanager
-def mark_exporting() -> Iterator[None]:
-    """Make ``torch.compiler.is_exporting()`` and ``is_compiling()`` true inside this context."""
-    before = {name: getattr(torch.compiler, name) for name in ("_is_compiling_flag", "_is_exporting_flag")}
+def replaced(owner: object, **values: Any) -> Iterator[None]:
+    """Give attributes of a module or a class other values inside this context."""
+    before = {name: getattr(owner, name) for name in values}
     try:
-        for name in before:
-            setattr(torch.compiler, name, True)
+        for name, value in values.items():
+            setattr(owner, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(torch.compiler, name, value)
+            setattr(owner, name, value)
+
+
+def mark_exporting() -> AbstractContextManager[None]:
+    """Make ``torch.compiler.is_exporting()`` and ``is_compiling()`` true inside this context."""
+    return replaced(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=True)
 
 
 class _ForwardWhenRead:
@@ -214,8 +219,7 @@ class _ForwardWhenRead:
         return kind.forward if graph_module is None else only.forward
 
 
-@contextmanager
-def recompile_lazily() -> Iterator[None]:
+def recompile_lazily() -> AbstractContextManager[None]:
     """Generate the code of graph modules that are made or changed in this context when it is first needed."""
     recompile = GraphModule.recompile
 
@@ -223,11 +227,7 @@ def recompile_lazily() -> Iterator[None]:
         kind: Any = type(graph_module)
         kind.forward = _ForwardWhenRead(graph_module, recompile)
 
-    GraphModule.recompile = postpone  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        GraphModule.recompile = recompile  # type: ignore[method-assign]
+    return replaced(GraphModule, recompile=postpone)
 
 
 def current_tracer() -> Any:

@@ -5,18 +5,21 @@ A path is ``("args", 1, 0)`` or ``("kwargs", "size", 0)``: which arguments, whic
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import re
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from fxprune.errors import GraphInputError, PassError
 from fxprune.graph.compat import FakeTensor, tree_leaves, tree_map
+
+M = TypeVar("M", bound=nn.Module)
 
 _SIGN = "#"
 """Separates the name of a node from the number of its output; no name of a node or weight contains it."""
@@ -248,18 +251,31 @@ def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
                 yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
 
 
+def copy_with_hooks(model: M, memo: Mapping[int, Any]) -> M:
+    """Return a deep copy of a model with the same hooks; ``memo`` has the copies of other objects, by their ``id``."""
+    held = (item for module in model.modules() for item in vars(module).items())
+    tables = (table for name, table in held if name.endswith("_hooks") and isinstance(table, Mapping))
+    computed = {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
+    return copy.deepcopy(model, {**memo, **computed, **{id(hook): hook for table in tables for hook in table.values()}})
+
+
 def delete_tensor(module: nn.Module, name: str) -> None:
     """Remove the parameter or buffer ``name`` from ``module``."""
     owner, _, leaf = name.rpartition(".")
     delattr(submodule(module, owner), leaf)
 
 
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters, then buffers, under all their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
 def names_by_identity(module: nn.Module) -> dict[int, tuple[str, ...]]:
     """Return all names ``module`` has for each of its parameters and buffers, by ``id`` of the tensor."""
     found: dict[int, tuple[str, ...]] = {}
-    for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
-        for name, tensor in named:
-            found[id(tensor)] = (*found.get(id(tensor), ()), name)
+    for name, tensor in named_tensors(module):
+        found[id(tensor)] = (*found.get(id(tensor), ()), name)
     return found
 
 

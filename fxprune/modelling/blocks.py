@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig
 
 _FOLLOWED = ("_attn_implementation_internal", "_experts_implementation_internal")
 _PARENT = "_fxprune_parent"
-_FOLLOWERS: dict[type, type] = {}
 
 
 def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
@@ -52,13 +51,12 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
     return view
 
 
+@cache
 def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Class of configs that follow one of class ``base``; made once for each."""
-    if base not in _FOLLOWERS:
-        members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
-        members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
-        _FOLLOWERS[base] = type(base.__name__, (base,), members)
-    return _FOLLOWERS[base]
+    members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
+    members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
+    return type(base.__name__, (base,), members)
 
 
 def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfig:
@@ -95,34 +93,26 @@ def names_index(name: str) -> bool:
     return name.endswith(_INDEX_ENDINGS)
 
 
-def builder_of(block: nn.Module) -> Builder | None:
-    """Builder of blocks like this one; None if its class cannot be called."""
-    return block_builder(type(block), vars(block).get(BUILT_AT), flags_of(block))
-
-
 def flags_of(block: nn.Module) -> dict[str, Any]:
     """Flags and strings among the attributes of a block and of the modules in it; the outer and the first ones win."""
     every = [item for module in block.modules() for item in vars(module).items()]
     return {name: value for name, value in reversed(every) if isinstance(value, bool | str)}
 
 
-def block_builder(
-    kind: type[nn.Module], built_at: Mapping[str, Any] | None = None, attributes: Mapping[str, Any] | None = None
-) -> Builder | None:
-    """Builder of blocks from a config and an index; None if the class requires more.
+def builder_of(block: nn.Module, built_at: Mapping[str, Any] | None) -> Builder | None:
+    """Builder of blocks like this one from a config and an index; None if the class requires more.
 
     Args:
-        kind: the class of the block.
+        block: another argument is read off its attribute of this name, or one of a module in it, if that is a flag or
+            a string; a number may be a size, which changes.
         built_at: index and fields at which the class builds the wanted kind of block, if that is not its index.
-        attributes: of such a block. Another argument is read off the attribute of its name if that is a flag or a
-            string; a number may be a size, which changes.
     """
+    kind, flags = type(block), flags_of(block)
     named = {p.name: p for p in inspect.signature(kind).parameters.values() if p.kind not in _VARIADIC}
     first, *others = named or [""]
     place = next((name for name in others if names_index(name)), None)
-    given = {name: (attributes or {}).get(name) for name in others if name != place}
-    held = {name: value for name, value in given.items() if isinstance(value, bool | str)}
-    if not first or any(named[name].default is inspect.Parameter.empty for name in given.keys() - held.keys()):
+    held = {name: flags[name] for name in others if name != place and name in flags}
+    if not first or any(named[name].default is inspect.Parameter.empty for name in {*others} - {place, *held}):
         return None
     if place is not None:
         return lambda config, index: _build_at(partial(kind, **held), config, place, index, built_at or {})
@@ -163,16 +153,3 @@ def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str],
         same = [name for name, value in vars(module).items() if type(value) is int and value == old]
         indices = [name for name in same if (follows(path, name) if follows else names_index(name))]
         vars(module).update(dict.fromkeys(indices, new))
-
-
-def list_and_index(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
-    """List that a block is in, and its index there.
-
-    Raises:
-        CannotBuildError: the block is not in a list of modules.
-    """
-    parent, _, index = path.rpartition(".")
-    blocks = model.get_submodule(parent)
-    if not isinstance(blocks, nn.ModuleList):
-        raise CannotBuildError(f"{path}: not in a list of modules")
-    return blocks, int(index)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.modelling.blocks import CannotBuildError, block_builder, block_config, flags_of, list_and_index
+from fxprune.modelling.blocks import CannotBuildError, block_config, builder_of
 from fxprune.modelling.table_rows import select_inputs
 
 OVERRIDES = "fxprune_overrides"
@@ -81,17 +81,19 @@ def build_blocks(
         like: the model from whose blocks the classes are taken; by default ``model`` itself.
 
     Raises:
-        CannotBuildError: a block's class requires more than a config and an index.
+        CannotBuildError: a block's class requires more than a config and an index, or it is not in a list of modules.
     """
     source = model if like is None else like
     for path in dict.fromkeys((*overrides.block_fields, *overrides.absent, *overrides.built_at)):
-        blocks, index = list_and_index(model, path)
-        block = source.get_submodule(path)
-        build = block_builder(type(block), overrides.built_at.get(path), flags_of(block))
+        parent, _, index = path.rpartition(".")
+        blocks = model.get_submodule(parent)
+        if not isinstance(blocks, nn.ModuleList):
+            raise CannotBuildError(f"{path}: not in a list of modules")
+        build = builder_of(source.get_submodule(path), overrides.built_at.get(path))
         if build is None:
             raise CannotBuildError(f"{path}: its class is not called with a config and an index")
         own = block_config(config_of(path), overrides.block_fields.get(path, {}), overrides.absent.get(path, ()))
-        blocks[index] = build(own, index)
+        blocks[int(index)] = build(own, int(index))
 
 
 def apply_overrides(model: nn.Module, overrides: Overrides) -> None:

@@ -21,8 +21,6 @@ from rich.table import Table
 
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration
-from fxprune.discovery.dependency import AxisMap
-from fxprune.discovery.explain import frozen_in
 from fxprune.discovery.groups import Group
 from fxprune.errors import ArgumentError
 from fxprune.graph.context import wrap_errors
@@ -416,17 +414,6 @@ def _score_chart(labels: Mapping[str, str], scores: Mapping[str, Spread]) -> Mar
     return box_chart(columns, [spread.kept for spread in spreads.values()], [s.removed for s in spreads.values()])
 
 
-def frozen_reasons(axes: AxisMap) -> dict[str, str]:
-    """The reason, in words, of each parameter axis that keeps its units."""
-    return {axis: str(freeze) for axis, freeze in frozen_in(axes).items()}
-
-
-def renormalised_groups(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[str, ...]]:
-    """The groups that shrank under a statistic, with its nodes."""
-    shrunk = group_widths(groups, keep)
-    return {group.name: group.renormalised for group in groups if group.renormalised and group.name in shrunk}
-
-
 def group_widths(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int]]:
     """The units, before and after, of the groups that shrank."""
     found: dict[str, tuple[int, int]] = {}
@@ -450,12 +437,11 @@ def group_sizes(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[st
 
 
 def score_spreads(
-    groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str], scores: Scores | None
+    groups: Sequence[Group], sizes: Sequence[GroupSize], keep: Keep, scores: Scores | None
 ) -> dict[str, Spread]:
-    """The spread of the scores of kept and of removed units, by place."""
+    """The spread of the scores of kept and of removed units, by place; ``sizes`` are those of the groups."""
     kept: dict[str, list[npt.NDArray[np.float64]]] = {}
     removed: dict[str, list[npt.NDArray[np.float64]]] = {}
-    sizes = group_sizes(groups, keep, removed_blocks)
     for group, size in zip(groups, sizes, strict=True):
         units = None if scores is None else scores.units.get(group.name)
         if units is None:

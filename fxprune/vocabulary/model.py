@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,9 @@ from torch import nn
 from fxprune.emit.emitted import outputs_agree
 from fxprune.emit.snapshot import configs_of
 from fxprune.errors import PlanError, UnsupportedModelError, VerificationError
+from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt, preserve_rng, quiet
-from fxprune.graph.tensors import as_parameter, computed_tensors, get_tensor
+from fxprune.graph.tensors import as_parameter, copy_with_hooks, get_tensor, named_tensors
 from fxprune.masking.masked_run import output_tensors
 from fxprune.trace.inputs import alias_twin, without_cache
 from fxprune.vocabulary.tokenizer import renumbered
@@ -59,8 +59,7 @@ def find_rows(model: PreTrainedModel) -> Rows:
     sizes = {size, *(value for value in named if type(value) is int and value > 1)}
     axes: dict[str, int] = {}
     each: dict[int, int] = {}
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    for name, tensor in tensors:
+    for name, tensor in named_tensors(model):
         found = [axis for axis, length in enumerate(tensor.shape) if length in sizes]
         if len(found) > 1:
             what = f"{len(found)} of its axes are as long as the vocabulary"
@@ -73,8 +72,8 @@ def find_rows(model: PreTrainedModel) -> Rows:
 
 def ids_in_settings(model: PreTrainedModel) -> frozenset[int]:
     """Ids of tokens that the config or the generation config names."""
-    values = (value for settings in _settings(model) for name, value in vars(settings).items() if _is_token(name))
-    return frozenset(number for value in values for number in _numbers(value))
+    values = [value for settings in _settings(model) for name, value in vars(settings).items() if _is_token(name)]
+    return frozenset(number for number in tree_leaves(values) if type(number) is int and number >= 0)
 
 
 def trimmed_model(model: PreTrainedModel, kept: Sequence[int], *, share: bool = False) -> PreTrainedModel:
@@ -107,16 +106,13 @@ def trimmed_model(model: PreTrainedModel, kept: Sequence[int], *, share: bool = 
 
 def _copied(model: PreTrainedModel, rows: Rows, kept: Sequence[int], *, share: bool) -> PreTrainedModel:
     """A copy of a model with its hooks, and the rows of some tokens in place of all."""
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed_tensors(model)}
-    memo |= {id(tensor): tensor for tensor in model.parameters()} if share else {}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()} if share else {}
     for name, axis in rows.axes.items():
         tensor = get_tensor(model, name)
         index = torch.tensor([old for old in kept if old < tensor.shape[axis]], device=tensor.device)
         if id(tensor) not in memo or memo[id(tensor)] is tensor:  # tied tensors are cut once
             memo[id(tensor)] = as_parameter(tensor.detach().index_select(axis, index), tensor)
-    tables = (table for module in model.modules() for name, table in vars(module).items() if name.endswith("_hooks"))
-    memo |= {id(hook): hook for table in tables for hook in table.values()}
-    return copy.deepcopy(model, memo)
+    return copy_with_hooks(model, memo)
 
 
 def _renumber(owner: Any, counts: Mapping[int, int], new: Mapping[int, int], *, every: bool = False) -> None:
@@ -161,14 +157,6 @@ _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_wo
 def _is_token(name: str) -> bool:
     """Whether a setting names tokens by their ids."""
     return name.endswith(("token_id", "token_ids", "token_index")) or name in _LISTS
-
-
-def _numbers(value: Any) -> Iterator[int]:
-    if isinstance(value, list | tuple):
-        for one in value:
-            yield from _numbers(one)
-    elif type(value) is int and value >= 0:
-        yield value
 
 
 def _compare(model: PreTrainedModel, slim: PreTrainedModel, kept: torch.Tensor, rows: Rows) -> None:

@@ -30,14 +30,12 @@ _LEAST = 1e-3
 
 def without_vocab(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the other kinds; those of kinds are None where there are no others."""
-    kinds, ratio, step = values["kinds"], values["ratio"], values["round_to"]
     found = dict(values)
-    if kinds is not None:
-        found["kinds"] = tuple(kind for kind in named_kinds({"kinds": kinds}) if kind != VOCAB) or None
-    if isinstance(ratio, Mapping):
-        found["ratio"] = {kind: part for kind, part in ratio.items() if kind != VOCAB} or None
-    if isinstance(step, Mapping):
-        found["round_to"] = {kind: units for kind, units in step.items() if kind != VOCAB} or 1
+    if values["kinds"] is not None:
+        found["kinds"] = tuple(kind for kind in named_kinds({"kinds": values["kinds"]}) if kind != VOCAB) or None
+    for name, none in (("ratio", None), ("round_to", 1)):
+        if isinstance(values[name], Mapping):
+            found[name] = {kind: value for kind, value in values[name].items() if kind != VOCAB} or none
     return found
 
 

@@ -16,7 +16,7 @@ import json
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fxprune.errors import UnsupportedModelError
+from fxprune.graph.compat import tree_leaves
 
 _REMEDY = "Leave the kind vocab out: tokenizers of the kinds BPE, Unigram and WordPiece can be trimmed"
 
@@ -76,7 +77,8 @@ class Tokens(ABC):
         self.ids: dict[str, int] = vocabulary if texts is None else {text: i for i, text in enumerate(texts)}
         self.texts = {number: text for text, number in self.ids.items()}
         self.added = frozenset(token["id"] for token in spec["added_tokens"])
-        self._marks = {text for step in ("normalizer", "pre_tokenizer", "decoder") for text in _strings(spec[step])}
+        steps = tree_leaves([spec[step] for step in ("normalizer", "pre_tokenizer", "decoder")])
+        self._marks = {text for text in steps if isinstance(text, str)}
         self._bytes = {
             int(found[1], 16): number for text, number in self.ids.items() if (found := _BYTE.fullmatch(text))
         }
@@ -113,26 +115,21 @@ class Tokens(ABC):
             return (token,)
         return tuple(kept for piece in self.pieces(token, gone) for kept in self.written(piece, gone))
 
+    def _symbols(self, text: str) -> list[str]:
+        """The characters of a text as tokens write them."""
+        return list(text)
+
     def _is_character(self, text: str) -> bool:
-        return len(text) == 1
+        return len(self._symbols(text)) == 1
 
     def _can_be_written(self, text: str) -> bool:
-        return True
+        return self._falls_back or all(symbol in self.ids for symbol in self._symbols(text))
 
     def _fallback(self, text: str) -> tuple[int, ...]:
         """The tokens of a character without one of its own."""
         if not self._falls_back:
             return self._unknown
         return tuple(self._bytes[byte] for byte in text.encode("utf-8", "surrogatepass"))
-
-
-def _strings(part: Any) -> Iterator[str]:
-    """All texts in a part of a definition."""
-    if isinstance(part, str):
-        yield part
-    elif isinstance(part, Mapping | list):
-        for inner in part.values() if isinstance(part, Mapping) else part:
-            yield from _strings(inner)
 
 
 class _Merged(Tokens):
@@ -184,17 +181,11 @@ class _Merged(Tokens):
 
     def _symbols(self, text: str) -> list[str]:
         """The characters of a text, the last one with the mark of the end of a word if the text has it."""
-        bare = text.removesuffix(self._suffix) if self._suffix else text
+        bare = text.removesuffix(self._suffix)
         symbols = list(bare)
         if symbols and len(bare) < len(text):
             symbols[-1] += self._suffix
         return symbols
-
-    def _is_character(self, text: str) -> bool:
-        return len(text.removesuffix(self._suffix) if self._suffix else text) == 1
-
-    def _can_be_written(self, text: str) -> bool:
-        return self._falls_back or all(symbol in self.ids for symbol in self._symbols(text))
 
 
 class _Scored(Tokens):
@@ -234,9 +225,6 @@ class _Scored(Tokens):
             place = start
         return tuple(number for numbers in reversed(found) for number in numbers)
 
-    def _can_be_written(self, text: str) -> bool:
-        return self._falls_back or all(character in self.ids for character in text)
-
 
 class _Longest(Tokens):
     """Tokens of WordPiece."""
@@ -262,12 +250,10 @@ class _Longest(Tokens):
     def _joined(self, text: str, inside: bool) -> str:
         return self._prefix + text if inside else text
 
-    def _is_character(self, text: str) -> bool:
-        return len(self._split(text)[0]) == 1
-
-    def _can_be_written(self, text: str) -> bool:
+    def _symbols(self, text: str) -> list[str]:
+        """The characters of a text, those inside a word with the mark of it."""
         bare, inside = self._split(text)
-        return all(self._joined(character, inside or place > 0) in self.ids for place, character in enumerate(bare))
+        return [self._joined(character, inside or place > 0) for place, character in enumerate(bare)]
 
 
 def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fxprune.emit.layout import find_layout, model_rebuilder
+from fxprune.emit.patch import leaf_patches
 from fxprune.emit.snapshot import Shape, shapes_of
 from fxprune.emit.solve import Choice, SharedWidths, choices_for, shared_widths_for
 from tests.emit.small import SmallModel, rebuilder, small
@@ -44,7 +45,8 @@ def test_a_field_that_gives_all_shapes_comes_first() -> None:
     rebuilder = model_rebuilder(model, find_layout(model), {})
     found = shared_widths_for(rebuilder, around(model, 9))
     assert found[0].fields["hidden"] == 9 and found[-1] == SharedWidths({})
-    assert found[0].patches(rebuilder, around(model, 9), {}) == {}
+    built, dense = rebuilder.build(found[0].fields), rebuilder.build({})
+    assert built is not None and leaf_patches(built, around(model, 9), rebuilder.skip) == {}
     wanted = {**around(model, 12), "embed.weight": (15, 12)}
     assert [shared.fields for shared in shared_widths_for(rebuilder, wanted)] == [{}]
-    assert SharedWidths({}).patches(rebuilder, wanted, {}) == {"embed": {"num_embeddings": 15}}
+    assert dense is not None and leaf_patches(dense, wanted, rebuilder.skip) == {"embed": {"num_embeddings": 15}}

@@ -8,12 +8,7 @@ import pytest
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.modelling.blocks import (
-    BUILT_AT,
-    block_builder,
-    builder_of,
-    names_index,
-)
+from fxprune.modelling.blocks import BUILT_AT, builder_of, names_index
 
 
 class Numbered(nn.Module):
@@ -51,12 +46,12 @@ def test_a_flag_or_a_word_that_a_class_asks_for_is_what_its_block_holds() -> Non
             super().__init__()
             self.causal, self.mode, self.layer_idx = causal, mode, layer_idx
 
-    build = builder_of(Flagged(None, 0, True, mode="wide"))
+    build = builder_of(Flagged(None, 0, True, mode="wide"), None)
     assert build is not None
     held = vars(build(config(), 3))
     assert (held["causal"], held["mode"], held["layer_idx"]) == (True, "wide", 3)
-    assert block_builder(Flagged) is None
-    assert block_builder(Flagged, attributes={"causal": 8, "mode": "wide"}) is None, "it may be a size"
+    number: Any = 8
+    assert builder_of(Flagged(None, 0, number, mode="wide"), None) is None, "it may be a size"
 
     class Second(nn.Module):
         """Wants a flag in the place of an index."""
@@ -65,7 +60,7 @@ def test_a_flag_or_a_word_that_a_class_asks_for_is_what_its_block_holds() -> Non
             super().__init__()
             self.causal = causal
 
-    again = builder_of(Second(None, False))
+    again = builder_of(Second(None, False), None)
     assert again is not None and vars(again(config(), 3))["causal"] is False
 
 
@@ -86,14 +81,14 @@ def test_a_flag_with_a_default_is_read_off_the_modules_inside() -> None:
             super().__init__()
             self.inner, self.other, self.layer_idx = Inner(relative), Inner(False), layer_idx
 
-    again = builder_of(Outer(None, True, 0))
+    again = builder_of(Outer(None, True, 0), None)
     assert again is not None
     block: Any = again(config(), 2)
     assert (block.inner.relative, block.layer_idx) == (True, 2)
 
 
 def test_a_kind_is_built_where_its_class_builds_it() -> None:
-    build = block_builder(Numbered, {"index": 2, "fields": {"depth": 3}})
+    build = builder_of(Numbered(config(depth=1), 0), {"index": 2, "fields": {"depth": 3}})
     given = config(depth=1)
     assert build is not None
     block = build(given, 0)
@@ -101,5 +96,5 @@ def test_a_kind_is_built_where_its_class_builds_it() -> None:
     assert isinstance(block.inner, nn.Linear) and given.depth == 1
     assert (held["layer_idx"], held["_block_index"], held["heads"]) == (0, 0, 2)
     assert held[BUILT_AT] == {"index": 2, "fields": {"depth": 3}}
-    again = builder_of(block)
+    again = builder_of(block, held[BUILT_AT])
     assert again is not None and isinstance(again(given, 0).inner, nn.Linear)

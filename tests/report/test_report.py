@@ -19,13 +19,12 @@ from fxprune.report.report import (
     Report,
     SamplesUsed,
     Spread,
-    frozen_reasons,
     group_sizes,
     group_widths,
     package_versions,
     score_spreads,
 )
-from tests.oracle import Net, axes_of, discover, groups_of
+from tests.oracle import Net, discover, groups_of
 
 REPORT = Report(parameters=(200, 150), macs=(1000, 800), tokens=64, widths={"g": (4, 3)}, notes=("a note",))
 
@@ -63,15 +62,12 @@ def test_every_group_has_its_size_and_scored_ones_how_scores_are_spread() -> Non
     (size,) = group_sizes((group,), keep, ())
     assert (size.name, size.kind, size.before, size.after, size.nested) == (group.name, "mlp", 5, 3, False)
     scores = Scores({group.name: np.array([3.0, 0.5, 1.0, 2.0, 0.25])}, "l2")
-    found = score_spreads((group,), keep, (), scores)
+    found = score_spreads((group,), (size,), keep, scores)
     assert found == {size.place: Spread((1.0, 1.5, 2.0, 2.5, 3.0), (0.25, 0.3125, 0.375, 0.4375, 0.5))}
-    assert score_spreads((group,), Keep(), (), scores)[size.place].removed == ()
-    assert score_spreads((group,), keep, (), None) == {}
+    assert score_spreads((group,), (size,), Keep(), scores)[size.place].removed == ()
+    assert score_spreads((group,), (size,), keep, None) == {}
     assert "torch" in package_versions()
     assert group_widths((group,), Keep()) == {} and group_widths((group,), keep) == {group.name: (5, 3)}
-    reasons = frozen_reasons(axes_of(dense))
-    assert "input" in reasons["a.weight[1]"] and "output" in reasons["b.weight[0]"]
-    assert "a.weight[0]" not in reasons
 
 
 def test_of_a_block_that_goes_no_unit_stays_and_many_alike_groups_share_a_place() -> None:
@@ -81,5 +77,5 @@ def test_of_a_block_that_goes_no_unit_stays_and_many_alike_groups_share_a_place(
     assert [size.after for size in sizes] == [0] * 6 + [6]
     assert [size.place for size in sizes] == ["b.0/mlp"] * 5 + ["b.0/layer", "m/channel"]
     scores = Scores({group.name: np.ones(group.size) for group in groups})
-    spreads = score_spreads(groups, Keep(), ("b.0",), scores)
+    spreads = score_spreads(groups, sizes, Keep(), scores)
     assert spreads["b.0/mlp"] == Spread((), (1.0,) * 5) and spreads["m/channel"] == Spread((1.0,) * 5)

@@ -26,7 +26,7 @@ from fxprune.graph.compat import (
 )
 from fxprune.graph.context import bind_node, current_tracer, disable_torch_function, node_of, pause_tracing
 from fxprune.graph.shapes import same_shapes
-from fxprune.graph.tensors import base_name
+from fxprune.graph.tensors import base_name, named_tensors
 from fxprune.trace.repeats.grouping import Repeats
 
 aten = torch.ops.aten
@@ -139,8 +139,7 @@ def _difference_error(traced: _TracedBlock, what: str) -> TraceError:
 
 def _begin(tracer: Any, block: nn.Module, args: Any, kwargs: Any) -> _TracedBlock:
     inputs, spec = tree_flatten((args, kwargs))
-    named = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
-    weights = {name: _node(tensor, tracer) for name, tensor in named}
+    weights = {name: _node(tensor, tracer) for name, tensor in named_tensors(block)}
     stack = [(str(key), str(path)) for key, (path, _) in tracer.module_stack.items()]
     return _TracedBlock(tracer, stack, inputs, repr(spec), weights)
 

@@ -35,6 +35,7 @@ from fxprune.graph.compat import (
 from fxprune.graph.context import disable_torch_function, mark_exporting, quiet
 from fxprune.graph.facts import find_blocks
 from fxprune.graph.shapes import MetaOpCache
+from fxprune.graph.tensors import named_tensors
 from fxprune.rules.registry import written_arguments
 from fxprune.trace.inputs import blank, fake_twin, without_cache
 
@@ -129,8 +130,7 @@ class BlockRecorder(TorchDispatchMode):
                 call.labels.setdefault(_key(leaf), ("input", place))
                 call.given.add(storage_of(leaf))
             call.record.append(_entry(leaf, call))
-        weights = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
-        for name, tensor in weights:
+        for name, tensor in named_tensors(block):
             call.labels.setdefault(_key(tensor), ("weight", name))
             call.given.add(storage_of(tensor))
             call.record.append((name, type(tensor), tensor.requires_grad, _entry(tensor, call)))
