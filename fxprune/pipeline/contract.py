@@ -12,8 +12,8 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from operator import attrgetter, is_
@@ -26,7 +26,7 @@ from torch.fx.passes.infra.pass_base import PassResult as PassResult
 
 from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
-from fxprune.graph.context import default_modes, wrap_errors
+from fxprune.graph.context import default_modes, setting, wrap_errors
 from fxprune.graph.facts import Change, Fact, Notes, Source, add_note, facts_of, fork, reading, unshare
 from fxprune.graph.tensors import comparable, device_of, weights
 from fxprune.offload.files import is_caching, release_freed
@@ -46,14 +46,9 @@ def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
 _TRACK: ContextVar[Track] = ContextVar("track", default=no_progress)
 
 
-@contextmanager
-def tracking(track: Track | None) -> Iterator[None]:
+def tracking(track: Track | None) -> AbstractContextManager[None]:
     """Show the progress of passes by ``track`` inside this context; None leaves it as it is."""
-    token = _TRACK.set(_TRACK.get() if track is None else track)
-    try:
-        yield
-    finally:
-        _TRACK.reset(token)
+    return setting(_TRACK, _TRACK.get() if track is None else track)
 
 
 def tracked(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -359,14 +354,9 @@ class _Findings:
 _FINDINGS: ContextVar[_Findings | None] = ContextVar("findings", default=None)
 
 
-@contextmanager
-def sharing() -> Iterator[None]:
+def sharing() -> AbstractContextManager[None]:
     """Share findings about the dense model among the prunes inside this context."""
-    token = _FINDINGS.set(_Findings())
-    try:
-        yield
-    finally:
-        _FINDINGS.reset(token)
+    return setting(_FINDINGS, _Findings())
 
 
 def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
