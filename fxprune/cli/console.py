@@ -114,27 +114,11 @@ errors = Console(stderr=True, soft_wrap=True)
 notes = Console(stderr=True, soft_wrap=True)
 """Progress and remarks, which ``--quiet`` silences."""
 
-_ORDER = (
-    "prune",
-    "sweep",
-    "apply",
-    "eval",
-    "recover",
-    "generate",
-    "chat",
-    "bench",
-    "export",
-    "serve",
-    "graph",
-    "explain",
-    "plan",
-    "recipes",
-)
-"""Commands in the order in which they are of use; others come last."""
-
-
 _TOGETHER = ("prune", "sweep", "apply", "eval", "recover")
 """Commands whose work several processes share."""
+
+_ORDER = (*_TOGETHER, "generate", "chat", "bench", "export", "serve", "graph", "explain", "plan", "recipes")
+"""Commands in the order in which they are of use; others come last."""
 
 
 def option_name(name: str) -> str:
