@@ -248,6 +248,11 @@ def computed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
                 yield from (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None)
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """The number of times a tensor was written to; 0 for one made in inference mode, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def delete_tensor(module: nn.Module, name: str) -> None:
     """Remove the parameter or buffer ``name`` from ``module``."""
     owner, _, leaf = name.rpartition(".")

@@ -16,7 +16,7 @@ from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.context import setting
-from fxprune.graph.tensors import device_of, map_tensors, weights
+from fxprune.graph.tensors import device_of, map_tensors, version_of, weights
 from fxprune.offload.files import SMALLEST, is_offloading
 from fxprune.offload.ranks import broadcast_object, start_gather, world_size
 
@@ -28,7 +28,7 @@ _Key = tuple[int, int]
 
 
 def _key(tensor: torch.Tensor) -> _Key:
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+    return id(tensor), version_of(tensor)
 
 
 class Prefetcher:

@@ -28,7 +28,7 @@ from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import default_modes, setting, wrap_errors
 from fxprune.graph.facts import Change, Fact, Notes, Source, add_note, facts_of, fork, reading, unshare
-from fxprune.graph.tensors import comparable, device_of, weights
+from fxprune.graph.tensors import comparable, device_of, version_of, weights
 from fxprune.offload.files import is_caching, release_freed
 from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
@@ -240,10 +240,10 @@ def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_mod
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)
-    before = {name: _version(tensor) for name, tensor in weights(graph_module)}
+    before = {name: version_of(tensor) for name, tensor in weights(graph_module)}
     result = run(work)
     for name, tensor in weights(graph_module):
-        if _version(tensor) != before[name]:
+        if version_of(tensor) != before[name]:
             what = f"wrote to {name} of the graph that it was given a copy of"
             raise PassError(what, where=f"pass {step.name}", remedy=_REPORT)
     unshare(result.graph_module, graph_module)
@@ -279,20 +279,16 @@ class _TensorPrint:
     @classmethod
     def of(cls, tensor: torch.Tensor, *, hold: bool) -> _TensorPrint:
         """Tensors made in inference mode count no versions."""
-        return cls((lambda: tensor) if hold else weakref.ref(tensor), _version(tensor), tensor.shape)
+        return cls((lambda: tensor) if hold else weakref.ref(tensor), version_of(tensor), tensor.shape)
 
     def differs(self, after: torch.Tensor) -> bool:
         """Whether ``after`` holds other values, as far as is known: a copy does not."""
         before = self.tensor()
         if before is after or self.shape != after.shape:
-            return self.shape != after.shape or self.version != _version(after)
-        if before is None or self.version != _version(before):
+            return self.shape != after.shape or self.version != version_of(after)
+        if before is None or self.version != version_of(before):
             return True
         return not before.is_meta and not torch.equal(before, after)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 _NodePrint = tuple[tuple[Any, ...], ...]
@@ -345,8 +341,8 @@ class _Findings:
     def _digest(self, tensor: torch.Tensor) -> str:
         """The digest of a tensor, worked out once while it stays as it is."""
         known = self.digests.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1] != _version(tensor):
-            known = weakref.ref(tensor), _version(tensor), digest_of(tensor)
+        if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
+            known = weakref.ref(tensor), version_of(tensor), digest_of(tensor)
             self.digests[id(tensor)] = known
         return known[2]
 
