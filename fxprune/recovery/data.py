@@ -232,7 +232,7 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
     """A batch: ids, mask and labels ``(samples, longest)``; padding at the end is masked and does not count."""
-    rows = {
+    rows: dict[str, tuple[Sequence[Sequence[int]], int]] = {
         "input_ids": ([example.ids for example in examples], padding),
         "attention_mask": ([[1] * len(example.ids) for example in examples], 0),
         "labels": ([example.labels for example in examples], IGNORED),
@@ -258,31 +258,30 @@ def _passages(texts: Iterable[str]) -> list[list[str]]:
     found: list[list[str]] = []
     seen: set[str] = set()
     for text in texts:
-        run: list[str] = []
-        for part in (piece for paragraph in paragraphs(text) for piece in _pieces(paragraph)):
-            if part not in seen:
-                seen.add(part)
-                run.append(part)
-            if sum(map(len, run)) >= _PASSAGE:
-                found.append(run)
-                run = []
-        found += [run] if run else []
+        pieces = dict.fromkeys(piece for paragraph in paragraphs(text) for piece in _pieces(paragraph))
+        fresh = [piece for piece in pieces if piece not in seen]
+        seen.update(fresh)
+        found += _runs(fresh)
     return found
 
 
-def _pieces(paragraph: str) -> Iterator[str]:
-    """Yield a paragraph, or runs of its lines if it is as long as two passages, as text without blank lines is."""
+def _pieces(paragraph: str) -> list[str]:
+    """A paragraph, or runs of its lines if it is as long as two passages, as text without blank lines is."""
     if len(paragraph) < 2 * _PASSAGE:
-        yield paragraph
-        return
-    run = ""
-    for line in paragraph.splitlines(keepends=True):
-        run += line
-        if len(run) >= _PASSAGE:
-            yield run.strip()
-            run = ""
-    if run.strip():
-        yield run.strip()
+        return [paragraph]
+    return ["".join(run).strip() for run in _runs(paragraph.splitlines(keepends=True))]
+
+
+def _runs(parts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield runs of parts with the characters of a passage, or a few more; the last may have fewer."""
+    run: list[str] = []
+    for part in parts:
+        run.append(part)
+        if sum(map(len, run)) >= _PASSAGE:
+            yield run
+            run = []
+    if run:
+        yield run
 
 
 def _format_reasons(bad: Sequence[BadRow]) -> str:
