@@ -474,9 +474,6 @@ ANSWER = 24
 BUILT_IN = "docstrings of Python"
 """Name of the text that is measured on if there is no other."""
 
-_POSITIONS = "max_position_embeddings"
-"""Name that configs of transformers give the longest sequence."""
-
 _FEWEST = 4
 """Windows of a text that its errors can be estimated from."""
 
@@ -561,8 +558,8 @@ def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
 def window_of(model: Any) -> int:
     """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    most = getattr(text, _POSITIONS, None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
     return min(WINDOW, most) if isinstance(most, int) else WINDOW
 
 
