@@ -26,7 +26,7 @@ from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.errors import ArgumentError, FxpruneError
-from fxprune.evaluation.comparison import graph_predictor, measure_quality, window_of
+from fxprune.evaluation.comparison import graph_predictor, measure_quality, token_twin, window_of
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights, weights
@@ -47,7 +47,7 @@ from fxprune.removal.removal import Scores
 from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
-from fxprune.trace.inputs import check_merged, is_hugging_face, private_twin
+from fxprune.trace.inputs import check_merged, is_hugging_face
 from fxprune.vocabulary.prune import DenseTeacher, PrunedVocabulary, Use, carry_out
 from fxprune.vocabulary.stage import (
     as_rows,
@@ -239,15 +239,10 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
     if others is None and rest["tune"] == NONE:
         pipeline = _pipeline(None, rest, Plan())
     else:
-        teacher = DenseTeacher.of(_dense_twin(model), values["tokenizer"], found)
+        teacher = DenseTeacher.of(token_twin(model), values["tokenizer"], found)
         pipeline = _pipeline(samples_with(found, calibration), rest, Plan() if others is None else None, teacher)
     result = _run(pipeline, found.model, {**rest, "eval": False})
     return _with_vocabulary(result, found, ratio, model, values)
-
-
-def _dense_twin(model: Any) -> Any:
-    """A copy of a model of token ids to run, with its weights."""
-    return private_twin(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
 
 
 def _other_kinds(
@@ -297,7 +292,7 @@ def _with_vocabulary(
     if result.model is not None:
         vars(result.model)[PLAN_DIGEST] = plan.digest
     result = replace(result, plan=plan, report=report_with(result.report, found, ratio), tokenizer=found.tokenizer)
-    return _with_quality(result, _dense_twin(model), model, values)
+    return _with_quality(result, token_twin(model), model, values)
 
 
 def _pipeline(

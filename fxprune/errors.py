@@ -134,5 +134,5 @@ class UnknownNameError(FxpruneError, ValueError):
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         listed = f"Known: {', '.join(names[:_LISTED])}{more}" if names else f"There is no {kind} here"
         shown = repr(name) if len(given) <= _LONGEST else f"{given[:_LONGEST]!r}..."
-        super().__init__(f"unknown {kind} {shown}", remedy=f"{hint}{listed}", argument=argument, value=name)
-        self.where = kind
+        what = f"unknown {kind} {shown}"
+        super().__init__(what, where=kind, remedy=f"{hint}{listed}", argument=argument, value=name)

@@ -29,7 +29,6 @@ def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
     """
     from fxprune.evaluation.speed import times_file
     from fxprune.graph.counting import count_parameters
-    from fxprune.graph.facts import fork
     from fxprune.graph.tensors import device_of
 
     found: dict[str, Any] = {}
@@ -40,7 +39,7 @@ def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
         pipeline = fxprune.prune_pipeline(recipe="fast", importance="random", ratio=ratio, verify=False)
         with working(f"pruning by {ratio:.0%}"):
             try:
-                result = fxprune.Result.of(pipeline(fork(graph_module)).graph_module)
+                result = fxprune.Result.of(pipeline(graph_module).graph_module)
             except RatioError as error:
                 if not found:
                     raise EvaluationError(error.what, where="--sweep", remedy=error.remedy) from error

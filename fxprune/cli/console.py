@@ -111,30 +111,14 @@ console = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
 """Why a command stopped."""
 
-notes = Console(stderr=True, soft_wrap=True)
+notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 """Progress and remarks, which ``--quiet`` silences."""
-
-_ORDER = (
-    "prune",
-    "sweep",
-    "apply",
-    "eval",
-    "recover",
-    "generate",
-    "chat",
-    "bench",
-    "export",
-    "serve",
-    "graph",
-    "explain",
-    "plan",
-    "recipes",
-)
-"""Commands in the order in which they are of use; others come last."""
-
 
 _TOGETHER = ("prune", "sweep", "apply", "eval", "recover")
 """Commands whose work several processes share."""
+
+_ORDER = (*_TOGETHER, "generate", "chat", "bench", "export", "serve", "graph", "explain", "plan", "recipes")
+"""Commands in the order in which they are of use; others come last."""
 
 
 def option_name(name: str) -> str:
@@ -321,7 +305,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        notes.print(record.getMessage(), markup=False, highlight=False)
+        notes.print(record.getMessage())
 
 
 @contextlib.contextmanager
@@ -329,7 +313,7 @@ def warnings_as_notes() -> Iterator[None]:
     """Print warnings as notes of one line, without file and line number."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        notes.print(f"note: {message}", markup=False, highlight=False)
+        notes.print(f"note: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -345,7 +329,7 @@ def working(what: str) -> Iterator[None]:
         with notes.status(what):
             yield
     else:
-        notes.print(f"{what} ...", markup=False, highlight=False)
+        notes.print(f"{what} ...")
         yield
 
 
@@ -363,7 +347,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         now = time.monotonic()
         if done and now >= due:
             left = (now - start) / done * max(total - done, 0)
-            notes.print(f"{what}: {done:,} of {total:,}, about {left:,.0f} s left", markup=False, highlight=False)
+            notes.print(f"{what}: {done:,} of {total:,}, about {left:,.0f} s left")
             due = now + 10
         yield item
 

@@ -50,19 +50,15 @@ def demo_gguf() -> Path:
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
-    """The model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised.
-
-    transformers leaves its marks of quantisation on such a model, and refuses to save or train it because of them.
-    """
+    """The model in a GGUF file and its tokenizer, dequantised to float32 and no longer counted as quantised."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from fxprune.trace.inputs import clear_quantisation_marks
+
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    for mark in ("is_quantized", "quantization_method", "hf_quantizer"):
-        model.__dict__.pop(mark, None)
-    for mark in ("quantization_config", "_is_quantized"):
-        model.config.__dict__.pop(mark, None)
+    clear_quantisation_marks(model)
     return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
 
 

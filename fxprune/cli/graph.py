@@ -100,7 +100,7 @@ def _groups_table(dependencies: Any) -> Table:
 
     counts: Counter[tuple[str, ...]] = Counter()
     for group in fxprune.find_groups(dependencies):
-        members = dict.fromkeys(".".join(starred(f"{m.name}[{m.axis}]").split(".")[-2:]) for m in group.members)
+        members = dict.fromkeys(".".join(starred(str(m)).split(".")[-2:]) for m in group.members)
         held = "all parameters" if group.factor is None else ", ".join(members)
         counts[starred(group.name), f"{group.size:,}", REMOVAL[_exactness(dependencies, group)], held] += 1
     first, last = Column("group (where/kind)", no_wrap=True), Column("members", overflow="fold")
@@ -132,7 +132,7 @@ def _as_data(dependencies: Any) -> dict[str, Any]:
             "removal": _exactness(dependencies, group),
             "renormalised_by": list(group.renormalised),
             "trigger": None if group.trigger is None else f"{group.trigger.tensor}[{group.trigger.dim}]",
-            "members": [f"{m.name}[{m.axis}]" if group.factor else m.name for m in group.members],
+            "members": [str(m) if group.factor else m.name for m in group.members],
         }
         for group in fxprune.find_groups(dependencies)
     ]
@@ -177,7 +177,7 @@ def _group_lines(dependencies: Any, name: str) -> Iterator[str]:
         steps = fxprune.explain(dependencies, (member.name, member.axis), group)
         ops = [step.op for step in steps if not moves_values(step.op)]
         if ops:
-            yield f"    {member.name}[{member.axis}]  by {', '.join(ops)}"
+            yield f"    {member}  by {', '.join(ops)}"
 
 
 def _describe(dependencies: Any, group: fxprune.Group) -> str:

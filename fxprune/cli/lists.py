@@ -9,7 +9,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-import fxprune
 from fxprune.cli.console import Command, QuickCommand, app, console, print_lines
 from fxprune.errors import PassError
 from fxprune.recipes.texts import comments_of, recipe_names, recipe_text
@@ -24,7 +23,7 @@ def passes(name: Annotated[str | None, typer.Argument(help="Describe this pass."
         _describe(name)
         return
     table = Table("pass", "stage", "what it does")
-    for each in in_order(fxprune.pass_names()):
+    for each in in_order():
         try:
             made = pass_class(each)
         except PassError as error:

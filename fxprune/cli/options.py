@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,6 +18,10 @@ from fxprune.pipeline.arguments import Argument
 from fxprune.recipes.options import DATA, MACHINE, OUTPUT, WHAT_GOES, option_table
 from fxprune.recovery.settings import TRAINING
 
+_data: Callable[..., Any] = partial(typer.Option, rich_help_panel=DATA)
+_output: Callable[..., Any] = partial(typer.Option, rich_help_panel=OUTPUT)
+_machine: Callable[..., Any] = partial(typer.Option, rich_help_panel=MACHINE)
+
 _METAVARS = {"ratio": "N|KIND=N,...", "round_to": "N|KIND=N,...|auto", "kinds": "KIND,...", "protect": "N N"}
 
 
@@ -27,67 +31,41 @@ def expanded(path: Path | None) -> Path | None:
 
 
 Folder = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, GGUF file, or 'demo'.")]
-Gguf = Annotated[str | None, typer.Option(help="GGUF file inside the folder.", rich_help_panel=MACHINE)]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Write over what is there; other files in a folder stay.", rich_help_panel=OUTPUT),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=OUTPUT)]
-QuietButResult = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print only the result and errors.", rich_help_panel=OUTPUT)
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print each pass with its time as it runs.", rich_help_panel=OUTPUT)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.", rich_help_panel=OUTPUT)]
+Gguf = Annotated[str | None, _machine(help="GGUF file inside the folder.")]
+Force = Annotated[bool, _output("--force", help="Write over what is there; other files in a folder stay.")]
+Quiet = Annotated[bool, _output("--quiet", "-q", help="Print only errors.")]
+QuietButResult = Annotated[bool, _output("--quiet", "-q", help="Print only the result and errors.")]
+Verbose = Annotated[bool, _output("--verbose", "-v", help="Print each pass with its time as it runs.")]
+Json = Annotated[bool, _output("--json", help="Print one JSON document, nothing else.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Dtype of the weights (default: that of the files).", rich_help_panel=MACHINE),
+    _machine(help="Dtype of the weights (default: that of the files)."),
 ]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Device to compute on: cpu (the default), cuda, cuda:1, mps.", rich_help_panel=MACHINE),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(callback=expanded, help="Folder to write to, or a .gguf, .pt2 or .onnx file.", rich_help_panel=OUTPUT),
-]
+Device = Annotated[str | None, _machine(help="Device to compute on: cpu (the default), cuda, cuda:1, mps.")]
+Out = Annotated[Path | None, _output(callback=expanded, help="Folder to write to, or a .gguf, .pt2 or .onnx file.")]
 _CONFIG = "A run.yaml with any of the arguments; those on the command line win."
 Config = Annotated[
     Path | None, typer.Option(callback=read_config, is_eager=True, help=_CONFIG, rich_help_panel=WHAT_GOES)
 ]
-_DRY_RUN = "Print what to expect, from the config alone, and write nothing."
-DryRun = Annotated[bool, typer.Option("--dry-run", help=_DRY_RUN, rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, _output("--dry-run", help="Print what to expect, from the config alone, and write nothing.")]
 GroupRatio = Annotated[float | None, typer.Option(hidden=True)]
 Taylor = Annotated[str | None, typer.Option(hidden=True)]
 Calibration = Annotated[
     str | None,
-    typer.Option(
+    _data(
         help="Text to calibrate on: a text file, rows in .json, .jsonl or .parquet, or a data set: wikitext2, c4, ptb, "
         "OWNER/NAME (default: built-in text); or a folder of images or .wav files, or rows in .jsonl that name some.",
-        rich_help_panel=DATA,
     ),
 ]
-Samples = Annotated[
-    int | None,
-    typer.Option(min=1, help="Number of calibration samples (default: chosen by the recipe).", rich_help_panel=DATA),
-]
-Tokens = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a calibration sample (default: 128).", rich_help_panel=DATA)
-]
-PushToHub = Annotated[
-    str | None,
-    typer.Option(metavar="OWNER/NAME", help="Upload the folder to a repository of the hub.", rich_help_panel=OUTPUT),
-]
-LowMemory = Annotated[
-    bool, typer.Option("--low-memory", help="Keep weights on disk; resume an interrupted run.", rich_help_panel=MACHINE)
-]
+Samples = Annotated[int | None, _data(min=1, help="Number of calibration samples (default: chosen by the recipe).")]
+Tokens = Annotated[int | None, _data(min=2, help="Tokens of a calibration sample (default: 128).")]
+PushToHub = Annotated[str | None, _output(metavar="OWNER/NAME", help="Upload the folder to a repository of the hub.")]
+LowMemory = Annotated[bool, _machine("--low-memory", help="Keep weights on disk; resume an interrupted run.")]
 Quantization = Annotated[
     str | None,
-    typer.Option(
+    _output(
         help="Type of a .gguf file: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ... (default: that of the GGUF file read, "
         "or f16).",
-        rich_help_panel=OUTPUT,
     ),
 ]
 

@@ -187,7 +187,7 @@ def push(folder: Path, repository: str) -> None:
     if is_first():
         with working(f"uploading to {repository}"):
             address = push_folder(folder, repository)
-        notes.print(f"uploaded to {address}", markup=False, highlight=False)
+        notes.print(f"uploaded to {address}")
 
 
 def write_run(run: str | None, file: Path) -> None:

@@ -143,13 +143,11 @@ def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, 
     samples, apart = _held_out(every)
     empty = load_config_only(locate_model(model))
     labels = {*find_labels(type(empty)), "labels"}
-    inputs = {name: value for name, value in samples[0].items() if name not in labels}
     named = forward_parameters(empty)
-    inputs = {name: value for name, value in inputs.items() if name in named}
+    inputs = {name: value for name, value in samples[0].items() if name in named and name not in labels}
     made = attempt(default_inputs, empty, None, refusals=(FxpruneError,))
     known = {} if isinstance(made, Refusal) else {name: value.shape[1:] for name, value in made.items()}
-    floats = {name: value.shape[1:] for name, value in inputs.items() if value.is_floating_point()}
-    fits = all(known.get(name) == shape for name, shape in floats.items())
+    fits = all(known.get(name) == value.shape[1:] for name, value in inputs.items() if value.is_floating_point())
     given = {} if fits and known else {"example_inputs": inputs}
     return Prepared(passes, None, samples, processor, tuple(apart), given)
 

@@ -185,4 +185,4 @@ def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio
         replaced["--group-ratio"] = ("select", f"select-by-group-ratio{{group_ratio={group_ratio}}}")
     for old, (stage, choice) in replaced.items():
         options[stage] = choice
-        notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'", markup=False, highlight=False)
+        notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'")

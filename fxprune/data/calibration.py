@@ -214,26 +214,24 @@ def noised(
     """
     draw = torch.Generator().manual_seed(seed)
     known = torch.cat([sample.inputs[name].reshape(-1).cpu() for sample in samples])
-    return tuple(_copy(sample, name, most, known, vocabulary, draw) for _ in range(copies) for sample in samples)
 
+    def copy(sample: Sample) -> Sample:
+        if float(torch.rand((), generator=draw)) < _UNTOUCHED:
+            return sample
+        ids = sample.inputs[name]
+        size, part = ids.numel(), most * float(torch.rand((), generator=draw))
+        hit = torch.rand(size, generator=draw) < part
+        hit[0] = False
+        other = known[torch.randint(len(known), (size,), generator=draw)]
+        if len(vocabulary):
+            any_token = vocabulary[torch.randint(len(vocabulary), (size,), generator=draw)]
+            other = torch.where(torch.rand(size, generator=draw) < _ANY, any_token, other)
+        hit = hit.view(ids.shape).to(ids.device)
+        replaced = torch.where(hit, other.to(ids).view(ids.shape), ids)
+        labels = sample.labels.masked_fill(hit, IGNORED) if sample.labels.shape == ids.shape else sample.labels
+        return dataclasses.replace(sample, inputs={**sample.inputs, name: replaced}, labels=labels)
 
-def _copy(
-    sample: Sample, name: str, most: float, known: torch.Tensor, vocabulary: torch.Tensor, draw: torch.Generator
-) -> Sample:
-    if float(torch.rand((), generator=draw)) < _UNTOUCHED:
-        return sample
-    ids = sample.inputs[name]
-    size, part = ids.numel(), most * float(torch.rand((), generator=draw))
-    hit = torch.rand(size, generator=draw) < part
-    hit[0] = False
-    other = known[torch.randint(len(known), (size,), generator=draw)]
-    if len(vocabulary):
-        any_token = vocabulary[torch.randint(len(vocabulary), (size,), generator=draw)]
-        other = torch.where(torch.rand(size, generator=draw) < _ANY, any_token, other)
-    hit = hit.view(ids.shape).to(ids.device)
-    replaced = torch.where(hit, other.to(ids).view(ids.shape), ids)
-    labels = sample.labels.masked_fill(hit, IGNORED) if sample.labels.shape == ids.shape else sample.labels
-    return dataclasses.replace(sample, inputs={**sample.inputs, name: replaced}, labels=labels)
+    return tuple(copy(sample) for _ in range(copies) for sample in samples)
 
 
 BATCH, TOKENS = 2, 16

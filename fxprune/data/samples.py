@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,8 @@ def read_calibration(
     inputs, others = _inputs(graph_module)
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     return tuple(
-        Sample({name: values[name] if name in values else others[name] for name in names}, labels, own)
-        for values, labels, own in _read(data, inputs, next_token, shift, named)
+        replace(sample, inputs={name: sample.inputs.get(name, others.get(name)) for name in names})
+        for sample in _read(data, inputs, next_token, shift, named)
     )
 
 
@@ -105,7 +105,7 @@ def check_tokens(data: Any, rows: int | None, next_token: bool = True) -> None:
 def token_rows(data: Any, rows: int | None, next_token: bool = True) -> Iterator[torch.Tensor]:
     """Yield the token ids ``(1, tokens)`` of each sample for a model of ``input_ids``; see :func:`check_tokens`."""
     inputs = [_Input("input_ids", (None, None), True, rows)]
-    return (values["input_ids"] for values, *_ in _read(data, inputs, next_token))
+    return (sample.inputs["input_ids"] for sample in _read(data, inputs, next_token))
 
 
 def _read(
@@ -114,8 +114,8 @@ def _read(
     next_token: bool,
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
     named: Sequence[str] = (LABELS,),
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor] | None]]:
-    """Yield the tensors of each sample by name, its labels of next tokens, and its labels of another form."""
+) -> Iterator[Sample]:
+    """Yield each sample with its tensors alone."""
     check_samples("calibration", data)
     number = 0
     for batch in _batches(data, inputs[0], named):
@@ -295,8 +295,8 @@ def _sample(
     next_token: bool,
     shift: Callable[[torch.Tensor], torch.Tensor] | None,
     named: Sequence[str],
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor] | None]:
-    """The checked tensors of a row by name, its labels of next tokens, and its labels of another form."""
+) -> Sample:
+    """The sample of a row, checked."""
     tokens = row.get(LABELS, row[inputs[0].name] if inputs[0].whole else None)
     if shift is not None and tokens is not None and tokens.dim() == 2:
         row.setdefault(DECODER, shift(tokens))
@@ -308,7 +308,7 @@ def _sample(
     if not next_token or (LABELS not in row and not first.whole):
         read = values[first.name]
         none = torch.full_like(read, IGNORED) if first.whole and read.dim() == 2 else torch.zeros(1, 0)
-        return values, none.long(), {name: row[name] for name in named if name in row} or None
+        return Sample(values, none.long(), {name: row[name] for name in named if name in row} or None)
     labels = row.get(LABELS, values[first.name])
     mask = values.get("attention_mask")
     if LABELS not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
@@ -323,7 +323,7 @@ def _sample(
         raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
     if bool((labels[:, 1:] == IGNORED).all()):
         raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out")
-    return values, labels.long(), None
+    return Sample(values, labels.long())
 
 
 def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:

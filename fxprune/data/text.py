@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fxprune.data.calibration import spread
 from fxprune.data.named import ROW_SUFFIXES, is_data_set
 from fxprune.data.rows import BadRow, Row, read_rows
 from fxprune.data.samples import FileSamples
@@ -164,7 +165,7 @@ def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: 
     if len(found) < samples:
         what = f"{count:,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
         raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller $samples or $tokens")
-    return found[[i * len(found) // samples for i in range(samples)]]
+    return found[list(spread(range(len(found)), samples))]
 
 
 def _all_windows(tokenizer: Any, text: str, tokens: int) -> tuple[int, torch.Tensor]:
@@ -223,6 +224,12 @@ def check_tokenizer(name: str, value: Any) -> Any:
     if value is not None and (isinstance(value, type | torch.nn.Module) or not callable(value)):
         raise refuse(name, value, "a tokenizer of transformers, as AutoTokenizer.from_pretrained returns")
     return value
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 RUN = 16

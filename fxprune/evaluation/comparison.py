@@ -177,7 +177,7 @@ def evaluate(
         )
         for name, text in loaded.items()
     }
-    scores = zero_shot(model, tokenizer, tasks, limit=questions, batch=batch) if asked else {}
+    scores = zero_shot(model, tokenizer, asked, limit=questions, batch=batch) if asked else {}
     if not generate:
         return Evaluation(perplexities, scores)
     answers = answer_questions(model, tokenizer, batch=batch, track=track)
@@ -452,12 +452,11 @@ def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Colu
 
 def as_column(name: str, model: nn.Module, evaluation: Evaluation) -> Column:
     """Column of a model that was evaluated, without MACs and latency."""
-    tensors = [*model.parameters(), *model.buffers()]
     return Column(
         name=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=None,
-        memory=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        memory=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         latency_ms=None,
         evaluation=evaluation,
     )
@@ -474,9 +473,6 @@ ANSWER = 24
 
 BUILT_IN = "docstrings of Python"
 """Name of the text that is measured on if there is no other."""
-
-_POSITIONS = "max_position_embeddings"
-"""Name that configs of transformers give the longest sequence."""
 
 _FEWEST = 4
 """Windows of a text that its errors can be estimated from."""
@@ -562,8 +558,8 @@ def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
 def window_of(model: Any) -> int:
     """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    most = getattr(text, _POSITIONS, None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
     return min(WINDOW, most) if isinstance(most, int) else WINDOW
 
 
@@ -599,18 +595,19 @@ def _text_quality(text: str, dense: Perplexity, slim: Perplexity) -> TextQuality
 
 
 def _answers(dense: tuple[Any, Any], slim: tuple[Any, Any]) -> tuple[GreedyAnswer, ...]:
-    """Answers of both models to a question, each with its tokenizer; empty if one cannot generate.
-
-    Copies run, in case they write.
-    """
+    """Answers of both models to a question, each with its tokenizer; empty if one cannot generate."""
     if not (can_generate(dense[0]) and can_generate(slim[0])):
         return ()
 
     def answers(model: Any, tokenizer: Any) -> Answers:
-        twin: Any = private_twin(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
-        return answer_questions(twin, tokenizer, plain_questions()[:1], tokens=ANSWER)
+        return answer_questions(token_twin(model), tokenizer, plain_questions()[:1], tokens=ANSWER)
 
     return _first_answer(shared_finding(None, ("answers", *dense), lambda: answers(*dense)), answers(*slim))
+
+
+def token_twin(model: Any) -> Any:
+    """A copy to run of a model of token ids, with its weights, in case it writes to itself."""
+    return private_twin(model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})
 
 
 def _first_answer(dense: Answers, slim: Answers) -> tuple[GreedyAnswer, ...]:

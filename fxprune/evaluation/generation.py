@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from fxprune.data.text import common_prefix
 from fxprune.errors import EvaluationError
 from fxprune.graph.context import eval_mode, quiet, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
@@ -131,29 +132,20 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
     Raises:
         EvaluationError: the reference answers other questions.
     """
-    repetition = mean_and_error([_repeated(row, 4) for row in answers.ids])
-    own: dict[str, Any] = {
-        "questions": len(answers.ids),
-        "repetition": repetition[0],
-        "repetition_error": repetition[1],
-        "distinct_1": _distinct(answers.ids, 1),
-        "distinct_2": _distinct(answers.ids, 2),
-    }
+    ids = answers.ids
+    own = (len(ids), *mean_and_error([_repeated(row, 4) for row in ids]), _distinct(ids, 1), _distinct(ids, 2))
     if reference is None:
-        return Generation(**own)
+        return Generation(*own)
     if reference.questions != answers.questions:
         what, remedy = "its answers are to other questions", "Ask both models the same questions"
         raise EvaluationError(what, where="reference", remedy=remedy)
-    pairs = list(zip(answers.ids, reference.ids, strict=True))
+    pairs = list(zip(ids, reference.ids, strict=True))
     texts = zip(answers.texts, reference.texts, strict=True)
-    measured = {
-        "overlap": mean_and_error([word_overlap(a, b) for a, b in texts]),
-        "same_start": mean_and_error([_same_start(a, b) for a, b in pairs]),
-        "same": mean_and_error([float(a == b) for a, b in pairs]),
-    }
-    for name, (value, error) in measured.items():
-        own |= {name: value, f"{name}_error": error}
-    return Generation(**own)
+    overlap = mean_and_error([word_overlap(a, b) for a, b in texts])
+    # an end counts as a token
+    same_start = mean_and_error([common_prefix([*a, -1], [*b, -1]) / (len(b) + 1) for a, b in pairs])
+    same = mean_and_error([float(a == b) for a, b in pairs])
+    return Generation(*own, *overlap, *same_start, *same)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -174,14 +166,6 @@ def _repeated(row: Sequence[int], size: int) -> float:
 def _distinct(rows: Sequence[Sequence[int]], size: int) -> float:
     grams = [gram for row in rows for gram in _grams(row, size)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _same_start(row: Sequence[int], reference: Sequence[int]) -> float:
-    """Fraction of the reference's tokens before the first difference; an end counts as a token."""
-    whole, theirs = [*row, -1], [*reference, -1]
-    pairs = enumerate(zip(whole, theirs, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(theirs)))
-    return same / len(theirs)
 
 
 def word_overlap(text: str, reference: str) -> float:

@@ -12,6 +12,7 @@ import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -154,7 +155,7 @@ def measure_speed(
     for name, model in models.items():
         prefill, decode, caches, peaks = zip(*runs[name], strict=True)
         ratios = [whole[1] / ours for whole, ours in zip(first, decode, strict=True)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         speeds[name] = Speed(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             batch=batch,
@@ -170,17 +171,6 @@ def measure_speed(
     return speeds
 
 
-class _Clock:
-    """Records the time of each token; never stops the generation."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> Any:
-        self.times.append(timer())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int | None, int | None]:
     """Measure one greedy generation of a fixed length, independent of the model's own settings.
 
@@ -192,7 +182,13 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float,
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device) if on_gpu else 0
-    clock = _Clock()
+    times: list[float] = []
+
+    def record(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Record the time of a token; never stop the generation."""
+        times.append(timer())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
     greedy = transformers.GenerationConfig(
         min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True
     )
@@ -202,14 +198,14 @@ def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float,
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=greedy,
-            stopping_criteria=transformers.StoppingCriteriaList([clock]),
+            stopping_criteria=transformers.StoppingCriteriaList([record]),
             return_dict_in_generate=True,
         )
-    steps = [after - at for at, after in zip(clock.times, clock.times[1:], strict=False)]
+    steps = [after - at for at, after in pairwise(times)]
     peak = torch.cuda.max_memory_allocated(model.device) - before if on_gpu else None
     held = [value for layer in getattr(cache_of(found), "layers", ()) for value in vars(layer).values()]
-    sizes = [value.numel() * value.element_size() for value in held if isinstance(value, torch.Tensor)]
-    return clock.times[0] - start, median(steps), sum(sizes) if sizes else None, peak
+    sizes = [value.nbytes for value in held if isinstance(value, torch.Tensor)]
+    return times[0] - start, median(steps), sum(sizes) if sizes else None, peak
 
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128)

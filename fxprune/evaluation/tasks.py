@@ -165,15 +165,15 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
     A folder stands for the files in it, in the order of their names.
     """
     wanted = "names of tasks, files of questions, folders of these, or a mapping from names to these"
-    given: Any = tasks
-    if isinstance(given, bytes) or not isinstance(given, str | Path | LocalTask | Iterable):
+    given: Any = [tasks] if isinstance(tasks, str | Path | LocalTask) else tasks
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise refuse("tasks", given, wanted, EvaluationError)
-    for item in given.values() if isinstance(given, Mapping) else given if isinstance(given, Iterable) else ():
+    items: list[Task] = list(given.values() if isinstance(given, Mapping) else given)
+    for item in items:
         if not isinstance(item, str | Path | LocalTask):
             raise refuse("tasks", item, wanted, EvaluationError)
-    if isinstance(tasks, Mapping):
-        return {name: _as_file(task) for name, task in tasks.items()}
-    items: list[Task] = [tasks] if isinstance(tasks, str | Path | LocalTask) else list(tasks)
+    if isinstance(given, Mapping):
+        return {name: _as_file(task) for name, task in given.items()}
     named: dict[str, Task] = {}
     for item in items:
         path = Path(item.path if isinstance(item, LocalTask) else item)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import PassError
+from fxprune.graph.context import setting
 from fxprune.graph.tensors import CheckedGraph, as_parameter, copy_tensor, get_tensor, set_tensor, weights
 
 Change = Literal["graph", "weights", "nothing"]
@@ -51,14 +52,9 @@ def set_giver_lookup(find: Callable[[type[Fact]], tuple[str, ...]]) -> None:
 _readable: ContextVar[tuple[str, frozenset[type[Fact]]] | None] = ContextVar("readable", default=None)
 
 
-@contextmanager
-def reading(name: str, kinds: Iterable[type[Fact]] | None) -> Iterator[None]:
+def reading(name: str, kinds: Iterable[type[Fact]] | None) -> AbstractContextManager[None]:
     """Let only facts of ``kinds`` be read inside this context, the view of a pass ``name``; None for all facts."""
-    token = _readable.set(None if kinds is None else (name, frozenset(kinds)))
-    try:
-        yield
-    finally:
-        _readable.reset(token)
+    return setting(_readable, None if kinds is None else (name, frozenset(kinds)))
 
 
 class Facts:

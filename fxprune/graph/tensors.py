@@ -259,6 +259,11 @@ def copy_with_hooks(model: M, memo: Mapping[int, Any]) -> M:
     return copy.deepcopy(model, {**memo, **computed, **{id(hook): hook for table in tables for hook in table.values()}})
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """The number of times a tensor was written to; 0 for one made in inference mode, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def delete_tensor(module: nn.Module, name: str) -> None:
     """Remove the parameter or buffer ``name`` from ``module``."""
     owner, _, leaf = name.rpartition(".")

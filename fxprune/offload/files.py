@@ -23,6 +23,7 @@ from torch import fx
 
 from fxprune.errors import FxpruneError
 from fxprune.graph.compat import TorchDispatchMode, tree_leaves
+from fxprune.graph.context import setting
 from fxprune.graph.facts import Source, facts_of
 from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
@@ -45,36 +46,24 @@ def offload_to(folder: Path, cache: Path | None = None) -> Iterator[None]:
     The files are unlinked once they are open, so that the space is free when the last tensor in one is gone, however
     the process ends. A second run of the same passes on the same data resumes from intermediate results in ``cache``.
     """
-    tokens = _folder.set(folder), _cache.set(cache)
-    try:
-        yield
-        finish_writes()
-    except BaseException:  # whatever was raised
-        _writes.clear()  # their errors are not those of a later run; each closes its file
-        raise
-    finally:
-        _folder.reset(tokens[0])
-        _cache.reset(tokens[1])
-
-
-@contextmanager
-def _cache_in(folder: Path | None) -> Iterator[None]:
-    token = _cache.set(folder)
-    try:
-        yield
-    finally:
-        _cache.reset(token)
+    with setting(_folder, folder), setting(_cache, cache):
+        try:
+            yield
+            finish_writes()
+        except BaseException:  # whatever was raised
+            _writes.clear()  # their errors are not those of a later run; each closes its file
+            raise
 
 
 def resume_scope(name: str) -> AbstractContextManager[None]:
     """Separate the cache of passes that also run elsewhere in the same run, by a name that is the same in each run."""
     folder = _cache.get()
-    return _cache_in(None if folder is None else folder / name)
+    return setting(_cache, None if folder is None else folder / name)
 
 
 def no_resume() -> AbstractContextManager[None]:
     """Disable the cache inside this context."""
-    return _cache_in(None)
+    return setting(_cache, None)
 
 
 def is_offloading() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from fxprune.errors import ArgumentError, PassError
-from fxprune.graph.tensors import device_of, map_tensors, weights
+from fxprune.graph.context import setting
+from fxprune.graph.tensors import device_of, map_tensors, version_of, weights
 from fxprune.offload.files import SMALLEST, is_offloading
 from fxprune.offload.ranks import broadcast_object, start_gather, world_size
 
@@ -27,7 +28,7 @@ _Key = tuple[int, int]
 
 
 def _key(tensor: torch.Tensor) -> _Key:
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+    return id(tensor), version_of(tensor)
 
 
 class Prefetcher:
@@ -160,23 +161,14 @@ def offer_prefetcher(prefetcher: Prefetcher | None) -> Iterator[None]:
     if prefetcher is None:
         yield
         return
-    token = _offered.set(prefetcher)
-    try:
+    with closing(prefetcher), setting(_offered, prefetcher):
         yield
-    finally:
-        _offered.reset(token)
-        prefetcher.close()
 
 
-@contextmanager
-def use_prefetcher(wanted: bool) -> Iterator[None]:
+def use_prefetcher(wanted: bool) -> AbstractContextManager[None]:
     """Use the prefetcher on offer, if any, and if wanted or if it leaves weights on their device."""
     offered = _offered.get()
-    token = _used.set(offered if wanted or (offered is not None and offered.gathers) else None)
-    try:
-        yield
-    finally:
-        _used.reset(token)
+    return setting(_used, offered if wanted or (offered is not None and offered.gathers) else None)
 
 
 def current_prefetcher() -> Prefetcher | None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxprune.errors import CalibrationError, PassError, UnsupportedModelError
+from fxprune.graph.context import setting
 
 _FOLDER = (
     "Prune the folder it was loaded from with fxprune.prune_checkpoint, which reads a part of the model at a time, "
@@ -368,15 +369,14 @@ def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
         if failed[0]:
             raise refusal(failed[0])
         return None
-    token = _alone.set(True)
     try:
-        found = work()
+        with setting(_alone, True):
+            found = work()
         failed = [""]
     except Exception as error:  # whatever it is, the others must not wait for ever
         failed = [f"the first process: {error}"]
         raise
     finally:
-        _alone.reset(token)
         with _together():
             dist.broadcast_object_list(failed, group=group)
     return found

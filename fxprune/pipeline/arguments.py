@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import errno
 import math
+import operator
 import os
 import re
 import reprlib
@@ -186,12 +187,8 @@ class Limits(NamedTuple):
     most: float | None = None
 
     def hold(self, value: float | Fraction) -> bool:
-        return (
-            (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-            and (self.most is None or value <= self.most)
-        )
+        pairs = zip((operator.ge, operator.gt, operator.lt, operator.le), self, strict=True)
+        return all(limit is None or holds(value, limit) for holds, limit in pairs)
 
     def __str__(self) -> str:
         low, high = (

@@ -12,8 +12,8 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from operator import attrgetter, is_
@@ -26,9 +26,9 @@ from torch.fx.passes.infra.pass_base import PassResult as PassResult
 
 from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
-from fxprune.graph.context import default_modes, wrap_errors
+from fxprune.graph.context import default_modes, setting, wrap_errors
 from fxprune.graph.facts import Change, Fact, Notes, Source, add_note, facts_of, fork, reading, unshare
-from fxprune.graph.tensors import comparable, device_of, weights
+from fxprune.graph.tensors import comparable, device_of, version_of, weights
 from fxprune.offload.files import is_caching, release_freed
 from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
@@ -46,14 +46,9 @@ def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
 _TRACK: ContextVar[Track] = ContextVar("track", default=no_progress)
 
 
-@contextmanager
-def tracking(track: Track | None) -> Iterator[None]:
+def tracking(track: Track | None) -> AbstractContextManager[None]:
     """Show the progress of passes by ``track`` inside this context; None leaves it as it is."""
-    token = _TRACK.set(_TRACK.get() if track is None else track)
-    try:
-        yield
-    finally:
-        _TRACK.reset(token)
+    return setting(_TRACK, _TRACK.get() if track is None else track)
 
 
 def tracked(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -245,10 +240,10 @@ def run_apart(step: Pass, run: Callable[[fx.GraphModule], PassResult], graph_mod
     work = fork(graph_module)
     if step.writes:
         unshare(work, graph_module)
-    before = {name: _version(tensor) for name, tensor in weights(graph_module)}
+    before = {name: version_of(tensor) for name, tensor in weights(graph_module)}
     result = run(work)
     for name, tensor in weights(graph_module):
-        if _version(tensor) != before[name]:
+        if version_of(tensor) != before[name]:
             what = f"wrote to {name} of the graph that it was given a copy of"
             raise PassError(what, where=f"pass {step.name}", remedy=_REPORT)
     unshare(result.graph_module, graph_module)
@@ -262,42 +257,28 @@ def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphMod
     original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
     """
     nodes = _nodes(graph_module)
-    tensors = {name: _TensorPrint.of(tensor, hold=hold) for name, tensor in weights(graph_module)}
+    tensors = {
+        name: (tensor if hold else None, weakref.ref(tensor), version_of(tensor), tensor.shape)
+        for name, tensor in weights(graph_module)
+    }
 
     def changes_in(after: fx.GraphModule) -> set[Change]:
         changed: set[Change] = set() if _same(nodes, _nodes(after)) else {"graph"}
-        if any(name in tensors and tensors[name].differs(tensor) for name, tensor in weights(after)):
+        known = ((tensors[name], tensor) for name, tensor in weights(after) if name in tensors)
+        if any(_differs(before(), version, shape, tensor) for (_, before, version, shape), tensor in known):
             changed.add("weights")
         return changed
 
     return changes_in
 
 
-@dataclass(frozen=True)
-class _TensorPrint:
-    """A tensor at one time."""
-
-    tensor: Callable[[], torch.Tensor | None]
-    version: int
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, *, hold: bool) -> _TensorPrint:
-        """Tensors made in inference mode count no versions."""
-        return cls((lambda: tensor) if hold else weakref.ref(tensor), _version(tensor), tensor.shape)
-
-    def differs(self, after: torch.Tensor) -> bool:
-        """Whether ``after`` holds other values, as far as is known: a copy does not."""
-        before = self.tensor()
-        if before is after or self.shape != after.shape:
-            return self.shape != after.shape or self.version != _version(after)
-        if before is None or self.version != _version(before):
-            return True
-        return not before.is_meta and not torch.equal(before, after)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _differs(before: torch.Tensor | None, version: int, shape: torch.Size, after: torch.Tensor) -> bool:
+    """Whether ``after`` holds other values than a tensor, None if it is gone, did in that version: a copy does not."""
+    if before is after or shape != after.shape:
+        return shape != after.shape or version != version_of(after)
+    if before is None or version != version_of(before):
+        return True
+    return not before.is_meta and not torch.equal(before, after)
 
 
 _NodePrint = tuple[tuple[Any, ...], ...]
@@ -350,8 +331,8 @@ class _Findings:
     def _digest(self, tensor: torch.Tensor) -> str:
         """The digest of a tensor, worked out once while it stays as it is."""
         known = self.digests.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1] != _version(tensor):
-            known = weakref.ref(tensor), _version(tensor), digest_of(tensor)
+        if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
+            known = weakref.ref(tensor), version_of(tensor), digest_of(tensor)
             self.digests[id(tensor)] = known
         return known[2]
 
@@ -359,14 +340,9 @@ class _Findings:
 _FINDINGS: ContextVar[_Findings | None] = ContextVar("findings", default=None)
 
 
-@contextmanager
-def sharing() -> Iterator[None]:
+def sharing() -> AbstractContextManager[None]:
     """Share findings about the dense model among the prunes inside this context."""
-    token = _FINDINGS.set(_Findings())
-    try:
-        yield
-    finally:
-        _FINDINGS.reset(token)
+    return setting(_FINDINGS, _Findings())
 
 
 def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:

@@ -238,7 +238,8 @@ class Pipeline(PassSequence):
         return self.passes
 
     def __str__(self) -> str:
-        return "\n".join(f"({_line(p)})" if isinstance(p, Pipeline) else str(p) for p in self.passes)
+        lines = ("(" + str(p).replace("\n", ", ") + ")" if isinstance(p, Pipeline) else str(p) for p in self.passes)
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(str(self).splitlines())!r})"
@@ -263,10 +264,6 @@ class Pipeline(PassSequence):
             facts, spelling = facts_of(graph_module), str(step)
             shown = spelling if len(spelling) <= _LONGEST else f"{step.name}{{...}}"
             facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (step.stage, shown, seconds))))
-
-
-def _line(pipeline: Pipeline) -> str:
-    return ", ".join(str(pipeline).split("\n"))
 
 
 def _as_pass(step: Any) -> Pass:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -33,10 +34,10 @@ def _entries() -> dict[str, EntryPoint]:
 
 def pass_names(stage: str | None = None) -> tuple[str, ...]:
     """Names of all installed passes, or of those of one stage that can be imported, such as ``"importance"``."""
-    if stage is not None:
-        one_of("stage", stage, STAGES)
-    names = tuple(sorted(_entries()))
-    return names if stage is None else tuple(name for name in names if _stage(name) == stage)
+    if stage is None:
+        return tuple(sorted(_entries()))
+    one_of("stage", stage, STAGES)
+    return tuple(name for name, made in _classes().items() if made.stage == stage)
 
 
 def pass_class(name: str) -> type[Pass]:
@@ -93,24 +94,18 @@ def pass_argument(stage: str) -> Callable[[str, Any], Pass]:
     return check
 
 
-def _stage(name: str) -> str:
-    try:
-        return pass_class(name).stage
-    except PassError:  # a broken plug-in is told to those who ask for it by name
-        return ""
+def _classes() -> dict[str, type[Pass]]:
+    """The classes of the installed passes, by name in order, without those that cannot be imported."""
+    found: dict[str, type[Pass]] = {}
+    for name in pass_names():
+        with suppress(PassError):  # a broken plug-in is told to those who ask for it by name
+            found[name] = pass_class(name)
+    return found
 
 
 def _givers(kind: type[Fact]) -> tuple[str, ...]:
-    """Names of the passes that give a fact."""
-    found = []
-    for name in pass_names():
-        try:
-            gives: object = pass_class(name).gives
-        except PassError:  # a broken plug-in gives nothing
-            continue
-        if isinstance(gives, tuple) and kind in gives:  # what a sequence gives, its steps do
-            found.append(name)
-    return tuple(found)
+    """Names of the passes that give a fact; what a sequence gives, its steps do."""
+    return tuple(name for name, made in _classes().items() if kind in _kinds(made, "gives"))
 
 
 set_giver_lookup(_givers)
@@ -137,18 +132,12 @@ def plain(text: str) -> str:
     return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Names of passes by stage; within a stage, those that give a fact before those that need it.
+def in_order() -> list[str]:
+    """Names of all installed passes by stage; within a stage, those that give a fact before those that need it.
 
     Passes that cannot be imported come last.
     """
-    found: dict[str, type[Pass]] = {}
-    broken = []
-    for name in sorted(names):
-        try:
-            found[name] = pass_class(name)
-        except PassError:
-            broken.append(name)
+    found = _classes()
     ordered: list[str] = []
     for stage in STAGES:
         here = [name for name, made in found.items() if made.stage == stage]
@@ -157,7 +146,8 @@ def in_order(names: Iterable[str]) -> list[str]:
         gives, needs = ({name: _kinds(found[name], word) for name in here} for word in ("gives", "needs"))
         graph.add_edges_from((a, b) for a in here for b in here if gives[a] & needs[b] and not gives[b] & needs[a])
         ordered += nx.lexicographical_topological_sort(graph)
-    return [*ordered, *(name for name in found if name not in ordered), *broken]
+    of_no_stage = (name for name in found if name not in ordered)
+    return [*ordered, *of_no_stage, *(name for name in pass_names() if name not in found)]
 
 
 def _kinds(made: type[Pass], word: str) -> set[type[Fact]]:

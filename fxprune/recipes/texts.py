@@ -9,14 +9,10 @@ from fxprune.errors import UnknownNameError
 SUFFIX = ".txt"
 _COSTS = "Costs:"
 
-_ORDER = ("fast", "balanced", "best", "llm-pruner")
-"""Installed recipes, from little work to much, and the published one last."""
-
 
 def recipe_names() -> tuple[str, ...]:
     """Names of the installed recipes, from little work to much, and the published one last."""
-    found = {path.name.removesuffix(SUFFIX) for path in files(__package__).iterdir() if path.name.endswith(SUFFIX)}
-    return tuple(sorted(found, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
+    return ("fast", "balanced", "best", "llm-pruner")
 
 
 def recipe_text(name: str) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fxprune.data.built_in import built_in_text
 from fxprune.data.calibration import IGNORED
 from fxprune.data.rows import BadRow, Row, read_rows
-from fxprune.data.text import paragraphs
+from fxprune.data.text import common_prefix, paragraphs
 from fxprune.errors import DataError
 from fxprune.recovery.settings import RecoverySettings
 
@@ -51,8 +52,6 @@ class Formatter:
     def example(self, row: Row) -> Example | BadRow:
         """The example of an instruction or a chat, or the reason why there is none."""
         made = self._instruction(row) if row.kind == "instruction" else self._chat(row.fields["messages"])
-        if isinstance(made, BadRow):
-            return made
         if isinstance(made, str):
             return BadRow(row.where, made)
         ids, labels = (tuple(tokens[: self.max_tokens]) for tokens in made)
@@ -73,10 +72,10 @@ class Formatter:
         windows = [tuple(ids[start : start + self.max_tokens]) for start in range(0, len(ids), self.max_tokens)]
         return [Example(window, window) for window in windows if len(window) > 1]
 
-    def _instruction(self, row: Row) -> tuple[list[int], list[int]] | BadRow | str:
+    def _instruction(self, row: Row) -> tuple[list[int], list[int]] | str:
         texts = row.texts()
         if isinstance(texts, BadRow):
-            return texts
+            return texts.why
         for name in ("instruction", "output"):
             if not texts[name].strip():
                 return f"{name!r} is empty"
@@ -85,7 +84,8 @@ class Formatter:
         end = self.tokenizer.eos_token_id
         if end is not None and whole[-1:] != [end]:
             whole.append(end)
-        start = _common_prefix(whole, self.encode(prompt, special=True)) if self.response_only else 0
+        # the last token of a prompt may merge with the text after it
+        start = common_prefix(whole, self.encode(prompt, special=True)) if self.response_only else 0
         return whole, [IGNORED] * start + whole[start:]
 
     def _chat(self, messages: Any) -> tuple[list[int], list[int]] | str:
@@ -101,8 +101,8 @@ class Formatter:
             labels = [IGNORED] * len(whole)
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":
-                    start = _common_prefix(whole, self._render(messages[:turn], prompt=True)) if turn else 0
-                    end = _common_prefix(whole, self._render(messages[: turn + 1]))
+                    start = common_prefix(whole, self._render(messages[:turn], prompt=True)) if turn else 0
+                    end = common_prefix(whole, self._render(messages[: turn + 1]))
                     labels[start:end] = whole[start:end]
         except Exception as error:  # a template is a program of the tokenizer's makers and may raise anything
             return f"the chat template refuses it: {type(error).__name__}: {str(error)[:_LONGEST]}"
@@ -123,14 +123,6 @@ def _chat_problem(messages: Any) -> str:
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         return "no message of the assistant"
     return ""
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of tokens that both begin with; the last one of a prompt may merge with the text after it."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return number
-    return min(len(first), len(second))
 
 
 @dataclass(frozen=True)
@@ -240,15 +232,15 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
     """A batch: ids, mask and labels ``(samples, longest)``; padding at the end is masked and does not count."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), padding)
-    labels = torch.full((len(examples), longest), IGNORED)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        labels[row, : len(example.ids)] = torch.tensor(example.labels)
-        mask[row, : len(example.ids)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    rows: dict[str, tuple[Sequence[Sequence[int]], int]] = {
+        "input_ids": ([example.ids for example in examples], padding),
+        "attention_mask": ([[1] * len(example.ids) for example in examples], 0),
+        "labels": ([example.labels for example in examples], IGNORED),
+    }
+    return {
+        name: pad_sequence([torch.tensor(row) for row in of], batch_first=True, padding_value=fill)
+        for name, (of, fill) in rows.items()
+    }
 
 
 def _split(items: Sequence[Any], held_out: float, generator: random.Random) -> tuple[list[Any], list[Any]]:
@@ -266,31 +258,30 @@ def _passages(texts: Iterable[str]) -> list[list[str]]:
     found: list[list[str]] = []
     seen: set[str] = set()
     for text in texts:
-        run: list[str] = []
-        for part in (piece for paragraph in paragraphs(text) for piece in _pieces(paragraph)):
-            if part not in seen:
-                seen.add(part)
-                run.append(part)
-            if sum(map(len, run)) >= _PASSAGE:
-                found.append(run)
-                run = []
-        found += [run] if run else []
+        pieces = dict.fromkeys(piece for paragraph in paragraphs(text) for piece in _pieces(paragraph))
+        fresh = [piece for piece in pieces if piece not in seen]
+        seen.update(fresh)
+        found += _runs(fresh)
     return found
 
 
-def _pieces(paragraph: str) -> Iterator[str]:
-    """Yield a paragraph, or runs of its lines if it is as long as two passages, as text without blank lines is."""
+def _pieces(paragraph: str) -> list[str]:
+    """A paragraph, or runs of its lines if it is as long as two passages, as text without blank lines is."""
     if len(paragraph) < 2 * _PASSAGE:
-        yield paragraph
-        return
-    run = ""
-    for line in paragraph.splitlines(keepends=True):
-        run += line
-        if len(run) >= _PASSAGE:
-            yield run.strip()
-            run = ""
-    if run.strip():
-        yield run.strip()
+        return [paragraph]
+    return ["".join(run).strip() for run in _runs(paragraph.splitlines(keepends=True))]
+
+
+def _runs(parts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield runs of parts with the characters of a passage, or a few more; the last may have fewer."""
+    run: list[str] = []
+    for part in parts:
+        run.append(part)
+        if sum(map(len, run)) >= _PASSAGE:
+            yield run
+            run = []
+    if run:
+        yield run
 
 
 def _format_reasons(bad: Sequence[BadRow]) -> str:

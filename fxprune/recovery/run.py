@@ -68,11 +68,9 @@ class Recovery:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields except the models, as plain data."""
-        whole = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("model", "result")}
-        return {
-            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-            for name, value in whole.items()
-        }
+        whole = dataclasses.asdict(dataclasses.replace(self, model=None, result=None))
+        del whole["model"], whole["result"]
+        return whole
 
     def to_json(self) -> str:
         """The data of :meth:`to_dict` as a JSON document."""

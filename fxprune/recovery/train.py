@@ -215,16 +215,17 @@ class _EarlyStopping(TrainerCallback):
     def __init__(self, settings: RecoverySettings, vocabulary: int) -> None:
         self.settings, self.vocabulary = settings, vocabulary
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop_early(state, control)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Evaluate and save the last step as well."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop_early(state, control)
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience:
+            control.should_training_stop = True
+
+    on_train_begin = on_evaluate  # a resumed run may have been about to stop
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -237,11 +238,6 @@ class _EarlyStopping(TrainerCallback):
         worst = max(2 * losses[0], 1.2 * math.log(self.vocabulary)) if losses else math.inf
         if len(losses) > _WORSE_STEPS and min(losses[-_WORSE_STEPS:]) > worst:
             raise self._diverged(f"the training loss rose from {losses[0]:.2f} to {losses[-1]:.2f}", state.global_step)
-
-    def _stop_early(self, state: Any, control: Any) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience:
-            control.should_training_stop = True
 
     def _diverged(self, what: str, step: int) -> RecoveryError:
         rate, precision = self.settings.learning_rate, self.settings.precision

@@ -160,7 +160,7 @@ def _read_inputs(
 
 def _digest(model: nn.Module, calibration: Any) -> str:
     """A digest of a model's weights and config, the samples and the versions of packages."""
-    tensors = [tensor for leaf in (model.state_dict(), calibration) for tensor in _tensors(leaf)]
+    tensors = _tensors((model.state_dict(), calibration))
     values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in tensors]
     config: Any = getattr(model, "config", None)
     kind = config.to_json_string() if hasattr(config, "to_json_string") else type(model).__qualname__
@@ -209,18 +209,12 @@ def _key(source: str, calibration: Any, options: Mapping[str, Any]) -> str:
 def _missing(
     keys: Mapping[str, str], folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
 ) -> list[str]:
-    """The names of the prunes that are still to be made."""
-    return [n for n, key in keys.items() if not _is_done(rows.get(n), key, folder, rows, keep=keep, bench=bench)]
-
-
-def _is_done(
-    row: SweepRow | None, key: str, folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
-) -> bool:
-    """Whether a row is complete, with its model if that is kept."""
-    if row is None or row.key != key or (bench and row.decode_ms is None):
-        return False
-    beaten = row not in Sweep(folder, tuple(rows.values())).best
-    return keep == "none" or (keep == "best" and beaten) or (folder / row.name / MANIFEST).is_file()
+    """The names of the prunes still to be made: of those without a complete row, or without a model that is kept."""
+    done = {n: row for n, row in rows.items() if row.key == keys.get(n) and not (bench and row.decode_ms is None)}
+    table = Sweep(folder, tuple(rows.values()))
+    kept = {"all": table.rows, "best": table.best, "none": ()}[keep]
+    gone = {row.name for row in kept if not (folder / row.name / MANIFEST).is_file()}
+    return [name for name in keys if name not in done or name in gone]
 
 
 def _row(
