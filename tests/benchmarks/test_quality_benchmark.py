@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fxprune
 from benchmarks.pages import draw_quality, quality_page, uniform_price
@@ -24,6 +23,7 @@ from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare, read_
 from benchmarks.quality.texts import beginning, python_code, read_texts
 from fxprune.cli import demo
 from fxprune.evaluation import Divergence, Perplexity
+from tests.benchmarks.command import run_main
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -57,7 +57,7 @@ def run(folder: Path, *more: str) -> str:
     """What the benchmark prints."""
     sizes = ["--samples", "3", "--tokens", "8", "--windows", "2", "--window", "16", "--ratio", "0.1", "--json"]
     arguments = ["--data", str(folder), "--calibration", "c4.jsonl", *sizes, *more]
-    result = CliRunner().invoke(quality.app, arguments, catch_exceptions=False)
+    result = run_main(quality.main, *arguments)
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
@@ -162,7 +162,7 @@ def test_rows_of_another_protocol_are_kept_and_entries_without_samples_measured_
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_measured(small: Path, options: list[str], told: str) -> None:
-    result = CliRunner().invoke(quality.app, ["--data", str(small), *options], env={"COLUMNS": "200"})
+    result = run_main(quality.main, "--data", str(small), *options, env={"COLUMNS": "200"})
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
 
 
