@@ -41,8 +41,7 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model, two cheap entries, and a folder of texts."""
     l1, l2 = ({"recipe": "llm-pruner", "importance": name} for name in ("l1", "l2"))
-    cheap = (Entry("l1", l1), Entry("l2", l2, samples=0))
-    monkeypatch.setattr(entries_module, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
+    monkeypatch.setattr(entries_module, "ENTRIES", (Entry("l1", l1), Entry("l2", l2, samples=0)))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
     monkeypatch.setattr(texts_module, "python_code", lambda: "def double(x):\n    return 2 * x\n" * 20)
