@@ -255,16 +255,15 @@ def test_the_page_tells_what_the_selection_is_worth_from_equal_draws() -> None:
     assert "| balanced | 1 | x0.88 ± 0.00 |" in page
 
 
-def test_rows_of_the_first_protocol_are_read_and_stand_apart_until_they_are_measured_anew() -> None:
-    shared = {"model": "m", "calibration": "c4", "samples": 4, "tokens": 8, "windows": 2, "window": 16}
-    cost = {"seconds": 1.0, "peak_gb": 1.0, "passes": "l1", "threads": 1, "cpu": "c"}
+def test_rows_of_an_earlier_protocol_stand_apart_until_they_are_measured_anew() -> None:
+    """Of the first protocol, perplexity alone was kept."""
     old = [
-        {"entry": name, "ratio": ratio, "draw": 0, "parameters": 80, "perplexities": {"text": value}, **cost}
-        for name, ratio, value in (("dense", 0.0, 10.0), ("balanced", 0.2, 12.0), ("fast", 0.2, 13.0))
+        replace(row(name, 0, value), protocol=replace(PROTOCOL, kept_back=0), texts={"text": (measured(value),)})
+        for name, value in (("dense", 10.0), ("balanced", 12.0), ("fast", 13.0))
     ]
-    first = {"environment": ENVIRONMENT, "protocol": shared, "rows": old}
-    assert "| balanced | x1.20 |" in quality_page(first) and "earlier protocol" not in quality_page(first)
-    page = quality_page(as_data(*read_rows(first), row("dense", 0, 10.0), row("balanced", 0, 14.0)))
+    first = quality_page(as_data(*old))
+    assert "| balanced | x1.20 |" in first and "earlier protocol" not in first
+    page = quality_page(as_data(*old, row("dense", 0, 10.0), row("balanced", 0, 14.0)))
     later, _, earlier = page.partition("## Rows of an earlier protocol")
     assert "| balanced | x1.40 ± 0.02 |" in later and "| fast |" not in later
     assert "| fast | x1.30 |" in earlier and "| balanced | x1.20" not in earlier
