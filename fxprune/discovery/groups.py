@@ -139,6 +139,11 @@ class Group:
         """Number of units, inside one outer unit if there is an outer factor."""
         return 1 if self.factor is None else self.factor.size
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an array with a number for each unit: ``(units,)``, or ``(outer units, units)``."""
+        return (self.size,) if self.outer is None else (self.outer.size, self.size)
+
     def is_of(self, kinds: Sequence[str]) -> bool:
         """Whether its units are of one of ``kinds``; ``exact-mlp`` matches kind ``mlp`` with no norm over it."""
         return self.kind in kinds or (not self.renormalised and f"{EXACT}{self.kind}" in kinds)

@@ -97,7 +97,7 @@ class Scores(Fact):
             raise PlanError(
                 f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
             )
-        shapes = {g.name: (g.size,) if g.outer is None else (g.outer.size, g.size) for g in groups}
+        shapes = {group.name: group.shape for group in groups}
         for name, row in self.units.items():
             if not isinstance(row, np.ndarray):
                 raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
