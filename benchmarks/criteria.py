@@ -38,8 +38,6 @@ CRITERIA: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """By name, changes of the recipe `llm-pruner`."""
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class CriterionRow:
@@ -120,7 +118,6 @@ def criterion_table(rows: list[CriterionRow], title: str) -> Table:
     return table
 
 
-@app.command()
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 10,
@@ -157,4 +154,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -22,7 +22,6 @@ from fxprune.evaluation import perplexity
 from fxprune.evaluation.speed import time_interleaved, timed_call
 
 PROMPT = "What is the capital of France?"
-app = typer.Typer(add_completion=False)
 
 
 def demo_table(dense: Any, result: fxprune.Result, heldout: torch.Tensor, console: Console) -> Table:
@@ -74,7 +73,6 @@ def _answer(model: Any, tokenizer: Any) -> str:
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-@app.command()
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
     samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens; more samples tune longer.")] = 120,
@@ -106,4 +104,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -45,8 +45,6 @@ STAGES = ("trace", "graph", "groups", "removal")
 WARM_UP = Shape("warm-up", 64, 128, 2, 4, 4)
 NARROW = Shape("narrow", 64, 128, 4, 8, 4)
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class Discovery:
@@ -267,7 +265,6 @@ def passes_table(rows: Sequence[DiscoverySummary]) -> Table:
     return table
 
 
-@app.command()
 def main(
     shapes: Annotated[str, typer.Option(help=f"Which of {','.join(SHAPES)}, separated by commas.")] = ",".join(SHAPES),
     repeats: Annotated[int, typer.Option(help="Measurements of each tool on each shape.")] = 3,
@@ -323,4 +320,4 @@ def _stages(names: Sequence[str], times: Sequence[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -53,7 +53,6 @@ from fxprune.offload import files, prefetch, ranks
 from fxprune.offload.prefetch import GatheringPrefetcher, offer_prefetcher
 from fxprune.rules import picked
 
-app = typer.Typer(add_completion=False)
 aten = torch.ops.aten
 META = torch.device("meta")
 
@@ -414,7 +413,6 @@ def sum_of(costs: Sequence[Cost]) -> Cost:
     return Cost("together", _digest([cost.order for cost in costs]), held, aside, sums)
 
 
-@app.command()
 def main(
     models: Annotated[str, typer.Option(help=f"Which of {','.join(MODELS)}, separated by commas.")] = ",".join(MODELS),
     processes: Annotated[str, typer.Option(help="Numbers of processes; the first alone for a mixture.")] = "8,64",
@@ -451,4 +449,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

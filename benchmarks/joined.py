@@ -41,8 +41,6 @@ RESULTS = common.RESULTS / "joined.json"
 _CANDIDATES = 5
 """Pairs that are tried beside those that are joined already: those that alone move predictions least."""
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class JoinedRow:
@@ -124,7 +122,6 @@ def orders(graph_module: fx.GraphModule, blocks: int, samples: torch.Tensor, mos
         yield pairs
 
 
-@app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of texts; else built-in text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Further files to measure on.")] = None,
@@ -168,4 +165,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -35,8 +35,6 @@ from benchmarks.common import Shape, load_demo_model, write_random
 from benchmarks.demo import demo_samples
 from fxprune.evaluation import perplexity
 
-app = typer.Typer(add_completion=False)
-
 _CHILD = """
 import json, logging, os, sys, time, torch, fxprune
 logging.basicConfig(format="%(message)s")
@@ -176,7 +174,6 @@ def _compare_demo(share: float, samples: int, recipe: str, texts: list[Path], fo
                 print(f"perplexity, {out.name}, {name}: {perplexity(slim, windows):.3f}", flush=True)
 
 
-@app.command()
 def main(
     hidden: Annotated[int, typer.Option(help="Width.")] = 2048,
     ffn: Annotated[int, typer.Option(help="Channels of an MLP.")] = 5632,
@@ -228,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

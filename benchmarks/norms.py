@@ -62,8 +62,6 @@ SMALL: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
 }
 """By name of the units removed: type of model, its sizes, and kind of the groups, of which a norm runs over some."""
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class NormRow:
@@ -195,7 +193,6 @@ def byte_loss(model: Any, windows: torch.Tensor) -> float:
     return math.log(perplexity(model, windows))
 
 
-@app.command()
 def main(
     ratios: Annotated[str, typer.Option(help="Fractions of the parameters, comma-separated.")] = "0.1,0.2",
     samples: Annotated[int, typer.Option(help="Samples of 128 tokens to score and fit by.")] = 32,
@@ -217,4 +214,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

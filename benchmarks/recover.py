@@ -27,8 +27,6 @@ RESULTS = common.RESULTS / "recovery.json"
 _OUTPUTS = ("folder", "out", "keep", "json_")
 """Options that name outputs and do not change the measurement."""
 
-app = typer.Typer(add_completion=False)
-
 
 def training_rows(files: Iterable[Path], limit: int, seed: int) -> list[Any]:
     """Rows drawn at random, equally many from each file.
@@ -71,7 +69,6 @@ def without(rows: Iterable[Any], heldout: str) -> list[Any]:
     return [row for row, start in starts if not start or start not in heldout]
 
 
-@app.command()
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
     recipe: Annotated[str, typer.Option(help="Recipe of the prune.")] = "balanced",
@@ -229,4 +226,4 @@ def _outcome(report: fxprune.Report, recovery: fxprune.Recovery) -> dict[str, An
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

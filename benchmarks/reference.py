@@ -27,8 +27,6 @@ RESULTS = common.RESULTS / "reference.json"
 REFERENCE = {"vector": 98.2, "first": 90.2, "second": 77.0, "mix": 90.3}
 """Perplexity after pruning by LLM-Pruner's own code, by the order of its Taylor expansion."""
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class ReferenceRow:
@@ -76,7 +74,6 @@ def reference_rows(model: Any, samples: torch.Tensor, heldout: torch.Tensor, **o
         yield ReferenceRow(order, reference, float(perplexity(result.model or result.graph_module, heldout)))
 
 
-@app.command()
 def main(
     data: Annotated[Path, typer.Option(help="Folder with c4_sample.jsonl and wikitext2/test.txt.")],
     json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{RESULTS.name}.")] = False,
@@ -98,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -28,8 +28,6 @@ from fxprune.checkpoint.low_memory import load_mapped, resumable_folder
 
 RESULTS = common.RESULTS / "score_memory.json"
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class ScoreCost:
@@ -98,7 +96,6 @@ def measure(way: str, source: Path, samples: int, tokens: int) -> ScoreCost:
     return ScoreCost(way, seconds, highest[0] / 1e9, highest[0] / total)
 
 
-@app.command()
 def main(
     hidden: Annotated[int, typer.Option(help="Width.")] = 2048,
     ffn: Annotated[int, typer.Option(help="Channels of an MLP.")] = 5632,
@@ -130,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

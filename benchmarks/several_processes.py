@@ -32,8 +32,6 @@ from fxprune.checkpoint.low_memory import load_mapped
 from fxprune.offload.files import offload_to
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 
-app = typer.Typer(add_completion=False)
-
 Cost = tuple[str, float, int, int, int]
 """Of one pass: its name, seconds, calls of collectives, bytes given to them and read; or all but the last before it."""
 
@@ -128,7 +126,6 @@ def measure(count: int, model: Any, ids: torch.Tensor, recipe: str, source: Path
     return found
 
 
-@app.command()
 def main(
     processes: Annotated[str, typer.Option(help="Numbers of processes.")] = "1,2,4",
     recipe: Annotated[str, typer.Option(help="The recipe.")] = "balanced",
@@ -170,4 +167,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -64,8 +64,6 @@ _FIXED = (
 )
 """Parts of the names of models that take images of one size only."""
 
-app = typer.Typer(add_completion=False)
-
 
 @dataclass(frozen=True)
 class VisionRow:
@@ -216,7 +214,6 @@ def _apart(name: str, tool: str) -> VisionRow:
     return row
 
 
-@app.command()
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Models, as in timm/dla34; all of them by default.")] = None,
     json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{FILE.name}.")] = False,
@@ -237,4 +234,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

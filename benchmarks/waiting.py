@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(add_completion=False)
-
 _WORK = """
 import time, torch
 up, down, start = torch.randn(576, 1536), torch.randn(1536, 576), torch.randn(128, 576)
@@ -41,7 +39,6 @@ def _seconds(policy: str, threads: int, steps: int) -> float:
     return float(done.stdout)
 
 
-@app.command()
 def main(
     threads: Annotated[int, typer.Option(min=2, help="Threads of the work.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the work, two products each.")] = 1500,
@@ -66,4 +63,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -34,7 +34,6 @@ from fxprune.data.text import read_text, token_windows
 _STEPS = 16
 """Tokens that a decoding step is averaged over, by the clock of llama.cpp."""
 
-app = typer.Typer(add_completion=False)
 console = Console(width=110)
 
 
@@ -202,7 +201,6 @@ class LlamaCppQuantisedEngine(LlamaCppEngine):
     weight_bytes: ClassVar[float] = 34 / 32
 
 
-@app.command()
 def main(
     slim: Annotated[Path | None, typer.Option(help="Slim demo model; else the demo model is pruned.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on; else built-in text.")] = None,
@@ -250,4 +248,4 @@ def _comparison(model: Any, tokenizer: Any, held: Sequence[Sequence[int]], folde
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

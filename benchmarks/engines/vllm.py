@@ -42,7 +42,6 @@ _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
-app = typer.Typer(add_completion=False)
 console = Console(width=110)
 
 
@@ -84,7 +83,6 @@ class VllmEngine(Engine):
         return lambda: (seconds(_STEPS + 1) - seconds(1)) / _STEPS
 
 
-@app.command()
 def main(
     environment_folder: Annotated[
         Path | None, typer.Option("--environment", help="Folder of the environment with vLLM; else a temporary one.")
@@ -175,4 +173,4 @@ def same_tokens(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -24,10 +24,7 @@ from fxprune.evaluation import measure_widths, write_widths
 
 RESULTS = common.RESULTS
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def main(
     model: Annotated[Path | None, typer.Option(help="Folder of a model; else the demo model.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove; default 0.2 and 0.5.")] = None,
@@ -122,4 +119,4 @@ def _sweep(config: Any, device: str, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -30,8 +30,6 @@ TASKS = RESULTS.with_name("quality_tasks.json")
 
 ALL = "all"
 
-app = typer.Typer(add_completion=False)
-
 
 def _count(name: str, text: str, least: int) -> int | None:
     """A number from the command line; None for ``all``.
@@ -86,7 +84,6 @@ def _names(only: Sequence[str]) -> Sequence[str]:
     return only
 
 
-@app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder of texts and zeroshot/*.jsonl; else built-in text.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Further files to measure on.")] = None,
@@ -200,4 +197,4 @@ def _measure(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fxprune
 from fxprune.recipes import as_recipe, read_recipe
 
 
@@ -17,13 +16,11 @@ class Entry:
     Attributes:
         name: Name in tables.
         options: Arguments of `fxprune.prune`; `%s` in a value stands for the ratio.
-        needs: Passes that must be installed.
         samples: Most calibration samples; None for all, 0 for built-in samples.
     """
 
     name: str
     options: dict[str, Any]
-    needs: tuple[str, ...] = ()
     samples: int | None = None
 
 
@@ -76,9 +73,15 @@ SEARCHED = (
     .replace("epochs=1", "epochs=2")
 )
 
+
+def _untuned(change: str, samples: int | None = None, **options: str) -> Entry:
+    """``balanced by wanda`` with one change, not tuned."""
+    return Entry(f"balanced, {change}", {"recipe": BALANCED, **options, "tune": "none"}, samples)
+
+
 ENTRIES = (
     Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
-    Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, ("flap",), samples=64),
+    Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("fast, uniform", {"recipe": "fast", "uniform": True}),
     Entry("balanced", {}),
@@ -93,12 +96,10 @@ ENTRIES = (
     Entry(
         "FLAP, fitted and tuned as balanced",
         {"recipe": _fitted_and_tuned("flap{samples=64}", "select-by-ratio{ranking=global}")},
-        ("flap",),
     ),
     Entry(
         "whole layers, fitted and tuned as balanced",
         {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
-        ("block-influence",),
     ),
     *(Entry(f"{name}, without programs", {"recipe": recipe}) for name, recipe in PROSE.items()),
     *(
@@ -134,48 +135,29 @@ ENTRIES = (
     Entry("best, each sample once", {"recipe": BEST.replace("{copies=3, noise=0.2}", "")}),
     Entry("best, each sample once, the text not counted", {"recipe": ONCE}),
     Entry("best, searched, fitted by 256 samples, each read twice", {"recipe": SEARCHED}),
-    Entry("balanced, neither fitted nor tuned", {"recipe": BALANCED, "compensate": "none", "tune": "none"}),
-    Entry("balanced, not tuned", {"recipe": BALANCED, "tune": "none"}),
+    _untuned("neither fitted nor tuned", compensate="none"),
+    _untuned("not tuned"),
     Entry("balanced, not fitted", {"recipe": BALANCED, "compensate": "none"}),
-    Entry("balanced, heads too", {"recipe": BALANCED, "select": HEADS, "tune": "none"}),
-    Entry("balanced, no layer protected", {"recipe": BALANCED, "select": WHOLE, "tune": "none"}),
-    Entry("balanced, searched", {"recipe": BALANCED, "select": f"select-by-search{{{CHOSEN}}}", "tune": "none"}),
-    Entry(
-        "balanced, gates", {"recipe": BALANCED, "select": f"select-by-gates{{{CHOSEN}}}", "tune": "none"}, samples=512
-    ),
+    _untuned("heads too", select=HEADS),
+    _untuned("no layer protected", select=WHOLE),
+    _untuned("searched", select=f"select-by-search{{{CHOSEN}}}"),
+    _untuned("gates", samples=512, select=f"select-by-gates{{{CHOSEN}}}"),
     Entry(
         "balanced, gates, tuned, the text itself not counted",
         {"recipe": UNCOUNTED, "select": f"select-by-gates{{{CHOSEN}}}"},
         samples=512,
     ),
-    Entry(
-        "balanced, one ridge",
-        {"recipe": BALANCED, "compensate": "least-squares{samples=64, reach=stream, damping=1}", "tune": "none"},
-    ),
-    Entry(
-        "balanced, the stream not fitted",
-        {"recipe": BALANCED, "compensate": "least-squares{samples=64, reach=lost}", "tune": "none"},
-    ),
-    Entry(
-        "balanced, rotation", {"recipe": BALANCED, "compensate": "rotation{samples=64}", "tune": "none"}, ("rotation",)
-    ),
+    _untuned("one ridge", compensate="least-squares{samples=64, reach=stream, damping=1}"),
+    _untuned("the stream not fitted", compensate="least-squares{samples=64, reach=lost}"),
+    _untuned("rotation", compensate="rotation{samples=64}"),
     Entry("balanced, tuned where inputs went", {"recipe": BALANCED, "tune": f"{TUNE}, everywhere=False, rate=0.02}}"}),
     Entry("balanced, scales alone tuned", {"recipe": BALANCED, "tune": f"{TUNE}}}"}),
     Entry("balanced, the weights tuned", {"recipe": BALANCED, "tune": f"{TUNE}, weights=True}}"}),
-    *(
-        Entry(
-            f"balanced, {name}",
-            {"recipe": BALANCED, "importance": spelled, "tune": "none"},
-            (spelled.partition("{")[0],),
-        )
-        for name, spelled in (
-            ("taylor mix", "taylor{order=mix, samples=32}"),
-            ("taylor second", "taylor{order=second, samples=32}"),
-            ("flap", "flap{samples=64}"),
-            ("fisher", "fisher{samples=64}"),
-            ("reconstruction", "reconstruction{samples=64}"),
-        )
-    ),
+    _untuned("taylor mix", importance="taylor{order=mix, samples=32}"),
+    _untuned("taylor second", importance="taylor{order=second, samples=32}"),
+    _untuned("flap", importance="flap{samples=64}"),
+    _untuned("fisher", importance="fisher{samples=64}"),
+    _untuned("reconstruction", importance="reconstruction{samples=64}"),
 )
 """Recipes first, with their controls: random units of the same widths, and the selections of other methods with the fit
 and the tuning of the default recipe. Then the recipes by one of their two criteria alone and with the scores they had
@@ -184,10 +166,8 @@ starting points, and takes the most time."""
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:
-    """Entries whose passes are installed; if there are `names`, only these."""
-    known = fxprune.pass_names()
-    found = [entry for entry in ENTRIES if all(name in known for name in entry.needs)]
-    return [entry for entry in found if not names or entry.name in names]
+    """All entries; if there are `names`, only these."""
+    return [entry for entry in ENTRIES if not names or entry.name in names]
 
 
 def place_of_entry(name: str) -> int:

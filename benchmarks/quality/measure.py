@@ -82,15 +82,10 @@ class Bench:
         options = {key: with_ratio(value, ratio) for key, value in entry.options.items()}
         options |= {"tokenizer": self.tokenizer, "ratio": ratio, "seed": draw}
         pipeline = fxprune.prune_pipeline(samples, **options)
-        row = self._kept(entry, ratio, draw, str(pipeline))
-        slim: Any
-        if row is not None and self.keep is not None:
-            slim = fxprune.from_pretrained(_folder_of(self.keep, row))
-        else:
-            trained, read = trained_by(pipeline, 0 if samples is None else len(samples), self.protocol.tokens)
-            begun = QualityRow(entry.name, ratio, draw, self.protocol, 0, {}, passes=str(pipeline), trained=trained,
-                               trained_tokens=read, threads=torch.get_num_threads(), cpu=cpu_name())  # fmt: skip
-            row, slim = self._prune(begun, samples, options)
+        trained, read = trained_by(pipeline, 0 if samples is None else len(samples), self.protocol.tokens)
+        begun = QualityRow(entry.name, ratio, draw, self.protocol, 0, {}, passes=str(pipeline), trained=trained,
+                           trained_tokens=read, threads=torch.get_num_threads(), cpu=cpu_name())  # fmt: skip
+        row, slim = self._kept(begun) or self._prune(begun, samples, options)
         if hasattr(slim, "config"):  # a graph keeps the type that it was traced in
             slim.to(self.reference.model.dtype)
         return replace(row, protocol=self.protocol, texts=self._measure(slim, self.tokenizer))
@@ -120,14 +115,14 @@ class Bench:
         count = most if entry.samples is None else min(most, entry.samples)
         return rows[order[:count]] if count else None
 
-    def _kept(self, entry: Entry, ratio: float, draw: int, passes: str) -> QualityRow | None:
-        """The row of a slim model that the same prune left in the folder."""
-        if self.keep is None:
+    def _kept(self, begun: QualityRow) -> tuple[QualityRow, Any] | None:
+        """The row and the slim model that the same prune left in the folder."""
+        folder = None if self.keep is None else _folder_of(self.keep, begun)
+        if folder is None or not (folder / _ROW).exists():
             return None
-        file = self.keep / f"{entry.name}-{ratio:g}-{draw}" / _ROW
-        found = read_rows({"rows": [json.loads(file.read_text(encoding="utf-8"))]}) if file.exists() else ()
-        same = (row for row in found if (row.passes, row.protocol.calibrated) == (passes, self.protocol.calibrated))
-        return next(same, None)
+        (row,) = read_rows({"rows": [json.loads((folder / _ROW).read_text(encoding="utf-8"))]})
+        same = (row.passes, row.protocol.calibrated) == (begun.passes, begun.protocol.calibrated)
+        return (row, fxprune.from_pretrained(folder)) if same else None
 
     def _measure(self, run: Any, tokenizer: Any, *, compared: bool = True) -> dict[str, tuple[Perplexity, ...]]:
         return {name: tuple(self._at_lengths(run, tokenizer, name, compared)) for name in self.texts.heldout}

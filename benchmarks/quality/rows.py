@@ -140,15 +140,11 @@ def over_dense(found: Perplexity, dense: Perplexity) -> tuple[float, float | Non
 
 
 def read_rows(data: Mapping[str, Any]) -> list[QualityRow]:
-    """Rows of a file of results.
-
-    In files of the first protocol, which all rows share, perplexity alone was kept, of one length of window.
-    """
-    shared = data.get("protocol")
-    return [_read_row(dict(row)) if shared is None else _read_first(dict(row), dict(shared)) for row in data["rows"]]
+    """Rows of a file of results."""
+    return [_read_row(row) for row in data["rows"]]
 
 
-def _read_row(row: dict[str, Any]) -> QualityRow:
+def _read_row(row: Mapping[str, Any]) -> QualityRow:
     protocol = Protocol(**{**row["protocol"], "lengths": tuple(row["protocol"]["lengths"])})
     texts = {name: tuple(map(_read_perplexity, found)) for name, found in row["texts"].items()}
     return QualityRow(**{**row, "protocol": protocol, "texts": texts})
@@ -158,14 +154,3 @@ def _read_perplexity(found: Mapping[str, Any]) -> Perplexity:
     apart = found["divergence"]
     divergence = None if apart is None else Divergence(**apart)
     return Perplexity(**{**found, "divergence": divergence, "losses": tuple(found["losses"])})
-
-
-def _read_first(row: dict[str, Any], shared: dict[str, Any]) -> QualityRow:
-    window = shared.pop("window")
-    protocol = Protocol(**shared, lengths=(window,))
-    windows = shared["windows"]
-    texts = {
-        name: (Perplexity(value, 0.0, window, window, windows, windows * (window - 1)),)
-        for name, value in row.pop("perplexities").items()
-    }
-    return QualityRow(**row, protocol=protocol, texts=texts, trained=None)

@@ -56,6 +56,11 @@ class Section:
         for name in sorted(dict.fromkeys(row.entry for row in own), key=place_of_entry):
             yield name, [row for row in own if row.entry == name]
 
+    def _by_text(self, drawn: Sequence[QualityRow], length: int) -> dict[str, list[Perplexity]]:
+        """For each text the findings of the draws that were measured on it."""
+        rows = [row.at(length) for row in drawn]
+        return {text: [row[text] for row in rows if text in row] for text in self.texts(length)}
+
     def costs(self, ratio: float) -> Iterator[dict[str, Any]]:
         """Size, trained parts and costs of the prune, by entry."""
         for name, drawn in self.entries(ratio):
@@ -75,21 +80,19 @@ class Section:
         """For each entry, perplexity over that of the dense model on each text."""
         dense = self.dense.at(length)
         for name, drawn in self.entries(ratio):
-            found = [[over_dense(row.at(length)[text], dense[text]) for row in drawn if text in row.at(length)]
-                     for text in dense]  # fmt: skip
-            yield name, [over([one for one in each if one is not None]) for each in found]
+            found = self._by_text(drawn, length).items()
+            ratios = ([over_dense(one, dense[text]) for one in each] for text, each in found)
+            yield name, [over([ratio for ratio in each if ratio is not None]) for each in ratios]
 
     def divergence_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
         """For each entry, divergence from the dense model, its tail, and agreement, on each text."""
         for name, drawn in self.entries(ratio):
-            yield name, [_apart([row.at(length)[text] for row in drawn if text in row.at(length)])
-                         for text in self.texts(length)]  # fmt: skip
+            yield name, [_apart(found) for found in self._by_text(drawn, length).values()]
 
     def bit_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
         """For the dense model and each entry, bits per byte on each text."""
         for name, drawn in ((DENSE, [self.dense]), *self.entries(ratio)):
-            yield name, [_bits([row.at(length)[text] for row in drawn if text in row.at(length)])
-                         for text in self.texts(length)]  # fmt: skip
+            yield name, [_bits(found) for found in self._by_text(drawn, length).values()]
 
     def short_rows(self, ratio: float, length: int) -> Iterator[list[str]]:
         """For each entry its draws, means over all texts, and the least and the largest perplexity over dense.
@@ -144,11 +147,9 @@ def _apart(found: Sequence[Perplexity]) -> str:
 
 def _bits(found: Sequence[Perplexity]) -> str:
     """Mean over draws of bits per byte, with the error over windows."""
-    return (
-        f"{fmean(f.bits_per_byte for f in found):.3f} ± {fmean(f.bits_per_byte_error for f in found):.3f}"
-        if found
-        else _NONE
-    )
+    if not found:
+        return _NONE
+    return f"{fmean(f.bits_per_byte for f in found):.3f} ± {fmean(f.bits_per_byte_error for f in found):.3f}"
 
 
 def sections(data: Mapping[str, Any]) -> list[Section]:
@@ -198,12 +199,12 @@ def task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
     """For each model its accuracy on each task, with the error; of others, the difference from the dense model.
 
     The last two cells are the mean over the tasks, and the fraction of answers that are another choice than the dense
-    model's. Files of results without pairs have accuracies in all rows.
+    model's.
     """
     for column in tasks["columns"]:
-        scores, apart = column["evaluation"]["tasks"], column.get("difference")
-        paired = bool(apart) and column is not tasks["columns"][0]
-        found = [apart[name] if paired else (scores[name]["value"], scores[name]["standard_error"]) for name in scores]
+        paired, scores = column is not tasks["columns"][0], column["evaluation"]["tasks"].values()
+        found = [(score["value"], score["standard_error"]) for score in scores]
+        found = list(column["difference"].values()) if paired else found
         mean = fmean(value for value, _ in found), sum(error**2 for _, error in found) ** 0.5 / len(found)
         cells = [f"{100 * value:{'+' if paired else ''}.1f} ± {100 * error:.1f}" for value, error in (*found, mean)]
         changed = [flips[1][0] for flips in column["flips"].values() if flips] if paired else []

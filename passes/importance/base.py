@@ -152,18 +152,8 @@ def parts_within(
         costs: bytes that are kept of each weight while its part runs, by name.
         tokens: of all samples.
     """
-    found = _parts_within(memory, graph_module, costs, tokens)
-    check_same(lambda: {"the parts of the graph": [part.nodes for part in found]}, where="memory")
-    return found
-
-
-def _parts_within(
-    memory: float | Memory, graph_module: fx.GraphModule, costs: Mapping[str, float], tokens: int
-) -> list[Part]:
     limit = usable_bytes(memory, graph_module, sum(costs.values()))
-    found = cut_graph(graph_module.graph, costs, limit)
-    if isinstance(memory, float) or limit == math.inf:
-        return found
+    shares = (1.0,) if isinstance(memory, float) or limit == math.inf else (1.0, 0.5, 0.25, 0.125)
     traced = max((output_numel(node) for node in graph_module.graph.nodes if node.op == "placeholder"), default=1)
     scale = 4.0 * tokens / max(1, traced)
 
@@ -171,8 +161,9 @@ def _parts_within(
         largest = max(sum(costs.get(name, 0.0) for name in set(part.reads)) for part in parts)
         return largest + scale * sum(output_numel(node) for part in parts for node in part.gives)
 
-    smaller = (cut_graph(graph_module.graph, costs, limit * share) for share in (0.5, 0.25, 0.125))
-    return min((found, *smaller), key=bytes_taken)
+    found = min((cut_graph(graph_module.graph, costs, limit * share) for share in shares), key=bytes_taken)
+    check_same(lambda: {"the parts of the graph": [part.nodes for part in found]}, where="memory")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

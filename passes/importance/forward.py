@@ -27,6 +27,9 @@ from fxprune.rules.registry import Values, find_rule
 
 from .base import ImportancePass, Positions, axis_sums, require_finite
 
+Place = tuple[fx.Node, int]
+"""A value, and the axis of it that products sum over."""
+
 
 @dataclass
 class Moments:
@@ -58,11 +61,6 @@ class Moments:
         """The unbiased variance of each input."""
         spread = self.squares - self.sums.square() / max(self.count, 1)
         return spread.clamp_min(0) / max(self.count - 1, 1)
-
-
-def as_rows(value: torch.Tensor, dim: int) -> torch.Tensor:
-    """Activations as ``(tokens, in)``, where ``dim`` is the axis of the inputs."""
-    return value.movedim(dim, -1).flatten(0, -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,22 +102,35 @@ class ForwardImportancePass(ImportancePass):
 
         observe_nodes(graph_module, samples, watch, batch, track, batch_by_batch=batch_by_batch)
 
+    def observe_inputs(
+        self,
+        graph_module: fx.GraphModule,
+        consumers: Iterable[Consumer],
+        see: Callable[[Place, torch.Tensor], None],
+        *,
+        batch_by_batch: bool = True,
+    ) -> None:
+        """Run this process's samples, and call ``see`` with the inputs of the consumers, ``(tokens, in)``, by place."""
+        dims: dict[fx.Node, dict[int, None]] = {}
+        for consumer in consumers:
+            dims.setdefault(consumer.source, {})[consumer.dim] = None
+
+        def split(node: fx.Node, value: torch.Tensor) -> None:
+            for dim in dims[node]:
+                see((node, dim), value.movedim(dim, -1).flatten(0, -2))
+
+        watch = {node: partial(split, node) for node in dims}
+        self.observe(graph_module, watch, in_shards=True, batch_by_batch=batch_by_batch)
+
     def moments(self, graph_module: fx.GraphModule, consumers: Sequence[Consumer]) -> dict[Consumer, Moments]:
         """Moments of the inputs of each consumer over the calibration samples."""
-        found: dict[tuple[fx.Node, int], Moments] = {}
-        watched: dict[fx.Node, list[int]] = {}
-        for consumer in consumers:
-            dims = watched.setdefault(consumer.source, [])
-            if consumer.dim not in dims:
-                dims.append(consumer.dim)
+        found: dict[Place, Moments] = {}
 
-        def add(node: fx.Node, value: torch.Tensor) -> None:
-            for dim in watched[node]:
-                rows = as_rows(value, dim).double()
-                empty = Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))
-                found.setdefault((node, dim), empty).add(rows)
+        def add(place: Place, rows: torch.Tensor) -> None:
+            rows = rows.double()
+            found.setdefault(place, Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))).add(rows)
 
-        self.observe(graph_module, {node: partial(add, node) for node in watched}, in_shards=True, batch_by_batch=False)
+        self.observe_inputs(graph_module, consumers, add, batch_by_batch=False)
         for moments in found.values():
             moments.all_reduce()
         for consumer in consumers:

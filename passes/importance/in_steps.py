@@ -14,7 +14,7 @@ from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, PassError
-from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
+from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork, within
 from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
 from fxprune.offload.files import resume_scope
 from fxprune.pipeline.arguments import argument, refuse
@@ -177,7 +177,7 @@ def _zeroed_and_fitted(graph_module: fx.GraphModule, gone: Removal, fit: Pass | 
                 value *= left.view(-1, *[1] * (value.dim() - axis - 1))
             set_tensor(work, name, as_parameter(value, tensor))
         for name in gone.axes.parameters:
-            if any(name.startswith(f"{block}.") for block in plan.removed_blocks):
+            if within(name, plan.removed_blocks):
                 tensor = get_tensor(work, name)
                 set_tensor(work, name, as_parameter(torch.zeros_like(tensor), tensor))
     return work

@@ -5,10 +5,9 @@ The score of a unit is what its consumers lose that a fit of the units that stay
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from math import prod
 from typing import ClassVar
 
 import numpy as np
@@ -25,11 +24,11 @@ from fxprune.pipeline.arguments import Memory, argument
 from fxprune.removal.removal import Scores
 
 from .base import memory_limit, require_finite, usable_bytes
-from .forward import ForwardImportancePass, as_rows
+from .forward import ForwardImportancePass, Place
 
 Units = np.ndarray[tuple[int], np.dtype[np.int64]]
 Costs = np.ndarray[tuple[int], np.dtype[np.float64]]
-Grams = dict[tuple[fx.Node, int], torch.Tensor]
+Grams = dict[Place, torch.Tensor]
 Work = tuple[Group, tuple[Consumer, ...]]
 
 
@@ -125,11 +124,6 @@ def increasing_costs(costs: Costs, floor: float = 0.0) -> Costs:
     return np.asarray(largest * (1 + 1e-6 * np.arange(len(costs)) / max(len(costs), 1)))
 
 
-def unit_count(group: Group) -> int:
-    """Units of a group, those inside each outer unit counted separately."""
-    return math.prod(group.shape)
-
-
 @dataclass(frozen=True, eq=False)
 class ReconstructionImportancePass(ForwardImportancePass):
     """Scores units by removing them one after the other, first those whose loss the others compensate best.
@@ -168,17 +162,13 @@ class ReconstructionImportancePass(ForwardImportancePass):
         tokens = sum(sample.labels.numel() for sample in self.calibration(graph_module))
         for chunk in self._chunks(graph_module, groups):
             grams = self._grams(graph_module, chunk)
-            for consumer in (one for _, consumers in chunk for one in consumers):
-                require_finite(grams[consumer.source, consumer.dim], consumer.name)
             rows = []
             for group, consumers in deal(chunk):
                 products = []
-                for consumer in consumers:
-                    square = grams[consumer.source, consumer.dim]
-                    weight = get_tensor(graph_module, consumer.name).detach().movedim(consumer.axis, 0).flatten(1)
-                    products.append(
-                        FittedProduct.of(square, weight, units_at(group, consumer, axes), unit_count(group), self.ridge)
-                    )
+                for one in consumers:
+                    weight = get_tensor(graph_module, one.name).detach().movedim(one.axis, 0).flatten(1)
+                    unit, square = units_at(group, one, axes), grams[one.source, one.dim]
+                    products.append(FittedProduct.of(square, weight, unit, prod(group.shape), self.ridge))
                 rows.append(removal_costs(products, self.steps) / max(tokens, 1))
             for (group, _), row in zip(chunk, gathered(rows), strict=True):
                 units[group.name] = row.reshape(group.shape)
@@ -186,14 +176,14 @@ class ReconstructionImportancePass(ForwardImportancePass):
 
     def _chunks(self, graph_module: fx.GraphModule, groups: Sequence[Group]) -> Iterator[list[Work]]:
         """Groups whose matrices ``X' X`` fit into memory together."""
-        works: list[tuple[Work, dict[tuple[fx.Node, int], int]]] = []
+        works: list[tuple[Work, dict[Place, int]]] = []
         for group, consumers in self.consumers(graph_module, groups):
             sizes = {(c.source, c.dim): 4 * get_tensor(graph_module, c.name).shape[c.axis] ** 2 for c in consumers}
             works.append(((group, consumers), sizes))
         needed = sum({k: v for _, sizes in works for k, v in sizes.items()}.values())
         limit = usable_bytes(self.memory, graph_module, needed)
         chunk: list[Work] = []
-        used: dict[tuple[fx.Node, int], int] = {}
+        used: dict[Place, int] = {}
         for work, new in works:
             if chunk and sum((used | new).values()) > limit:
                 yield chunk
@@ -206,17 +196,14 @@ class ReconstructionImportancePass(ForwardImportancePass):
     def _grams(self, graph_module: fx.GraphModule, chunk: list[Work]) -> Grams:
         """``X' X`` of every input of the consumers."""
         grams: Grams = {}
-        dims: dict[fx.Node, set[int]] = {}
-        for _, consumers in chunk:
-            for consumer in consumers:
-                dims.setdefault(consumer.source, set()).add(consumer.dim)
+        consumers = [one for _, found in chunk for one in found]
 
-        def add(node: fx.Node, value: torch.Tensor) -> None:
-            for dim in dims[node]:
-                rows = as_rows(value, dim)
-                square = rows.T @ rows
-                grams[node, dim] = grams[node, dim].add_(square) if (node, dim) in grams else square
+        def add(place: Place, rows: torch.Tensor) -> None:
+            square = rows.T @ rows
+            grams[place] = grams[place].add_(square) if place in grams else square
 
-        self.observe(graph_module, {node: partial(add, node) for node in dims}, in_shards=True)
+        self.observe_inputs(graph_module, consumers, add)
         all_reduce(grams.values())
+        for consumer in consumers:
+            require_finite(grams[consumer.source, consumer.dim], consumer.name)
         return grams

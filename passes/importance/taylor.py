@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +23,7 @@ from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, Groups, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
+from fxprune.graph.tensors import device_of, find_nonfinite, get_tensor, require_weights, weights
 from fxprune.masking.masked_run import GatedRun, spread_gates
 from fxprune.masking.objective import sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
@@ -37,7 +39,7 @@ from fxprune.trace.fidelity import require_gradients
 
 from .base import ImportancePass, Positions, axis_sums, memory_limit, parts_within
 from .forward import ForwardImportancePass
-from .reconstruction import Costs, increasing_costs, unit_count
+from .reconstruction import Costs, increasing_costs
 
 Axes = Mapping[str, list[int]]
 """The axes of each parameter that scores are wanted for."""
@@ -232,10 +234,9 @@ class TaylorImportancePass(ImportancePass):
         tokens = count_tokens(samples)
         costs, recorded = self._costs(graph_module, axes, tokens)
         parts = parts_within(self.memory, graph_module, costs, tokens)
-        found = _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
-        tensors = dict(weights(graph_module))  # of one that no loss reads, as of a layer behind the one that is used
-        unread = [(name, axis) for name, axis in wanted if (name, axis) not in found]
-        return {**found, **{(name, axis): torch.zeros(tensors[name].shape[axis]) for name, axis in unread}}
+        # of a weight that no loss reads, as of a layer behind the one that is used
+        zeros = {(name, axis): torch.zeros(get_tensor(graph_module, name).shape[axis]) for name, axis in wanted}
+        return zeros | _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
 
     def _costs(
         self, graph_module: fx.GraphModule, axes: Axes, tokens: int
@@ -492,29 +493,29 @@ class FisherImportancePass(ForwardImportancePass):
         return PassCost(runs=3.0 * taken, batch=min(self.batch, taken), backward=True, outputs=3)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        begins = dict(zip((g.name for g in groups), np.cumsum([0, *map(unit_count, groups)]).tolist(), strict=False))
-        rows = self._gradients(graph_module, groups, begins)
+        ends = np.cumsum([0, *(prod(group.shape) for group in groups)]).tolist()
+        spans = {group.name: slice(*pair) for group, pair in zip(groups, pairwise(ends), strict=True)}
+        rows, costs = self._gradients(graph_module, groups, spans), np.zeros(ends[-1])
         units: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
         for kind in dict.fromkeys(group.kind for group in groups):
             alike = [group for group in groups if group.kind == kind]
-            columns = np.concatenate([begins[g.name] + np.arange(unit_count(g)) for g in alike])
-            costs = greedy_costs(rows[:, torch.from_numpy(columns)], self.shrinkage, self.steps)
-            ends = np.cumsum([unit_count(g) for g in alike])
-            for group, row in zip(alike, np.split(costs, ends[:-1]), strict=True):
-                units[group.name] = row.reshape(group.shape)
+            columns = np.r_[tuple(spans[group.name] for group in alike)]
+            costs[columns] = greedy_costs(rows[:, torch.from_numpy(columns)], self.shrinkage, self.steps)
+            units.update({group.name: costs[spans[group.name]].reshape(group.shape) for group in alike})
         return Scores(units)
 
     def _gradients(
-        self, graph_module: fx.GraphModule, groups: tuple[Group, ...], begins: Mapping[str, int]
+        self, graph_module: fx.GraphModule, groups: tuple[Group, ...], spans: Mapping[str, slice]
     ) -> torch.Tensor:
         """The gradient of each sample's loss by the gates: ``(samples, units)``."""
         axes = facts_of(graph_module)[Dependencies].axes
         places = [
-            (slice(begins[group.name], begins[group.name] + unit_count(group)), one, units_at(group, one, axes))
+            (spans[group.name], one, units_at(group, one, axes))
             for group, consumers in self.consumers(graph_module, groups)
             for one in consumers
         ]
-        gates = torch.ones(sum(map(unit_count, groups)), device=device_of(graph_module), requires_grad=True)
+        count = sum(prod(group.shape) for group in groups)
+        gates = torch.ones(count, device=device_of(graph_module), requires_grad=True)
         samples = self.calibration(graph_module)
         rows = gates.detach().new_zeros(max(1, len(samples)), len(gates))
         mine = deal(range(len(samples)))

@@ -24,7 +24,7 @@ from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.explain import unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
-from fxprune.emit import inexpressible, stock_check
+from fxprune.emit import inexpressible
 from fxprune.errors import ArgumentError, FxpruneError, PassError, PlanError, RatioError
 from fxprune.evaluation.speed import read_widths
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
@@ -251,12 +251,6 @@ def _make_keep(slots: Sequence[Slot], choices: Sequence[Choice], scores: Scores)
     return Keep(units, outer)
 
 
-def removed_layers(slots: Sequence[Slot], choices: Sequence[Choice]) -> tuple[str, ...]:
-    """Module paths of the blocks that choices remove."""
-    picked = [g for slot, (_, n) in zip(slots, choices, strict=True) for g in slot.layers[:n]]
-    return tuple(group.block for group in picked if group.block is not None)
-
-
 def units_left(slots: Sequence[Slot], choices: Sequence[tuple[int, float]]) -> dict[Factor, float]:
     """The units left of each factor that shrinks, for choices with a possibly fractional number removed."""
     left: dict[Factor, float] = {}
@@ -274,7 +268,6 @@ class Selection:
     Args:
         sizes: the cost of the structures of each kind, protected ones too.
         removal_for: the removal that follows from choices for all slots.
-        accepts: whether the slim model of a plan has a stock config; always true if there is no stock class.
         with_scores: the selection with other scores.
     """
 
@@ -283,7 +276,6 @@ class Selection:
     budget: Budget
     sizes: Mapping[str, float]
     removal_for: Callable[[Sequence[Choice]], Removal]
-    accepts: Callable[[Plan], bool]
     note: Callable[[str], None]
     graph_module: fx.GraphModule
     with_scores: Callable[[Scores], Selection]
@@ -374,7 +366,7 @@ class SelectPass(Pass):
         if Groups in given:
             alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
             with _unruled_ops_named(graph_module):
-                self.require_reachable(self._selection(graph_module, alike, self._accepts(graph_module)))
+                self.require_reachable(self._selection(graph_module, alike))
 
     def require_reachable(self, selection: Selection) -> None:
         """Raise :class:`~fxprune.errors.RatioError` if the ratio is out of reach."""
@@ -390,11 +382,11 @@ class SelectPass(Pass):
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
         measured = self.compares_rankings and Calibration in facts and Runnable in facts
-        accepts, whole = self._accepts(graph_module), dict[str, str]()
+        whole = dict[str, str]()
         with _unruled_ops_named(graph_module):
             while True:
                 notes: list[str] = []  # those of the last round
-                selection = replace(self._selection(graph_module, scores, accepts), note=notes.append)
+                selection = replace(self._selection(graph_module, scores), note=notes.append)
                 removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
                 refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
                 if not refused:
@@ -450,13 +442,7 @@ class SelectPass(Pass):
         """For some factors, the numbers whose multiples of units may stay: none by default."""
         return {}
 
-    def _accepts(self, graph_module: fx.GraphModule) -> Callable[[Plan], bool]:
-        if not self.uniform:
-            return lambda _: True
-        facts = facts_of(graph_module)
-        return stock_check(graph_module, facts[Dependencies].axes, facts[Groups].all)
-
-    def _selection(self, graph_module: fx.GraphModule, scores: Scores, accepts: Callable[[Plan], bool]) -> Selection:
+    def _selection(self, graph_module: fx.GraphModule, scores: Scores) -> Selection:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
         inside = Groups(tuple(group for group in groups.all if _is_inside(group, self.part)))
         if self.part and not inside.of_kinds(self.kinds):
@@ -483,10 +469,11 @@ class SelectPass(Pass):
             slots = self.slots_of(make_slots(inside.all, scores, self.kinds, protected, rounding), budget)
 
             def removal_for(choices: Sequence[Choice]) -> Removal:
-                keep = _make_keep(slots, choices, scores)
-                return Removal(axes, groups.all, keep, removed_layers(slots, choices), self.asked, scores)
+                layers = [group for slot, (_, n) in zip(slots, choices, strict=True) for group in slot.layers[:n]]
+                blocks = tuple(group.block for group in layers if group.block is not None)
+                return Removal(axes, groups.all, _make_keep(slots, choices, scores), blocks, self.asked, scores)
 
-            return Selection(slots, scores, budget, sizes, removal_for, accepts, note, graph_module, with_scores)
+            return Selection(slots, scores, budget, sizes, removal_for, note, graph_module, with_scores)
 
         return with_scores(scores)
 
@@ -531,20 +518,16 @@ def _unruled_ops_named(graph_module: fx.GraphModule) -> Iterator[None]:
         frozen = unruled(facts_of(graph_module)[Dependencies].axes)
         if not frozen:
             raise
-        raise _with_unruled_ops(error, frozen) from error
-
-
-def _with_unruled_ops(error: RatioError, frozen: Mapping[str, Sequence[str]]) -> RatioError:
-    op, axes = max(frozen.items(), key=lambda item: len(item[1]))
-    others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
-    more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""
-    found = RatioError(
-        f"{error.what}; {op}{others} has no rule and froze {axes[0]}{more}",
-        where=error.where,
-        remedy=f"{error.remedy}; or state what the op does to axes, with fxprune.rule",
-    )
-    found.reachable = error.reachable
-    return found
+        op, axes = max(frozen.items(), key=lambda item: len(item[1]))
+        others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
+        more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""
+        found = RatioError(
+            f"{error.what}; {op}{others} has no rule and froze {axes[0]}{more}",
+            where=error.where,
+            remedy=f"{error.remedy}; or state what the op does to axes, with fxprune.rule",
+        )
+        found.reachable = error.reachable
+        raise found from error
 
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,14 @@ import numpy as np
 from torch import fx, nn
 
 from fxprune.axes import Factor
-from fxprune.discovery.groups import as_kinds, bare_kind
+from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.groups import Groups, as_kinds, bare_kind
+from fxprune.emit import stock_check
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.speed import times_file
 from fxprune.graph.context import attempt
 from fxprune.graph.counting import count_parameters
+from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
 from fxprune.removal.budget import Budget, check_budget
@@ -32,7 +36,6 @@ from .base import (
     Slot,
     by_kind_or_one,
     of_kind,
-    removed_layers,
     units_left,
 )
 
@@ -97,7 +100,7 @@ class BudgetSolver:
     everywhere.
     """
 
-    def __init__(self, selection: Selection, target: float, shares: Sequence[float] | None = None) -> None:
+    def __init__(self, selection: Selection, target: float = 0.0, shares: Sequence[float] | None = None) -> None:
         self.slots = selection.slots
         self.budget = selection.budget
         self.target = target
@@ -128,19 +131,13 @@ class BudgetSolver:
     def globally(self) -> list[Choice]:
         """The lowest normalised scores, up to the threshold that comes nearest to the target."""
         values = normalised(self.slots)
-        thresholds = np.unique(np.concatenate(values)) if values else np.zeros(0)
+        thresholds: list[float] = np.unique(np.concatenate(values)).tolist() if values else []
 
         def below(threshold: float) -> list[Choice]:
             return _below_threshold(self.slots, values, lambda _: threshold)
 
-        low, high = 0, len(thresholds)
-        while low < high:
-            middle = (low + high) // 2
-            if self.removed(below(float(thresholds[middle]))) < self.target:
-                low = middle + 1
-            else:
-                high = middle
-        ends = [below(float(thresholds[i])) for i in (low - 1, low) if 0 <= i < len(thresholds)]
+        enough = bisect_left(thresholds, self.target, key=lambda threshold: self.removed(below(threshold)))
+        ends = [below(threshold) for threshold in thresholds[max(enough - 1, 0) : enough + 1]]
         ends.append(below(float("inf")))
         return min(ends, key=lambda choices: abs(self.removed(choices) - self.target))
 
@@ -267,10 +264,11 @@ def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Ch
     Kinds with large units come first, so that the small ones make up for what rounding leaves. ``fraction_for``
     gives the fraction for the slots of a kind without a choice, given the others' choices.
     """
-    slots = selection.slots
+    slots, facts = selection.slots, facts_of(selection.graph_module)
+    loads_as_stock = stock_check(selection.graph_module, facts[Dependencies].axes, facts[Groups].all)
 
     def accepts(choices: Mapping[int, Choice]) -> bool:
-        return selection.accepts(selection.removal_for([choices.get(n, (0, 0)) for n in range(len(slots))]).plan)
+        return loads_as_stock(selection.removal_for([choices.get(n, (0, 0)) for n in range(len(slots))]).plan)
 
     fixed: dict[int, Choice] = {}
     for alike in _slots_over_layers(selection):
@@ -290,7 +288,7 @@ def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Ch
 
 def _slots_over_layers(selection: Selection) -> list[list[int]]:
     """The numbers of slots that differ only in their layer, those with the largest units first."""
-    slots = selection.slots
+    slots, solver = selection.slots, BudgetSolver(selection)
     found: dict[object, list[int]] = {}
     for index, slot in enumerate(slots):
         names = []
@@ -301,10 +299,9 @@ def _slots_over_layers(selection: Selection) -> list[list[int]]:
         found.setdefault((slot.kind, tuple(names)), []).append(index)
 
     def unit_cost(alike: list[int]) -> float:
-        units = [slot.options[0].more(0) or 0 if index in alike else 0 for index, slot in enumerate(slots)]
-        choices = [(0, count) for count in units]
-        layers = dict.fromkeys(removed_layers(slots, choices), 1.0)
-        return selection.budget.removed(units_left(slots, choices), layers)
+        return solver.removed(
+            [(0, (slot.options[0].more(0) or 0) if i in alike else 0) for i, slot in enumerate(slots)]
+        )
 
     return sorted(found.values(), key=lambda alike: -unit_cost(alike))
 

@@ -168,8 +168,7 @@ class SelectBySearchPass(SelectByRatioPass):
             new = next((one for one in proposals if one.choices not in measured), None)
             if new is None:
                 return
-            divergence = judge.divergence(selection.removal_for(new.choices))
-            trial = _Allocation(new.name, new.shares, new.choices, divergence)
+            trial = replace(new, divergence=judge.divergence(selection.removal_for(new.choices)))
             measured[trial.choices] = trial
             yield trial
 
@@ -177,7 +176,7 @@ class SelectBySearchPass(SelectByRatioPass):
         self, selection: Selection, initial: Sequence[Choice], measured: dict[tuple[Choice, ...], _Allocation]
     ) -> Iterator[_Allocation]:
         """Allocations to measure; those after the first few start from the best so far."""
-        target = BudgetSolver(selection, 0.0).removed(initial)
+        target = BudgetSolver(selection).removed(initial)
 
         def best() -> _Allocation:
             return min(measured.values(), key=lambda one: one.divergence)
@@ -281,7 +280,7 @@ class Gates:
         self.z = torch.cat(z).to(device_of(graph_module)).requires_grad_()
         self.scales = torch.zeros_like(self.z, requires_grad=scales)
         self.trained = [self.z, *([self.scales] if scales else [])]
-        solver = BudgetSolver(selection, 0.0)
+        solver = BudgetSolver(selection)
         self.target = solver.removed(initial)
         costs = []  # the budget that each unit takes
         for i, group in enumerate(self.groups):
@@ -409,7 +408,7 @@ class SelectByGatesPass(SelectByRatioPass):
         gates = Gates(selection, initial, self.scales)
         self._train(graph_module, gates, samples)
         trained = selection.with_scores(gates.scores())
-        solver = BudgetSolver(trained, BudgetSolver(selection, 0.0).removed(initial))
+        solver = BudgetSolver(trained, BudgetSolver(selection).removed(initial))
         choices = solver.repair(gates.choices())
         removals = [selection.removal_for(initial), trained.removal_for(choices)]
         before, after = map(DivergenceJudge(graph_module, heldout, self.batch).divergence, removals)

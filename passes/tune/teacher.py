@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import median_low
 from typing import Any, ClassVar
 
@@ -26,16 +27,11 @@ from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.objective import read_heldout
-from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
+from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits, samples_except
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument, instance
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
 from fxprune.vocabulary.prune import DenseTeacher
-
-
-def check_dense(name: str, value: Any) -> DenseTeacher:
-    """A :class:`DenseTeacher`."""
-    return instance(name, value, DenseTeacher, "a DenseTeacher, or None")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +93,7 @@ class RecordTeacherPass(Pass):
         None,
         """A ``DenseTeacher`` in place of the graph: the dense model, with its own tokens, for a slim model whose
         vocabulary was pruned. Samples that it cannot read are left out.""",
-        check=check_dense,
+        check=partial(instance, kind=DenseTeacher, wanted="a DenseTeacher, or None"),
         spelled=False,
     )
     kept: int = argument(64, "Classes to record at each position; all others are recorded as one.", least=1)
@@ -187,7 +183,7 @@ class RecordTeacherPass(Pass):
         if heldout:
             return samples, heldout, "built-in text of another kind"
         heldout = spread(samples, max(1, len(samples) // 8))
-        rest = tuple(sample for sample in samples if all(sample is not other for other in heldout))
+        rest = samples_except(samples, heldout)
         if not rest:
             raise CalibrationError(
                 "one sample is too few to train on and to hold out",

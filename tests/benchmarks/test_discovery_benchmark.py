@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 import fxprune
 from benchmarks import discovery
 from benchmarks.common import Shape
 from benchmarks.discovery import Discovery, compare, measure_in_process, summarise
+from tests.benchmarks.command import run_main
 
 TINY = Shape("tiny", hidden=32, ffn=48, layers=2, heads=4, kv_heads=4)
 
@@ -97,7 +97,7 @@ def run(monkeypatch, tmp_path):
         return made_up(1.5 if tool == "ours" else 3.75, nodes=100 * shape.layers)
 
     monkeypatch.setattr(discovery, "measure_in_process", measure)
-    return lambda *arguments: (CliRunner().invoke(discovery.app, ["--repeats", "1", *arguments]), seen, tmp_path)
+    return lambda *arguments: (run_main(discovery.main, "--repeats", "1", *arguments), seen, tmp_path)
 
 
 def test_the_command_prints_a_row_for_each_tool_and_writes_json(run, monkeypatch):

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 import fxprune
 from benchmarks.engines import llama_cpp, vllm, vllm_tokens
 from benchmarks.engines.base import greedy_tokens
+from tests.benchmarks.command import run_main
 from tests.export.small import even, tokenizer
 from tests.models import tiny
 
@@ -82,7 +82,7 @@ def test_llama_cpp_is_compared_with_transformers(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(llama_cpp, "PROMPTS", ("abc", "de"))
     monkeypatch.setattr(llama_cpp, "console", Console(width=110))
     asked = ["--slim", str(tmp_path / "slim"), "--text", str(tmp_path / "held.txt"), "--windows", "1", "--tokens", "16"]
-    outcome = CliRunner().invoke(llama_cpp.app, asked, catch_exceptions=False)
+    outcome = run_main(llama_cpp.main, *asked)
     assert outcome.exit_code == 0 and "q8_0" in outcome.output, outcome.output
     found = re.search(r"f16\D+[\d.]+[^\d+-]+([+-][\d.]+)%", outcome.output)
     assert found is not None, outcome.output

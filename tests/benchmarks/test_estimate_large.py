@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from benchmarks import several_processes
-from benchmarks.estimate_large import CARDS, META, Meter, app, count_passes, trace_empty
+from benchmarks.estimate_large import CARDS, META, Meter, count_passes, main, trace_empty
 from fxprune.recipes.texts import recipe_text
+from tests.benchmarks.command import run_main
 
 RECIPE = recipe_text("balanced").replace("ranking=auto", "ranking=local").replace(", added=192, programs=0.125", "")
 """As the default, with widths that do not depend on scores, and without text that the model generates."""
@@ -80,6 +80,6 @@ def test_an_op_takes_the_longer_of_its_operations_and_its_bytes() -> None:
 @pytest.mark.slow
 def test_the_command_counts_a_mixture_too() -> None:
     sizes = ["--models", "qwen3-235b", "--layers", "1", "--samples", "80", "--tokens", "16"]
-    done = CliRunner().invoke(app, sizes, catch_exceptions=False)
+    done = run_main(main, *sizes)
     assert done.exit_code == 0 and "least-squares" in done.output and "tune" in done.output
-    assert CliRunner().invoke(app, ["--models", "8t"]).exit_code == 2
+    assert run_main(main, "--models", "8t").exit_code == 2

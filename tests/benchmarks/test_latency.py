@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
-from typer.testing import CliRunner
 
 import fxprune
 from benchmarks.engines import in_torch, vllm
@@ -21,6 +20,7 @@ from benchmarks.latency.candidates import Candidate, Work, count_work, make_cand
 from benchmarks.latency.measure import LatencyRow, Settings, Speedup, interleaved, measure, read_rows, speedup
 from benchmarks.latency.workers import ENGINES, EngineFailed, Task, Worker, Writers
 from benchmarks.pages import draw_latency, latency_page
+from tests.benchmarks.command import run_main
 from tests.export.small import even, tokenizer, uneven
 from tests.tiers import tiers
 
@@ -264,7 +264,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
     arguments = ["--ratio", "0.2", "--shape", "2x5", "--engine", "graph", "--engine", "transformers", "--round-to", "8"]
-    result = CliRunner().invoke(command.app, [*arguments, "--json"], catch_exceptions=False)
+    result = run_main(command.main, *arguments, "--json")
     assert result.exit_code == 0 and "graph" in result.output and "torch:" in result.output
     data = json.loads((stubbed / "latency_cpu.json").read_text())
     rows = read_rows(data)
@@ -284,21 +284,21 @@ def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
     common = ["--ratio", "0.2", "--shape", "2x5", "--json", "--round-to", "8"]
     for names in (["graph"], ["transformers"], ["graph"]):
         arguments = [*common, *(part for name in names for part in ("--engine", name))]
-        assert CliRunner().invoke(command.app, arguments, catch_exceptions=False).exit_code == 0
+        assert run_main(command.main, *arguments).exit_code == 0
     kept = [row.engine for row in read_rows(json.loads((stubbed / "latency_cpu.json").read_text()))]
     assert list(dict.fromkeys(kept)) == ["transformers", "graph"] and kept.count("graph") == 2
-    CliRunner().invoke(command.app, [*common, "--engine", "graph", "--rounds", "2"], catch_exceptions=False)
+    run_main(command.main, *common, "--engine", "graph", "--rounds", "2")
     assert {row["engine"] for row in json.loads((stubbed / "latency_cpu.json").read_text())["rows"]} == {"graph"}
 
 
 @pytest.mark.parametrize("shape", ["2", "0x5", "2x", "axb"])
 def test_the_command_refuses_other_shapes(stubbed: Path, shape: str) -> None:
-    result = CliRunner().invoke(command.app, ["--shape", shape])
+    result = run_main(command.main, "--shape", shape)
     assert result.exit_code == 2 and "sequences" in result.output
 
 
 def test_the_command_names_the_engines(stubbed: Path) -> None:
-    result = CliRunner().invoke(command.app, ["--engine", "tensorrt"])
+    result = run_main(command.main, "--engine", "tensorrt")
     assert result.exit_code == 2 and "onnxruntime" in result.output
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import fxprune
 from benchmarks.pages import draw_quality, quality_page, uniform_price
@@ -24,6 +23,7 @@ from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare, read_
 from benchmarks.quality.texts import beginning, python_code, read_texts
 from fxprune.cli import demo
 from fxprune.evaluation import Divergence, Perplexity
+from tests.benchmarks.command import run_main
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -41,8 +41,7 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model, two cheap entries, and a folder of texts."""
     l1, l2 = ({"recipe": "llm-pruner", "importance": name} for name in ("l1", "l2"))
-    cheap = (Entry("l1", l1), Entry("l2", l2, samples=0))
-    monkeypatch.setattr(entries_module, "ENTRIES", (*cheap, Entry("none", {}, ("no-such-pass",))))
+    monkeypatch.setattr(entries_module, "ENTRIES", (Entry("l1", l1), Entry("l2", l2, samples=0)))
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
     monkeypatch.setattr(texts_module, "python_code", lambda: "def double(x):\n    return 2 * x\n" * 20)
@@ -57,7 +56,7 @@ def run(folder: Path, *more: str) -> str:
     """What the benchmark prints."""
     sizes = ["--samples", "3", "--tokens", "8", "--windows", "2", "--window", "16", "--ratio", "0.1", "--json"]
     arguments = ["--data", str(folder), "--calibration", "c4.jsonl", *sizes, *more]
-    result = CliRunner().invoke(quality.app, arguments, catch_exceptions=False)
+    result = run_main(quality.main, *arguments)
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
@@ -162,7 +161,7 @@ def test_rows_of_another_protocol_are_kept_and_entries_without_samples_measured_
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_measured(small: Path, options: list[str], told: str) -> None:
-    result = CliRunner().invoke(quality.app, ["--data", str(small), *options], env={"COLUMNS": "200"})
+    result = run_main(quality.main, "--data", str(small), *options, env={"COLUMNS": "200"})
     assert result.exit_code == 2 and told in " ".join(result.output.replace("│", " ").split()), result.output
 
 
@@ -273,16 +272,15 @@ def test_the_page_tells_what_the_selection_is_worth_from_equal_draws() -> None:
     assert "| balanced | 1 | x0.88 ± 0.00 |" in page
 
 
-def test_rows_of_the_first_protocol_are_read_and_stand_apart_until_they_are_measured_anew() -> None:
-    shared = {"model": "m", "calibration": "c4", "samples": 4, "tokens": 8, "windows": 2, "window": 16}
-    cost = {"seconds": 1.0, "peak_gb": 1.0, "passes": "l1", "threads": 1, "cpu": "c"}
+def test_rows_of_an_earlier_protocol_stand_apart_until_they_are_measured_anew() -> None:
+    """Of the first protocol, perplexity alone was kept."""
     old = [
-        {"entry": name, "ratio": ratio, "draw": 0, "parameters": 80, "perplexities": {"text": value}, **cost}
-        for name, ratio, value in (("dense", 0.0, 10.0), ("balanced", 0.2, 12.0), ("fast", 0.2, 13.0))
+        replace(row(name, 0, value), protocol=replace(PROTOCOL, kept_back=0), texts={"text": (measured(value),)})
+        for name, value in (("dense", 10.0), ("balanced", 12.0), ("fast", 13.0))
     ]
-    first = {"environment": ENVIRONMENT, "protocol": shared, "rows": old}
-    assert "| balanced | x1.20 |" in quality_page(first) and "earlier protocol" not in quality_page(first)
-    page = quality_page(as_data(*read_rows(first), row("dense", 0, 10.0), row("balanced", 0, 14.0)))
+    first = quality_page(as_data(*old))
+    assert "| balanced | x1.20 |" in first and "earlier protocol" not in first
+    page = quality_page(as_data(*old, row("dense", 0, 10.0), row("balanced", 0, 14.0)))
     later, _, earlier = page.partition("## Rows of an earlier protocol")
     assert "| balanced | x1.40 ± 0.02 |" in later and "| fast |" not in later
     assert "| fast | x1.30 |" in earlier and "| balanced | x1.20" not in earlier

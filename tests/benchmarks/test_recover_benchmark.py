@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import fxprune
 from benchmarks import recover
 from benchmarks.common import local_tasks
 from benchmarks.pages import results_page
 from fxprune.checkpoint.manifest import read_manifest
+from tests.benchmarks.command import run_main
 from tests.models import tiny
 from tests.tokens import character_tokenizer
 
@@ -70,7 +70,7 @@ def test_the_start_of_a_text_is_measured_as_well(files: dict[str, Path]) -> None
 def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -> None:
     first, second = (local_tasks([files["quiz.jsonl"]], half)["quiz"] for half in ("first", "second"))
     assert (first.start, first.stop, second.start, second.stop) == (0, 4, 4, None)
-    assert CliRunner().invoke(recover.app, ["--half", "secnd"]).exit_code == 2
+    assert run_main(recover.main, "--half", "secnd").exit_code == 2
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_run_writes_the_section_of_the_results_page(
     paths = {"data": files["rows.json"], "text": files["book.txt"], "questions": files["quiz.jsonl"]}
     command = [*options.split(), *(part for name, path in paths.items() for part in (f"--{name}", str(path)))]
     command += ["--out", str(tmp_path / "out")]
-    outcome = CliRunner().invoke(recover.app, command, catch_exceptions=False)
+    outcome = run_main(recover.main, *command)
     assert outcome.exit_code == 0
     data = json.loads((tmp_path / "results" / "recovery.json").read_text())
     assert [column["name"] for column in data["columns"]] == ["dense", "pruned", "recovered"]
@@ -108,7 +108,7 @@ def test_a_slim_model_saved_before_is_recovered(
     result.save_pretrained(tmp_path / "slim")
     command = ["--slim", str(tmp_path / "slim"), "--recipe", "fast", "--windows", "2", "--window", "64", "--json"]
     command += ["--data", str(files["rows.json"]), "--text", str(files["book.txt"]), "--keep", str(tmp_path / "kept")]
-    outcome = CliRunner().invoke(recover.app, command, catch_exceptions=False)
+    outcome = run_main(recover.main, *command)
     assert outcome.exit_code == 0
     data = json.loads((tmp_path / "results" / "recovery.json").read_text())
     assert data["columns"][1]["parameters"] == result.report.parameters[1]

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks import score_memory
 from benchmarks.common import Shape, write_random
 from benchmarks.pages import results_page
 from benchmarks.score_memory import WAYS, measure
+from tests.benchmarks.command import run_main
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def test_the_command_prints_and_writes_its_measurements(tmp_path: Path, monkeypa
     monkeypatch.setattr(score_memory, "RESULTS", tmp_path / "score_memory.json")
     monkeypatch.setattr(score_memory, "WAYS", {name: WAYS[name] for name in ("plain training", "mix, low")})
     sizes = ["--hidden", "64", "--ffn", "96", "--layers", "2", "--samples", "2", "--tokens", "8"]
-    done = CliRunner().invoke(score_memory.app, [*sizes, "--json"], catch_exceptions=False)
+    done = run_main(score_memory.main, *sizes, "--json")
     assert done.exit_code == 0 and "mix, low" in done.output
     data = json.loads((tmp_path / "score_memory.json").read_text())
     assert [row["way"] for row in data["rows"]] == ["plain training", "mix, low"]

@@ -7,11 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import benchmarks.vocabulary as benchmark
 from benchmarks.pages import vocabulary_page
+from tests.benchmarks.command import run_main
 from tests.vocabulary.small import lines, tokenizer
 from tests.vocabulary.test_prune import model_for
 
@@ -33,9 +32,7 @@ def test_a_run_writes_rows_and_the_page_shows_them(tmp_path: Path, monkeypatch: 
         (tmp_path / place).write_text(texts[0])
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "load_named", lambda _: (model_for("gpt2"), tokenizer("gpt2"), "tiny"))
-    app = typer.Typer()
-    app.command()(benchmark.main)
-    result = CliRunner().invoke(app, ["--data", str(tmp_path), "--ratio", "0.2", "--characters", "1600"])
+    result = run_main(benchmark.main, "--data", str(tmp_path), "--ratio", "0.2", "--characters", "1600")
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "vocabulary-tiny.json").read_text())
     dense, slim = written["rows"]
