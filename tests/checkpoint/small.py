@@ -11,7 +11,7 @@ import torch
 
 from fxprune.checkpoint.manifest import content_digest
 from fxprune.emit import emit
-from tests.models import tiny, token_ids
+from tests.models import tiny
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -37,9 +37,3 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(sealed(data) if "digest" in data else data))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=token_ids()).logits
-    return found

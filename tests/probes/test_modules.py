@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
 from tests.probes.check import WIDTH, Between, Middle, numbers, outcome
 from tests.tiers import tiers
@@ -319,9 +318,6 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
         lambda m, h: functional_call(m.c, {"weight": m.c.weight * 2, "bias": m.d.bias}, (h,)), linear("c", "d"),
     ),
     "mapped": (lambda m, h: vmap(m.c)(h), linear("c")),
-    "checkpointed": (
-        lambda m, h: checkpoint(lambda v: m.d(m.c(v).relu()), h, use_reentrant=False), linear("c", "d"),
-    ),
     "condition on a size": (
         lambda m, h: torch.cond(h.shape[1] > 3, lambda v: m.c(v).relu(), lambda v: m.d(v), (h,)), linear("c", "d"),
     ),
