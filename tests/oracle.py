@@ -41,7 +41,6 @@ class Net(nn.Module):
                 setattr(self, name, part)
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Whatever the function makes of it."""
         return self.body(self, x)
 
 

@@ -157,7 +157,6 @@ class AttendingBlock(SmallBlock):
     free = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum."""
         wide = self.head_dim if self.free else x.shape[2] // self.num_heads
         one = self.mix(x).view(*x.shape[:2], self.num_heads, wide).transpose(1, 2)
         mixed = (one @ one.transpose(2, 3)).softmax(-1) @ one
@@ -180,7 +179,6 @@ class FixedModel(SmallModel):
         self.blocks = nn.ModuleList([AttendingBlock(config, 0), FixedBlock(config, 1)])
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """One score a channel."""
         if self.real and input_ids.is_meta:
             raise RuntimeError("no values")
         x = super().forward(input_ids)
@@ -210,7 +208,6 @@ class ShiftingBlock(AttendingBlock):
         self.shift = shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum, shifted."""
         return super().forward(x).roll(self.shift, 1)
 
 
@@ -218,7 +215,6 @@ class CountingBlock(ShiftingBlock):
     """Has the number of its heads by that name instead."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum."""
         self.num_heads = self.shift
         return AttendingBlock.forward(self, x)
 

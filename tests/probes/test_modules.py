@@ -35,7 +35,6 @@ class Doubled(nn.Module):
     """A parametrization by twice the weight, antisymmetric."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the upper triangle less its transpose."""
         return x.triu(1) - x.triu(1).mT
 
 
@@ -43,7 +42,6 @@ class Squashed(nn.Module):
     """A parametrization row by row."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return values below one."""
         return x.tanh()
 
 
@@ -70,7 +68,6 @@ class Nest(nn.Module):
         )
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Return the sum of both."""
         return self.by["down"](sum(layer(h).relu() for layer in self.by["up"]))  # type: ignore[operator,attr-defined]
 
 
@@ -83,7 +80,6 @@ class Shared(nn.Module):
         self.two = nn.Sequential(nn.Tanh(), self.one[0])
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Return both after each other."""
         return self.two(self.one(h))
 
 
