@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrizations, parametrize
 
+from tests.oracle import Net
 from tests.probes.check import WIDTH, Between, Middle, numbers, outcome
 from tests.tiers import tiers
 
@@ -58,29 +59,17 @@ def orthogonal() -> dict[str, Any]:
     return {"c": parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))}
 
 
-class Nest(nn.Module):
+def nest() -> Net:
     """Modules by name and number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by = nn.ModuleDict(
-            {"up": nn.ModuleList([nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)]), "down": nn.Linear(8, 6)}
-        )
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.by["down"](sum(layer(h).relu() for layer in self.by["up"]))  # type: ignore[operator,attr-defined]
+    up = nn.ModuleList([nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)])
+    body = lambda m, h: m.by["down"](sum(layer(h).relu() for layer in m.by["up"]))  # noqa: E731
+    return Net(body, by=nn.ModuleDict({"up": up, "down": nn.Linear(8, 6)}))
 
 
-class Shared(nn.Module):
+def shared() -> Net:
     """A layer that two others hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
-        self.two = nn.Sequential(nn.Tanh(), self.one[0])
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.two(self.one(h))
+    layer = nn.Linear(WIDTH, WIDTH)
+    return Net(lambda m, h: m.two(m.one(h)), one=nn.Sequential(layer, nn.ReLU()), two=nn.Sequential(nn.Tanh(), layer))
 
 
 def tied_transposed() -> dict[str, Any]:
@@ -308,8 +297,8 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "antisymmetric": (lambda m, h: m.c(h), parametrized(Doubled())),
     "squashed": (lambda m, h: m.c(h), parametrized(Squashed())),
     "orthogonal": (lambda m, h: m.c(h), orthogonal),
-    "nested": (lambda m, h: m.c(h), lambda: {"c": Nest()}),
-    "shared": (lambda m, h: m.c(h), lambda: {"c": Shared()}),
+    "nested": (lambda m, h: m.c(h), lambda: {"c": nest()}),
+    "shared": (lambda m, h: m.c(h), lambda: {"c": shared()}),
     "functional call": (
         lambda m, h: functional_call(m.c, {"weight": m.c.weight * 2, "bias": m.d.bias}, (h,)), linear("c", "d"),
     ),
