@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 131
@@ -87,17 +88,21 @@ def tiny(family: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = FAMILIES.get(family) or MORE_FAMILIES.get(family, {})
     config = AutoConfig.for_model(family, **{**_COMMON, **sizes, **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return spread(AutoModelForCausalLM.from_config(config))
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` in evaluation mode, with values far enough from zero and one that a wrong removal shows."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(_spread(parameter))
-    return model
+            noise = torch.randn(parameter.shape) * 0.2
+            parameter.copy_(noise + 1 if parameter.dim() == 1 and bool((parameter == 1).all()) else noise)
+    return model.eval()
 
 
-def _spread(parameter: torch.Tensor) -> torch.Tensor:
-    """Values far enough from zero and one that a wrong removal shows in the logits."""
-    noise = torch.randn(parameter.shape)
-    return noise * 0.2 + (1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0)
+def all_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under all of their names."""
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def token_ids(samples: int = 2, tokens: int = 9, seed: int = 1) -> torch.Tensor:

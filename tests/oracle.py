@@ -24,6 +24,7 @@ from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Plan, keep_of, plan_of
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
+from tests.models import all_tensors
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -41,7 +42,6 @@ class Net(nn.Module):
                 setattr(self, name, part)
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Whatever the function makes of it."""
         return self.body(self, x)
 
 
@@ -117,7 +117,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `module` with the slices that `plan` removes set to zero by hand; parameters that are one stay one."""
     twin = copy_of(module)
-    tensors = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers(remove_duplicate=False))
+    tensors = all_tensors(twin)
     with torch.no_grad():
         for name in set(plan.kept) & set(tensors):
             for axis, kept in plan.kept[name].items():

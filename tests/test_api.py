@@ -26,8 +26,6 @@ def test_passes_are_taken_as_they_are() -> None:
 def test_weights_of_a_module_cannot_be_offloaded() -> None:
     with pytest.raises(ArgumentError, match="the weights of a module are in memory already"):
         prune(torch.nn.Linear(2, 2), offload="work")
-    with pytest.raises(ArgumentError, match=r"model is 3\. Pass a torch.nn.Module, a folder"):
-        prune(3)  # type: ignore[arg-type]
 
 
 IDS = torch.arange(12).view(2, 6)

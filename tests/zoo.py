@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.models import spread
+
 VOCABULARY = 131
 LAYERS = 2
 
@@ -203,14 +205,6 @@ def tiny_model(model_type: str) -> PreTrainedModel:
     return spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` in evaluation mode, with values far enough from zero and one that a wrong removal shows."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(_spread(parameter))
-    return model.eval()
-
-
 def forward(model: PreTrainedModel, **inputs: torch.Tensor) -> Any:
     """What ``model`` returns for ``inputs``, without a cache where it has a word for that."""
     known = "use_cache" in inspect.signature(model.forward).parameters
@@ -221,12 +215,6 @@ def forward(model: PreTrainedModel, **inputs: torch.Tensor) -> Any:
 def token_ids(samples: int = 2, tokens: int = 7, seed: int = 1) -> torch.Tensor:
     """Random token ids ``(samples, tokens)``, none of them special."""
     return torch.randint(3, 100, (samples, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def _spread(parameter: torch.Tensor) -> torch.Tensor:
-    """Values far enough from zero and one that a wrong removal shows in the logits."""
-    noise = torch.randn(parameter.shape) * 0.2
-    return noise + 1 if parameter.dim() == 1 and bool((parameter == 1).all()) else noise
 
 
 def make_config(

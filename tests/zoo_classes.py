@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fxprune.trace.inputs import forward_parameters
-from tests.zoo import DEMANDS, FIELDS, VOCABULARY, Sizes, forward, make_config, spread
+from tests.models import spread
+from tests.zoo import DEMANDS, FIELDS, VOCABULARY, Sizes, forward, make_config
 
 SAMPLES, TOKENS, DECODED, SIDE = 2, 7, 5, 32
 

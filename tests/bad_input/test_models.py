@@ -24,7 +24,6 @@ class Returning(Net):
         self.make = make
 
     def forward(self, input_ids: torch.Tensor) -> Any:
-        """What ``make`` makes of the logits."""
         return self.make(super().forward(input_ids))
 
 
@@ -47,7 +46,6 @@ class Chain(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Both, one after the other."""
         return self.second(self.first(x).relu())
 
 
@@ -238,7 +236,6 @@ class Twisted(nn.Module):
         self.down = nn.Linear(12, VOCABULARY)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits."""
         return self.down(twist(self.up(twist(self.embed(input_ids)))))
 
 

@@ -39,7 +39,6 @@ class Mute(Net):
     """Gives no logits."""
 
     def forward(self, input_ids: torch.Tensor) -> Any:
-        """Nothing of use."""
         return {"x": 3}
 
 

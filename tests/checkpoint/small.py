@@ -11,7 +11,7 @@ import torch
 
 from fxprune.checkpoint.manifest import content_digest
 from fxprune.emit import emit
-from tests.models import tiny, token_ids
+from tests.models import all_tensors, tiny
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 def narrow(width: int = 24) -> Any:
     """A model whose second layer has ``width`` channels, by whose number those of the others are left alone."""
     dense: Any = tiny("llama")
-    tensors = dict(dense.named_parameters(remove_duplicate=False)) | dict(dense.named_buffers(remove_duplicate=False))
+    tensors = all_tensors(dense)
     for name, axis in {"gate": 0, "up": 0, "down": 1}.items():
         path = f"model.layers.1.mlp.{name}_proj.weight"
         tensors[path] = tensors[path].detach().index_select(axis, torch.arange(width))
@@ -37,9 +37,3 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(sealed(data) if "digest" in data else data))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(input_ids=token_ids()).logits
-    return found

@@ -13,14 +13,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
 import fxprune
 from fxprune.errors import CheckpointError, FxpruneError, RatioError
 from tests.checkpoint.conftest import UNEVEN
-from tests.checkpoint.small import edit, logits, narrow
+from tests.checkpoint.small import edit, narrow
+from tests.emitted import logits
+from tests.export.small import tokenizer
 from tests.models import tiny
 from tests.remembered import pruned
 
@@ -31,12 +30,6 @@ def prune(family: str = "llama", **options: Any) -> fxprune.Result:
     """A slim model whose layers differ, unless the options say otherwise."""
     found: fxprune.Result = pruned(family, **{**UNEVEN, **options})
     return found
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One that can be saved."""
-    words = {word: i for i, word in enumerate(("<unk>", "a", "b"))}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "<unk>")), unk_token="<unk>")
 
 
 def generated(model: Any) -> str:
@@ -138,7 +131,7 @@ def test_the_tokenizer_and_generation_config_come_along(uneven: fxprune.Result, 
     model.generation_config.max_new_tokens = 7
     fxprune.save_pretrained(model, tmp_path / "slim", tokenizer())
     assert fxprune.from_pretrained(tmp_path / "slim").generation_config.max_new_tokens == 7
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "slim").convert_tokens_to_ids("b") == 2
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "slim").convert_tokens_to_ids("b") == 4
 
 
 def test_loading_takes_the_options_of_transformers(folder: Path) -> None:
@@ -146,14 +139,6 @@ def test_loading_takes_the_options_of_transformers(folder: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert not any(p.is_meta for p in model.parameters())
-
-
-def test_a_result_without_a_model_says_what_to_do_instead(tmp_path: Path) -> None:
-    result = prune("llama", kinds=("head_dim",), protect=(), ranking="local")
-    assert result.model is None
-    with pytest.raises(CheckpointError, match="export"):
-        result.save_pretrained(tmp_path / "slim")
-    assert not (tmp_path / "slim").exists()
 
 
 CONFIG = "config.json"

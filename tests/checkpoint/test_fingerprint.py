@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from fxprune.checkpoint.write import save_pretrained
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal
 from tests.architectures.library import LIBRARY, stirred
-from tests.checkpoint.small import sealed
+from tests.checkpoint.small import edit
 from tests.models import token_ids
 
 
@@ -100,9 +99,8 @@ def test_half_precision_is_compared_to_its_rounding(slim: Any, tmp_path: Path) -
     save_pretrained(copy.deepcopy(slim).bfloat16(), tmp_path / "slim")
     assert from_pretrained(tmp_path / "slim", verify=True).dtype == torch.bfloat16
     from_pretrained(tmp_path / "slim", verify=True, attn_implementation="eager")
-    data = json.loads((tmp_path / "slim" / MANIFEST).read_text())
-    data["forward"]["values"] = [[value + 1 for value in row] for row in data["forward"]["values"]]
-    (tmp_path / "slim" / MANIFEST).write_text(json.dumps(sealed(data)))
+    moved = [[value + 1 for value in row] for row in read_manifest(tmp_path / "slim").forward["values"]]  # type: ignore[index]
+    edit(tmp_path / "slim" / MANIFEST, lambda data: data["forward"].update(values=moved))
     with pytest.raises(CheckpointError, match="computes something else"):
         from_pretrained(tmp_path / "slim", verify=True)
 

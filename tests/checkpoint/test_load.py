@@ -32,11 +32,6 @@ def edit(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def test_a_folder_is_pruned_by_its_path(folder: Path) -> None:
-    result = fxprune.prune(folder, importance="l2", ratio=0.2)
-    assert abs(result.report.achieved - 0.2) < 0.01 and isinstance(result.model, transformers.LlamaForCausalLM)
-
-
 def test_weights_of_blocks_that_the_config_lacks_are_refused(folder: Path) -> None:
     edit(folder, num_hidden_layers=tiny("llama").config.num_hidden_layers - 1)
     with pytest.raises(CheckpointError, match=r"more are of a block that its config does not have.*number of layers"):

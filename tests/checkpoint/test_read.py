@@ -20,7 +20,8 @@ from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.removal.plan import Plan
-from tests.checkpoint.small import edit, logits, narrow
+from tests.checkpoint.small import edit, narrow
+from tests.emitted import logits
 from tests.remembered import pruned
 
 KEPT = list(range(24))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -59,11 +58,3 @@ def test_options_are_passed_on(models: Path, tmp_path: Path, monkeypatch: pytest
     assert callable(seen.pop("track")) and callable(seen.pop("tokenizer"))
     wanted = {"compensate": "least-squares", "tune": "tune{epochs=1}", "norm": "masked", "inplace": True}
     assert seen == {**wanted, "shape": (3, 16)}
-
-
-def test_a_plan_of_other_sizes_is_refused(models: Path, tmp_path: Path) -> None:
-    wide = json.loads((models / "slim/plan.json").read_text())
-    wide["sizes"] = {name: dict.fromkeys(axes, 999) for name, axes in wide["sizes"].items()}
-    (tmp_path / "wide.json").write_text(json.dumps(wide))
-    line = refused("apply", models / "dense", tmp_path / "wide.json", "--out", tmp_path / "out")
-    assert "the plan is for 999 here" in line and [path.name for path in tmp_path.iterdir()] == ["wide.json"]

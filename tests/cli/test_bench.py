@@ -21,10 +21,6 @@ def test_models_are_timed_side_by_side(models: Path) -> None:
     assert code == 0 and (found["batch"], found["prompt"], found["tokens"]) == (2, 8, 3) and found["peak"] is None
 
 
-def test_a_prompt_beyond_the_context_is_refused(models: Path) -> None:
-    assert "256" in refused("bench", models / "slim", "--prompt", 250, "--tokens", 9)
-
-
 @pytest.mark.slow
 def test_a_sweep_keeps_the_times_that_targets_of_speed_need(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

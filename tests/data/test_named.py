@@ -105,15 +105,14 @@ def test_a_prune_takes_texts_and_says_what_they_lack() -> None:
     texts = [text * 10 for text in TEXTS]
     result = fxprune.prune(model, texts, tokenizer=tokenizer, **options)
     assert str(result.report.calibration) == "the texts passed: 10 samples, 1,280 tokens, 128 each"
-    for calibration, words, says in (
-        (TEXTS, None, r"text needs the tokenizer of the model. Pass tokenizer, or token ids"),
-        (TEXTS, tokenizer, "fewer than 10 samples of 128. Give a longer text, or smaller samples or tokens"),
-        ([""], tokenizer, "it has no text"),
-        ([{"question": "who"}], tokenizer, r"row 1: none of the known fields.*\['question'\]"),
-        ("nowhere.txt", tokenizer, "nowhere.txt"),
+    for calibration, says in (
+        (TEXTS, "fewer than 10 samples of 128. Give a longer text, or smaller samples or tokens"),
+        ([""], "it has no text"),
+        ([{"question": "who"}], r"row 1: none of the known fields.*\['question'\]"),
+        ("nowhere.txt", "nowhere.txt"),
     ):
         with pytest.raises((CalibrationError, DataError), match=says):
-            fxprune.prune(model, calibration, tokenizer=words, **options)
+            fxprune.prune(model, calibration, tokenizer=tokenizer, **options)
 
 
 def test_a_data_set_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

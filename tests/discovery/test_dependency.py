@@ -18,27 +18,6 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 rand = torch.rand
 
 
-class Block(nn.Module):
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.inner, self.step = nn.Linear(6, 6), step
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.step(x, self.inner(x).relu())
-
-
-class Stack(nn.Module):
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self.first, self.blocks, self.last = nn.Linear(5, 6), nn.ModuleList([Block(step), Block(step)]), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.last(x)
-
-
 # name: output of a block from its input and its branch, and whether it can be bypassed
 STEPS: dict[str, tuple[Step, bool]] = {
     "sum": (lambda x, y: x + y, True),
@@ -54,7 +33,10 @@ STEPS: dict[str, tuple[Step, bool]] = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_block_that_only_adds_can_be_bypassed(name: str) -> None:
     step, residual = STEPS[name]
-    graph = fxprune.trace(Stack(step).eval(), {"x": torch.randn(2, 5)}).graph_module.graph
+    blocks = nn.Sequential(*(Net(lambda m, x: step(x, m.inner(x).relu()), inner=nn.Linear(6, 6)) for _ in range(2)))
+    ends = {"first": nn.Linear(5, 6), "last": nn.Linear(6, 3)}
+    model = Net(lambda m, x: m.last(m.blocks(m.first(x))), blocks=blocks, **ends).eval()
+    graph = fxprune.trace(model, {"x": torch.randn(2, 5)}).graph_module.graph
     found = find_bypasses(graph, ("blocks.0", "blocks.1"))
     assert sorted(found) == (["blocks.0", "blocks.1"] if residual else [])
     if residual:
@@ -90,20 +72,11 @@ def test_the_axes_of_data_that_no_parameter_produces_are_no_units() -> None:
     check_removes_exactly(scaled, {"x": rand(2, 5)}, [8])
 
 
-class Typed(nn.Module):
-    """A parameter of which nothing but the dtype is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kind, self.first, self.last = nn.Parameter(rand(7)), nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x).float().relu().to(self.kind.dtype))
-
-
 def test_a_parameter_whose_values_are_not_read_keeps_its_units() -> None:
     """That of a tower that sees no image lost the class token of each later image."""
-    dense = discover(Typed(), {"x": rand(2, 5)})
+    parts = {"kind": nn.Parameter(rand(7)), "first": nn.Linear(5, 6), "last": nn.Linear(6, 3)}
+    typed = Net(lambda m, x: m.last(m.first(x).float().relu().to(m.kind.dtype)), **parts)
+    dense = discover(typed, {"x": rand(2, 5)})
     found = {member.name for group in groups_of(dense) for member in group.members}
     assert found == {"first.weight", "first.bias", "last.weight"}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from fxprune.draw.atlas import Atlas, block_ranges, find_folds
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
+from tests.oracle import Net
 from tests.tiers import SLOW
 
 ROOT = Path(__file__).parents[2]
@@ -70,31 +73,18 @@ def test_blocks_of_equal_structure_are_folded(family: str, config: dict[str, Any
     assert [[int(block.rpartition(".")[2]) for block in fold.blocks] for fold in folds] == numbers
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, extra: bool = False) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
-        self.extra = extra
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.up(x).relu()
-        return x + self.down(y.tanh() if self.extra else y)
+def block(width: int, act: Callable[[torch.Tensor], torch.Tensor] = torch.relu) -> Net:
+    return Net(lambda m, x: x + m.down(act(m.up(x))), up=nn.Linear(6, width), down=nn.Linear(width, 6))
 
 
-class Stack(nn.Module):
-    def __init__(self, *blocks: Block) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def stacked(*blocks: Net) -> nx.Graph:
+    """The dependency graph of a few blocks."""
+    model = Net(lambda m, x: m.layers(x), layers=nn.Sequential(*blocks)).eval()
+    return dependency_graph(trace(model, {"x": torch.randn(2, 6)}))
 
 
 def test_widths_may_differ_and_ops_may_not() -> None:
-    stack = Stack(Block(5), Block(9), Block(7, extra=True), Block(8))
-    folds = find_folds(Atlas(dependency_graph(trace(stack.eval(), {"x": torch.randn(2, 6)}))))
+    folds = find_folds(Atlas(stacked(block(5), block(9), block(7, torch.tanh), block(8))))
     assert [fold.blocks for fold in folds] == [("layers.0", "layers.1", "layers.3"), ("layers.2",)]
     assert folds[0].hidden == ("layers.1", "layers.3")
     (units,) = (row for row in folds[0].factors.values() if row[0].size == 5)

@@ -7,14 +7,11 @@ import re
 import networkx as nx
 import pydot
 import pytest
-import torch
 
-from fxprune.discovery.dependency import dependency_graph
 from fxprune.draw.atlas import Atlas, find_folds
 from fxprune.draw.graphviz import Legend, _quoted, draw, hue_of
 from fxprune.draw.view import Labels, View, contracted
-from fxprune.trace import trace
-from tests.draw.test_atlas import Block, Stack
+from tests.draw.test_atlas import block, stacked
 
 
 def legend(atlas: Atlas, view: View) -> str:
@@ -23,7 +20,7 @@ def legend(atlas: Atlas, view: View) -> str:
 
 @pytest.mark.parametrize(("widths", "cells"), [((5, 5), []), ((5, 10, 8), ["50", "100", "80"])])
 def test_uneven_widths_have_a_cell_for_each_block(widths: tuple[int, ...], cells: list[str]) -> None:
-    graph = dependency_graph(trace(Stack(*map(Block, widths)).eval(), {"x": torch.randn(2, 6)}))
+    graph = stacked(*map(block, widths))
     atlas = Atlas(graph)
     folds = find_folds(atlas)
     view = View("title", tuple(graph.nodes), (), folds=folds)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -31,6 +32,7 @@ from fxprune.errors import FxpruneError
 from fxprune.removal.plan import Plan
 from fxprune.trace import Traced
 from tests.models import tiny
+from tests.oracle import Net
 
 SVG = '<?xml version="1.0"?><!-- x --><svg viewBox="0 0 9 9"><g id="axis0" class="node"></g></svg>'
 
@@ -402,22 +404,16 @@ def test_a_plan_is_laid_over_the_whole_model(llama: nx.Graph, plan: Plan, tmp_pa
     assert "dashed" in single.clusters["cluster_model.layers.2"].get("style")
 
 
-class Odd(nn.Module):
+def test_without_blocks_everything_is_shown_and_odd_names_are_quoted(tmp_path: Path) -> None:
     """No blocks, a parameter of the model itself, and a module with syntax of DOT in its name."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(6))
-        self.parts = nn.ModuleDict({"a -> <b>; {": nn.Linear(6, 10), "d": nn.Linear(10, 4)})
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        first, second = net.parts.values()
+        return second(first(x * net.scale).relu()).relu()  # type: ignore[no-any-return]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for part in self.parts.values():
-            x = part(x if x.shape[-1] == 10 else x * self.scale).relu()
-        return x
-
-
-def test_without_blocks_everything_is_shown_and_odd_names_are_quoted(tmp_path: Path) -> None:
-    picture = Picture(tmp_path, graph_of(Odd(), x=torch.ones(2, 6)))
+    parts = nn.ModuleDict({"a -> <b>; {": nn.Linear(6, 10), "d": nn.Linear(10, 4)})
+    net = Net(body, scale=nn.Parameter(torch.ones(6)), parts=parts)
+    picture = Picture(tmp_path, graph_of(net, x=torch.ones(2, 6)))
     assert {"scale[0]", "parts.d.weight[1]"} <= picture.nodes.keys()
     assert len(picture.nodes) == 7
     assert "parts.a -> <b>; {.weight[0]" in picture.nodes

@@ -40,7 +40,6 @@ class SmallBlock(nn.Module):
         self.down = nn.Linear(config.inner, config.hidden) if layer_idx < 3 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum."""
         apart = self.mix(x).view(*x.shape[:2], self.num_heads, self.head_dim) * self.scale
         return x + self.back(apart.flatten(2)) + self.down(torch.relu(self.up(x)))
 
@@ -58,7 +57,6 @@ class SmallModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-        """One score a channel."""
         x = self.embed(input_ids)
         for block in self.blocks:
             x = block(x)

@@ -16,7 +16,7 @@ from fxprune.emit.structure import combined_inputs
 from fxprune.modelling.blocks import BUILT_AT
 from fxprune.modelling.table_rows import INPUTS, select_inputs
 from tests.emitted import cut, distance, greedy, logits, padding_error, through_disk
-from tests.models import tiny, token_ids
+from tests.models import all_tensors, tiny, token_ids
 from tests.tiers import SLOW
 
 
@@ -72,8 +72,9 @@ def test_a_table_is_cut_once_whatever_the_batch() -> None:
 def without_layer(model: Any, layer: int) -> Any:
     """A model of the same class without one of its layers."""
     gone = f"model.layers.{layer}"
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    emission = emit(model, {name: t for name, t in tensors.items() if not name.startswith(f"{gone}.")}, (gone,))
+    emission = emit(
+        model, {name: t for name, t in all_tensors(model).items() if not name.startswith(f"{gone}.")}, (gone,)
+    )
     assert emission.model is not None, emission.reasons
     return emission.model
 

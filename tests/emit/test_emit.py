@@ -14,6 +14,7 @@ from torch import nn
 
 from fxprune.emit import Blueprint, Emission, emit, rebuild
 from fxprune.emit.snapshot import build_on_meta
+from tests.models import all_tensors
 
 HIDDEN, HEADS, KV, DIM, FFN, LAYERS = 48, 4, 2, 12, 56, 3
 Cuts = dict[str, dict[int, torch.Tensor]]
@@ -55,10 +56,6 @@ def heads_cut(block: str, heads: list[int], kvs: list[int]) -> Cuts:
     """Attention with one projection each, without biases."""
     parts = {"q_proj": (0, heads), "k_proj": (0, kvs), "v_proj": (0, kvs), "o_proj": (1, heads)}
     return {f"{block}.self_attn.{name}.weight": {axis: rows(units, DIM)} for name, (axis, units) in parts.items()}
-
-
-def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def slim_tensors(dense: nn.Module, cuts: Cuts, removed: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from fxprune.trace.inputs import meta_twin
 from tests.emit.small import SmallBlock, SmallConfig, SmallModel
 from tests.emitted import cut, distance, logits
 from tests.models import tiny, token_ids
-from tests.oracle import decide, groups_of
+from tests.oracle import Net, decide, groups_of
 from tests.remembered import grouped, model_of, run, traced
 
 
@@ -157,7 +157,6 @@ class AttendingBlock(SmallBlock):
     free = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum."""
         wide = self.head_dim if self.free else x.shape[2] // self.num_heads
         one = self.mix(x).view(*x.shape[:2], self.num_heads, wide).transpose(1, 2)
         mixed = (one @ one.transpose(2, 3)).softmax(-1) @ one
@@ -180,7 +179,6 @@ class FixedModel(SmallModel):
         self.blocks = nn.ModuleList([AttendingBlock(config, 0), FixedBlock(config, 1)])
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """One score a channel."""
         if self.real and input_ids.is_meta:
             raise RuntimeError("no values")
         x = super().forward(input_ids)
@@ -210,7 +208,6 @@ class ShiftingBlock(AttendingBlock):
         self.shift = shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum, shifted."""
         return super().forward(x).roll(self.shift, 1)
 
 
@@ -218,7 +215,6 @@ class CountingBlock(ShiftingBlock):
     """Has the number of its heads by that name instead."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual sum."""
         self.num_heads = self.shift
         return AttendingBlock.forward(self, x)
 
@@ -329,28 +325,14 @@ def test_code_that_holds_a_number_of_heads_is_refused_and_made_whole() -> None:
 
 
 def test_code_that_still_runs_the_blocks_that_went_is_refused() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+    def block() -> Net:
+        return Net(lambda m, x: x + m.down(m.up(x).relu()), up=nn.Linear(8, 16), down=nn.Linear(16, 8))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.down(self.up(x).relu())
-
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(Block() for _ in range(3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
+    stack = Net(lambda m, x: m.layers(x), layers=nn.Sequential(block(), block(), block()))
     given = {"x": torch.randn(2, 8)}
+    assert prune(stack, ("layer",), example_inputs=given, inplace=False).report.removed_blocks
     with pytest.raises(fxprune.FxpruneError, match="computes something else"):
-        prune(Stack(), ("layer",), example_inputs=given)
-    assert prune(Stack(), ("layer",), example_inputs=given, inplace=False).report.removed_blocks
+        prune(stack, ("layer",), example_inputs=given)
 
 
 def test_half_precision_is_rounding_also_in_generation() -> None:

@@ -12,16 +12,12 @@ import fxprune.emit.emitter as emitter
 from fxprune.emit.emitter import Blueprint, rebuild
 from fxprune.modelling.blocks import BUILT_AT, CannotBuildError
 from tests.emit.small import SmallModel, small
-
-
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Its parameters."""
-    return dict(model.named_parameters(remove_duplicate=False))
+from tests.models import all_tensors
 
 
 def narrow(model: SmallModel, width: int = 8) -> dict[str, torch.Tensor]:
     """Tensors of a model whose second block has fewer channels."""
-    tensors = tensors_of(model)
+    tensors = all_tensors(model)
     tensors["blocks.1.up.weight"] = tensors["blocks.1.up.weight"].detach()[:width]
     tensors["blocks.1.up.bias"] = tensors["blocks.1.up.bias"].detach()[:width]
     tensors["blocks.1.down.weight"] = tensors["blocks.1.down.weight"].detach()[:, :width]
@@ -35,12 +31,12 @@ def test_modules_that_the_user_added_are_a_reason() -> None:
 
     model = small()
     model.probe = nn.Identity()
-    emission = emitter.emit(model, tensors_of(model))
+    emission = emitter.emit(model, all_tensors(model))
     assert emission.model is None and "probe: the class builds no such module" in emission.reasons
     model = small()
     model.stubborn = Stubborn()
-    assert emitter.emit(model, tensors_of(model)).model is not None, "no copy is needed"
-    emission = emitter.emit(model, tensors_of(model), inputs={})
+    assert emitter.emit(model, all_tensors(model)).model is not None, "no copy is needed"
+    emission = emitter.emit(model, all_tensors(model), inputs={})
     why = "the dense model cannot be copied: RuntimeError: no copy of me"
     assert emission.reasons == (f"a candidate does not run: {why}",)
 

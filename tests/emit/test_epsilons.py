@@ -13,7 +13,7 @@ from fxprune.emit.emitter import emit
 from fxprune.emit.patch import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
 from fxprune.removal.removal import RescaledNumber
 from fxprune.trace import trace
-from tests.models import tiny
+from tests.models import all_tensors, tiny
 
 X = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(0))}
 
@@ -107,7 +107,7 @@ def places_of(model: Any, leave: str = "") -> NormEpsilons:
 
 def test_an_emitted_model_has_them_in_its_config_or_in_its_modules() -> None:
     model = tiny("llama", num_hidden_layers=2, rms_norm_eps=1e-3)
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = all_tensors(model)
     for leave, field in (("", 2e-3), ("layers.1", 1e-3)):
         slim: Any = emit(model, tensors, epsilons=places_of(model, leave)).model
         assert slim.config.rms_norm_eps == field

@@ -23,11 +23,6 @@ from tests.models import tiny, token_ids
 from tests.remembered import pruned
 
 
-@pytest.fixture(scope="module")
-def slim() -> Any:
-    return narrow()
-
-
 def test_buffers_of_other_values_are_kept() -> None:
     model: Any = tiny("llama")
     model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 2
@@ -35,8 +30,8 @@ def test_buffers_of_other_values_are_kept() -> None:
     assert describe_structure(model.to("meta")).is_stock, "values that are not there cannot differ"
 
 
-def test_a_module_of_the_user_and_a_class_that_refuses_its_config_stop_it(slim: Any) -> None:
-    model = copy.deepcopy(slim)
+def test_a_module_of_the_user_and_a_class_that_refuses_its_config_stop_it() -> None:
+    model = narrow()
     model.probe = nn.Identity()
     with pytest.raises(CheckpointError, match=r"probe: only one of the model and its config has it"):
         describe_structure(model)
@@ -77,11 +72,8 @@ def test_the_class_of_a_slim_model_builds_its_shapes(family: str) -> None:
     assert {name for name, shape in shapes_of(labelled).items() if wanted.get(name) != shape} == {"score.weight"}
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(other) is kind and torch.equal(other(ids).logits, model(ids).logits)
-    assert type(tiny(family)) is not kind and isinstance(model, type(tiny(family)))
-
-
-def test_a_stock_class_still_builds_dense_models() -> None:
-    dense = tiny("llama", num_hidden_layers=1)
+    dense = tiny(family)
+    assert type(dense) is not kind and isinstance(model, type(dense))
     assert type(AutoModelForCausalLM.from_config(dense.config)) is type(dense)
 
 

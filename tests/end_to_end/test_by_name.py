@@ -37,7 +37,6 @@ class Plain(nn.Module):
         self.body = nn.ModuleList(nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12)) for _ in range(2))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits."""
         x = self.embed(ids)
         for part in self.body:
             x = x + part(x)

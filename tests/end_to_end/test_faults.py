@@ -22,6 +22,7 @@ from fxprune.offload import files
 from tests.export.small import tokenizer
 from tests.faults import Fault, Snapshot, contents, disk, full_disk, in_child, ops, put_back, spread
 from tests.models import tiny, token_ids
+from tests.oracle import Net
 from tests.tiers import SLOW
 from tests.tokens import character_tokenizer
 
@@ -151,25 +152,13 @@ def test_a_disk_full_at_any_byte_leaves_the_old(write: Write, number: int, tmp_p
             assert contents(root) == before, f"{size} bytes"
 
 
-class Net(nn.Module):
-    """Two layers, a norm and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.norm, self.down = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 5)
-        self.up.bias.requires_grad_(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Five numbers for each row."""
-        return self.down(self.norm(self.up(x)).relu())  # type: ignore[no-any-return]
-
-
 @functools.cache
 def net() -> Net:
+    """Two layers, one of them partly frozen, and a norm with buffers in between, which alone is in evaluation."""
     torch.manual_seed(0)
-    model = Net()
-    model.norm.eval()
-    return model
+    parts = {"up": nn.Linear(6, 12), "norm": nn.BatchNorm1d(12).eval(), "down": nn.Linear(12, 5)}
+    parts["up"].bias.requires_grad_(False)
+    return Net(lambda m, x: m.down(m.norm(m.up(x)).relu()), **parts)
 
 
 INPUTS = {"example_inputs": {"x": torch.randn(4, 6)}, "verify": True}

@@ -108,16 +108,11 @@ def test_plain_modules(name: str) -> None:
 def test_default_kinds_take_channels_of_convolutions_and_leave_the_stream_under_norms() -> None:
     """Of a convolutional network without blocks nothing went, and of one with residual stages, their insides alone."""
 
-    class Block(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.inside, self.out = nn.Conv2d(width, 7, 3, padding=1), nn.Conv2d(7, width, 1)
-            self.norm = nn.BatchNorm2d(width)
+    def block() -> Net:
+        inside = {"inside": nn.Conv2d(9, 7, 3, padding=1), "out": nn.Conv2d(7, 9, 1), "norm": nn.BatchNorm2d(9)}
+        return Net(lambda m, x: (x + m.norm(m.out(m.inside(x).relu()))).relu(), **inside)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x + self.norm(self.out(self.inside(x).relu()))).relu()
-
-    parts = {"first": nn.Conv2d(3, 9, 3), "blocks": nn.Sequential(Block(9), Block(9)), "out": nn.Linear(9, 4)}
+    parts = {"first": nn.Conv2d(3, 9, 3), "blocks": nn.Sequential(block(), block()), "out": nn.Linear(9, 4)}
     network = stirred(Net(lambda m, x: m.out(m.blocks(m.first(x)).mean((-1, -2))), **parts))
     image = {"x": images(3, 8)}
     check_kinds_remove_exactly(network, image, {"conv": [9], "mlp": [7, 7]})

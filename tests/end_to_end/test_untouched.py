@@ -23,7 +23,6 @@ class Writing(nn.Module):
         self.register_buffer("mean", torch.ones(12))
 
     def forward(self, ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Logits."""
         self.calls.add_(1)
         shift.mul_(2)
         hidden = self.up(self.embed(ids) + shift).relu()

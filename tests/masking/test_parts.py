@@ -72,28 +72,18 @@ def test_no_cut_is_between_readers_of_a_weight_of_one_block(share: float) -> Non
     assert len(parts) > 2 and all(one.isdisjoint(other) for one, other in itertools.combinations(reads, 2))
 
 
-class Writing(nn.Module):
-    """Writes to a value that is used later on, and perhaps to a buffer."""
-
-    def __init__(self, buffer: bool) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-        self.register_buffer("seen", torch.zeros(8))
-        self.buffer = buffer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.layers[0](x)
-        z = self.layers[1](y)
-        y.mul_(2)
-        if self.buffer:
-            self.seen.add_(1)
-        return self.layers[3](self.layers[2](y + z) + self.seen)
-
-
 @pytest.mark.parametrize("buffer", [False, True])
 def test_parts_compute_what_the_graph_computes_and_none_writes_to_what_another_keeps(buffer: bool) -> None:
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y = net.layers[0](x)
+        z = net.layers[1](y)
+        y.mul_(2)
+        if buffer:
+            net.seen.add_(1)
+        return net.layers[3](net.layers[2](y + z) + net.seen)
+
     torch.manual_seed(0)
-    model = Writing(buffer)
+    model: Any = Net(body, layers=nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), seen=torch.zeros(8))
     dense = fxprune.trace(model, {"x": torch.randn(2, 8)}).graph_module
     parts = cut_graph(dense.graph, costs(dense), 1.0)
     assert (len(parts) == 1) == buffer

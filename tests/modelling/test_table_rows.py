@@ -12,7 +12,6 @@ class Add(nn.Module):
     """Adds a bias."""
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum, or the input itself."""
         return x if bias is None else x + bias
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from fxprune.offload.prefetch import (
     use_bf16,
     use_prefetcher,
 )
+from tests.oracle import Net
 
 
 class Recording(Prefetcher):
@@ -110,22 +112,17 @@ def test_a_device_that_is_not_there_is_refused(device: object) -> None:
     assert caught.value.where == "device" and caught.value.remedy
 
 
-class Pair(nn.Module):
-    """A product, and one that takes tensors of one type alone."""
-
-    def __init__(self, strict: bool) -> None:
-        super().__init__()
-        self.map, self.strict = nn.Linear(4, 4), strict
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.map(x)
-        return x.clone().index_add(0, torch.arange(len(x)), y) if self.strict else y
+def strict(net: Any, x: torch.Tensor) -> torch.Tensor:
+    """A product that takes tensors of one type alone."""
+    return x.clone().index_add(0, torch.arange(len(x)), net.map(x))
 
 
-def trial_of(model: nn.Module) -> tuple[torch.fx.GraphModule, Callable[[], torch.Tensor]]:
-    """The graph of a model, and a run of it."""
+def trial_of(
+    body: Callable[[Any, torch.Tensor], torch.Tensor],
+) -> tuple[torch.fx.GraphModule, Callable[[], torch.Tensor]]:
+    """The graph of a network with a linear map, and a run of it."""
     x = torch.randn(3, 4)
-    graph_module = fxprune.trace(model, {"x": x}).graph_module
+    graph_module = fxprune.trace(Net(body, map=nn.Linear(4, 4)), {"x": x}).graph_module
     return graph_module, lambda: graph_module(x)
 
 
@@ -133,7 +130,7 @@ def trial_of(model: nn.Module) -> tuple[torch.fx.GraphModule, Callable[[], torch
 def test_bfloat16_is_for_float32_graphs_on_native_devices(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     assert has_bf16(torch.device("xpu")) and not has_bf16(torch.device("meta"))
     monkeypatch.setattr(precision, "has_bf16", lambda device: native)
-    graph_module, trial = trial_of(Pair(strict=False))
+    graph_module, trial = trial_of(lambda net, x: net.map(x))
     assert use_bf16("auto", graph_module, trial, "a") is native
     assert use_bf16("bf16", graph_module, trial, "a") and not use_bf16("float32", graph_module, trial, "a")
 
@@ -148,7 +145,7 @@ def test_bfloat16_is_for_float32_graphs_on_native_devices(monkeypatch: pytest.Mo
 
 def test_bfloat16_is_off_if_an_op_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
-    graph_module, trial = trial_of(Pair(strict=True))
+    graph_module, trial = trial_of(strict)
     assert not use_bf16("auto", graph_module, trial, "a")
     with pytest.raises(PassError, match="a: an op refuses bfloat16"):
         use_bf16("bf16", graph_module, trial, "a")

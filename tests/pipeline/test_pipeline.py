@@ -73,7 +73,6 @@ class Stop(Pass):
     changes = "nothing"
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Raise."""
         raise PassError("it stops", where="stop", remedy="Leave it out")
 
 

@@ -208,7 +208,6 @@ TABLES: dict[str, Row] = {
     ),
     "bag": (lambda m, x: m.b(m.g(x)), words(g=lambda: nn.EmbeddingBag(11, 8, mode="mean"))),
     "bag of sums": (lambda m, x: m.b(m.g(x)), words(g=lambda: nn.EmbeddingBag(11, 8, mode="sum", padding_idx=0))),
-    "lstm": (recurrent, words(net=lambda: nn.LSTM(8, 8, batch_first=True))),
     "gru of two": (recurrent, words(net=lambda: nn.GRU(8, 8, 2, batch_first=True))),
     "projected lstm": (recurrent, words(net=lambda: nn.LSTM(8, 10, proj_size=8, batch_first=True))),
     "row by its own number": (lambda m, x: m.b(m.e.weight[x[:, 0]] + m.e(x).mean(1)), words()),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
+from tests.oracle import Net
 from tests.probes.check import WIDTH, Between, Middle, numbers, outcome
 from tests.tiers import tiers
 
@@ -36,7 +36,6 @@ class Doubled(nn.Module):
     """A parametrization by twice the weight, antisymmetric."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the upper triangle less its transpose."""
         return x.triu(1) - x.triu(1).mT
 
 
@@ -44,7 +43,6 @@ class Squashed(nn.Module):
     """A parametrization row by row."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return values below one."""
         return x.tanh()
 
 
@@ -61,31 +59,17 @@ def orthogonal() -> dict[str, Any]:
     return {"c": parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))}
 
 
-class Nest(nn.Module):
+def nest() -> Net:
     """Modules by name and number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by = nn.ModuleDict(
-            {"up": nn.ModuleList([nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)]), "down": nn.Linear(8, 6)}
-        )
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Return the sum of both."""
-        return self.by["down"](sum(layer(h).relu() for layer in self.by["up"]))  # type: ignore[operator,attr-defined]
+    up = nn.ModuleList([nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)])
+    body = lambda m, h: m.by["down"](sum(layer(h).relu() for layer in m.by["up"]))  # noqa: E731
+    return Net(body, by=nn.ModuleDict({"up": up, "down": nn.Linear(8, 6)}))
 
 
-class Shared(nn.Module):
+def shared() -> Net:
     """A layer that two others hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
-        self.two = nn.Sequential(nn.Tanh(), self.one[0])
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Return both after each other."""
-        return self.two(self.one(h))
+    layer = nn.Linear(WIDTH, WIDTH)
+    return Net(lambda m, h: m.two(m.one(h)), one=nn.Sequential(layer, nn.ReLU()), two=nn.Sequential(nn.Tanh(), layer))
 
 
 def tied_transposed() -> dict[str, Any]:
@@ -313,15 +297,12 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "antisymmetric": (lambda m, h: m.c(h), parametrized(Doubled())),
     "squashed": (lambda m, h: m.c(h), parametrized(Squashed())),
     "orthogonal": (lambda m, h: m.c(h), orthogonal),
-    "nested": (lambda m, h: m.c(h), lambda: {"c": Nest()}),
-    "shared": (lambda m, h: m.c(h), lambda: {"c": Shared()}),
+    "nested": (lambda m, h: m.c(h), lambda: {"c": nest()}),
+    "shared": (lambda m, h: m.c(h), lambda: {"c": shared()}),
     "functional call": (
         lambda m, h: functional_call(m.c, {"weight": m.c.weight * 2, "bias": m.d.bias}, (h,)), linear("c", "d"),
     ),
     "mapped": (lambda m, h: vmap(m.c)(h), linear("c")),
-    "checkpointed": (
-        lambda m, h: checkpoint(lambda v: m.d(m.c(v).relu()), h, use_reentrant=False), linear("c", "d"),
-    ),
     "condition on a size": (
         lambda m, h: torch.cond(h.shape[1] > 3, lambda v: m.c(v).relu(), lambda v: m.d(v), (h,)), linear("c", "d"),
     ),

@@ -29,7 +29,6 @@ class Skipped(nn.Module):
     """A block that is left out."""
 
     def forward(self, h: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the hidden states as they are."""
         return h
 
 

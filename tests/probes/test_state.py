@@ -25,12 +25,10 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return the signs."""
         return x.sign()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return the gradient as it is."""
         return grad
 
 
@@ -39,12 +37,10 @@ class Louder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return a copy."""
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return ten times the gradient."""
         return grad * 10
 
 
@@ -132,7 +128,6 @@ MIDDLES: dict[str, tuple[Middle, Callable[[], dict[str, Any]]]] = {
     "hook on a tensor": (scaled_by_hook, dict),
     "checkpoint": (lambda m, h: checkpoint(m.c, h, use_reentrant=False), c),
     "gradient inside": (inner_gradient, dict),
-    "twice the same": (lambda m, h: m.c(m.c(h)), c),
     "depends on a counter": (depends_on_calls, lambda: {"calls": torch.zeros(())}),
     "running mean": (running_mean, lambda: {"mean": torch.zeros(WIDTH)}),
     "keeps what it saw": (keeps_what_it_saw, dict),
@@ -178,15 +173,6 @@ def test_gradients_that_a_graph_does_not_have_are_named_and_asked_for_no_more(na
     module = Between(middle, **parts()).eval()
     traced = fxprune.trace(module, X)
     assert any("gradients" in note and "a.weight" in note for note in traced.notes), traced.notes
-
-
-def test_inputs_written_to_stay_as_they_are() -> None:
-    class Writes(Between):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x.mul_(2)
-            return super().forward(x)
-
-    assert outcome(Writes(lambda m, h: h.relu()).eval(), X, OTHER) == "exact"
 
 
 def hooked(register: Callable[[nn.Module, list[Any]], None]) -> tuple[nn.Module, list[Any]]:

@@ -34,7 +34,6 @@ class Block(nn.Module):
             setattr(self, name, part)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """The hidden states after the block."""
         return self.body(self, h)
 
 

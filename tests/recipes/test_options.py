@@ -154,8 +154,6 @@ def test_deprecated_words_warn_and_still_work(old: dict[str, Any], new: dict[str
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="Leave taylor out"):
-        prune_pipeline(IDS, taylor="first", importance="l2")
     with pytest.raises(ArgumentError, match="a ratio by kind names the kinds"):
         prune_pipeline(ratio={"head": 0.5}, kinds=("mlp",), importance="l2")
     with pytest.raises(ArgumentError, match="both name the fraction"):

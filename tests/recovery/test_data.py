@@ -37,12 +37,6 @@ def counted_text(example: Example) -> str:
     return TOKENIZER.decode([label for label in example.labels if label != IGNORED])
 
 
-def write(path: Path, rows: list[Any]) -> Path:
-    lines = "\n".join(json.dumps(row) for row in rows)
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
-    return path
-
-
 @pytest.mark.parametrize("given", ["", "3"])
 @pytest.mark.parametrize("response_only", [True, False])
 def test_an_instruction_counts_its_response_and_the_end_or_whole(given: str, response_only: bool) -> None:
@@ -80,8 +74,8 @@ def test_text_is_packed_into_windows_that_hold_all_of_it() -> None:
 
 def test_bad_rows_are_counted_and_named(tmp_path: Path) -> None:
     rows = [*SUMS[:20], {"instruction": "no answer"}, {"instruction": "x", "output": "  "}, 7, {"messages": []}]
-    path = write(tmp_path / "rows.jsonl", [*rows, SUMS[0]])
-    path.write_text(path.read_text() + '\n{"instruction": broken\n' + json.dumps(SUMS[21]))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*map(json.dumps, [*rows, SUMS[0]]), '{"instruction": broken', json.dumps(SUMS[21])]))
     data = read(path)
     found = {row.where: row.why for row in data.report.bad}
     assert found.keys() == {"line 21", "line 22", "line 23", "line 24", "line 26"}

@@ -50,14 +50,6 @@ def test_named_outputs_that_no_graph_returns_are_left_out() -> None:
     assert found.keys() == {"logits"} and torch.allclose(found.logits, net(x=x).logits)
 
 
-def test_code_that_depends_on_data_is_named_by_its_line() -> None:
-    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
-        return net.a(x) if x.sum() > 0 else x  # the culprit
-
-    with pytest.raises(TraceError, match=r"test_capture\.py:\d+ in body: .*the culprit.* cannot be traced"):
-        trace(Net(body, a=nn.Linear(3, 3)), {"x": torch.randn(2, 3)})
-
-
 @pytest.mark.parametrize("grad", [True, False])
 def test_attention_with_a_function_among_its_arguments_is_refused_with_a_way_out(grad: bool) -> None:
     """FlexAttention was a ``KeyError``, told as a defect, or advice about data-dependent Python."""

@@ -15,10 +15,6 @@ from tests.models import tiny
 from tests.oracle import Net
 
 
-def two(first: nn.Module, second: nn.Module) -> nn.Module:
-    return nn.Sequential(first, second)
-
-
 class Sub(nn.Parameter):
     """A subclass of Parameter."""
 
@@ -70,6 +66,6 @@ def test_a_mark_alone_does_not_make_a_model_quantised() -> None:
 
 
 def test_the_dtype_of_a_model_is_that_of_most_elements() -> None:
-    model = two(nn.Linear(8, 8, dtype=torch.bfloat16), two(nn.LayerNorm(8), nn.LayerNorm(8)))
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8), nn.LayerNorm(8))
     check_model(model)
     assert model_dtype(model) == torch.bfloat16

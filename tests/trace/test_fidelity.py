@@ -11,6 +11,7 @@ from fxprune.errors import PassError
 from fxprune.graph.facts import facts_of
 from fxprune.trace.fidelity import _TOLERANCE, Fidelity, SideBySide, compare_with_module, require_gradients, tolerance
 from tests.models import tiny
+from tests.oracle import Net
 
 
 def test_a_graph_of_a_language_model_is_the_model() -> None:
@@ -23,20 +24,20 @@ def test_a_graph_of_a_language_model_is_the_model() -> None:
 
 
 def test_nothing_is_compared_on_meta_or_without_a_check() -> None:
-    model = Two()
+    model = two()
     assert facts_of(fxprune.trace(model, X, check=False).graph_module)[Fidelity] == Fidelity(None)
     assert facts_of(fxprune.trace(model.to("meta"), X).graph_module)[Fidelity] == Fidelity(None)
 
 
 def test_the_first_difference_of_outputs_is_named() -> None:
-    model = Two()
+    model = two()
     graph_module = changed(model, torch.ops.aten.relu.default, torch.ops.aten.tanh.default)
     found = compare_with_module(graph_module, model, X)
     assert found.where.endswith(" in b") and found.error is not None and found.error > 0.01
 
 
 def test_passes_that_need_gradients_refuse_those_that_differ() -> None:
-    graph_module = fxprune.trace(Two(), X).graph_module
+    graph_module = fxprune.trace(two(), X).graph_module
     require_gradients(graph_module, "taylor")
     facts_of(graph_module).put(Fidelity(0.0, 1.0, ("a.weight", "a.bias")))
     with pytest.raises(PassError, match=r"pass taylor: the gradients of a\.weight and 1 more"):
@@ -46,15 +47,9 @@ def test_passes_that_need_gradients_refuse_those_that_differ() -> None:
 X = {"x": torch.randn(2, 5, 3)}
 
 
-class Two(nn.Module):
+def two() -> Net:
     """Two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(self.a(x).relu())  # type: ignore[no-any-return]
+    return Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
 def changed(model: nn.Module, old: object, new: object) -> fx.GraphModule:
@@ -67,7 +62,7 @@ def changed(model: nn.Module, old: object, new: object) -> fx.GraphModule:
 
 
 def test_a_graph_and_its_module_are_the_same_to_the_last_digit() -> None:
-    model = Two()
+    model = two()
     pair = SideBySide(fxprune.trace(model, X).graph_module, model, X)
     assert pair.error(pair.inputs) == 0
     second = pair.resized((3, 4))
@@ -78,7 +73,7 @@ def test_a_graph_and_its_module_are_the_same_to_the_last_digit() -> None:
 
 
 def test_gradients_may_differ_though_values_are_the_same() -> None:
-    model = Two()
+    model = two()
     graph_module = fxprune.trace(model, X).graph_module
     node = next(n for n in graph_module.graph.nodes if n.target is torch.ops.aten.relu.default)
     with graph_module.graph.inserting_after(node):
@@ -90,7 +85,7 @@ def test_gradients_may_differ_though_values_are_the_same() -> None:
 
 
 def test_a_graph_that_fails_is_infinitely_far_and_a_module_that_fails_says_nothing() -> None:
-    model = Two()
+    model = two()
     graph_module = fxprune.trace(model, X).graph_module
     pair = SideBySide(graph_module, model, X)
     assert pair.error({"x": torch.randn(2, 5, 9)}) is None

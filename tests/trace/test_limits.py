@@ -80,27 +80,20 @@ def test_a_size_can_be_forbidden() -> None:
     )
 
 
-class FixedLater(nn.Module):
-    """Branches on the product of two sizes, one of which is found to be a number afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(7, 8)
-        self.read = nn.Linear(24, 2)
-
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # the first result has as many rows as the traced batch; the second fixes the number of tokens
-        rows = self.table(ids)
-        return rows.flatten(0, 1).reshape(2, 3, -1).relu(), self.read(rows.flatten(1))
-
-
 def test_a_condition_on_a_size_that_is_fixed_later_is_a_limit() -> None:
     """Once dropped: the graph ran at another batch, on the numbers of the traced one."""
-    found = fxprune.trace(FixedLater(), {"ids": torch.zeros(2, 3, dtype=torch.long)})
-    assert any("ids.shape[0]) == 8" in note for note in found.notes), found.notes
+
+    def body(m: Net, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # the first result has as many rows as the traced batch; the second fixes the number of tokens
+        rows = m.table(x)
+        return rows.flatten(0, 1).reshape(2, 3, -1).relu(), m.read(rows.flatten(1))
+
+    net = Net(body, table=nn.Embedding(7, 8), read=nn.Linear(24, 2))
+    found = fxprune.trace(net, {"x": torch.zeros(2, 3, dtype=torch.long)})
+    assert any("x.shape[0]) == 8" in note for note in found.notes), found.notes
     assert not any("not the same" in note for note in found.notes)
-    assert failed_check(found.graph_module, {"ids": torch.zeros(3, 3, dtype=torch.long)})
-    assert not failed_check(found.graph_module, {"ids": torch.zeros(2, 3, dtype=torch.long)})
+    assert failed_check(found.graph_module, {"x": torch.zeros(3, 3, dtype=torch.long)})
+    assert not failed_check(found.graph_module, {"x": torch.zeros(2, 3, dtype=torch.long)})
 
 
 def free_axes(graph_module: fx.GraphModule) -> list[bool]:

@@ -29,30 +29,18 @@ X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
 DAMPING = 0.03
 
 
-def network(residual: bool = False) -> Net:
-    """Two linear maps around a ReLU, added to their input or not."""
+def network() -> Net:
+    """Two linear maps around a ReLU."""
     torch.manual_seed(1)
-
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = m.b(m.a(x).relu())
-        return x + out if residual else out
-
-    return Net(body, a=nn.Linear(6, 12), b=nn.Linear(12, 6))
+    return Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(6, 12), b=nn.Linear(12, 6))
 
 
 def deep() -> nn.Module:
     """Three residual networks and a readout."""
     torch.manual_seed(2)
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.b(self.a(x).relu())  # type: ignore[no-any-return]
-
-    return nn.Sequential(Block(), Block(), Block(), nn.Linear(6, 6)).eval()
+    sizes = [{"a": nn.Linear(6, 12), "b": nn.Linear(12, 6)} for _ in range(3)]
+    networks = (Net(lambda m, x: x + m.b(m.a(x).relu()), **parts) for parts in sizes)
+    return nn.Sequential(*networks, nn.Linear(6, 6)).eval()
 
 
 def planned(model: nn.Module, inputs: dict[str, torch.Tensor], stay: int) -> fx.GraphModule:

@@ -387,7 +387,6 @@ def test_a_criterion_need_not_detach_its_scores() -> None:
     ("method", "give", "text"),
     [
         ("positions", lambda gm, wanted: column_sums(gm, wanted, float("nan")), "finite score"),
-        ("positions", lambda gm, wanted: column_sums(gm, wanted, float("inf")), "finite score"),
         ("positions", lambda gm, wanted: None, "gave None for"),
         ("positions", lambda gm, wanted: {name: torch.ones(1) for name, _ in wanted}, "gave None for"),
         ("positions", lambda gm, wanted: dict.fromkeys(wanted, torch.ones(3)), "a tensor of shape"),

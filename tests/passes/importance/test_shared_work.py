@@ -21,30 +21,24 @@ from fxprune.offload import files
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Scores
 from tests.forked import in_processes
-from tests.oracle import discover
-
-
-class Blocks(nn.Module):
-    """Three residual blocks, and an embedding that is read at both ends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(31, 10)
-        self.up = nn.ModuleList(nn.Linear(10, 16) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(16, 10) for _ in range(3))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.tanh(up(x)))
-        return F.linear(x, self.embed.weight)
+from tests.oracle import Net, discover
 
 
 @pytest.fixture(scope="module")
 def dense() -> fx.GraphModule:
+    """Three residual blocks, and an embedding that is read at both ends."""
+
+    def body(net: Any, ids: torch.Tensor) -> torch.Tensor:
+        x = net.embed(ids)
+        for up, down in zip(net.up, net.down, strict=True):
+            x = x + down(torch.tanh(up(x)))
+        return F.linear(x, net.embed.weight)
+
     torch.manual_seed(0)
+    embed, up = nn.Embedding(31, 10), nn.ModuleList(nn.Linear(10, 16) for _ in range(3))
+    net = Net(body, embed=embed, up=up, down=nn.ModuleList(nn.Linear(16, 10) for _ in range(3)))
     ids = torch.randint(0, 31, (5, 9))
-    graph_module = discover(Blocks(), {"ids": ids[:2]})
+    graph_module = discover(net, {"x": ids[:2]})
     load_pass("calibrate", data=ids)(graph_module)
     return graph_module
 

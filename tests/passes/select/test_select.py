@@ -18,7 +18,6 @@ from torch import fx
 from fxprune.errors import (
     ArgumentError,
     CalibrationError,
-    FxpruneError,
     PassError,
     PlanError,
     RatioError,
@@ -270,8 +269,6 @@ def test_an_unreachable_ratio_says_what_can_be_reached(dense: fx.GraphModule, ki
 @pytest.mark.parametrize(
     ("name", "arguments", "error"),
     [
-        ("ratio", {"protect": (1,)}, FxpruneError),
-        ("ratio", {"protect": (-1, 0)}, FxpruneError),
         ("ratio", {"ratio": {"mlp": 1.2}}, RatioError),
         ("ratio", {"ratio": {}}, ArgumentError),
         ("ratio", {"ratio": [["mlp", 0.1], ["mlp", 0.2]]}, ArgumentError),

@@ -33,27 +33,6 @@ from tests.oracle import Net, axes_of, decide, discover, groups_of
 from tests.tiers import tiers
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.fc(x).relu()
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)  # type: ignore[no-any-return]
-
-
 def shapely() -> fx.GraphModule:
     """A graph full of sizes."""
 
@@ -154,7 +133,8 @@ output = output(linear_3,)"""
 
 
 def test_bypass_blocks_and_eliminate_dead_code() -> None:
-    model = Stack()
+    blocks = (Net(lambda m, x: x + m.fc(x).relu(), fc=nn.Linear(6, 6)) for _ in range(3))
+    model = Net(lambda m, x: m.head(m.blocks(x)), blocks=nn.Sequential(*blocks), head=nn.Linear(6, 4))
     dense = discover(model, {"x": torch.randn(2, 6)})
     before = text(dense)
     work = planned(dense, blocks=("blocks.0", "blocks.1"))
