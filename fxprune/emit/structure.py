@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PRUNED: dict[tuple[type, type], type[PreTrainedModel]] = {}
+_RELAXED: dict[type, type[PreTrainedConfig]] = {}
 
 
 def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
@@ -56,7 +57,6 @@ def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -
     return _PRUNED[stock, relaxed]
 
 
-@cache
 def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Config class like ``config`` that allows any widths; its instances can be copied and sent to other processes."""
     if issubclass(config, AnyWidths):
@@ -65,11 +65,12 @@ def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _empty, (_relaxed_config, config), dict(vars(self))
 
-    members = {"__reduce__": reduce, "__module__": config.__module__}
-    relaxed = type(config.__name__, (AnyWidths, config), members)
-    if getattr(transformers, config.__name__, None) is config:
-        _register(relaxed, config)
-    return relaxed
+    if config not in _RELAXED:
+        members = {"__reduce__": reduce, "__module__": config.__module__}
+        relaxed = _RELAXED[config] = type(config.__name__, (AnyWidths, config), members)
+        if getattr(transformers, config.__name__, None) is config:
+            _register(relaxed, config)
+    return _RELAXED[config]
 
 
 def _register(relaxed: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> None:

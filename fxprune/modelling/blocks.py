@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 _FOLLOWED = ("_attn_implementation_internal", "_experts_implementation_internal")
 _PARENT = "_fxprune_parent"
+_FOLLOWERS: dict[type, type] = {}
 
 
 def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
@@ -51,12 +52,13 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
     return view
 
 
-@cache
 def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Class of configs that follow one of class ``base``; made once for each."""
-    members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
-    members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
-    return type(base.__name__, (base,), members)
+    if base not in _FOLLOWERS:
+        members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
+        members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
+        _FOLLOWERS[base] = type(base.__name__, (base,), members)
+    return _FOLLOWERS[base]
 
 
 def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfig:
