@@ -557,7 +557,7 @@ def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
 
 def window_of(model: Any) -> int:
     """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     return min(WINDOW, most) if isinstance(most, int) else WINDOW
