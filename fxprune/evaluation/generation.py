@@ -142,8 +142,7 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
     pairs = list(zip(ids, reference.ids, strict=True))
     texts = zip(answers.texts, reference.texts, strict=True)
     overlap = mean_and_error([word_overlap(a, b) for a, b in texts])
-    # an end counts as a token
-    same_start = mean_and_error([common_prefix([*a, -1], [*b, -1]) / (len(b) + 1) for a, b in pairs])
+    same_start = mean_and_error([_same_start(a, b) for a, b in pairs])
     same = mean_and_error([float(a == b) for a, b in pairs])
     return Generation(*own, *overlap, *same_start, *same)
 
@@ -166,6 +165,12 @@ def _repeated(row: Sequence[int], size: int) -> float:
 def _distinct(rows: Sequence[Sequence[int]], size: int) -> float:
     grams = [gram for row in rows for gram in _grams(row, size)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _same_start(row: Sequence[int], reference: Sequence[int]) -> float:
+    """Fraction of the reference's tokens before the first difference; an end counts as a token."""
+    theirs = [*reference, -1]
+    return common_prefix([*row, -1], theirs) / len(theirs)
 
 
 def word_overlap(text: str, reference: str) -> float:

@@ -136,14 +136,30 @@ def text_perplexity(
     tokenizer: Any,
     text: str,
     *,
+    window: int = 256,
+    stride: int | None = None,
+    limit: int | None = None,
+    batch: int = 4,
     reference: Callable[..., Any] | None = None,
-    **options: Any,
+    reference_tokenizer: Any = None,
+    track: Track = no_progress,
 ) -> Perplexity:
-    """Perplexity of a text, in bits per byte too, and the divergence from a reference model, usually the dense one.
+    """Perplexity of a text, in bits per byte too, and the divergence from a reference model.
+
+    Each window begins with the tokens that the tokenizer puts before a text, such as a beginning-of-sequence token;
+    they are not predicted.
 
     Args:
-        options: as for :func:`paired_perplexities`.
+        model: as for :func:`perplexity`.
+        window: tokens per window, with those before a text.
+        stride: tokens between the starts of two windows; None for as many as a window has of the text, so that windows
+            do not overlap.
+        limit: most windows, evenly spaced over the text; None for all.
+        reference: a model to compare the predictions with, usually the dense one.
+        reference_tokenizer: its tokenizer; None for the same one.
     """
+    options: dict[str, Any] = {"window": window, "stride": stride, "limit": limit, "batch": batch, "track": track}
+    options["reference_tokenizer"] = reference_tokenizer
     return paired_perplexities(model, reference, tokenizer, text, **options)[1]
 
 
@@ -164,18 +180,10 @@ def paired_perplexities(
 ) -> tuple[Perplexity, Perplexity]:
     """Perplexities of a text for a reference model and for another one, which run over it once.
 
-    Each window begins with the tokens that the tokenizer puts before a text, such as a beginning-of-sequence token;
-    they are not predicted.
-
     Args:
-        model: as for :func:`perplexity`.
-        window: tokens per window, with those before a text.
-        stride: tokens between the starts of two windows; None for as many as a window has of the text, so that windows
-            do not overlap.
-        limit: most windows, evenly spaced over the text; None for all.
+        model: as for :func:`text_perplexity`, like all that follows.
         seen: token ids of samples; windows that share a run of :data:`fxprune.data.text.RUN` tokens with one are
             left out.
-        reference_tokenizer: that of the reference; None for the same one.
 
     Returns:
         That of the reference, without a meaning if there is none, and that of ``model`` with its divergence.
@@ -204,7 +212,7 @@ def paired_perplexities(
     if reference is not None and words is not None and has_other_tokens(tokenizer, words):
         aligned = _AlignedWindows.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
         counts, start, stop = aligned.counts, aligned.start, aligned.stop
-    sums, divergences = _measure_windows(model, windows, first, batch, reference, track, aligned)
+    measured = _measure_windows(model, windows, first, batch, reference, track, aligned)
     counts, read = counts.double(), (size[stop] - size[start]).double()
     step = window - len(opening) if stride is None else stride
 
@@ -214,7 +222,7 @@ def paired_perplexities(
         value, sizes = _exp(mean), (window, step, len(windows), int(counts.sum()))
         return Perplexity(value, value * error, *sizes, bits, bits_error, divergence, tuple(losses.tolist()))
 
-    return of(sums[1], None), of(sums[0], _divergence(sums, divergences, counts))
+    return of(measured.reference_losses, None), of(measured.losses, measured.divergence(counts))
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
@@ -351,7 +359,7 @@ def perplexity(model: Callable[..., Any], ids: torch.Tensor, batch: int = 4, *, 
     if ids.shape[1] < 2:
         raise EvaluationError(f"{format_value(ids)} has no next token", where="ids", remedy=f"Pass {wanted}")
     first = torch.ones(len(ids), dtype=torch.long)
-    losses = _measure_windows(model, ids, first, batch, None, track)[0][0]
+    losses = _measure_windows(model, ids, first, batch, None, track).losses
     return _exp(float(losses.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
@@ -379,22 +387,32 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def _divergence(sums: Tensor, divergences: Tensor, counts: Tensor) -> Divergence | None:
-    """The divergence from the reference model, from what :func:`_measure_windows` found; None if there is none.
+@dataclass(frozen=True)
+class _Measured:
+    """Sums over the predicted tokens of each window, ``(windows,)``; and of each token ``(windows, window - 1)``.
 
-    ``counts`` are the predicted tokens of each window.
+    Without a reference model only the losses are known. ``divergences`` is NaN at tokens that are not predicted.
     """
-    if not len(divergences):
-        return None
-    losses, reference_losses, agreeing, accepted = sums
-    compared = (~divergences.isnan()).sum(dim=1).double()
-    mean, mean_error = _ratio_of_sums(divergences.nansum(dim=1), compared)
-    lost, lost_error = _ratio_of_sums(losses - reference_losses, counts)
-    ratio = _exp(lost)
-    tokens = divergences[~divergences.isnan()].sort().values
-    highest = float(tokens[min(int(0.99 * len(tokens)), len(tokens) - 1)])
-    agreement, acceptance = _ratio_of_sums(agreeing, compared), _ratio_of_sums(accepted, compared)
-    return Divergence(mean, mean_error, highest, *agreement, ratio, ratio * lost_error, *acceptance)
+
+    losses: Tensor
+    reference_losses: Tensor
+    agreeing: Tensor
+    accepted: Tensor
+    divergences: Tensor
+
+    def divergence(self, counts: Tensor) -> Divergence | None:
+        """The divergence from the reference model; ``counts`` are the predicted tokens of each window."""
+        if not len(self.divergences):
+            return None
+        compared = (~self.divergences.isnan()).sum(dim=1).double()
+        mean, mean_error = _ratio_of_sums(self.divergences.nansum(dim=1), compared)
+        agreement = _ratio_of_sums(self.agreeing, compared)
+        accepted = _ratio_of_sums(self.accepted, compared)
+        lost, lost_error = _ratio_of_sums(self.losses - self.reference_losses, counts)
+        ratio = _exp(lost)
+        tokens = self.divergences[~self.divergences.isnan()].sort().values
+        highest = float(tokens[min(int(0.99 * len(tokens)), len(tokens) - 1)])
+        return Divergence(mean, mean_error, highest, *agreement, ratio, ratio * lost_error, *accepted)
 
 
 def _measure_windows(
@@ -405,11 +423,10 @@ def _measure_windows(
     reference: Callable[..., Any] | None,
     track: Track,
     aligned: _AlignedWindows | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sums ``(4, windows)`` and divergences as by :func:`_measure_logits`, over positions from ``first`` on.
+) -> _Measured:
+    """Next-token cross-entropies in nats over positions from ``first`` on, and the divergence from a reference model.
 
-    Several processes share the windows; all of them must call this function. Without a reference only the losses are
-    known, and there are no divergences.
+    Several processes share the windows; all of them must call this function.
 
     Args:
         aligned: the windows of the reference if it has other tokens.
@@ -450,7 +467,8 @@ def _measure_windows(
             if compared:
                 divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
-    return sums.cpu(), divergences.cpu()
+    losses, reference_losses, agreeing, accepted = sums.cpu()
+    return _Measured(losses, reference_losses, agreeing, accepted, divergences.cpu())
 
 
 def _measure_outputs(
@@ -471,7 +489,7 @@ def _measure_outputs(
 
 
 def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of each window and divergences of each token, NaN where it is not predicted.
+    """Sums of each window and divergences of each token.
 
     The sums are the losses of a model and of the reference, the tokens that both rank first, and those accepted as a
     draft.
