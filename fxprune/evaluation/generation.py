@@ -132,19 +132,29 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
     Raises:
         EvaluationError: the reference answers other questions.
     """
-    ids = answers.ids
-    own = (len(ids), *mean_and_error([_repeated(row, 4) for row in ids]), _distinct(ids, 1), _distinct(ids, 2))
+    repetition = mean_and_error([_repeated(row, 4) for row in answers.ids])
+    own: dict[str, Any] = {
+        "questions": len(answers.ids),
+        "repetition": repetition[0],
+        "repetition_error": repetition[1],
+        "distinct_1": _distinct(answers.ids, 1),
+        "distinct_2": _distinct(answers.ids, 2),
+    }
     if reference is None:
-        return Generation(*own)
+        return Generation(**own)
     if reference.questions != answers.questions:
         what, remedy = "its answers are to other questions", "Ask both models the same questions"
         raise EvaluationError(what, where="reference", remedy=remedy)
-    pairs = list(zip(ids, reference.ids, strict=True))
+    pairs = list(zip(answers.ids, reference.ids, strict=True))
     texts = zip(answers.texts, reference.texts, strict=True)
-    overlap = mean_and_error([word_overlap(a, b) for a, b in texts])
-    same_start = mean_and_error([_same_start(a, b) for a, b in pairs])
-    same = mean_and_error([float(a == b) for a, b in pairs])
-    return Generation(*own, *overlap, *same_start, *same)
+    measured = {
+        "overlap": mean_and_error([word_overlap(a, b) for a, b in texts]),
+        "same_start": mean_and_error([_same_start(a, b) for a, b in pairs]),
+        "same": mean_and_error([float(a == b) for a, b in pairs]),
+    }
+    for name, (value, error) in measured.items():
+        own |= {name: value, f"{name}_error": error}
+    return Generation(**own)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
