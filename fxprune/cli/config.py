@@ -49,12 +49,13 @@ def format_run(context: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML writes it; a number that was given as text is a number."""
+    """A value as YAML writes it; a number that was given as text is a number, unless it would be written otherwise."""
     if isinstance(value, tuple):
         return list(map(_plain, value))
     if isinstance(value, Path):
         return str(value)
-    return parse_number(value) if isinstance(value, str) else value
+    number = parse_number(value) if isinstance(value, str) else value
+    return number if str(number) == value else value
 
 
 def parse_number(text: str) -> int | float | str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from itertools import chain, count
 from typing import Any
 
 from fxprune.errors import DataError
@@ -54,6 +55,12 @@ def is_data_set(name: Any) -> bool:
     if not isinstance(name, str) or len(name) > _LONGEST_ID or name.endswith(ROW_SUFFIXES):
         return False
     return (name in CORPORA or _ID.fullmatch(name) is not None) and not os.path.exists(name)
+
+
+def unused_name(name: str, known: Container[str]) -> str:
+    """A name that is not among those known: itself, or with a number behind it."""
+    numbered = (f"{name} ({number})" for number in count(2))
+    return next(one for one in chain([name], numbered) if one not in known)
 
 
 def load_named(name: str, *, held_out: bool = False) -> Any:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
-from fxprune.data.named import CORPORA, is_data_set, load_named
+from fxprune.data.named import CORPORA, ROW_SUFFIXES, is_data_set, load_named, unused_name
 from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text, unseen
 from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
@@ -24,8 +24,6 @@ from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_in
 from fxprune.pipeline.arguments import format_value, function, instance, refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
 from fxprune.vocabulary.alignment import Offsets, align, common_ids, has_other_tokens
-
-_FILES = (".txt", ".jsonl", ".json")
 
 
 def named_corpora(texts: Any) -> dict[str, Any]:
@@ -42,7 +40,11 @@ def named_corpora(texts: Any) -> dict[str, Any]:
     for item in items:
         if not isinstance(item, str | Path) or not str(item):
             raise refuse("texts", item, wanted, EvaluationError)
-    return {str(item) if is_data_set(item) else Path(item).stem: item for item in items}
+    found: dict[str, Any] = {}
+    for item in items:
+        name = str(item) if is_data_set(item) else "text" if _is_text_itself(item) else Path(item).stem
+        found[unused_name(name, found)] = item
+    return found
 
 
 def load_corpus(source: Any) -> str:
@@ -54,12 +56,18 @@ def load_corpus(source: Any) -> str:
         return calibration_text(load_named(source, held_out=True))
     if not isinstance(source, str | Path):
         return calibration_text(source)
-    path = Path(source)
-    if isinstance(source, str) and path.suffix not in _FILES and (" " in source or "\n" in source):
-        return source
-    if not os.path.isfile(path):
+    if _is_text_itself(source):
+        return str(source)
+    if not os.path.isfile(source):
         raise UnknownNameError("corpus", str(source), CORPORA)
-    return read_text(path)
+    path = Path(source)
+    return read_text(path) if path.suffix in ROW_SUFFIXES else calibration_text(path)
+
+
+def _is_text_itself(source: str | Path) -> bool:
+    """Whether a source is neither a path nor a name: it has a blank or a line break, and no file is called so."""
+    has_breaks = isinstance(source, str) and (" " in source or "\n" in source)
+    return has_breaks and Path(source).suffix not in ROW_SUFFIXES and not os.path.isfile(source)
 
 
 _REMEDY = "Pass a language model that takes input_ids, and its own tokenizer"

@@ -17,6 +17,7 @@ from typing import Any
 
 import transformers
 
+from fxprune.data.named import unused_name
 from fxprune.data.rows import json_lines
 from fxprune.errors import EvaluationError, UnknownNameError
 from fxprune.graph.context import quiet, wrap_errors
@@ -186,7 +187,7 @@ def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, 
             named[_yaml_name(path)] = path  # the harness finds it by its name
         else:
             task = _as_file(item)
-            named[path.stem if isinstance(task, LocalTask) else str(task)] = task
+            named[unused_name(path.stem, named) if isinstance(task, LocalTask) else str(task)] = task
     return named
 
 

@@ -171,17 +171,21 @@ def test_a_recipe_is_edited_as_text(folder: str, out: Path) -> None:
 
 
 def test_a_run_repeats_from_its_file(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options win over the file; --json prints the report, and notes of others in the folder are kept."""
+    """Options win over the file; --json prints the report, and notes of others in the folder are kept.
+
+    A name that looks like a number stays as it was given.
+    """
     monkeypatch.chdir(tmp_path)
+    Path("007").symlink_to(folder)
     Path("slim").mkdir()
     Path("slim/notes").write_text("mine")
     options = (*L2, "--kinds", "mlp,head", "--ratio", 0.1, "--protect", 1, 0, "--no-eval")
-    assert "--force" in refused("prune", folder, "--out", "slim", *options)
-    code, printed, lines = run("prune", folder, "--out", "slim", *options, "--force", "--verbose")
+    assert "--force" in refused("prune", "007", "--out", "slim", *options)
+    code, printed, lines = run("prune", "007", "--out", "slim", *options, "--force", "--verbose")
     assert code == 0 and "find-groups: " in lines and "of the parameters removed" in printed, lines
     assert Path("slim/notes").read_text() == "mine"
     assert yaml.safe_load(Path("slim/run.yaml").read_text()) == {
-        **{"model": folder, "out": "slim", "recipe": "llm-pruner", "importance": "l2", "kinds": "mlp,head"},
+        **{"model": "007", "out": "slim", "recipe": "llm-pruner", "importance": "l2", "kinds": "mlp,head"},
         **{"ratio": 0.1, "protect": [1, 0], "eval": False},
     }
     plan = Path("slim/plan.json").read_text()

@@ -122,13 +122,22 @@ def test_a_source_is_a_corpus_a_file_or_text(tmp_path: Path) -> None:
     assert named_corpora(["ptb", "a/b.txt"]) == {"ptb": "ptb", "b": "a/b.txt"}
     assert named_corpora("wikitext2") == {"wikitext2": "wikitext2"}
     assert named_corpora({"mine": "some text"}) == {"mine": "some text"}
+    assert named_corpora(["a/b.txt", "c/b.txt", "A page of\ntext"]) == {
+        "b": "a/b.txt",
+        "b (2)": "c/b.txt",
+        "text": "A page of\ntext",
+    }
     (tmp_path / "a b.txt").write_text("from the file")
     assert load_corpus(tmp_path / "a b.txt") == "from the file"
+    (tmp_path / "my notes.md").write_text("from the notes")
+    assert load_corpus(str(tmp_path / "my notes.md")) == "from the notes"
     assert load_corpus("two words") == "two words"
     with pytest.raises(UnknownNameError, match="word"):
         load_corpus("word")
     with pytest.raises(UnknownNameError):
         load_corpus("no such.txt")
+    with pytest.raises(UnknownNameError):
+        load_corpus("no such.parquet")
 
 
 def test_bits_per_byte_count_the_bytes_of_what_is_predicted(model: PreTrainedModel) -> None:

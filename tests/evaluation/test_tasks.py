@@ -80,6 +80,7 @@ def test_questions_by_context_are_scored_as_by_hand(model: PreTrainedModel, tmp_
 def test_tasks_are_named_by_the_harness_or_by_their_file() -> None:
     assert list(named_tasks(PAPER_TASKS)) == list(PAPER_TASKS) and len(PAPER_TASKS) == 7
     assert list(named_tasks(["boolq", "a/quiz.jsonl", LocalTask("b/test.jsonl")])) == ["boolq", "quiz", "test"]
+    assert list(named_tasks(name for name in ("a/quiz.jsonl", "b/quiz.jsonl"))) == ["quiz", "quiz (2)"]
 
 
 def test_a_folder_stands_for_its_files(model: PreTrainedModel, tmp_path: Path) -> None:
