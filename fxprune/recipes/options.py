@@ -63,7 +63,7 @@ class ApplyOptions(TypedDict, total=False):
     tune: Annotated[
         str | Pass | None,
         _what_goes(
-            "Train a few vectors of the slim model end to end: `tune`, optionally with arguments as in "
+            "Train the slim model end to end: `tune`, optionally with arguments as in "
             "`tune{epochs=2}`, or a pass; `none` for no tuning."
         ),
     ]
