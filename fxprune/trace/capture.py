@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.errors import TraceError
+from fxprune.errors import ArgumentError, TraceError
 from fxprune.graph.compat import fake_mode, is_impure, tree_leaves, tree_map
 from fxprune.graph.context import (
+    Refusal,
+    attempt,
     default_modes,
     defer_gc,
     hold_signals,
@@ -165,7 +167,7 @@ def _first_that_agrees(
         if copied == Repeats():
             notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
-        raise _trace_error(model, failure, fidelity)
+        raise _trace_error(model, example_inputs, failure, fidelity)
     hooked = hooks_left_out(model)
     notes += [*limits, *fidelity.notes]
     notes += [f"without the hooks of {', '.join(hooked)}"] if hooked else []
@@ -214,7 +216,9 @@ def _graph_of(
     return graph_module, limits
 
 
-def _trace_error(model: nn.Module, failure: Exception | None, fidelity: Fidelity | None) -> TraceError:
+def _trace_error(
+    model: nn.Module, example_inputs: Mapping[str, Any] | None, failure: Exception | None, fidelity: Fidelity | None
+) -> TraceError:
     name = type(model).__name__
     if fidelity is not None and fidelity.where:
         return TraceError(
@@ -238,10 +242,19 @@ def _trace_error(model: nn.Module, failure: Exception | None, fidelity: Fidelity
     error = TraceError(
         f"{name} cannot be traced: {_first_line(failure)}",
         where=line or f"forward of {name}",
-        remedy=PLAIN_OPS if inner else "Rewrite that line without data-dependent Python, or pass other example_inputs",
+        remedy=PLAIN_OPS if inner else _advice(model, example_inputs),
     )
     error.__cause__ = failure
     return error
+
+
+def _advice(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> str:
+    """The remedy for code that cannot be traced, which may be that the model itself refuses the inputs."""
+    if example_inputs is not None and not any(parameter.is_meta for parameter in model.parameters()):
+        found = attempt(check_runs, model, example_inputs, refusals=(ArgumentError,))
+        if isinstance(found, Refusal) and isinstance(found.error, ArgumentError):
+            return "The model itself does not run on these example_inputs: pass others"
+    return "Rewrite that line without data-dependent Python, or pass other example_inputs"
 
 
 def _set_facts(
