@@ -159,21 +159,15 @@ def uniform_price(data: Mapping[str, Any]) -> str:
         data: Results of `benchmarks.quality` on texts.
     """
     section = sections(data)[0]
-    found = [row for row in section.rows if row.ratio == section.ratios[0]]
-    draws = {(row.entry, row.draw) for row in found}
-    names = ("fast", "fast, on the given text alone, by gradients")
-    name = next(one for one in names if any(entry == f"{one}, uniform" for entry, _ in draws))
-    values = {}
-    for entry in (name, f"{name}, uniform"):
-        both = (
-            row for row in found if row.entry == entry and {(name, row.draw), (f"{name}, uniform", row.draw)} <= draws
-        )
-        rows = [row.at(section.protocol.lengths[0]) for row in both]
-        values[entry] = [fmean(row[text].value for row in rows) for text in _ENGLISH]
-    pairs = zip(values[f"{name}, uniform"], values[name], strict=True)
-    more = [100 * (uniform / own - 1) for uniform, own in pairs]
+    length, ratio = section.protocol.lengths[0], section.ratios[0]
+    rows = {(row.entry, row.draw): row.at(length) for row in section.rows if row.ratio == ratio}
+    pairs = [(row, rows["fast", draw]) for (entry, draw), row in rows.items() if entry == "fast, uniform"]
+    more = []
+    for text in _ENGLISH:
+        uniform, own = (fmean(row[text].value for row in found) for found in zip(*pairs, strict=True))
+        more.append(100 * (uniform / own - 1))
     price = f"{min(more):.0f} to {max(more):.0f}% more perplexity on English text"
-    return f"{price}, at {section.ratios[0]:.0%} of the demo model by {name.partition(',')[0]}"
+    return f"{price}, at {ratio:.0%} of the demo model by fast"
 
 
 def _pyplot() -> Any:

@@ -84,6 +84,7 @@ ENTRIES = (
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("fast, uniform", {"recipe": "fast", "uniform": True}),
+    Entry("fast, searched", {"recipe": "fast", "select": f"select-by-search{{{CHOSEN}}}"}),
     Entry("balanced", {}),
     Entry("balanced, by updates of rank 8 on the given text", {"recipe": GIVEN}),
     Entry("best", {"recipe": "best"}),

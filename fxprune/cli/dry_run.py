@@ -24,6 +24,7 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.comparison import WINDOW, WINDOWS
 from fxprune.graph.tensors import returned_nodes
+from fxprune.offload.prefetch import free_bytes
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
 
@@ -83,6 +84,10 @@ def disk_traffic(
     return swept + updates, updates
 
 
+_LOADED = 0.9e9
+"""Bytes of Python, torch, transformers and what tracing loads, by the resident memory of a prune of the demo model."""
+
+
 def peak_memory(
     costs: Sequence[tuple[Any, Any]],
     tokens: int,
@@ -91,8 +96,12 @@ def peak_memory(
     *,
     in_place: bool = False,
     on_disk: bool = False,
+    free: float = math.inf,
 ) -> float:
-    """Peak memory in bytes: dense and slim ``weights``, and the activations of the most demanding pass."""
+    """Peak memory in bytes: dense and slim ``weights``, and the activations of the most demanding pass.
+
+    ``free`` are the bytes of memory that are free before the prune.
+    """
     dense, slim = weights
     both = 0.0 if on_disk else dense if in_place else dense + slim
     held, current, most = 0.0 if on_disk else dense, dense, both
@@ -100,9 +109,11 @@ def peak_memory(
         held = held if step.changes == "nothing" else both
         current = slim if step.changes == "graph" else current
         elements = cost.batch * ((sizes.total if cost.backward else sizes.alive) + cost.outputs * sizes.outputs)
-        trained = 0.0 if on_disk and cost.updates else cost.weights * current
+        trained = cost.weights * current * 4 / sizes.size
+        if (on_disk and cost.updates) or (cost.if_free and 2 * trained > free - held):
+            trained = 0.0
         most = max(most, held + sizes.size * tokens * elements * current / dense + trained)
-    return 0.5e9 + most  # Python, torch and transformers take half a gigabyte
+    return _LOADED + most
 
 
 def print_estimate(found: Estimate, *, as_json: bool) -> None:
@@ -182,6 +193,7 @@ def estimate(
     flops = 2 * report.macs[0] / counted * tokens * sum(cost.runs for _, cost in costs)
     if not low_memory and options.get("eval", True):
         flops += 2 * sum(report.macs) / counted * WINDOW * WINDOWS
+    free = free_bytes(torch.device("cpu"))
     read, written = disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
     return Estimate(
         parameters=report.parameters,
@@ -189,7 +201,7 @@ def estimate(
         groups=dict(Counter(group.kind for group in fxprune.facts_of(traced)[Groups].all)),
         frozen=len(report.frozen),
         reachable=reachable,
-        memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory),
+        memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory, free=free),
         reached="" if report.reached is None else str(report.reached),
         seconds=flops / _flops(),
         read=read,

@@ -88,7 +88,8 @@ class PassCost:
         batch: samples in memory at once.
         backward: whether all activations of these samples are kept, rather than those still to be read.
         outputs: copies of the model's outputs for these samples: logits, log-probabilities, their gradient.
-        weights: memory kept for each weight, as a fraction of the bytes of the weights.
+        weights: float32 numbers kept for each weight.
+        if_free: whether these are only kept where they take at most half of the free memory.
         recorded: samples that it records for training by a later pass.
         given: samples that it gives to later passes; 0 for those that there were.
         sweeps: times that all weights are read again and again, where they are in files.
@@ -100,6 +101,7 @@ class PassCost:
     backward: bool = False
     outputs: int = 1
     weights: float = 0.0
+    if_free: bool = False
     recorded: int = 0
     given: int = 0
     sweeps: float = 0.0

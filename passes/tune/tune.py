@@ -415,9 +415,12 @@ class TunePass(Pass):
     def cost(self, samples: int) -> PassCost:
         """Three runs of each recorded sample an epoch; trained weights with gradients, moments and the best so far."""
         runs = (4.0 if self.memory == "low" else 3.0) * self.epochs * samples + HELDOUT * (self.measurements + 1)
-        kept, batch = _KEPT if self.weights is True else 0.0, max(1, min(self.batch, samples))
+        kept, batch = _KEPT if self.weights else 0.0, max(1, min(self.batch, samples))
         steps = self.epochs * samples / batch if self.weights and not self.folder else 0.0
-        return PassCost(runs, batch, backward=True, outputs=3, weights=kept, sweeps=runs / batch, updates=steps)
+        auto = self.weights == "auto"
+        return PassCost(
+            runs, batch, backward=True, outputs=3, weights=kept, if_free=auto, sweeps=runs / batch, updates=steps
+        )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
