@@ -93,7 +93,7 @@ def test_a_run_writes_the_section_of_the_results_page(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("json", "md", "png")}
     page = results_page(tmp_path / "results")
     flat = " ".join(page.split())
-    assert "by the recipe `fast` of that time (`calibrate" in flat and "2 windows of 64 tokens" in flat
+    assert "by the recipe `fast` as it was then (`calibrate" in flat and "2 windows of 64 tokens" in flat
     assert "## Recovery: `make bench-recover`" in page
     assert ("| average accuracy retained on quiz | 100.0% ± 0.0% |" in page) is (data["retained_of"] == ["quiz"])
 
