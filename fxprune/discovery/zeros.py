@@ -69,7 +69,7 @@ class _Op:
 
 
 class ZeroWalk:
-    """A walk over a graph in order, and what it finds.
+    """Values of masked units, propagated through a graph node by node.
 
     ``held`` has the values of masked units, where they are known; ``renormalised`` for each factor the nodes that must
     run on its kept units only, ``summed`` those that sum over it; ``frozen`` the factors that must keep their units;

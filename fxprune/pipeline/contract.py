@@ -259,28 +259,38 @@ def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphMod
     original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
     """
     nodes = _nodes(graph_module)
-    tensors = {
-        name: (tensor if hold else None, weakref.ref(tensor), version_of(tensor), tensor.shape)
-        for name, tensor in weights(graph_module)
-    }
+    tensors = {name: _TensorPrint.of(tensor, hold=hold) for name, tensor in weights(graph_module)}
 
     def changes_in(after: fx.GraphModule) -> set[Change]:
         changed: set[Change] = set() if _same(nodes, _nodes(after)) else {"graph"}
-        known = ((tensors[name], tensor) for name, tensor in weights(after) if name in tensors)
-        if any(_differs(before(), version, shape, tensor) for (_, before, version, shape), tensor in known):
+        if any(name in tensors and tensors[name].differs(tensor) for name, tensor in weights(after)):
             changed.add("weights")
         return changed
 
     return changes_in
 
 
-def _differs(before: torch.Tensor | None, version: int, shape: torch.Size, after: torch.Tensor) -> bool:
-    """Whether ``after`` holds other values than a tensor, None if it is gone, did in that version: a copy does not."""
-    if before is after or shape != after.shape:
-        return shape != after.shape or version != version_of(after)
-    if before is None or version != version_of(before):
-        return True
-    return not before.is_meta and not torch.equal(before, after)
+@dataclass(frozen=True)
+class _TensorPrint:
+    """A tensor at one time."""
+
+    tensor: Callable[[], torch.Tensor | None]
+    version: int
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, *, hold: bool) -> _TensorPrint:
+        """Tensors made in inference mode count no versions."""
+        return cls((lambda: tensor) if hold else weakref.ref(tensor), version_of(tensor), tensor.shape)
+
+    def differs(self, after: torch.Tensor) -> bool:
+        """Whether ``after`` holds other values, as far as is known: a copy does not."""
+        before = self.tensor()
+        if before is after or self.shape != after.shape:
+            return self.shape != after.shape or self.version != version_of(after)
+        if before is None or self.version != version_of(before):
+            return True
+        return not before.is_meta and not torch.equal(before, after)
 
 
 _NodePrint = tuple[tuple[Any, ...], ...]

@@ -104,7 +104,7 @@ def _classes() -> dict[str, type[Pass]]:
 
 
 def _givers(kind: type[Fact]) -> tuple[str, ...]:
-    """Names of the passes that give a fact; what a sequence gives, its steps do."""
+    """Names of the passes that give a fact, without sequences of passes."""
     return tuple(name for name, made in _classes().items() if kind in _kinds(made, "gives"))
 
 

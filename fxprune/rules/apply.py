@@ -78,7 +78,10 @@ def describe_rule(node: fx.Node) -> str:
 
 
 def describe_once(op: OpSite, known: dict[Any, str]) -> str:
-    """As :func:`describe_rule`, with those ``known`` by what they depend on: op, shapes and other arguments."""
+    """The rule of a node in isolation, from a cache keyed by op, shapes and other arguments; see :func:`describe_rule`.
+
+    ``known`` is the cache, which is added to.
+    """
     node = op.node
     results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
     keywords = tuple(node.kwargs), _signature(op, tuple(node.kwargs.values()))

@@ -314,10 +314,9 @@ _PARTS, _EVERY = 50, 5
 def _texts(corpus: Any) -> list[str]:
     wanted = "the path of a file of text, or texts"
     if isinstance(corpus, str | os.PathLike):
-        path = Path(corpus)
-        if isinstance(corpus, str) and (len(corpus) > 4096 or "\n" in corpus or not path.is_file()):
+        if isinstance(corpus, str) and not os.path.isfile(corpus):
             raise refuse("corpus", corpus, f"{wanted} in a list; there is no such file")
-        return [calibration_text(path)]
+        return [calibration_text(Path(corpus))]
     if isinstance(corpus, bytes | Mapping) or not isinstance(corpus, Iterable):
         raise refuse("corpus", corpus, wanted)
     texts = list(corpus)

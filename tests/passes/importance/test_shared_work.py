@@ -48,7 +48,7 @@ def scored(graph_module: fx.GraphModule, **arguments: Any) -> dict[str, Any]:
     return {name: row.tolist() for name, row in facts_of(found)[Scores].units.items()}
 
 
-def require_close(found: dict[str, Any], want: dict[str, Any]) -> None:
+def assert_close(found: dict[str, Any], want: dict[str, Any]) -> None:
     assert found.keys() == want.keys()
     for name, row in want.items():
         np.testing.assert_allclose(found[name], row, rtol=1e-3, atol=1e-7)
@@ -66,7 +66,7 @@ def test_free_memory_is_that_of_the_first_process(
         return scored(dense, order="mix")
 
     for found in in_processes(work, 2, tmp_path):
-        require_close(found, want)
+        assert_close(found, want)
 
 
 def test_processes_that_run_other_passes_are_refused(dense: fx.GraphModule, tmp_path: Path) -> None:
@@ -123,6 +123,6 @@ def test_another_number_of_processes_resumes(
     (_, rest), *_ = resumed = in_processes(lambda _: work(-1), again, tmp_path / "again")
     assert rest > 0 and cache.joinpath("scores.safetensors").exists()
     for found, _ in resumed:
-        require_close(found, want)
+        assert_close(found, want)
     assert not {path.name for path in cache.iterdir()}.isdisjoint(left), "parts done before were not done again"
     assert rest + 3 == sum(path.name.startswith("part-") for path in cache.iterdir())
