@@ -88,6 +88,7 @@ ENTRIES = (
     Entry("balanced", {}),
     Entry("balanced, by updates of rank 8 on the given text", {"recipe": GIVEN}),
     Entry("best", {"recipe": "best"}),
+    Entry("balanced, by gates", {"select": f"select-by-gates{{{CHOSEN}}}"}),
     Entry("fast, random units", {"recipe": "fast", "importance": "random"}),
     Entry("balanced, random units", {"importance": "random"}),
     Entry(
