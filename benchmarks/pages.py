@@ -18,14 +18,8 @@ from fxprune.cli.demo import demo_name
 
 DOCS = ROOT / "docs"
 DEMO = ROOT / "fxprune" / "cli" / "demo.json"
-RECIPES = (
-    *("llm-pruner", "FLAP", "fast", "balanced", "best", "fast, random units", "balanced, random units"),
-    *(f"{name}, without programs" for name in ("fast", "balanced", "best")),
-    *("fast by forward passes", "balanced by local ranking"),
-    *(f"{name} by wanda" for name in ("fast", "balanced", "best")),
-)
-_DRAWN_AS = {"balanced by wanda": ("balanced, MLPs of multiples of 32",)}
-"""Entries that are drawn as a recipe, since they differ from it only in widths that suit engines."""
+RECIPES = ("llm-pruner", "FLAP", "fast", "balanced", "best", "fast, random units", "balanced, random units")
+"""Entries to draw."""
 
 _ENGLISH = ("c4_sample.jsonl, kept back", "wiki_sample.txt", "wikitext2/test.txt")
 
@@ -216,7 +210,7 @@ def draw_quality(data: Mapping[str, Any], path: Path) -> None:
     """Draw perplexity over that of the dense model against the parameters left, a panel for each text.
 
     Recipes are drawn, or all entries if no recipe was measured; bars are the range over draws, and dashed lines join
-    what was measured by an earlier protocol. Points above twenty times the dense model fall outside.
+    what was measured by another protocol. Points above twenty times the dense model fall outside.
 
     Args:
         data: Results of `benchmarks.quality` on texts.
@@ -232,7 +226,7 @@ def draw_quality(data: Mapping[str, Any], path: Path) -> None:
     for axes, text in zip(panels[0], texts, strict=True):
         for number, name in enumerate(names):
             for section, style in zip(found, ("-", *["--"] * (len(found) - 1)), strict=True):
-                points = [*_points(section, text, (name, *_DRAWN_AS.get(name, ())))]
+                points = [*_points(section, text, name)]
                 if points:
                     shares, values, low, high = zip((100, 1, 0, 0), *points, strict=True)
                     label = name if name not in axes.get_legend_handles_labels()[1] else None
@@ -247,11 +241,11 @@ def draw_quality(data: Mapping[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _points(section: Section, text: str, names: Sequence[str]) -> Iterator[tuple[float, float, float, float]]:
+def _points(section: Section, text: str, name: str) -> Iterator[tuple[float, float, float, float]]:
     """Per cent of the parameters left, mean perplexity over dense at the shortest windows, and its range over draws."""
     length = section.protocol.lengths[0]
     dense = section.dense.at(length)[text]
-    own = [row for row in section.rows if row.entry in names and text in row.at(length)]
+    own = [row for row in section.rows if row.entry == name and text in row.at(length)]
     for count in sorted({row.parameters for row in own}, reverse=True):
         over = [row.at(length)[text].value / dense.value for row in own if row.parameters == count]
         mean = fmean(over)

@@ -79,8 +79,7 @@ class Bench:
             draw: Seed of the draw of calibration samples, and of the passes that take one.
         """
         samples = self._samples(entry, draw)
-        options = {key: with_ratio(value, ratio) for key, value in entry.options.items()}
-        options |= {"tokenizer": self.tokenizer, "ratio": ratio, "seed": draw}
+        options = {**entry.options, "tokenizer": self.tokenizer, "ratio": ratio, "seed": draw}
         pipeline = fxprune.prune_pipeline(samples, **options)
         trained, read = trained_by(pipeline, 0 if samples is None else len(samples), self.protocol.tokens)
         begun = QualityRow(entry.name, ratio, draw, self.protocol, 0, {}, passes=str(pipeline), trained=trained,
@@ -143,11 +142,6 @@ class Bench:
 
 def _folder_of(keep: Path, row: QualityRow) -> Path:
     return keep / f"{row.entry}-{row.ratio:g}-{row.draw}"
-
-
-def with_ratio(value: Any, ratio: float) -> Any:
-    """Insert the ratio into an option that spells a selection."""
-    return value % ratio if isinstance(value, str) and "%s" in value else value
 
 
 def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.entries import place_of_entry
+from benchmarks.quality.entries import is_ablation, place_of_entry
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, compare, over_dense, read_rows
 from fxprune.evaluation import Perplexity
 
@@ -38,9 +38,16 @@ class Section:
         return sorted({row.ratio for row in self.rows if row.ratio})
 
     @property
-    def knows_more(self) -> bool:
-        """Whether more than perplexity was measured."""
-        return any(one.divergence for row in self.rows for found in row.texts.values() for one in found)
+    def recipes(self) -> Section:
+        """Rows of recipes, their controls and other models."""
+        return replace(self, rows=tuple(row for row in self.rows if not is_ablation(row.entry)))
+
+    @property
+    def ablations(self) -> Section:
+        """Rows of recipes with one ingredient changed, and of the recipes that were changed."""
+        changed = {(row.entry, row.ratio) for row in self.rows if is_ablation(row.entry)}
+        kept = changed | {(name.partition(",")[0], ratio) for name, ratio in changed}
+        return replace(self, rows=tuple(row for row in self.rows if (row.entry, row.ratio) in kept))
 
     def texts(self, length: int) -> list[str]:
         """Names of the texts that were measured on in windows of a length."""
@@ -115,14 +122,29 @@ class Section:
 
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
         """For each recipe with a control, its perplexity over that of random units, from the same draws and windows."""
+        controls = [name for name, _ in self.entries(ratio) if name.endswith(_CONTROL)]
+        return self._compared(ratio, length, [(name.removesuffix(_CONTROL), name) for name in controls])
+
+    def changes(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
+        """For each ablation, its perplexity over that of the recipe, from the same draws and windows."""
+        changed = [name for name, _ in self.entries(ratio) if is_ablation(name)]
+        return self._compared(ratio, length, [(name, name.partition(",")[0]) for name in changed])
+
+    def _compared(
+        self, ratio: float, length: int, pairs: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[str, int, list[str]]]:
+        """For each pair of entries, the number of draws of both, and the ratio of their perplexities on each text."""
         drawn = {name: {row.draw: row.at(length) for row in rows} for name, rows in self.entries(ratio)}
-        for name, control in ((name.removesuffix(_CONTROL), name) for name in drawn if name.endswith(_CONTROL)):
-            draws = sorted(drawn.get(name, {}).keys() & drawn[control].keys())
-            pairs = {text: [(drawn[name][draw][text], drawn[control][draw][text]) for draw in draws
-                            if text in drawn[name][draw] and text in drawn[control][draw]]
-                     for text in self.texts(length)}  # fmt: skip
+        for name, other in pairs:
+            ours, theirs = drawn[name], drawn.get(other, {})
+            draws = sorted(ours.keys() & theirs.keys())
+            by_text = [
+                [compare(ours[draw][text], theirs[draw][text]) for draw in draws
+                 if text in ours[draw] and text in theirs[draw]]
+                for text in self.texts(length)
+            ]  # fmt: skip
             if draws:
-                yield name, len(draws), [over([compare(*pair) for pair in each]) for each in pairs.values()]
+                yield name, len(draws), [over(each) for each in by_text]
 
 
 def over(ratios: Sequence[tuple[float, float | None]]) -> str:

@@ -16,8 +16,8 @@ from benchmarks.quality import __main__ as quality
 from benchmarks.quality import entries as entries_module
 from benchmarks.quality import measure
 from benchmarks.quality import texts as texts_module
-from benchmarks.quality.entries import ENTRIES, Entry, entries
-from benchmarks.quality.measure import trained_by, with_earlier, with_ratio
+from benchmarks.quality.entries import Entry, entries
+from benchmarks.quality.measure import trained_by, with_earlier
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare, read_rows
 from benchmarks.quality.texts import beginning, python_code, read_texts
@@ -30,10 +30,9 @@ from tests.tokens import character_tokenizer
 
 def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
     ids = torch.zeros(2, 8, dtype=torch.long)
-    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+    assert len({entry.name for entry in entries()}) == len(entries())
     for entry in entries():
-        options = {key: with_ratio(value, 0.35) for key, value in entry.options.items()}
-        assert "ratio=0.35" in str(fxprune.prune_pipeline(ids, ratio=0.35, **options)), entry.name
+        assert "ratio=0.35" in str(fxprune.prune_pipeline(ids, ratio=0.35, **entry.options)), entry.name
     assert [entry.name for entry in entries(["fast"])] == ["fast"]
 
 
@@ -42,6 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A tiny model, two cheap entries, and a folder of texts."""
     l1, l2 = ({"recipe": "llm-pruner", "importance": name} for name in ("l1", "l2"))
     monkeypatch.setattr(entries_module, "ENTRIES", (Entry("l1", l1), Entry("l2", l2, samples=0)))
+    monkeypatch.setattr(entries_module, "ABLATIONS", ())
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "results" / "quality.json")
     monkeypatch.setattr(quality, "load_named", lambda _: (tiny("llama"), character_tokenizer(), "tiny"))
     monkeypatch.setattr(texts_module, "python_code", lambda: "def double(x):\n    return 2 * x\n" * 20)
@@ -272,18 +272,26 @@ def test_the_page_tells_what_the_selection_is_worth_from_equal_draws() -> None:
     assert "| balanced | 1 | x0.88 ± 0.00 |" in page
 
 
-def test_rows_of_an_earlier_protocol_stand_apart_until_they_are_measured_anew() -> None:
-    """Of the first protocol, perplexity alone was kept."""
+def test_rows_of_another_protocol_stand_apart_unless_they_were_measured_by_both() -> None:
     old = [
-        replace(row(name, 0, value), protocol=replace(PROTOCOL, kept_back=0), texts={"text": (measured(value),)})
+        replace(row(name, 0, value), protocol=replace(PROTOCOL, kept_back=0))
         for name, value in (("dense", 10.0), ("balanced", 12.0), ("fast", 13.0))
     ]
     first = quality_page(as_data(*old))
-    assert "| balanced | x1.20 |" in first and "earlier protocol" not in first
+    assert "| balanced | x1.20 ± 0.02 |" in first and "another protocol" not in first
     page = quality_page(as_data(*old, row("dense", 0, 10.0), row("balanced", 0, 14.0)))
-    later, _, earlier = page.partition("## Rows of an earlier protocol")
-    assert "| balanced | x1.40 ± 0.02 |" in later and "| fast |" not in later
-    assert "| fast | x1.30 |" in earlier and "| balanced | x1.20" not in earlier
+    ours, _, others = page.partition("## Rows of another protocol")
+    assert "| balanced | x1.40 ± 0.02 |" in ours and "| fast |" not in ours
+    assert "| fast | x1.30 ± 0.02 |" in others and "| balanced | x1.20" not in others
+
+
+def test_ablations_stand_apart_beside_the_recipe_that_they_change() -> None:
+    changed = row("fast, uniform", 0, 16.0)
+    rows = (row("dense", 0, 10.0), row("fast", 0, 14.0), row("fast", 1, 20.0), row("best", 0, 12.0), changed)
+    recipes, _, ablations = quality_page(as_data(*rows)).partition("## Ingredients")
+    assert "| best |" in recipes and "| fast, uniform |" not in recipes
+    assert "| fast, uniform | 1 | x1.14 ± 0.00 |" in ablations, "beside the draw that both have"
+    assert "| fast | 2 |" in ablations and "| best |" not in ablations
 
 
 def test_rows_are_compared_window_by_window() -> None:
