@@ -181,7 +181,8 @@ def from_pretrained(
             what the model computes on a few tokens, or an image or a sound, is compared with what the saved one did,
             as with True; with False it is not run, nor where another dtype or weights left on disk are asked for.
         model_class: the class, if it is not one of transformers' own.
-        options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...;
+            for an id also ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
@@ -192,7 +193,7 @@ def from_pretrained(
     if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
     with wrap_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
-        path = _local(name)
+        path = _local(name, {key: options.pop(key) for key in _OF_HUB if key in options})
         restore_replaced(path)
         before = folder_identity(path)
         try:
@@ -278,13 +279,17 @@ def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTraine
     return model
 
 
-def _local(folder: str | os.PathLike[str]) -> Path:
-    """Path of a folder; one that looks like the id of a repository is downloaded."""
+_OF_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Options of ``from_pretrained`` of transformers about a download."""
+
+
+def _local(folder: str | os.PathLike[str], of_hub: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Path of a folder; one that looks like the id of a repository is downloaded, with these options."""
     path = Path(folder).expanduser()
     name = os.fspath(folder)
     if path.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         return path
-    found = attempt(snapshot_download, name)
+    found = attempt(snapshot_download, name, **of_hub)
     if isinstance(found, Refusal):
         raise CheckpointError(
             f"neither a folder nor on the hub: {found}",

@@ -120,6 +120,20 @@ def test_a_plan_that_was_exchanged_is_refused_with_its_digest(folder: Path) -> N
     assert from_pretrained(folder) is not None, "earlier releases wrote none"
 
 
+def test_a_repository_is_downloaded_as_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest revision was loaded whichever was asked for, and a token was not used."""
+    seen: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        seen.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr("fxprune.checkpoint.read.snapshot_download", download)
+    model = from_pretrained("someone/something", revision="v1", token="secret", dtype="bfloat16")
+    assert seen == {"name": "someone/something", "revision": "v1", "token": "secret"}
+    assert model.dtype == torch.bfloat16
+
+
 def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> str:
         raise ConnectionError("offline")
