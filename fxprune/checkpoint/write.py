@@ -481,12 +481,24 @@ def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Resolve the folder of a checkpoint, and check that it may be written; ``force`` allows other contents."""
     with wrap_disk_errors(folder, CheckpointError):
         target = resolve_target(folder)
-        if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-            remedy = "Choose a new folder, or empty this one"
-            raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+        if not force and target.is_dir() and any(target.iterdir()):
+            _check_checkpoint(target)
         if target.exists() and not target.is_dir():
             raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
     return target
+
+
+def _check_checkpoint(target: Path) -> None:
+    """Refuse a folder with files that are not known to be ours: those of no checkpoint, or of one that is damaged."""
+    if not (target / MANIFEST).is_file():
+        remedy = "Choose a new folder, or empty this one"
+        raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+    try:
+        read_manifest(target)
+    except CheckpointError as error:
+        what = f"holds an earlier checkpoint whose {MANIFEST} cannot be read: {error.what}"
+        remedy = "Choose a new folder, or pass $force to write over this one"
+        raise CheckpointError(what, where=str(target), remedy=remedy) from error
 
 
 def _gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
