@@ -354,7 +354,7 @@ _SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 def locate(source: str | os.PathLike[str], gguf_file: str | None = None) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a folder, a GGUF file, or a hub id."""
-    path = Path(as_path("model", source, error=CheckpointError)).expanduser()
+    path = Path(as_path("model", source, error=CheckpointError))
     if path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     name = str(path) if path.exists() else os.fspath(source)
@@ -381,7 +381,7 @@ def load_model(
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing.
     """
-    place = Path(as_path("model", source, error=CheckpointError)).expanduser()
+    place = Path(as_path("model", source, error=CheckpointError))
     if (place / _ADAPTER).is_file() and not (place / "config.json").is_file():  # transformers would load both, unmerged
         raise CheckpointError("cannot be loaded: there is no model in it", where=str(place), remedy=merge_advice(place))
     spread: dict[str, Any] = {}

@@ -310,7 +310,7 @@ def save_pretrained(
             of another model, or the checkpoint computes something else than the model.
     """
     verify = flag("verify", verify)
-    check_request(folder, tokenizer, max_shard_size)
+    folder = check_request(folder, tokenizer, max_shard_size)
     digest = _check_model(model, plan, report)
     check_place(folder, force=force)
     structure = describe_structure(model)
@@ -465,9 +465,9 @@ def _describe(
     (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
-    """Check the arguments of :func:`save_pretrained` before anything is written."""
-    as_path("folder", folder, error=CheckpointError)
+def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> str:
+    """Check the arguments of :func:`save_pretrained` before anything is written; return the path of the folder."""
+    path = as_path("folder", folder, error=CheckpointError)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise refuse("tokenizer", tokenizer, "a tokenizer of transformers, or None", CheckpointError)
     if isinstance(max_shard_size, str):
@@ -475,6 +475,7 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
             raise refuse("max_shard_size", max_shard_size, "a number of bytes, or text such as '5GB'", CheckpointError)
     else:
         whole_number("max_shard_size", max_shard_size, least=1, error=CheckpointError)
+    return path
 
 
 def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:

@@ -32,7 +32,7 @@ from fxprune.export.program import (
     write_onnx,
 )
 from fxprune.graph.context import Refusal, attempt, eval_mode, quiet
-from fxprune.pipeline.arguments import SUFFIXES
+from fxprune.pipeline.arguments import SUFFIXES, as_path
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged
 
@@ -57,7 +57,7 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
             is complete.
         verify: run the exported file, with an empty past and with a longer one, and compare.
     """
-    path = Path(path)
+    path = Path(as_path("path", path, error=ExportError))
     writers = {".pt2": _write_program, ".onnx": _write_onnx}
     if path.suffix not in writers:
         raise UnknownNameError("suffix", path.suffix, writers)
@@ -206,7 +206,7 @@ def export_model(
         VerificationError: the program computes something else; nothing is written.
     """
     check_merged(model)
-    path = Path(path)
+    path = Path(as_path("path", path, error=ExportError))
     given = {"like": like, "quantization": quantization}
     check_options(path, tokenizer=tokenizer, calibration=calibration, cache=cache, **given)
     if path.suffix == ".gguf":
