@@ -46,7 +46,8 @@ class Recovery:
 
     Args:
         model: the slim model with its weights trained; same class, names and shapes.
-        result: the prune's result with that model and a graph that shares its tensors; None if a model was passed.
+        result: the prune's result with that model and a graph that shares its tensors, and a report without what was
+            measured before the training; None if a model was passed.
         held_out: cross-entropy on held-out samples in nats per token, before and after.
         history: the trainer's log, step by step.
         steps: optimizer steps up to the weights that were kept.
@@ -258,15 +259,17 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
     write_file(file, json.dumps(ours, indent=2), RecoveryError)
 
 
-def weight_sums(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
-    """Fingerprint of the weights of named modules: the total and the largest sum of absolute values.
+def weight_sums(model: torch.nn.Module) -> list[float]:
+    """Fingerprint of the weights of a model: the total and the largest sum of absolute values.
 
-    They are rounded to six digits, so that sums taken in another order are equal.
+    They are rounded to six digits, so that sums taken in another order are equal. Quantised weights, which are tensors
+    of a class of their own, do not count.
     """
-    tensors = [model.get_submodule(name)._parameters["weight"] for name in names]
-    totals: list[Any] = [t.detach().double().abs().sum() for t in tensors if t is not None]
+    tensors = [parameter.detach() for parameter in model.parameters()]
+    plain = [tensor for tensor in tensors if type(tensor) is torch.Tensor or hasattr(tensor, "full_tensor")]
+    totals: list[Any] = [tensor.double().abs().sum() for tensor in plain]
     sums = [float(total.full_tensor() if hasattr(total, "full_tensor") else total) for total in totals]
-    return [float(f"{sum(sums):.6g}"), float(f"{max(sums):.6g}")]
+    return [float(f"{sum(sums):.6g}"), float(f"{max(sums, default=0.0):.6g}")]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -304,8 +307,8 @@ class _Run:
             "settings": dataclasses.asdict(self.settings),
             "data": self.samples.report.digest,
             "targets": list(self.targets.modules),
-            "weights": weight_sums(self.model, self.targets.modules),
-            "distil": None if teacher is None else [teacher.weight, teacher.temperature],
+            "weights": weight_sums(self.model),
+            "distil": None if teacher is None else [teacher.weight, teacher.temperature, weight_sums(teacher.teacher)],
         }
 
     def train(self) -> dict[str, Any]:

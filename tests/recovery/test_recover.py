@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,20 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_losses(
         fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, folder=tmp_path, learning_rate=1e-3)
     with pytest.raises(RecoveryError, match="another run: data differ"):
         fxprune.recover(pruned, SUMS[1:], TOKENIZER, settings=QUICK, folder=tmp_path)
+    with torch.no_grad():  # no update is trained there, and yet the run would be another one
+        own.model.model.embed_tokens.weight.mul_(2)
+    with pytest.raises(RecoveryError, match="another run: weights differ"):
+        fxprune.recover(own, SUMS, TOKENIZER, settings=QUICK, folder=tmp_path)
+
+
+def test_a_run_resumes_only_with_its_own_teacher(
+    pruned: fxprune.Result, dense: PreTrainedModel, tmp_path: Path
+) -> None:
+    """The rest of a run learnt from whichever teacher was given."""
+    settings = replace(QUICK, batch=20, epochs=1)
+    fxprune.recover(pruned, SUMS, TOKENIZER, settings=settings, folder=tmp_path, distil=dense)
+    with pytest.raises(RecoveryError, match="another run: distil differ"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, settings=settings, folder=tmp_path, distil=slim_copy(pruned).model)
 
 
 SPREAD = """
