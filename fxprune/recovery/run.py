@@ -33,6 +33,7 @@ from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
 from fxprune.recovery.settings import RecoverySettings, settings_from
 from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
+from fxprune.report.report import Report
 from fxprune.result import Result
 from fxprune.trace.inputs import check_merged
 
@@ -143,6 +144,8 @@ def recover(
         run = _Run(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
         claim_folder(path, run.identity())
         outcome = run.train()
+    if result is not None:
+        result = dataclasses.replace(result, report=report_after_training(result.report))
     notes = (*samples.report.notes(), *outcome.pop("notes"))
     return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
 
@@ -198,6 +201,13 @@ def copy_for_training(source: PreTrainedModel, result: Result | None) -> tuple[P
         if id(tensor) in names:
             set_tensor(graph_module, name, get_tensor(model, names[id(tensor)][0]))
     return model, dataclasses.replace(result, model=model, graph_module=graph_module)
+
+
+def report_after_training(report: Report) -> Report:
+    """The report of a prune without the figures that training changes."""
+    if report.quality is None and not report.measured:
+        return report
+    return dataclasses.replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
 
 
 @contextmanager

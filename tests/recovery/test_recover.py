@@ -55,7 +55,9 @@ def pruned(dense: PreTrainedModel) -> fxprune.Result:
 
 @pytest.fixture(scope="module")
 def recovered(pruned: fxprune.Result) -> Recovery:
-    return fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK)
+    measured = (("", "slim"), ("perplexity", "12.3"))
+    told = replace(pruned, report=replace(pruned.report, measured=measured))
+    return fxprune.recover(told, SUMS, TOKENIZER, settings=QUICK)
 
 
 def losses_of(recovery: Recovery) -> list[float]:
@@ -76,6 +78,12 @@ def test_the_held_out_loss_falls(recovered: Recovery) -> None:
     assert data["held_out"] == list(recovered.held_out) and data["merge_error"] < 1e-4
     assert data["targets"]["modules"] == list(recovered.targets.modules)
     assert data["settings"]["learning_rate"] == 5e-3 and data["data"]["train"] == 20
+
+
+def test_what_was_measured_before_the_training_is_left_out_of_the_report(recovered: Recovery) -> None:
+    """The card of the trained model had the figures of the model before."""
+    assert recovered.result is not None and recovered.result.report.measured == ()
+    assert recovered.result.report.unmeasured == "it was trained after the prune"
 
 
 def test_only_the_weights_of_the_planned_projections_change(pruned: fxprune.Result, recovered: Recovery) -> None:
