@@ -241,10 +241,13 @@ _TOKENS = 128
 """Tokens of a sample of text."""
 
 
-def check_options(path: Path, *, cache: bool, **gguf_options: Any) -> None:
+def check_options(path: Path, *, cache: bool, example_inputs: Any = None, **gguf_options: Any) -> None:
     """Refuse arguments that do not apply to the format of a file; a tokenizer may be given for any."""
     if path.suffix not in SUFFIXES:
         raise UnknownNameError("suffix", path.suffix, SUFFIXES)
+    if example_inputs is not None and (cache or path.suffix == ".gguf"):
+        what, remedy = "$example_inputs are for a program without a cache", "Leave $example_inputs out"
+        raise ExportError(what, where=path.name, remedy=remedy, argument="example_inputs")
     if path.suffix == ".gguf":
         if cache:
             what, remedy = "a GGUF file has no forward pass of its own", "Leave $cache out"
