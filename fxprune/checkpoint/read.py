@@ -390,8 +390,10 @@ def load_model(
         spread = {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=plan)}
         device = None  # that of its process
     if _is_slim(source):
+        if dtype is not None:  # a cast would round buffers as well, such as the frequencies of positions
+            spread["dtype"] = dtype
         slim: Any = from_pretrained(source, **spread)
-        return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
+        return slim if device is None else slim.to(device)  # type: ignore[no-any-return]
     options = {**LOADING, **_SAFE, **spread, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
     with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line
