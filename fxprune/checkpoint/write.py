@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -178,12 +179,15 @@ def _card_text(
 ) -> str:
     classes = json.loads((work / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     can_generate = getattr(getattr(transformers, kind, None), "can_generate", None)
+    shrunk = [] if report is None else [one for one in report.kinds() if one.shrunk]
+    has_tokens = report is not None and report.vocabulary is not None
     card = ModelCard.from_template(
         data,
         str(_TEMPLATE),
         name=name,
         kind=kind,
-        folder=folder.name,
+        in_python=lambda ending="": json.dumps(folder.name + ending, ensure_ascii=False),
+        in_shell=lambda ending="": shlex.quote(folder.name + ending),
         stock=manifest.stock,
         generates=can_generate is None or bool(can_generate()),  # perhaps, if the class is unknown
         auto_class=next((name for name in reversed(classes) if name != "AutoConfig"), None),
@@ -192,7 +196,9 @@ def _card_text(
         versions=manifest.versions,
         report=report,
         headlines=() if report is None else report.headlines(),
-        kinds=() if report is None else tuple(report.kinds()),
+        kinds=shrunk,
+        units=[*(one.units for one in shrunk), *(["tokens of the vocabulary"] if has_tokens else [])],
+        has_tokens=has_tokens,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # sections that are left out leave blank lines
 

@@ -187,7 +187,13 @@ def test_a_card_says_what_came_of_the_model(uneven: fxprune.Result, folder: Path
     assert "\n\n\n" not in card.text and "None" not in card.text
 
 
-def test_the_code_on_a_card_runs(uneven: fxprune.Result, folder: Path) -> None:
+def test_the_code_on_a_card_runs(uneven: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a shell or Python reads the name of the folder as something else."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'my "slim"'
+    uneven.save_pretrained(folder)
+    commands = re.findall(r"^(?:fxprune|vllm|llama-server) .*", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 4 and all(shlex.split(one)[2].startswith(folder.name) for one in commands)
     names: dict[str, Any] = {"dense": tiny("llama")}
     with torch.no_grad():
         expected = uneven.model(token_ids()).logits
