@@ -296,6 +296,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint holds, as loading it in this dtype does: other buffers, of positions for one, stay."""
+    saved = model.state_dict().keys()
+    kept = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    for name, buffer in kept.items():
+        set_tensor(model, name, buffer)
+
+
 @dataclass(frozen=True)
 class _Run:
     """One training run, from the adapter to the merge."""
@@ -327,7 +336,7 @@ class _Run:
         notes = [f"{name} is not trained: {why}" for name, why in self.targets.skipped.items()]
         if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
             dtype = torch.bfloat16 if has_bf16(self.model.device) else torch.float32
-            self.model.to(dtype=dtype)  # type: ignore[call-arg]
+            _cast(self.model, dtype)
             name = str(dtype).removeprefix("torch.")
             notes.append(f"the weights were fp16 and are {name} now: fp16 loses small updates")
         launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))

@@ -168,9 +168,11 @@ def test_merging_that_changes_the_logits_is_refused(pruned: fxprune.Result, monk
 @pytest.mark.slow
 def test_a_model_in_fp16_with_its_plan_is_trained_in_another_dtype(pruned: fxprune.Result, recovered: Recovery) -> None:
     half = copy.deepcopy(pruned.model).half()
+    half.model.rotary_emb.inv_freq = pruned.model.model.rotary_emb.inv_freq.clone()  # as it is when loaded in fp16
     recovery = fxprune.recover(half, SUMS, TOKENIZER, settings=QUICK, plan=pruned.plan, epochs=0.4)
     assert recovery.result is None and recovery.targets == recovered.targets
     assert {p.dtype for p in recovery.model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert recovery.model.model.rotary_emb.inv_freq.dtype == torch.float32, "positions were rounded to bfloat16"
     assert any("fp16" in note for note in recovery.notes)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
 
