@@ -35,7 +35,7 @@ from fxprune.offload.distributed import distribute_like, is_distributed, tensor_
 from fxprune.offload.files import finish_writes, is_offloading, release_freed
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.offload.ranks import check_same
-from fxprune.pipeline.arguments import has_vocab, refuse
+from fxprune.pipeline.arguments import as_path, has_vocab, refuse
 from fxprune.pipeline.contract import STAGES, digest_of, no_progress
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import run_bar
@@ -161,7 +161,7 @@ def prune_checkpoint(
     check_merged(source)
     _check_place("source", source, "a folder, a GGUF file, or a hub id; `fxprune.prune` takes a module")
     tokenizer = options.get("tokenizer")
-    check_request(out, tokenizer, max_shard_size)
+    out = check_request(out, tokenizer, max_shard_size)
 
     def save(result: Result) -> None:
         more = None if also is None else partial(also, result)
@@ -484,6 +484,7 @@ def _prune_offloaded(
 ) -> Result:
     """Prune with weights on disk; ``finish`` is called while the intermediate results are still there."""
     values = resolve({"memory": "low", **_given(options)})
+    source = as_path("model", source)
     if has_vocab(values):
         check_alone({**values, "offload": folder})
     pipeline = _pipeline(calibration, values)

@@ -230,7 +230,7 @@ class Result:
             tokenizer, like = self.tokenizer, None
         options: dict[str, Any] = {"tokenizer": tokenizer, "like": like, "quantization": quantization, "cache": cache}
         path = as_path("path", path)
-        check_options(Path(path), calibration=calibration, **options)
+        check_options(Path(path), calibration=calibration, example_inputs=example_inputs, **options)
         if not cache and Path(path).suffix != ".gguf":
             return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
         if self.model is None:

@@ -23,6 +23,7 @@ from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import (
     LOADING,
     check_sizes,
+    class_of,
     from_pretrained,
     offloading_parameters,
     require_all_weights,
@@ -181,9 +182,10 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
 def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     if not Path(source).is_file():
         check_sizes(source)
-        read: Any = AutoModelForCausalLM.from_pretrained
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        kind = class_of(config.to_dict())
         with quiet(WARNING), offloading_parameters():  # missing weights are refused by the caller
-            model, info = read(source, dtype="auto", trust_remote_code=False, **LOADING)
+            model, info = kind.from_pretrained(source, dtype="auto", trust_remote_code=False, **LOADING)
         return model, info
     run_on_first(lambda: _unpack_once(source, unpacked), CheckpointError)
     return _load(unpacked, unpacked)

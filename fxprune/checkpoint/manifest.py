@@ -378,24 +378,33 @@ def other_files(folder: Path) -> dict[str, str]:
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """Files and folders that a user put into a checkpoint and no loader looks for; none if that is not known."""
+    """Files and folders that a user put into a checkpoint and no loader looks for; none if that is not known.
+
+    All that no loader looks for, if there is no manifest that can be read.
+    """
     if not folder.is_dir():
         return []
-    known: set[str] = set()
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        if not manifest.files:
-            return []
-        known = {MANIFEST, *manifest.weights, *manifest.files}
-    return sorted(path for path in folder.iterdir() if path.name not in known and not _is_loaded(path.name))
+    manifest = _earlier_manifest(folder)
+    if manifest is not None and not manifest.files:
+        return []
+    known = set() if manifest is None else {*manifest.weights, *manifest.files}
+    return sorted(p for p in folder.iterdir() if p.name not in {MANIFEST, *known} and not _is_loaded(p.name))
 
 
 def has_user_card(folder: Path) -> bool:
     """Whether the model card of a checkpoint was written or edited by the user."""
-    card = folder / CARD
+    card, manifest = folder / CARD, _earlier_manifest(folder)
+    return card.is_file() and (manifest is None or _digest(card) != manifest.files.get(CARD))
+
+
+def _earlier_manifest(folder: Path) -> Manifest | None:
+    """The manifest of the checkpoint that a folder holds; None if it has none that can be read."""
     if not (folder / MANIFEST).is_file():
-        return card.is_file()
-    return card.is_file() and _digest(card) != read_manifest(folder).files.get(CARD)
+        return None
+    try:
+        return read_manifest(folder)
+    except CheckpointError:
+        return None
 
 
 def _is_loaded(name: str) -> bool:

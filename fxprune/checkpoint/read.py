@@ -181,7 +181,8 @@ def from_pretrained(
             what the model computes on a few tokens, or an image or a sound, is compared with what the saved one did,
             as with True; with False it is not run, nor where another dtype or weights left on disk are asked for.
         model_class: the class, if it is not one of transformers' own.
-        options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        options: options for ``from_pretrained`` of that class: ``dtype``, ``device_map``, ``attn_implementation``, ...;
+            for an id also ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others; its name is in the message.
@@ -192,7 +193,7 @@ def from_pretrained(
     if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel)):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
     with wrap_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
-        path = _local(name)
+        path = _local(name, {key: options.pop(key) for key in _OF_HUB if key in options})
         restore_replaced(path)
         before = folder_identity(path)
         try:
@@ -278,13 +279,17 @@ def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTraine
     return model
 
 
-def _local(folder: str | os.PathLike[str]) -> Path:
-    """Path of a folder; one that looks like the id of a repository is downloaded."""
+_OF_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Options of ``from_pretrained`` of transformers about a download."""
+
+
+def _local(folder: str | os.PathLike[str], of_hub: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Path of a folder; one that looks like the id of a repository is downloaded, with these options."""
     path = Path(folder).expanduser()
     name = os.fspath(folder)
     if path.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         return path
-    found = attempt(snapshot_download, name)
+    found = attempt(snapshot_download, name, **of_hub)
     if isinstance(found, Refusal):
         raise CheckpointError(
             f"neither a folder nor on the hub: {found}",
@@ -349,7 +354,7 @@ _SAFE: dict[str, Any] = {"trust_remote_code": False}
 
 def locate(source: str | os.PathLike[str], gguf_file: str | None = None) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a folder, a GGUF file, or a hub id."""
-    path = Path(as_path("model", source, error=CheckpointError)).expanduser()
+    path = Path(as_path("model", source, error=CheckpointError))
     if path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     name = str(path) if path.exists() else os.fspath(source)
@@ -376,7 +381,7 @@ def load_model(
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing.
     """
-    place = Path(as_path("model", source, error=CheckpointError)).expanduser()
+    place = Path(as_path("model", source, error=CheckpointError))
     if (place / _ADAPTER).is_file() and not (place / "config.json").is_file():  # transformers would load both, unmerged
         raise CheckpointError("cannot be loaded: there is no model in it", where=str(place), remedy=merge_advice(place))
     spread: dict[str, Any] = {}
@@ -385,8 +390,10 @@ def load_model(
         spread = {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=plan)}
         device = None  # that of its process
     if _is_slim(source):
+        if dtype is not None:  # a cast would round buffers as well, such as the frequencies of positions
+            spread["dtype"] = dtype
         slim: Any = from_pretrained(source, **spread)
-        return slim.to(device=device, dtype=dtype) if dtype is not None or device is not None else slim  # type: ignore[no-any-return]
+        return slim if device is None else slim.to(device)  # type: ignore[no-any-return]
     options = {**LOADING, **_SAFE, **spread, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
     with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line

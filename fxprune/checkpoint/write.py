@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -178,12 +179,15 @@ def _card_text(
 ) -> str:
     classes = json.loads((work / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
     can_generate = getattr(getattr(transformers, kind, None), "can_generate", None)
+    shrunk = [] if report is None else [one for one in report.kinds() if one.shrunk]
+    has_tokens = report is not None and report.vocabulary is not None
     card = ModelCard.from_template(
         data,
         str(_TEMPLATE),
         name=name,
         kind=kind,
-        folder=folder.name,
+        in_python=lambda ending="": json.dumps(folder.name + ending, ensure_ascii=False),
+        in_shell=lambda ending="": shlex.quote(folder.name + ending),
         stock=manifest.stock,
         generates=can_generate is None or bool(can_generate()),  # perhaps, if the class is unknown
         auto_class=next((name for name in reversed(classes) if name != "AutoConfig"), None),
@@ -192,7 +196,9 @@ def _card_text(
         versions=manifest.versions,
         report=report,
         headlines=() if report is None else report.headlines(),
-        kinds=() if report is None else tuple(report.kinds()),
+        kinds=shrunk,
+        units=[*(one.units for one in shrunk), *(["tokens of the vocabulary"] if has_tokens else [])],
+        has_tokens=has_tokens,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card).rstrip()) + "\n"  # sections that are left out leave blank lines
 
@@ -310,7 +316,7 @@ def save_pretrained(
             of another model, or the checkpoint computes something else than the model.
     """
     verify = flag("verify", verify)
-    check_request(folder, tokenizer, max_shard_size)
+    folder = check_request(folder, tokenizer, max_shard_size)
     digest = _check_model(model, plan, report)
     check_place(folder, force=force)
     structure = describe_structure(model)
@@ -465,9 +471,9 @@ def _describe(
     (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
-    """Check the arguments of :func:`save_pretrained` before anything is written."""
-    as_path("folder", folder, error=CheckpointError)
+def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> str:
+    """Check the arguments of :func:`save_pretrained` before anything is written; return the path of the folder."""
+    path = as_path("folder", folder, error=CheckpointError)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise refuse("tokenizer", tokenizer, "a tokenizer of transformers, or None", CheckpointError)
     if isinstance(max_shard_size, str):
@@ -475,18 +481,31 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> None:
             raise refuse("max_shard_size", max_shard_size, "a number of bytes, or text such as '5GB'", CheckpointError)
     else:
         whole_number("max_shard_size", max_shard_size, least=1, error=CheckpointError)
+    return path
 
 
 def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Resolve the folder of a checkpoint, and check that it may be written; ``force`` allows other contents."""
     with wrap_disk_errors(folder, CheckpointError):
         target = resolve_target(folder)
-        if not force and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-            remedy = "Choose a new folder, or empty this one"
-            raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+        if not force and target.is_dir() and any(target.iterdir()):
+            _check_checkpoint(target)
         if target.exists() and not target.is_dir():
             raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
     return target
+
+
+def _check_checkpoint(target: Path) -> None:
+    """Refuse a folder with files that are not known to be ours: those of no checkpoint, or of one that is damaged."""
+    if not (target / MANIFEST).is_file():
+        remedy = "Choose a new folder, or empty this one"
+        raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+    try:
+        read_manifest(target)
+    except CheckpointError as error:
+        what = f"holds an earlier checkpoint whose {MANIFEST} cannot be read: {error.what}"
+        remedy = "Choose a new folder, or pass $force to write over this one"
+        raise CheckpointError(what, where=str(target), remedy=remedy) from error
 
 
 def _gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:

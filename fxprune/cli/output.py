@@ -79,6 +79,10 @@ def _check_folder(out: Path, *, force: bool) -> None:
     if out.is_file():
         raise CheckpointError("is a file", where=str(out), remedy="Choose a folder, or a name that ends in .gguf")
     is_run = (out / MANIFEST).is_file() or run_file(out, is_file=False).is_file()
+    if (out / MANIFEST).is_file() and not force:
+        from fxprune.checkpoint.write import check_place
+
+        check_place(out)
     if not out.is_dir() or is_run or not any(out.iterdir()):
         return
     if not force:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,15 +107,14 @@ def _check_device(device: str | None) -> None:
 def _read_origin(model: str, loaded: Any) -> tuple[Plan | None, Report | None]:
     """The plan and the report of a slim model, without figures that training changes, if it was saved with them."""
     from fxprune.checkpoint.manifest import read_manifest
+    from fxprune.recovery.run import report_after_training
 
     if not (Path(model) / MANIFEST).is_file():
         return None, None
     manifest = read_manifest(Path(model))
     plan, report = manifest.read_plan(Path(model)), manifest.read_report(Path(model))
-    if report is not None and (report.quality or report.measured):
-        report = replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
     loaded.config._name_or_path = manifest.source["name"]  # that of the dense model
-    return plan, report
+    return plan, None if report is None else report_after_training(report)
 
 
 def _print_recovery(recovery: fxprune.Recovery, out: Path) -> None:

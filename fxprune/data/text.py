@@ -90,7 +90,7 @@ def _texts(source: Any, tokenizer: Any = None) -> list[tuple[str, bool]]:
     """Texts, each with whether a chat template wrote it."""
     if isinstance(source, str | os.PathLike) and not is_data_set(source):
         wanted = "the path of a file of text, the name of a data set, or texts in a list"
-        path = Path(as_path("text", source, wanted, error=CalibrationError)).expanduser()
+        path = Path(as_path("text", source, wanted, error=CalibrationError))
         where, most = str(path), math.inf
         if path.is_dir():
             raise CalibrationError("it is a folder", where=where, remedy=_REMEDY)

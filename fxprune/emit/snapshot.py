@@ -272,7 +272,11 @@ def using_attention(model: PreTrainedModel, implementation: str) -> Iterator[boo
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Configs of a model and of its modules, and those nested in them."""
-    pending = [model.config, *(vars(module).get("config") for module in model.modules())]
+    return nested_configs([model.config, *(vars(module).get("config") for module in model.modules())])
+
+
+def nested_configs(pending: list[Any]) -> list[PreTrainedConfig]:
+    """Those of some values that are configs, and the configs nested in them."""
     found: dict[int, PreTrainedConfig] = {}
     while pending:
         config = pending.pop(0)

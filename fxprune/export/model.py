@@ -16,6 +16,7 @@ from fxprune.data.built_in import built_in_samples
 from fxprune.data.calibration import spread
 from fxprune.data.samples import token_rows
 from fxprune.data.text import is_text, text_samples
+from fxprune.emit.emitted import outputs_agree
 from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.quantization import quantization_named
 from fxprune.export.gguf.write import export_gguf
@@ -30,8 +31,8 @@ from fxprune.export.program import (
     wrap_export_errors,
     write_onnx,
 )
-from fxprune.graph.context import quiet
-from fxprune.pipeline.arguments import SUFFIXES
+from fxprune.graph.context import Refusal, attempt, eval_mode, quiet
+from fxprune.pipeline.arguments import SUFFIXES, as_path
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged
 
@@ -56,12 +57,13 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
             is complete.
         verify: run the exported file, with an empty past and with a longer one, and compare.
     """
-    path = Path(path)
+    path = Path(as_path("path", path, error=ExportError))
     writers = {".pt2": _write_program, ".onnx": _write_onnx}
     if path.suffix not in writers:
         raise UnknownNameError("suffix", path.suffix, writers)
-    step = _Step(model.eval())
-    writers[path.suffix](step, _export_step(step), path, verify)
+    with eval_mode(model):
+        step = _Step(model)
+        writers[path.suffix](step, _export_step(step), path, verify)
     return path
 
 
@@ -75,15 +77,24 @@ class _Step(nn.Module):
         self.ids = torch.randint(len(embedding.weight), (2, 7), generator=torch.Generator().manual_seed(0)).to(
             model.device
         )
-        with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
-            cache: Any = transformers.DynamicCache()
-            model(input_ids=self.ids, past_key_values=cache, use_cache=True)
+        remedy = "Export the plain forward, with cache=False"
+        cache: Any = transformers.DynamicCache()
+        with torch.no_grad(), quiet(logging.ERROR):
+            whole = attempt(model, input_ids=self.ids, past_key_values=cache, use_cache=True)
+        if isinstance(whole, Refusal):
+            what = f"the model does not run with keys and values alone: {whole}"
+            raise ExportError(what, where="cache", remedy=remedy) from whole.error
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
         if not self.blocks:
-            remedy = "Export the plain forward, with cache=False"
             raise ExportError("keeps no keys and values", where="cache", remedy=remedy)
         kept = [(cache.layers[number].keys, cache.layers[number].values) for number in self.blocks]
         self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
+        with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
+            first = self(self.ids[:, :4], self.empty)
+            rest = self(self.ids[:, 4:], first["present"])
+        if not outputs_agree(whole.logits, torch.cat([first["logits"], rest["logits"]], dim=1)):
+            what = "the model keeps more between calls than keys and values, such as the state of a recurrence"
+            raise ExportError(what, where="cache", remedy=remedy)
 
     def forward(self, input_ids: torch.Tensor, past: Past) -> dict[str, Any]:
         cache: Any = transformers.DynamicCache()
@@ -195,7 +206,7 @@ def export_model(
         VerificationError: the program computes something else; nothing is written.
     """
     check_merged(model)
-    path = Path(path)
+    path = Path(as_path("path", path, error=ExportError))
     given = {"like": like, "quantization": quantization}
     check_options(path, tokenizer=tokenizer, calibration=calibration, cache=cache, **given)
     if path.suffix == ".gguf":
@@ -230,10 +241,13 @@ _TOKENS = 128
 """Tokens of a sample of text."""
 
 
-def check_options(path: Path, *, cache: bool, **gguf_options: Any) -> None:
+def check_options(path: Path, *, cache: bool, example_inputs: Any = None, **gguf_options: Any) -> None:
     """Refuse arguments that do not apply to the format of a file; a tokenizer may be given for any."""
     if path.suffix not in SUFFIXES:
         raise UnknownNameError("suffix", path.suffix, SUFFIXES)
+    if example_inputs is not None and (cache or path.suffix == ".gguf"):
+        what, remedy = "$example_inputs are for a program without a cache", "Leave $example_inputs out"
+        raise ExportError(what, where=path.name, remedy=remedy, argument="example_inputs")
     if path.suffix == ".gguf":
         if cache:
             what, remedy = "a GGUF file has no forward pass of its own", "Leave $cache out"

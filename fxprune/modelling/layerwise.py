@@ -162,6 +162,7 @@ class Layerwise:
     """Mixin for a model class: builds blocks from ``config.per_layer_config``, and keeps in the config how."""
 
     config: Any
+    _keep_in_fp32_modules_strict: Any
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         """Build the stock model, rebuild the blocks that differ, and set the attributes that no config field drives."""
@@ -178,6 +179,9 @@ class Layerwise:
         own = overrides.below(root if is_inner else "")
         build_blocks(self, lambda _: _blocks_config(self.config, section), own)
         apply_overrides(self, own)
+        # in half precision, a loader casts all that a checkpoint holds, and frequencies of positions need float32
+        precise = {name for name in own.buffers if self.get_buffer(name).dtype == torch.float32}
+        vars(self)["_keep_in_fp32_modules_strict"] = precise.union(self._keep_in_fp32_modules_strict or ())
         initialise: Any = self.init_weights  # of the blocks that were built anew
         initialise()
         vars(self)[OVERRIDES] = overrides

@@ -282,17 +282,20 @@ def instance(name: str, value: Any, kind: type[T], wanted: str, error: type[Fxpr
 
 
 def as_path(name: str, value: Any, wanted: str = "a path", *, error: type[FxpruneError] = ArgumentError) -> str:
-    """Return ``value`` as the path of a file or folder, which need not exist; ``wanted`` describes the valid ones."""
+    """Return ``value`` as the path of a file or folder, which need not exist; ``wanted`` describes the valid ones.
+
+    ``~`` is the home of the user.
+    """
     found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if isinstance(found, str) and found and _may_exist(found):
-        return found
+    if isinstance(found, str) and found and _may_exist(path := os.path.expanduser(found)):
+        return path
     raise refuse(name, value, wanted, error)
 
 
 def _may_exist(path: str) -> bool:
     """Whether the file system allows a path: a text is too long for one, or has bytes that are 0."""
     try:
-        os.stat(os.path.expanduser(path))
+        os.stat(path)
     except OSError as error:
         return error.errno != errno.ENAMETOOLONG
     except ValueError:

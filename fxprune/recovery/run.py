@@ -33,6 +33,7 @@ from fxprune.recovery.lora import Targets, attach_lora, find_targets, merge_lora
 from fxprune.recovery.settings import RecoverySettings, settings_from
 from fxprune.recovery.train import Distillation, make_trainer
 from fxprune.removal.plan import Plan
+from fxprune.report.report import Report
 from fxprune.result import Result
 from fxprune.trace.inputs import check_merged
 
@@ -46,7 +47,8 @@ class Recovery:
 
     Args:
         model: the slim model with its weights trained; same class, names and shapes.
-        result: the prune's result with that model and a graph that shares its tensors; None if a model was passed.
+        result: the prune's result with that model and a graph that shares its tensors, and a report without what was
+            measured before the training; None if a model was passed.
         held_out: cross-entropy on held-out samples in nats per token, before and after.
         history: the trainer's log, step by step.
         steps: optimizer steps up to the weights that were kept.
@@ -142,6 +144,8 @@ def recover(
         run = _Run(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
         claim_folder(path, run.identity())
         outcome = run.train()
+    if result is not None:
+        result = dataclasses.replace(result, report=report_after_training(result.report))
     notes = (*samples.report.notes(), *outcome.pop("notes"))
     return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
 
@@ -197,6 +201,13 @@ def copy_for_training(source: PreTrainedModel, result: Result | None) -> tuple[P
         if id(tensor) in names:
             set_tensor(graph_module, name, get_tensor(model, names[id(tensor)][0]))
     return model, dataclasses.replace(result, model=model, graph_module=graph_module)
+
+
+def report_after_training(report: Report) -> Report:
+    """The report of a prune without the figures that training changes."""
+    if report.quality is None and not report.measured:
+        return report
+    return dataclasses.replace(report, quality=None, measured=(), unmeasured="it was trained after the prune")
 
 
 @contextmanager
@@ -258,15 +269,17 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
     write_file(file, json.dumps(ours, indent=2), RecoveryError)
 
 
-def weight_sums(model: torch.nn.Module, names: tuple[str, ...]) -> list[float]:
-    """Fingerprint of the weights of named modules: the total and the largest sum of absolute values.
+def weight_sums(model: torch.nn.Module) -> list[float]:
+    """Fingerprint of the weights of a model: the total and the largest sum of absolute values.
 
-    They are rounded to six digits, so that sums taken in another order are equal.
+    They are rounded to six digits, so that sums taken in another order are equal. Quantised weights, which are tensors
+    of a class of their own, do not count.
     """
-    tensors = [model.get_submodule(name)._parameters["weight"] for name in names]
-    totals: list[Any] = [t.detach().double().abs().sum() for t in tensors if t is not None]
+    tensors = [parameter.detach() for parameter in model.parameters()]
+    plain = [tensor for tensor in tensors if type(tensor) is torch.Tensor or hasattr(tensor, "full_tensor")]
+    totals: list[Any] = [tensor.double().abs().sum() for tensor in plain]
     sums = [float(total.full_tensor() if hasattr(total, "full_tensor") else total) for total in totals]
-    return [float(f"{sum(sums):.6g}"), float(f"{max(sums):.6g}")]
+    return [float(f"{sum(sums):.6g}"), float(f"{max(sums, default=0.0):.6g}")]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -281,6 +294,15 @@ def last_checkpoint(folder: Path) -> Path | None:
         if step.isdigit():
             found.append((int(step), path))
     return max(found)[1] if found else None
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint holds, as loading it in this dtype does: other buffers, of positions for one, stay."""
+    saved = model.state_dict().keys()
+    kept = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    for name, buffer in kept.items():
+        set_tensor(model, name, buffer)
 
 
 @dataclass(frozen=True)
@@ -304,8 +326,8 @@ class _Run:
             "settings": dataclasses.asdict(self.settings),
             "data": self.samples.report.digest,
             "targets": list(self.targets.modules),
-            "weights": weight_sums(self.model, self.targets.modules),
-            "distil": None if teacher is None else [teacher.weight, teacher.temperature],
+            "weights": weight_sums(self.model),
+            "distil": None if teacher is None else [teacher.weight, teacher.temperature, weight_sums(teacher.teacher)],
         }
 
     def train(self) -> dict[str, Any]:
@@ -314,7 +336,7 @@ class _Run:
         notes = [f"{name} is not trained: {why}" for name, why in self.targets.skipped.items()]
         if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
             dtype = torch.bfloat16 if has_bf16(self.model.device) else torch.float32
-            self.model.to(dtype=dtype)  # type: ignore[call-arg]
+            _cast(self.model, dtype)
             name = str(dtype).removeprefix("torch.")
             notes.append(f"the weights were fp16 and are {name} now: fp16 loses small updates")
         launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))

@@ -42,6 +42,7 @@ class Plan:
         norm: treatment of norms over removed units, ``sliced`` or ``masked``, as in :func:`fxprune.prune`.
         vocabulary: ids of the tokens that stay, in order, whose places are the new ids; empty if all stay. The other
             fields are about the model without the others.
+        parameters: number of parameters of the model that the plan was made for; None if it is not known.
 
     Raises:
         PlanError: an argument is something else.
@@ -52,8 +53,22 @@ class Plan:
     sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, compare=False)
     norm: str = "sliced"
     vocabulary: tuple[int, ...] = ()
+    parameters: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        blocks: Any = self.removed_blocks
+        if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
+            raise _no_plan("removed_blocks", f"they are {format_value(blocks)}, not a tuple of module paths")
+        ids: Any = self.vocabulary
+        if not isinstance(ids, tuple) or not {int}.issuperset(map(type, ids)) or any(a >= b for a, b in pairwise(ids)):
+            raise _no_plan("vocabulary", f"it is {format_value(ids)}, not ids of tokens in order")
+        if self.norm not in NORMS:
+            raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
+        if self.parameters is not None and type(self.parameters) is not int:
+            raise _no_plan("parameters", f"it is {format_value(self.parameters)}, not a whole number")
+
+    def _check_numbers(self) -> None:
         indices = dict[int, Any]()  # those of axes that lose the same units may be one list
         for what, value in (("kept", self.kept), ("sizes", self.sizes)):
             for name, axes in _items(what, value):
@@ -67,14 +82,6 @@ class Plan:
                     indices[id(numbers)] = numbers
                     if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
                         raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
-        blocks: Any = self.removed_blocks
-        if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
-            raise _no_plan("removed_blocks", f"they are {format_value(blocks)}, not a tuple of module paths")
-        ids: Any = self.vocabulary
-        if not isinstance(ids, tuple) or not {int}.issuperset(map(type, ids)) or any(a >= b for a, b in pairwise(ids)):
-            raise _no_plan("vocabulary", f"it is {format_value(ids)}, not ids of tokens in order")
-        if self.norm not in NORMS:
-            raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
 
     def __repr__(self) -> str:
         return f"<Plan {self._summary}>"
@@ -117,7 +124,8 @@ class Plan:
         indices = {id(held): held for axes in self.kept.values() for held in axes.values()}
         digits = _Digits()  # nearly all of the text is numbers, the same ones in many lists
         texts = {key: f"[{', '.join(map(digits.__getitem__, held))}]" for key, held in indices.items()}
-        data = {name: json.dumps(value) for name, value in self._data().items() if name not in ("kept", "sizes")}
+        others = {name: value for name, value in self._data().items() if name not in ("kept", "sizes", "parameters")}
+        data = {name: json.dumps(value) for name, value in others.items()}
         kept = {
             n: _object({str(axis): texts[id(held)] for axis, held in axes.items()}) for n, axes in self.kept.items()
         }
@@ -134,7 +142,8 @@ class Plan:
         )
         blocks = list(self.removed_blocks)
         data = {"version": _VERSION, "kept": kept, "removed_blocks": blocks, "sizes": sizes, "norm": self.norm}
-        return data | ({"vocabulary": list(self.vocabulary)} if self.vocabulary else {})
+        data |= {"vocabulary": list(self.vocabulary)} if self.vocabulary else {}
+        return data | ({} if self.parameters is None else {"parameters": self.parameters})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -157,7 +166,7 @@ class Plan:
         held: Any = tuple(blocks) if isinstance(blocks, list) else blocks
         ids = data.get("vocabulary", [])
         tokens: Any = tuple(ids) if isinstance(ids, list) else ids
-        return cls(kept, held, sizes, data.get("norm", NORMS[0]), tokens)
+        return cls(kept, held, sizes, data.get("norm", NORMS[0]), tokens, data.get("parameters"))
 
 
 class _Digits(dict[int, str]):
@@ -212,7 +221,24 @@ def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> 
     lists = {key: index.tolist() for key, index in arrays.items()}
     kept = {name: {axis: lists[id(index)] for axis, index in by_axis.items()} for name, by_axis in indices.items()}
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
-    return Plan(kept, removed_blocks, sizes, axes.norm)
+    return Plan(kept, removed_blocks, sizes, axes.norm, parameters=_parameters(axes))
+
+
+def _parameters(axes: AxisMap) -> int:
+    """Number of parameters that the graph reads, tied ones counted once."""
+    own = (name for name in axes.parameters if name not in axes.tied)
+    return sum(prod(expr.size for expr in axes.tensors[name]) for name in own)
+
+
+def other_model_note(axes: AxisMap, plan: Plan) -> str | None:
+    """A note on a plan that fits a model other than the one it was made for, such as one of more layers."""
+    count = _parameters(axes)
+    if plan.parameters in (None, count):
+        return None
+    return (
+        f"the plan was made for a model of {plan.parameters:,} parameters, and this one has {count:,}: "
+        "what the plan does not name stays whole"
+    )
 
 
 def kept_indices(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, Index]]:

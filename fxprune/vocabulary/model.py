@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from fxprune.emit.emitted import outputs_agree
-from fxprune.emit.snapshot import configs_of
+from fxprune.emit.snapshot import configs_of, nested_configs, without_storage
 from fxprune.errors import PlanError, UnsupportedModelError, VerificationError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt, preserve_rng, quiet
@@ -47,6 +48,9 @@ class Rows:
 def find_rows(model: PreTrainedModel) -> Rows:
     """The tensors with an axis as long as the input embedding, or as another vocabulary that the config names.
 
+    Another axis may have that length, such as the positions of a table: it is told apart by building the model for more
+    tokens.
+
     Raises:
         UnsupportedModelError: there is no embedding, or a tensor has two such axes.
     """
@@ -59,15 +63,42 @@ def find_rows(model: PreTrainedModel) -> Rows:
     sizes = {size, *(value for value in named if type(value) is int and value > 1)}
     axes: dict[str, int] = {}
     each: dict[int, int] = {}
-    for name, tensor in named_tensors(model):
-        found = [axis for axis, length in enumerate(tensor.shape) if length in sizes]
+    tensors = dict(named_tensors(model))
+    candidates = {n: [axis for axis, length in enumerate(t.shape) if length in sizes] for n, t in tensors.items()}
+    for name in _grow_with_tokens(model, {name: axes for name, axes in candidates.items() if axes}):
+        found, tensor = candidates[name], tensors[name]
         if len(found) > 1:
             what = f"{len(found)} of its axes are as long as the vocabulary"
             raise UnsupportedModelError(what, where=name, remedy="Leave the kind vocab out")
-        if found:
-            axes[name] = found[0]
-            each[id(tensor)] = tensor.numel() // tensor.shape[found[0]] if isinstance(tensor, nn.Parameter) else 0
+        axes[name] = found[0]
+        each[id(tensor)] = tensor.numel() // tensor.shape[found[0]] if isinstance(tensor, nn.Parameter) else 0
     return Rows(size, axes, frozenset(sizes), sum(each.values()))
+
+
+def _grow_with_tokens(model: PreTrainedModel, candidates: Mapping[str, Sequence[int]]) -> list[str]:
+    """Names of the tensors with one of these axes that is longer in a model for more tokens.
+
+    All of them if only the input embedding and the output layer are among them, or if no such model can be built.
+    """
+    tables = [attempt(ask) for ask in (model.get_input_embeddings, model.get_output_embeddings)]
+    known = {id(getattr(table, "weight", None)) for table in tables}
+    if all(id(get_tensor(model, name)) in known for name in candidates):
+        return list(candidates)
+    config = copy.deepcopy(model.config)
+    for part in nested_configs([config]):
+        more = {name: value + 1 for name, value in vars(part).items() if "vocab_size" in name and type(value) is int}
+        vars(part).update(more)
+    with without_storage():
+        larger = attempt(type(model), config)
+    shapes = {} if isinstance(larger, Refusal) else {name: tensor.shape for name, tensor in named_tensors(larger)}
+
+    def grows(name: str) -> bool:
+        shape = get_tensor(model, name).shape
+        same = len(shapes.get(name, ())) == len(shape)
+        return not same or any(shapes[name][axis] != shape[axis] for axis in candidates[name])
+
+    found = [name for name in candidates if grows(name)]
+    return found if any(id(get_tensor(model, name)) in known for name in found) else list(candidates)
 
 
 def ids_in_settings(model: PreTrainedModel) -> frozenset[int]:

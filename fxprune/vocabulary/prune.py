@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxprune.data.calibration import spread
 from fxprune.data.text import calibration_text, check_tokenizer, opening_tokens
-from fxprune.errors import ArgumentError, CalibrationError, RatioError
+from fxprune.errors import ArgumentError, CalibrationError, PlanError, RatioError
 from fxprune.pipeline.arguments import number, refuse, whole_number
 from fxprune.trace.inputs import is_hugging_face, without_cache
 from fxprune.vocabulary.alignment import retokenised
@@ -249,7 +249,7 @@ def trim(
     if unknown := use.counts.keys() - tokens.every:
         what = f"it has the id {min(unknown)}, for which the tokenizer has no token"
         raise CalibrationError(what, where="calibration", remedy="Tokenise with the tokenizer of this model")
-    needed = (tokens.needed | ids_in_settings(model)) & tokens.every
+    needed = _needed(model, tokens)
     if size < len(needed) and not free:
         total = sum(parameter.numel() for parameter in model.parameters())
         most = (rows.size - len(needed)) * rows.each / total
@@ -264,10 +264,18 @@ def trim(
     return carry_out(model, tokenizer, kept, tokens, use, share=share)
 
 
+def _needed(model: PreTrainedModel, tokens: Tokens) -> frozenset[int]:
+    """Ids of the tokens that must stay: to write every text, and because settings name them."""
+    return (tokens.needed | ids_in_settings(model)) & tokens.every
+
+
 def carry_out(
     model: PreTrainedModel, tokenizer: Any, kept: Sequence[int], tokens: Tokens, use: Use, *, share: bool
 ) -> PrunedVocabulary:
-    """A model and its tokenizer with the tokens ``kept``."""
+    """A model and its tokenizer with the tokens ``kept``, among which must be all that have to stay."""
+    if lacking := _needed(model, tokens).difference(kept):
+        what = f"it leaves out {tokenizer.convert_ids_to_tokens(min(lacking))!r}, a token of this model that must stay"
+        raise PlanError(what, where="vocabulary", remedy="Use the plan's own model, or make the plan again")
     slim = trimmed_model(model, kept, share=share)
     parameters = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
     gone = tokens.every - set(kept)

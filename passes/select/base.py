@@ -34,7 +34,7 @@ from fxprune.offload.ranks import broadcast_object, decide_on_first, world_size
 from fxprune.pipeline.arguments import Ranking, argument, instance, numbers, path_or_empty, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassCost, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
-from fxprune.removal.plan import Plan, keep_of
+from fxprune.removal.plan import Plan, keep_of, other_model_note
 from fxprune.removal.removal import Removal, Scores
 from fxprune.removal.target import Reached
 
@@ -575,20 +575,26 @@ class PlanFromJsonPass(Pass):
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse a plan for another model before samples are made and read."""
         if Groups in given:
-            self._removal(graph_module)
+            self._removal(graph_module, self._plan())
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        facts_of(graph_module).put(self._removal(graph_module))
+        facts, plan = facts_of(graph_module), self._plan()
+        facts.put(self._removal(graph_module, plan))
+        note = other_model_note(facts[Dependencies].axes, plan)
+        if note is not None:
+            add_note(graph_module, note)
         return PassResult(graph_module, False)
 
-    def _removal(self, graph_module: fx.GraphModule) -> Removal:
+    def _plan(self) -> Plan:
         try:
             text = self.text or Path(self.file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise PlanError(
                 f"cannot be read: {error}", where=self.file, remedy="Pass text, or the path of a plan"
             ) from error
-        plan = Plan.from_json(text)
+        return Plan.from_json(text)
+
+    def _removal(self, graph_module: fx.GraphModule, plan: Plan) -> Removal:
         facts = facts_of(graph_module)
         axes, groups = facts[Dependencies].axes, facts[Groups].all
         return Removal(axes, groups, keep_of(axes, groups, plan), plan.removed_blocks)

@@ -71,6 +71,13 @@ def test_a_run_resumes_only_for_the_same_question(folder: Path, monkeypatch: pyt
     assert key not in others and len(set(others)) == len(others)
 
 
+def test_a_slim_model_in_another_dtype_has_whole_frequencies_of_positions(tmp_path: Path) -> None:
+    """They were rounded to bfloat16, so that a slim model was measured worse than it is beside the dense one."""
+    fxprune.save_pretrained(tiny("llama", num_hidden_layers=1), tmp_path / "slim")
+    model = load_model(tmp_path / "slim", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_a_classifier_comes_back_in_its_own_auto_class(tmp_path: Path) -> None:
     config = tiny("llama").config
     config.num_labels, config.pad_token_id = 3, 0

@@ -12,7 +12,7 @@ import gguf
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import fxprune
@@ -222,6 +222,13 @@ def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) ->
         load_mapped(tmp_path / "less", tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot be loaded: model.norm.weight and 1 more are missing"):
         require_all_weights("there", {"missing_keys": {"model.norm.weight", "x"}}, model)
+
+
+def test_a_model_is_loaded_by_the_class_that_its_config_names(tmp_path: Path) -> None:
+    """A classifier was taken for a causal language model without an output layer, unlike in memory."""
+    config = tiny("llama", num_labels=3).config
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "dense")
+    assert type(load_mapped(tmp_path / "dense", tmp_path)) is LlamaForSequenceClassification
 
 
 @pytest.mark.slow

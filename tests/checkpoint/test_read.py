@@ -22,6 +22,7 @@ from fxprune.errors import CheckpointError
 from fxprune.removal.plan import Plan
 from tests.checkpoint.small import edit, narrow
 from tests.emitted import logits
+from tests.models import token_ids
 from tests.remembered import pruned
 
 KEPT = list(range(24))
@@ -118,6 +119,33 @@ def test_a_plan_that_was_exchanged_is_refused_with_its_digest(folder: Path) -> N
         from_pretrained(folder)
     (folder / MANIFEST).write_text(json.dumps(data | {"format": 2}))
     assert from_pretrained(folder) is not None, "earlier releases wrote none"
+
+
+def test_buffers_of_a_model_in_half_precision_are_not_rounded(tmp_path: Path) -> None:
+    """Frequencies of positions that the class makes differently came back in bfloat16."""
+    slim: Any = narrow()
+    frequencies = slim.model.rotary_emb.inv_freq * 1.7
+    slim.to(torch.bfloat16).model.rotary_emb.inv_freq = frequencies
+    save_pretrained(slim, tmp_path / "slim")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", trust_remote_code=True)
+    for loaded in (from_pretrained(tmp_path / "slim"), stock):
+        assert torch.equal(loaded.model.rotary_emb.inv_freq, frequencies) and loaded.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert torch.equal(loaded(token_ids()).logits, slim(token_ids()).logits)
+
+
+def test_a_repository_is_downloaded_as_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest revision was loaded whichever was asked for, and a token was not used."""
+    seen: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        seen.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr("fxprune.checkpoint.read.snapshot_download", download)
+    model = from_pretrained("someone/something", revision="v1", token="secret", dtype="bfloat16")
+    assert seen == {"name": "someone/something", "revision": "v1", "token": "secret"}
+    assert model.dtype == torch.bfloat16
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

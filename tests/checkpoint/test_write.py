@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from huggingface_hub import ModelCard
 
 import fxprune
 from fxprune.checkpoint import write
-from fxprune.checkpoint.manifest import Manifest, read_manifest
+from fxprune.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fxprune.checkpoint.read import from_pretrained
-from fxprune.checkpoint.write import MODELLING, model_card, save_pretrained, write_folder
+from fxprune.checkpoint.write import MODELLING, check_place, model_card, save_pretrained, write_folder
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError, FxpruneError
 from tests.checkpoint.small import narrow
@@ -127,6 +129,30 @@ def test_more_files_go_into_the_folder_with_the_model(slim: Any, tmp_path: Path)
     assert not (target / "pytorch_model.bin").exists() and from_pretrained(target) is not None
 
 
+def test_a_damaged_checkpoint_is_replaced_by_force_alone(slim: Any, tmp_path: Path) -> None:
+    """It was refused when all was written, with force too, and with the advice to save the model again."""
+    target = tmp_path / "slim"
+    save_pretrained(slim, target)
+    (target / "notes").write_text("mine")
+    text = (target / MANIFEST).read_text()
+    for damaged in (text[:100], text.replace('"format": 3', '"format": 4')):
+        (target / MANIFEST).write_text(damaged)
+        for refuse in (check_place, partial(save_pretrained, slim)):
+            with pytest.raises(CheckpointError, match=r"fxprune\.json cannot be read: .*Choose a new folder"):
+                refuse(target)
+        save_pretrained(slim, target, force=True)
+        assert from_pretrained(target) is not None and (target / "notes").read_text() == "mine"
+
+
+def test_a_card_below_the_home_of_the_user_stays(slim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was looked for in a folder called ~, and deleted; other functions wrote their files into such a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_pretrained(slim, "~/slim", verify=False)
+    (tmp_path / "slim/README.md").write_text("mine")
+    save_pretrained(slim, "~/slim", verify=False)
+    assert (tmp_path / "slim/README.md").read_text() == "mine"
+
+
 def test_a_folder_is_filled_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         (folder / "a").write_text("half")
@@ -161,7 +187,13 @@ def test_a_card_says_what_came_of_the_model(uneven: fxprune.Result, folder: Path
     assert "\n\n\n" not in card.text and "None" not in card.text
 
 
-def test_the_code_on_a_card_runs(uneven: fxprune.Result, folder: Path) -> None:
+def test_the_code_on_a_card_runs(uneven: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a shell or Python reads the name of the folder as something else."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'my "slim"'
+    uneven.save_pretrained(folder)
+    commands = re.findall(r"^(?:fxprune|vllm|llama-server) .*", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 4 and all(shlex.split(one)[2].startswith(folder.name) for one in commands)
     names: dict[str, Any] = {"dense": tiny("llama")}
     with torch.no_grad():
         expected = uneven.model(token_ids()).logits

@@ -17,6 +17,7 @@ from fxprune.errors import ExportError, UnknownNameError, VerificationError
 from fxprune.export import model as decode
 from fxprune.export.model import export_decoder
 from fxprune.export.program import LOW_PRECISION_TOLERANCE, run_onnx
+from tests import zoo
 from tests.export.small import PAIRS, even, uneven
 from tests.models import token_ids
 
@@ -121,3 +122,15 @@ def test_what_keeps_no_cache_is_refused(tmp_path: Path) -> None:
     recurrent = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
     with pytest.raises(ExportError, match=r"cannot be exported|keeps no keys and values"):
         export_decoder(recurrent, tmp_path / "slim.pt2")
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("recurrent_gemma", "keeps more between calls than keys and values"), ("jamba", "keys and values alone")],
+)
+def test_a_model_that_also_keeps_a_state_is_refused(family: str, message: str, tmp_path: Path) -> None:
+    """Its program started each call with no state, and was compared with the same mistake."""
+    model = zoo.tiny_model(family).train()
+    with pytest.raises(ExportError, match=f"{message}.*cache=False"):
+        export_decoder(model, tmp_path / "slim.pt2")
+    assert model.training and list(tmp_path.iterdir()) == []

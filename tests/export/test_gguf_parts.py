@@ -259,3 +259,20 @@ def test_tokenizers_that_have_no_name_in_the_format_are_refused() -> None:
         describe_tokenizer(odd, 400)
     with pytest.raises(ExportError, match="object is not a fast tokenizer"):
         describe_tokenizer(object(), 10)
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "fallback"])
+def test_a_tokenizer_that_changes_a_text_first_is_refused(kind: str) -> None:
+    """Engines read the file as that of a tokenizer which does not."""
+    made = trained(kind)
+    known = made.backend_tokenizer.normalizer
+    for step in (normalizers.Lowercase(), normalizers.Replace("a", "b")):
+        made.backend_tokenizer.normalizer = normalizers.Sequence([*([] if known is None else [known]), step])
+        with pytest.raises(ExportError, match=rf"changes a text before it is split.*: {type(step).__name__}\."):
+            describe_tokenizer(made, 400)
+    made.backend_tokenizer.normalizer = known or normalizers.NFC()
+    assert describe_tokenizer(made, 400)
+    if kind == "gpt-2":
+        made.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        with pytest.raises(ExportError, match=r"changes a text before it is split.*: add_prefix_space"):
+            describe_tokenizer(made, 400)

@@ -44,6 +44,11 @@ def test_arguments_of_other_files_are_refused(result: fxprune.Result, tmp_path: 
         check_options(Path("slim.onnx"), cache=True, like="dense.gguf")
     with pytest.raises(ExportError, match="a GGUF file has no forward pass of its own"):
         check_options(Path("slim.gguf"), cache=True)
+    for name, cache in (("slim.gguf", False), ("slim.onnx", True)):
+        with pytest.raises(ExportError, match=rf"{name}: example_inputs are for a program without a cache"):
+            result.export(
+                tmp_path / name, tokenizer=tokenizer(), cache=cache, example_inputs={"input_ids": token_ids()}
+            )
     bare = fxprune.Result(result.graph_module, None, result.plan, result.report)
     with pytest.raises(ExportError, match=r"there is no slim model.*as \.pt2 or \.onnx"):
         bare.export(tmp_path / "slim.gguf", tokenizer=tokenizer())

@@ -41,7 +41,8 @@ def test_what_is_out_of_range_is_refused_with_the_range(value: Any, bounds: dict
 
 def test_flags_seeds_paths_functions_and_instances() -> None:
     assert flag("verify", np.bool_(True)) is True and as_seed("seed", 2**64 - 1) == 2**64 - 1
-    assert as_path("file", Path("a/b")) == "a/b" and function("track", len, "one") is len
+    assert as_path("file", Path("a/b")) == "a/b" and as_path("file", "~/a") == str(Path.home() / "a")
+    assert function("track", len, "one") is len
     assert instance("text", "a", str, "text") == "a"
     for call in (
         lambda: flag("verify", "no"),

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,9 @@ def pruned(dense: PreTrainedModel) -> fxprune.Result:
 
 @pytest.fixture(scope="module")
 def recovered(pruned: fxprune.Result) -> Recovery:
-    return fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK)
+    measured = (("", "slim"), ("perplexity", "12.3"))
+    told = replace(pruned, report=replace(pruned.report, measured=measured))
+    return fxprune.recover(told, SUMS, TOKENIZER, settings=QUICK)
 
 
 def losses_of(recovery: Recovery) -> list[float]:
@@ -75,6 +78,12 @@ def test_the_held_out_loss_falls(recovered: Recovery) -> None:
     assert data["held_out"] == list(recovered.held_out) and data["merge_error"] < 1e-4
     assert data["targets"]["modules"] == list(recovered.targets.modules)
     assert data["settings"]["learning_rate"] == 5e-3 and data["data"]["train"] == 20
+
+
+def test_what_was_measured_before_the_training_is_left_out_of_the_report(recovered: Recovery) -> None:
+    """The card of the trained model had the figures of the model before."""
+    assert recovered.result is not None and recovered.result.report.measured == ()
+    assert recovered.result.report.unmeasured == "it was trained after the prune"
 
 
 def test_only_the_weights_of_the_planned_projections_change(pruned: fxprune.Result, recovered: Recovery) -> None:
@@ -159,9 +168,11 @@ def test_merging_that_changes_the_logits_is_refused(pruned: fxprune.Result, monk
 @pytest.mark.slow
 def test_a_model_in_fp16_with_its_plan_is_trained_in_another_dtype(pruned: fxprune.Result, recovered: Recovery) -> None:
     half = copy.deepcopy(pruned.model).half()
+    half.model.rotary_emb.inv_freq = pruned.model.model.rotary_emb.inv_freq.clone()  # as it is when loaded in fp16
     recovery = fxprune.recover(half, SUMS, TOKENIZER, settings=QUICK, plan=pruned.plan, epochs=0.4)
     assert recovery.result is None and recovery.targets == recovered.targets
     assert {p.dtype for p in recovery.model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert recovery.model.model.rotary_emb.inv_freq.dtype == torch.float32, "positions were rounded to bfloat16"
     assert any("fp16" in note for note in recovery.notes)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
 
@@ -237,6 +248,20 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_losses(
         fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, folder=tmp_path, learning_rate=1e-3)
     with pytest.raises(RecoveryError, match="another run: data differ"):
         fxprune.recover(pruned, SUMS[1:], TOKENIZER, settings=QUICK, folder=tmp_path)
+    with torch.no_grad():  # no update is trained there, and yet the run would be another one
+        own.model.model.embed_tokens.weight.mul_(2)
+    with pytest.raises(RecoveryError, match="another run: weights differ"):
+        fxprune.recover(own, SUMS, TOKENIZER, settings=QUICK, folder=tmp_path)
+
+
+def test_a_run_resumes_only_with_its_own_teacher(
+    pruned: fxprune.Result, dense: PreTrainedModel, tmp_path: Path
+) -> None:
+    """The rest of a run learnt from whichever teacher was given."""
+    settings = replace(QUICK, batch=20, epochs=1)
+    fxprune.recover(pruned, SUMS, TOKENIZER, settings=settings, folder=tmp_path, distil=dense)
+    with pytest.raises(RecoveryError, match="another run: distil differ"):
+        fxprune.recover(pruned, SUMS, TOKENIZER, settings=settings, folder=tmp_path, distil=slim_copy(pruned).model)
 
 
 SPREAD = """

@@ -13,6 +13,8 @@ from torch import fx, nn
 
 from fxprune.axes import Keep
 from fxprune.errors import PlanError
+from fxprune.graph.facts import Notes, facts_of
+from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Difference, Plan, differences, keep_of, plan_of
 from tests.oracle import Net, axes_of, discover, groups_of
 
@@ -61,6 +63,29 @@ def test_a_plan_of_a_model_of_other_widths_or_of_too_few_units_is_refused(dense:
     (group,) = groups_of(dense)
     with pytest.raises(PlanError, match="2 units of 4 stay, and at least 3 must"):
         keep_of(axes_of(dense), (replace(group, least=3),), plan_of(axes_of(dense), without(dense, 0, 3)))
+
+
+def stack(depth: int) -> fx.GraphModule:
+    """Pairs of linear maps with four units between each two."""
+    pairs = nn.ModuleList(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)) for _ in range(depth))
+    return discover(Net(lambda net, x: [x := x + pair(x) for pair in net.pairs][-1], pairs=pairs), X)
+
+
+def test_a_plan_of_a_model_of_fewer_layers_is_carried_out_with_a_note() -> None:
+    """Its names and sizes fit, and the other layers stayed whole without a word."""
+    small, large = stack(1), stack(2)
+    plan = plan_of(axes_of(small), without(small, 1))
+    assert plan.parameters == 3 * 4 + 4 + 4 * 3 + 3 == Plan.from_json(plan.to_json()).parameters
+    assert plan.digest == replace(plan, parameters=None).digest, "plans of earlier releases have no number"
+    carried_out = load_pass("plan-from-json", text=plan.to_json())
+    line = (
+        "the plan was made for a model of 31 parameters, and this one has 62: what the plan does not name stays whole"
+    )
+    for graph_module, lines in ((small, ()), (large, (line,))):
+        carried_out(graph_module)
+        assert (facts_of(graph_module).get(Notes) or Notes()).lines == lines
+    with pytest.raises(PlanError, match="'many', not a whole number"):
+        Plan.from_json(json.dumps({**json.loads(plan.to_json()), "parameters": "many"}))
 
 
 def plan(**kept: list[int]) -> Plan:

@@ -86,6 +86,16 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
         fxprune.prune_vocabulary(tiny("llama", num_hidden_layers=1), tokenizer("gpt2"), [TEXT])
 
 
+def test_a_plan_that_leaves_out_a_token_of_a_sibling_is_refused() -> None:
+    """An end of text that was added to the sibling kept an id that no token had any more."""
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    plan = fxprune.Plan(vocabulary=tuple(range(len(words))))
+    words.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    model.config.eos_token_id = words.convert_tokens_to_ids("<end>")
+    with pytest.raises(PlanError, match="it leaves out '<end>', a token of this model that must stay"):
+        fxprune.apply(model, plan, tokenizer=words)
+
+
 @pytest.mark.slow
 def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")

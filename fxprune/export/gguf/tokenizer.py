@@ -97,9 +97,32 @@ def _merges(spec: Mapping[str, Any]) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
 
 
+def _normalizers(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps that change a text before it is split."""
+    if step is None or "normalizers" not in step:
+        return [] if step is None else [step]
+    return [inner for part in step["normalizers"] for inner in _normalizers(part)]
+
+
+_BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+"""The step that engines take for each character to be."""
+
+
+def _check_changes(changes: list[str]) -> None:
+    """Refuse a tokenizer that changes a text before it is split: engines merge the text as it is.
+
+    That they leave out the composition of characters (``NFC``) is accepted, as by all who write such files.
+    """
+    if changes:
+        what = f"changes a text before it is split, for which the format has no name: {', '.join(changes)}"
+        raise ExportError(what, where="tokenizer", remedy=_REMEDY)
+
+
 def _pre_name(spec: Mapping[str, Any]) -> str:
     """Name in the format for the way in which a tokenizer splits text before it merges bytes."""
     (last, *_) = _pre_tokenizers(spec, "ByteLevel")
+    prefix = ["add_prefix_space"] if last.get("add_prefix_space") else []
+    _check_changes([*(step["type"] for step in _normalizers(spec.get("normalizer")) if step["type"] != "NFC"), *prefix])
     patterns = []
     for step in _pre_tokenizers(spec):
         if step["type"] == "Digits" and step.get("individual_digits"):
@@ -129,8 +152,13 @@ def _with_byte_fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     for rank, merge in enumerate(_merges(spec)):
         left, _, right = merge.partition(" ")
         scores.setdefault(left + right, -float(rank))
-    normalizer = spec.get("normalizer") or {}
-    steps = [*normalizer.get("normalizers", [normalizer] if normalizer else []), *_pre_tokenizers(spec)]
+    changes = [
+        step
+        for step in _normalizers(spec.get("normalizer"))
+        if step["type"] not in ("Prepend", "NFC") and step != _BLANK
+    ]
+    _check_changes([step["type"] for step in changes])
+    steps = [*_normalizers(spec.get("normalizer")), *_pre_tokenizers(spec)]
     prepends = [step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps]
     return {
         "model": load_data("tokenizers")["models"]["characters"],
