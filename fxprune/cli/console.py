@@ -145,6 +145,12 @@ class Command(TyperCommand):
     needs_library = True
     """Whether the whole library is imported before the command runs."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for one in self.params:
+            if one.param_type_name == "argument":  # in capitals, as in the first line of the help
+                one.metavar = f"{one.name}{'' if one.nargs == 1 else '...'}".upper()
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Split a pair given as one word, ``1,1`` or ``(1, 1)``, into two words."""
         pairs = {name for one in self.params if one.nargs == 2 for name in one.opts}
