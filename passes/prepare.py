@@ -22,7 +22,7 @@ from fxprune.data.built_in import (
 )
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
 from fxprune.data.samples import DECODER, LABELS, check_samples, read_calibration, read_token_rows
-from fxprune.data.text import check_tokenizer, is_text, opening_tokens, text_samples
+from fxprune.data.text import MOST_SAMPLES, check_tokenizer, is_text, opening_tokens, text_samples
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError, FxpruneError, PassError
@@ -160,7 +160,8 @@ class CalibratePass(Pass):
         """The data, as samples if they are text."""
         if not is_text(self.data):
             return self.data
-        return text_samples(self.data, self.tokenizer, self.samples or self.built_in, self.tokens)
+        most = self.samples or self.built_in or MOST_SAMPLES
+        return text_samples(self.data, self.tokenizer, None, self.tokens, most)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         data, written = self.given(), 0
