@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -184,6 +185,7 @@ def _card_text(
         name=name,
         kind=kind,
         folder=folder.name,
+        quote=shlex.quote,
         stock=manifest.stock,
         generates=can_generate is None or bool(can_generate()),  # perhaps, if the class is unknown
         auto_class=next((name for name in reversed(classes) if name != "AutoConfig"), None),
