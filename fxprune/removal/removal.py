@@ -99,15 +99,15 @@ class Scores(Fact):
             )
         shapes = {group.name: group.shape for group in groups}
         for name, row in self.units.items():
-            if not isinstance(row, np.ndarray):
+            if not isinstance(row, np.ndarray) or row.dtype.kind not in "biuf":
                 raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
-            if shapes.get(name) != row.shape or not np.isfinite(row).all():
-                found = "no such group" if name not in shapes else f"units {shapes[name]}"
-                raise PlanError(
-                    f"{found}, but scores of shape {row.shape}, which must be finite",
-                    where=name,
-                    remedy=remedy,
-                )
+            if name not in shapes:
+                raise PlanError("no such group", where=name, remedy=remedy)
+            if row.shape != shapes[name]:
+                what = f"its units are of shape {shapes[name]}, and its scores {row.shape}"
+                raise PlanError(what, where=name, remedy=remedy)
+            if not np.isfinite(row).all():
+                raise PlanError("its scores are not all finite", where=name, remedy=remedy)
 
 
 def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: str) -> Scores:
