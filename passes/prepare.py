@@ -82,7 +82,7 @@ class CalibratePass(Pass):
         spelled=False,
     )
     tokens: int = argument(128, "Tokens in a sample of text.", least=2)
-    samples: int | None = argument(None, "Number of samples, evenly spread over those given; None for all.", least=1)
+    samples: int | None = argument(None, "Most samples to use, evenly spread over those given; None for all.", least=1)
     built_in: int | None = argument(
         None,
         """The same, only for samples made from text: the built-in text, which has hundreds, or another; None for

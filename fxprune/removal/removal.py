@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fxprune.axes import Index, Keep, factors, kept_size
+from fxprune.axes import Factor, Index, Keep, factors, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group, Member
 from fxprune.discovery.norms import KeptNorm
@@ -240,6 +240,27 @@ class Removal(Fact):
     asked: Mapping[str, float] = field(default_factory=dict)
     scores: Scores | None = None
     reached: Reached | None = None
+
+    def __post_init__(self) -> None:
+        """Check the form of the kept units, which a selection of the user's own may have made.
+
+        Raises:
+            PlanError: they are no masks of the units of their factors, or fewer stay than must.
+        """
+        remedy = "Pass a fxprune.axes.Keep with an array of bools for each factor, true for a unit that stays"
+        if not isinstance(self.keep, Keep):
+            raise PlanError(f"keep is {format_value(self.keep)}", where="removal", remedy=remedy)
+        named = {group.factor: group for group in self.groups}
+        for factor, mask in self.keep.units.items():
+            group = named.get(factor)
+            where = str(factor) if group is None else group.name
+            is_mask = isinstance(factor, Factor) and isinstance(mask, np.ndarray) and mask.dtype == bool
+            if not is_mask or mask.ndim not in (1, 2) or mask.shape[-1] != factor.size:
+                raise PlanError(f"its kept units are {format_value(mask)}", where=where, remedy=remedy)
+            least = 1 if group is None else group.least
+            if self.keep.count(factor) < least:
+                what = f"{self.keep.count(factor)} of {factor.size} units stay"
+                raise PlanError(what, where=where, remedy=f"Keep at least {least}")
 
     @cached_property
     def plan(self) -> Plan:
