@@ -149,7 +149,7 @@ class Command(TyperCommand):
         super().__init__(*args, **settings)
         for one in self.params:
             if one.param_type_name == "argument":  # in capitals, as in the first line of the help
-                one.metavar = f"{one.name}{'' if one.nargs == 1 else '...'}".upper()
+                one.metavar = str(one.name).upper()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Split a pair given as one word, ``1,1`` or ``(1, 1)``, into two words."""
