@@ -255,7 +255,8 @@ class Removal(Fact):
             group = named.get(factor)
             where = str(factor) if group is None else group.name
             is_mask = isinstance(factor, Factor) and isinstance(mask, np.ndarray) and mask.dtype == bool
-            if not is_mask or mask.ndim not in (1, 2) or mask.shape[-1] != factor.size:
+            nested = factor in self.keep.outer
+            if not is_mask or mask.ndim not in ((1, 2) if nested else (1,)) or mask.shape[-1] != factor.size:
                 raise PlanError(f"its kept units are {format_value(mask)}", where=where, remedy=remedy)
             least = 1 if group is None else group.least
             if self.keep.count(factor) < least:

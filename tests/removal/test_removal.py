@@ -88,7 +88,7 @@ def test_kept_units_that_are_no_masks_are_refused() -> None:
     axes, groups = axes_of(graph), groups_of(graph)
     (group,) = groups
     whole = np.ones(12, dtype=bool)
-    for mask in (whole.tolist(), torch.ones(12).bool(), np.arange(6), whole.astype(int), whole[:-1], None):
+    for mask in (whole.tolist(), torch.ones(12).bool(), np.arange(6), whole.astype(int), whole[:-1], whole[None], None):
         with pytest.raises(PlanError, match=f"{group.name}: its kept units are .* an array of bools for each factor"):
             Removal(axes, groups, Keep({group.factor: mask}))  # type: ignore[dict-item]
     with pytest.raises(PlanError, match=f"{group.name}: 0 of 12 units stay. Keep at least 1"):
