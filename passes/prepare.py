@@ -22,7 +22,7 @@ from fxprune.data.built_in import (
 )
 from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
 from fxprune.data.samples import DECODER, LABELS, check_samples, read_calibration, read_token_rows
-from fxprune.data.text import check_tokenizer, is_text, opening_tokens, text_samples
+from fxprune.data.text import MOST_SAMPLES, check_tokenizer, is_text, opening_tokens, text_samples
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
 from fxprune.errors import CalibrationError, FxpruneError, PassError
@@ -82,7 +82,7 @@ class CalibratePass(Pass):
         spelled=False,
     )
     tokens: int = argument(128, "Tokens in a sample of text.", least=2)
-    samples: int | None = argument(None, "Number of samples, evenly spread over those given; None for all.", least=1)
+    samples: int | None = argument(None, "Most samples to use, evenly spread over those given; None for all.", least=1)
     built_in: int | None = argument(
         None,
         """The same, only for samples made from text: the built-in text, which has hundreds, or another; None for
@@ -160,7 +160,8 @@ class CalibratePass(Pass):
         """The data, as samples if they are text."""
         if not is_text(self.data):
             return self.data
-        return text_samples(self.data, self.tokenizer, self.samples or self.built_in, self.tokens)
+        most = self.samples or self.built_in or MOST_SAMPLES
+        return text_samples(self.data, self.tokenizer, None, self.tokens, most)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         data, written = self.given(), 0

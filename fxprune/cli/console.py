@@ -105,10 +105,10 @@ def keep_freed() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))  # no mappings, and a heap that never shrinks
 
 
-console = Console(soft_wrap=True)
-"""Results."""
+console = Console(soft_wrap=True, markup=False)
+"""Results; names of files and models may have brackets in them, which are no markup."""
 
-errors = Console(stderr=True, soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 """Why a command stopped."""
 
 notes = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
@@ -144,6 +144,12 @@ class Command(TyperCommand):
     """Whether results are all that the command is for, so that ``--quiet`` still prints them."""
     needs_library = True
     """Whether the whole library is imported before the command runs."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for one in self.params:
+            if one.param_type_name == "argument":  # in capitals, as in the first line of the help
+                one.metavar = str(one.name).upper()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Split a pair given as one word, ``1,1`` or ``(1, 1)``, into two words."""
@@ -256,7 +262,7 @@ def _describe(error: OSError) -> str:
 
 def _report(text: str) -> int:
     line = textwrap.shorten(text, 600, placeholder=" ...")
-    errors.print(f"[red]error: {escape(line)}[/red]", highlight=False)
+    errors.print(f"error: {line}", style="red")
     return 2
 
 
@@ -297,7 +303,7 @@ def print_json(data: Any) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """Print results as they are, without markup or colours."""
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, highlight=False)
 
 
 class _Lines(logging.Handler):
@@ -326,7 +332,7 @@ def working(what: str) -> Iterator[None]:
     if not _shows_progress():
         yield
     elif notes.is_terminal:
-        with notes.status(what):
+        with notes.status(escape(what)):
             yield
     else:
         notes.print(f"{what} ...")
@@ -339,7 +345,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         yield from items
         return
     if notes.is_terminal:
-        yield from track(items, what, total, console=notes, transient=True)
+        yield from track(items, escape(what), total, console=notes, transient=True)
         return
     start = time.monotonic()
     due = start + 2  # seconds

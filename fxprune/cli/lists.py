@@ -6,7 +6,6 @@ import inspect
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from fxprune.cli.console import Command, QuickCommand, app, console, print_lines
@@ -27,7 +26,7 @@ def passes(name: Annotated[str | None, typer.Argument(help="Describe this pass."
         try:
             made = pass_class(each)
         except PassError as error:
-            table.add_row(each, "", escape(error.what))
+            table.add_row(each, "", error.what)
         else:
             table.add_row(each, made.stage, plain((inspect.getdoc(made) or "").partition("\n")[0]))
     console.print(table)
@@ -39,7 +38,7 @@ def recipes(
 ) -> None:
     """List the recipes with their costs, or print one."""
     if name is not None:
-        console.print(recipe_text(name), end="", markup=False, highlight=False)
+        console.print(recipe_text(name), end="", highlight=False)
         return
     table = Table("recipe", "what it does", "what it costs")
     for each in recipe_names():
@@ -58,7 +57,7 @@ def _describe(name: str) -> None:
     if arguments:
         table = Table("argument", "default", "description")
         for row in arguments:
-            table.add_row(*map(escape, row), end_section=True)
+            table.add_row(*row, end_section=True)
         console.print(table)
     facts = {"needs": made.needs, "wants": made.wants, "gives": made.gives, "drops": made.drops, "keeps": made.keeps}
     print_lines([f"stage: {made.stage}", f"changes: {made.changes}"])

@@ -30,7 +30,7 @@ def expanded(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser()
 
 
-Folder = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id, GGUF file, or 'demo'.")]
+Folder = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file, or 'demo'.")]
 Gguf = Annotated[str | None, _machine(help="GGUF file inside the folder.")]
 Force = Annotated[bool, _output("--force", help="Write over what is there; other files in a folder stay.")]
 Quiet = Annotated[bool, _output("--quiet", "-q", help="Print only errors.")]

@@ -246,6 +246,6 @@ def _quality_lines(report: Any) -> Iterator[str]:
         return
     yield from (f"measured on {text.data}" for text in report.quality.texts)
     for answer in report.quality.answers:
-        yield f"{answer.question} dense: {' '.join(answer.dense.split())!r} slim: {' '.join(answer.slim.split())!r}"
+        yield f"{answer.question} dense: {answer.dense!r} slim: {answer.slim!r}"
     if report.advice:
         yield f"warning: {report.advice}"

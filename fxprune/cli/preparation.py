@@ -48,11 +48,11 @@ class CalibrationText:
 
     def read(self, tokenizer: Any, most: int | None = None) -> Any:
         """The samples and their source, at most ``most`` unless a number was given; None if there is no text."""
-        from fxprune.data.text import TOKENS, text_samples
+        from fxprune.data.text import MOST_SAMPLES, TOKENS, text_samples
 
         if self.source is None:
             return None
-        return text_samples(self.source, tokenizer, self.samples or most, self.tokens or TOKENS)
+        return text_samples(self.source, tokenizer, self.samples, self.tokens or TOKENS, most or MOST_SAMPLES)
 
 
 @dataclass(frozen=True)

@@ -177,12 +177,25 @@ def _batches(data: Any, first: _Input, named: Sequence[str]) -> Iterator[Tensors
     number = 0
     try:
         for item in [data] if isinstance(data, Mapping) else data:
-            yield _as_batch(item, first, f"calibration item {number}", named)
+            for part in _parts(item, first.name):
+                yield _as_batch(part, first, f"calibration item {number}", named)
             number += 1
     except FxpruneError:
         raise
     except Exception as error:  # data sets and loaders run the user's code
         raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
+
+
+def _parts(item: Any, name: str) -> list[Any]:
+    """The item itself, or its rows if they differ in length, as a tokenizer returns several texts without padding."""
+    rows = item.get(name) if isinstance(item, Mapping) else None
+    if not isinstance(rows, list | tuple) or len({len(row) for row in rows if isinstance(row, list | tuple)}) < 2:
+        return [item]
+
+    def of_row(value: Any, number: int) -> Any:
+        return value[number] if isinstance(value, list | tuple) and len(value) == len(rows) else value
+
+    return [{key: of_row(value, number) for key, value in item.items()} for number in range(len(rows))]
 
 
 def _as_batch(item: Any, known: _Input, where: str, named: Sequence[str]) -> Tensors:

@@ -38,22 +38,23 @@ Files are read whole.
 def is_text(data: Any) -> bool:
     """Whether data are text, which a tokenizer makes samples of, rather than token ids.
 
-    It is text by name or path, a list of texts or of rows with text in them, or a ``datasets.Dataset`` of such rows.
+    It is text by name or path, a list of texts or of rows with text in them, or a ``datasets.Dataset`` of such rows or
+    a column of it.
     """
     if isinstance(data, str | os.PathLike):
         return True
     if getattr(data, "column_names", None) is not None:
         return "input_ids" not in data.column_names
-    first = data[0] if isinstance(data, list | tuple) and data else None
+    first = data[0] if isinstance(data, Sequence) and len(data) else None
     if isinstance(first, Mapping):
         return "messages" in first or any(isinstance(value, str) for value in first.values())
     return isinstance(first, str)
 
 
-def text_samples(data: Any, tokenizer: Any, samples: int | None, tokens: int) -> FileSamples:
+def text_samples(data: Any, tokenizer: Any, samples: int | None, tokens: int, most: int = MOST_SAMPLES) -> FileSamples:
     """Samples of a text that :func:`is_text`, with where it is from; see :func:`calibration_windows`."""
     where = text_source(data)
-    ids = calibration_windows(tokenizer, calibration_text(data, tokenizer), samples, tokens, where)
+    ids = calibration_windows(tokenizer, calibration_text(data, tokenizer), samples, tokens, where, most)
     return FileSamples(ids, where, data)
 
 
@@ -152,20 +153,23 @@ def opening_tokens(tokenizer: Any) -> list[int]:
     return list(ids[:start])
 
 
-def calibration_windows(tokenizer: Any, text: str, samples: int | None, tokens: int, where: str) -> torch.Tensor:
+def calibration_windows(
+    tokenizer: Any, text: str, samples: int | None, tokens: int, where: str, most: int = MOST_SAMPLES
+) -> torch.Tensor:
     """Token ids ``(samples, tokens)`` of windows that do not overlap, spread evenly over the text.
 
     Each begins with the tokens that the tokenizer puts before a text.
 
     Args:
-        samples: number of windows; None for as many as there are, up to 1,024.
+        samples: number of windows; None for as many as there are, up to ``most``.
     """
     count, found = _all_windows(tokenizer, text, tokens)
-    samples = min(max(len(found), 1), MOST_SAMPLES) if samples is None else samples
-    if len(found) < samples:
-        what = f"{count:,} tokens are fewer than {samples:,} sample{'s' if samples > 1 else ''} of {tokens:,}"
-        raise CalibrationError(what, where=where, remedy="Give a longer text, or smaller $samples or $tokens")
-    return found[list(spread(range(len(found)), samples))]
+    wanted = min(max(len(found), 1), most) if samples is None else samples
+    if len(found) < wanted:
+        what = f"{count:,} tokens are fewer than {wanted:,} sample{'s' if wanted > 1 else ''} of {tokens:,}"
+        fewer = "samples of fewer $tokens" if samples is None else "smaller $samples or $tokens"
+        raise CalibrationError(what, where=where, remedy=f"Give a longer text, or {fewer}")
+    return found[list(spread(range(len(found)), wanted))]
 
 
 def _all_windows(tokenizer: Any, text: str, tokens: int) -> tuple[int, torch.Tensor]:

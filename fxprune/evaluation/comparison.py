@@ -611,4 +611,9 @@ def token_twin(model: Any) -> Any:
 
 
 def _first_answer(dense: Answers, slim: Answers) -> tuple[GreedyAnswer, ...]:
-    return (GreedyAnswer(dense.questions[0], dense.texts[0], slim.texts[0]),)
+    return (GreedyAnswer(dense.questions[0], _one_line(dense.texts[0]), _one_line(slim.texts[0])),)
+
+
+def _one_line(text: str) -> str:
+    """A text that a model wrote, as a report can show it: without line breaks and control characters."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())

@@ -15,9 +15,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from operator import attrgetter, is_
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from torch import fx
@@ -32,7 +32,7 @@ from fxprune.graph.tensors import comparable, device_of, version_of, weights
 from fxprune.offload.files import is_caching, release_freed
 from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
-from fxprune.pipeline.arguments import Arguments, flag, function, spell
+from fxprune.pipeline.arguments import Arguments, flag, format_value, function, spell
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows progress: ``track(items, what, total)`` yields the items."""
@@ -145,6 +145,25 @@ class Pass(Arguments, PassBase):
             remedy = "Give its class a `name`, as in `name: ClassVar[str] = 'my-pass'`"
             raise PassError("it has no name", where=type(self).__name__, remedy=remedy)
         super().__post_init__()
+        self._check_declarations()
+
+    def _check_declarations(self) -> None:
+        """Refuse declarations of the class that are misspelled, or of another type than they should be."""
+        wanted = []
+        if any(isinstance(value, Field) for value in vars(type(self)).values()):
+            wanted.append(("its class is no dataclass", "Decorate it with @dataclass(frozen=True, eq=False)"))
+        for word, known in (("stage", ("", *STAGES)), ("changes", get_args(Change))):
+            if getattr(self, word) not in known:
+                said = format_value(getattr(self, word))
+                wanted.append((f"`{word}` is {said}", f"Write one of {', '.join(filter(None, known))}"))
+        for word in ("needs", "wants", "gives", "drops", "keeps"):
+            kinds = getattr(self, word)
+            are_kinds = isinstance(kinds, tuple | list) and all(isinstance(one, type) for one in kinds)
+            if not are_kinds or not all(issubclass(one, Fact) for one in kinds):
+                remedy = "Write classes of facts in a tuple, as in (fxprune.Groups,)"
+                wanted.append((f"`{word}` is {format_value(kinds)}", remedy))
+        for what, remedy in wanted:
+            raise PassError(what, where=f"pass {self.name}", remedy=remedy)
 
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
         """Check the facts needed, run, and compare the outcome with the declarations.
@@ -217,7 +236,13 @@ class Pass(Arguments, PassBase):
         changes_in = _watch(graph_module, hold=source is None or not source.shares)
         held = {type(fact): fact for fact in facts_of(graph_module)}
         with reading(self.name, (*self.needs, *self.wants, *self.gives, *self.drops)):
-            result = self.call(graph_module)
+            result: Any = self.call(graph_module)
+        if not (isinstance(result, PassResult) and isinstance(result.graph_module, fx.GraphModule)):
+            what, remedy = (
+                f"`call` returned {format_value(result)}",
+                "Return fxprune.PassResult(graph_module, modified)",
+            )
+            raise PassError(what, where=f"pass {self.name}", remedy=remedy)
         release_freed()
         changed = changes_in(result.graph_module)
         allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]

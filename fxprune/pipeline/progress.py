@@ -68,6 +68,6 @@ def run_bar(passes: Sequence[Pass], first: Sequence[str] = (), last: Sequence[st
     runs = [step.cost(_SAMPLES).runs for step in passes]
     least = max(sum(runs) / 20, 1.0)  # steps without runs of the model take time as well
     work = [least] * len(first) + [least / 4 + each for each in runs] + [least] * len(last)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         yield RunBar([*first, *(step.name for step in passes), *last], work, progress)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fxprune.axes import Index, Keep, factors, kept_size
+from fxprune.axes import Factor, Index, Keep, factors, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group, Member
 from fxprune.discovery.norms import KeptNorm
@@ -99,15 +99,15 @@ class Scores(Fact):
             )
         shapes = {group.name: group.shape for group in groups}
         for name, row in self.units.items():
-            if not isinstance(row, np.ndarray):
+            if not isinstance(row, np.ndarray) or row.dtype.kind not in "biuf":
                 raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
-            if shapes.get(name) != row.shape or not np.isfinite(row).all():
-                found = "no such group" if name not in shapes else f"units {shapes[name]}"
-                raise PlanError(
-                    f"{found}, but scores of shape {row.shape}, which must be finite",
-                    where=name,
-                    remedy=remedy,
-                )
+            if name not in shapes:
+                raise PlanError("no such group", where=name, remedy=remedy)
+            if row.shape != shapes[name]:
+                what = f"its units are of shape {shapes[name]}, and its scores {row.shape}"
+                raise PlanError(what, where=name, remedy=remedy)
+            if not np.isfinite(row).all():
+                raise PlanError("its scores are not all finite", where=name, remedy=remedy)
 
 
 def score_groups(groups: Iterable[Group], positions: PositionScores, reduction: str) -> Scores:
@@ -240,6 +240,28 @@ class Removal(Fact):
     asked: Mapping[str, float] = field(default_factory=dict)
     scores: Scores | None = None
     reached: Reached | None = None
+
+    def __post_init__(self) -> None:
+        """Check the form of the kept units, which a selection of the user's own may have made.
+
+        Raises:
+            PlanError: they are no masks of the units of their factors, or fewer stay than must.
+        """
+        remedy = "Pass a fxprune.axes.Keep with an array of bools for each factor, true for a unit that stays"
+        if not isinstance(self.keep, Keep):
+            raise PlanError(f"keep is {format_value(self.keep)}", where="removal", remedy=remedy)
+        named = {group.factor: group for group in self.groups}
+        for factor, mask in self.keep.units.items():
+            group = named.get(factor)
+            where = str(factor) if group is None else group.name
+            is_mask = isinstance(factor, Factor) and isinstance(mask, np.ndarray) and mask.dtype == bool
+            nested = factor in self.keep.outer
+            if not is_mask or mask.ndim not in ((1, 2) if nested else (1,)) or mask.shape[-1] != factor.size:
+                raise PlanError(f"its kept units are {format_value(mask)}", where=where, remedy=remedy)
+            least = 1 if group is None else group.least
+            if self.keep.count(factor) < least:
+                what = f"{self.keep.count(factor)} of {factor.size} units stay"
+                raise PlanError(what, where=where, remedy=f"Keep at least {least}")
 
     @cached_property
     def plan(self) -> Plan:

@@ -91,12 +91,14 @@ class ImportancePass(Pass):
 
 def check_positions(found: Any, sizes: Mapping[tuple[str, int], int], criterion: str) -> None:
     """Refuse position scores of a criterion that are not one for each position along each axis, given by its size."""
+    if not isinstance(found, Mapping):
+        remedy = "Return a dict of tensors, by parameter and axis"
+        raise PassError(f"`positions` gave {format_value(found)}", where=f"pass {criterion}", remedy=remedy)
     for place, size in sizes.items():
-        value = found.get(place) if isinstance(found, Mapping) else None
-        if not isinstance(value, torch.Tensor) or value.shape != (size,):
-            shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
-            what, remedy = f"`positions` gave {shape} for {place}, not {size} scores", "Give one for each position"
-            raise PassError(what, where=f"pass {criterion}", remedy=remedy)
+        value = found.get(place)
+        if not isinstance(value, torch.Tensor) or value.shape != (size,) or value.is_complex():
+            what = f"`positions` gave {format_value(value)} for {place}, not a tensor of {size} scores"
+            raise PassError(what, where=f"pass {criterion}", remedy="Give a real number for each position")
 
 
 @contextmanager

@@ -139,7 +139,7 @@ BATCHES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": None}, "input_ids is None"),
     ({"input_ids": "text"}, "input_ids is text"),
     ({"input_ids": ["some", "text"]}, "input_ids is text"),
-    ({"input_ids": [[1, 2, 3], [1, 2]]}, r"input_ids is .*not a tensor.*expected sequence of length 3"),
+    ({"input_ids": [[1, 2, 3], [1, 2]], "labels": IDS[:2]}, r"labels are .* shape \(2, 6\), and input_ids"),
     (batch(labels=IDS[:2]), r"labels is a torch.int64 tensor of shape \(2, 6\) beside 4 samples"),
     (batch(labels=FLOATS), "labels are a torch.float32"),
     (batch(labels=IDS[:, 0]), "labels are"),
@@ -207,7 +207,9 @@ def test_labels_that_do_not_fit_the_logits(graph: fx.GraphModule, capfd: pytest.
 def test_unusual_data_that_is_clear_is_taken(graph: fx.GraphModule) -> None:
     big_endian, backwards, unsigned = IDS.numpy().astype(">i8"), IDS.numpy()[:, ::-1], IDS.numpy().astype(np.uint64)
     beside = batch(labels=None, attention_mask=None)
-    for data in (IDS.to(torch.uint8), big_endian, backwards, unsigned, beside, {(1, 2, 3), (4, 5)}, [[1, 2], IDS[1]]):
+    ragged = {"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]}  # a tokenizer without padding
+    lists: list[Any] = [{(1, 2, 3), (4, 5)}, [[1, 2], IDS[1]], ragged, [ragged]]
+    for data in (IDS.to(torch.uint8), big_endian, backwards, unsigned, beside, *lists):
         fxprune.load_pass("calibrate", data=data)(graph)
         samples = fxprune.facts_of(graph)[Calibration].samples
         fxprune.facts_of(graph).drop(Calibration, "test")

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import MODELLING, check_place, model_card, save_pretrained, write_folder
 from fxprune.emit.structure import describe_structure
 from fxprune.errors import CheckpointError, FxpruneError
+from fxprune.report.quality import GreedyAnswer, Quality
 from tests.checkpoint.small import narrow
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
@@ -185,6 +187,16 @@ def test_a_card_says_what_came_of_the_model(uneven: fxprune.Result, folder: Path
     assert "vllm serve slim --model-impl transformers" in card.text
     assert all(words in card.text for words in ("trust_remote_code=True", "select-by-ratio{", "differ by"))
     assert "\n\n\n" not in card.text and "None" not in card.text
+
+
+def test_a_card_shows_answers_as_text_and_commands_that_a_shell_reads(uneven: fxprune.Result, tmp_path: Path) -> None:
+    """Answers stood on it as the model wrote them, which may be HTML; a blank in a name made two words of it."""
+    quality = Quality((), (GreedyAnswer("Who?", "<!-- me", "<b>you</b>"),))
+    result = replace(uneven, report=replace(uneven.report, quality=quality))
+    result.save_pretrained(tmp_path / "my slim", verify=False)
+    card = (tmp_path / "my slim/README.md").read_text()
+    assert "- Who? Dense: &lt;!-- me Slim: &lt;b>you&lt;/b>" in card
+    assert "fxprune export 'my slim' 'my slim.gguf'\n" in card and "vllm serve 'my slim' --" in card
 
 
 def test_the_code_on_a_card_runs(uneven: fxprune.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

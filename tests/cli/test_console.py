@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fxprune.cli import console
+from fxprune.report.quality import figures_table
 from tests.cli.running import invoked, refused, run
 
 SMALL = ("--prompt", 8, "--tokens", 3, "--rounds", 1)
@@ -62,6 +65,17 @@ def test_quiet_and_json_silence_the_rest(capsys: pytest.CaptureFixture[str]) -> 
     console.console.print("result")
     console.print_json({"out": "slim"})
     assert json.loads(capsys.readouterr().out) == {"out": "slim"}
+
+
+def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder `slim[v2]` was the column `slim` of a table, and in a terminal `[/` in a path ended in a traceback."""
+    console.console.print(figures_table(("", "slim[v2]"), [("perplexity, notes[/old].txt", "1.0")]))
+    printed = capsys.readouterr().out
+    assert "slim[v2]" in printed and "notes[/old].txt" in printed
+    terminal = Console(file=io.StringIO(), force_terminal=True, markup=False)
+    monkeypatch.setattr(console, "notes", terminal)
+    with console.working("loading slim[/v2]"):
+        assert list(console.progress([1], "perplexity of slim[/v2]", 1)) == [1]
 
 
 @pytest.mark.parametrize(

@@ -88,11 +88,12 @@ def test_text_calibrates_as_the_windows_of_it_do(asked: list[tuple[Any, ...]], t
     want = calibration_windows(tokenizer, "\n\n".join(TEXTS), 3, 20, "here")
     sources = {"c4": "c4", "the texts passed": TEXTS, "a.txt": str(tmp_path / "a.txt"), "b": tmp_path / "a.txt"}
     sources["d"] = datasets.Dataset.from_dict({"text": TEXTS})
+    sources["e"] = sources["d"]["text"]  # type: ignore[index]
     for name, source in sources.items():
         CalibratePass(data=source, tokenizer=tokenizer, samples=3, tokens=20)(graph_module)
         found = facts_of(graph_module)[Calibration]
         assert torch.equal(torch.cat([one.inputs["input_ids"] for one in found.samples]), want)
-        assert found.source == {"b": "a.txt", "d": "the texts passed"}.get(name, name)
+        assert found.source == {"b": "a.txt", "d": "the texts passed", "e": "the texts passed"}.get(name, name)
     tokenised = datasets.Dataset.from_dict({"input_ids": want.tolist(), "text": ["a", "b", "c"]})
     assert not is_text(tokenised) and not is_text(want) and not is_text([{"input_ids": [1, 2]}]) and not is_text([])
     CalibratePass(data=tokenised)(graph_module)
@@ -105,8 +106,12 @@ def test_a_prune_takes_texts_and_says_what_they_lack() -> None:
     texts = [text * 10 for text in TEXTS]
     result = fxprune.prune(model, texts, tokenizer=tokenizer, **options)
     assert str(result.report.calibration) == "the texts passed: 10 samples, 1,280 tokens, 128 each"
+    short = fxprune.prune(
+        model, TEXTS, tokenizer=tokenizer, **options
+    )  # the recipe's ten samples are the most it takes
+    assert str(short.report.calibration) == "the texts passed: 4 samples, 512 tokens, 128 each"
     for calibration, says in (
-        (TEXTS, "fewer than 10 samples of 128. Give a longer text, or smaller samples or tokens"),
+        (["one"], "3 tokens are fewer than 1 sample of 128. Give a longer text, or samples of fewer tokens"),
         ([""], "it has no text"),
         ([{"question": "who"}], r"row 1: none of the known fields.*\['question'\]"),
         ("nowhere.txt", "nowhere.txt"),

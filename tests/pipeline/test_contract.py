@@ -18,7 +18,7 @@ from fxprune.discovery.groups import Groups
 from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import Change, Fact, Facts, Source, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
-from fxprune.pipeline.arguments import declared
+from fxprune.pipeline.arguments import argument, declared
 from fxprune.pipeline.contract import STAGES, Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence, Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_class, pass_names
@@ -343,3 +343,44 @@ def test_a_pass_without_a_name_is_refused_when_it_is_made() -> None:
 
     with pytest.raises(PassError, match="NamelessPass: it has no name"):
         NamelessPass()
+
+
+class PlainPass(Pass):
+    """A pass whose author forgot to make it a dataclass."""
+
+    name: ClassVar[str] = "wrong"
+    limit: float = argument(4.0, "A limit.")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Do nothing."""
+        return PassResult(graph_module, False)
+
+
+def declaring(**words: Any) -> type[Pass]:
+    """A class of passes that do nothing, with declarations."""
+    body = {"name": "wrong", "call": lambda _, graph_module: PassResult(graph_module, False), **words}
+    return dataclass(frozen=True, eq=False)(type("WrongPass", (Pass,), body))
+
+
+def test_declarations_that_are_none_are_refused_as_the_pass_is_made() -> None:
+    """A stage could be any word; other mistakes came out as a KeyError or a TypeError when the pass ran, or never."""
+    for made, says in (
+        (declaring(stage="importence"), "`stage` is 'importence'. Write one of prepare,"),
+        (declaring(stage=None), "`stage` is None"),
+        (declaring(changes="everything"), "`changes` is 'everything'. Write one of graph, weights, nothing"),
+        (declaring(needs=Groups), "`needs` is the class Groups. Write classes of facts in a tuple"),
+        (declaring(wants=("Groups",)), r"`wants` is \('Groups',\)"),
+        (declaring(gives=(Pass,)), "`gives` is "),
+        (PlainPass, "its class is no dataclass. Decorate it with @dataclass"),
+    ):
+        with pytest.raises(PassError, match=f"pass wrong: {says}"):
+            made()
+    assert declaring(needs=[Groups])()
+
+
+def test_what_a_pass_must_return_is_named() -> None:
+    """One that forgot to return was reported as a defect of this package."""
+    for returned in (None, fx.GraphModule(nn.Module(), fx.Graph()), PassResult(None, False)):
+        made: Any = declaring(changes="nothing", call=lambda *_, returned=returned: returned)
+        with pytest.raises(PassError, match=r"pass wrong: `call` returned .*Return fxprune.PassResult\(graph_module"):
+            made()(small())

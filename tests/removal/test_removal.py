@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.axes import Keep
+from fxprune.errors import PlanError
 from fxprune.removal.removal import (
+    Removal,
     RescaledNumber,
     Scaling,
     kept_norm_modules,
@@ -76,3 +78,22 @@ def test_numbers_and_weights_of_a_removal_and_the_reason_why_a_norm_is_not_resca
     assert "is taken over the kept units" in line and "before a weight has been multiplied" in line
     sliced = dense("sliced")
     assert unkept_norm_reasons(axes_of(sliced), [node for g in groups_of(sliced) for node in g.renormalised]) == ()
+
+
+def test_kept_units_that_are_no_masks_are_refused() -> None:
+    """A selection of the user's own ended in an AttributeError of numpy, or could leave no unit of a group."""
+    graph = discover(
+        Net(lambda n, x: n.b(n.a(x).relu()), a=nn.Linear(4, 12), b=nn.Linear(12, 5)), {"x": torch.ones(2, 4)}
+    )
+    axes, groups = axes_of(graph), groups_of(graph)
+    (group,) = groups
+    whole = np.ones(12, dtype=bool)
+    for mask in (whole.tolist(), torch.ones(12).bool(), np.arange(6), whole.astype(int), whole[:-1], whole[None], None):
+        with pytest.raises(PlanError, match=f"{group.name}: its kept units are .* an array of bools for each factor"):
+            Removal(axes, groups, Keep({group.factor: mask}))  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=f"{group.name}: 0 of 12 units stay. Keep at least 1"):
+        Removal(axes, groups, Keep({group.factor: ~whole}))  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=f"{group.name}: its kept units are"):
+        Removal(axes, groups, Keep({group.name: whole}))  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=r"removal: keep is \{\}"):
+        Removal(axes, groups, {})  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [np.ones(4), np.ones((1, 3)), np.array([1, np.nan, 2])])
 def test_scores_of_another_model_are_refused(group: Group, row: np.ndarray) -> None:
     Scores({group.name: np.ones(3)}).check([group])
-    with pytest.raises(PlanError, match=f"{group.name}: units .*Use scores of this model"):
+    with pytest.raises(PlanError, match=f"{group.name}: its (units|scores) .*Use scores of this model"):
         Scores({group.name: row}).check([group])
     with pytest.raises(PlanError, match="stranger: no such group"):
         Scores({"stranger": np.ones(3)}).check([group])

@@ -377,6 +377,11 @@ def column_sums(graph_module: fx.GraphModule, wanted: Any, factor: float = 1.0) 
     return found
 
 
+def given_as(graph_module: fx.GraphModule, wanted: Any, form: Any) -> dict[Any, Any]:
+    """Scores of the right number in another form than tensors of real numbers."""
+    return {place: form(row.detach()) for place, row in column_sums(graph_module, wanted).items()}
+
+
 def test_a_criterion_need_not_detach_its_scores() -> None:
     model = tiny("llama")
     plan = fxprune.prune(model, importance=criterion(column_sums), **OPTIONS).plan
@@ -386,10 +391,12 @@ def test_a_criterion_need_not_detach_its_scores() -> None:
 @pytest.mark.parametrize(
     ("method", "give", "text"),
     [
-        ("positions", lambda gm, wanted: column_sums(gm, wanted, float("nan")), "finite score"),
-        ("positions", lambda gm, wanted: None, "gave None for"),
+        ("positions", lambda gm, wanted: column_sums(gm, wanted, float("nan")), "its scores are not all finite"),
+        ("positions", lambda gm, wanted: [1.0], r"`positions` gave \[1.0\]\. Return a dict of tensors"),
+        ("positions", lambda gm, wanted: given_as(gm, wanted, torch.Tensor.numpy), "array of shape .* not a tensor of"),
+        ("positions", lambda gm, wanted: given_as(gm, wanted, lambda row: row + 1j), "a torch.complex64 tensor"),
         ("positions", lambda gm, wanted: {name: torch.ones(1) for name, _ in wanted}, "gave None for"),
-        ("positions", lambda gm, wanted: dict.fromkeys(wanted, torch.ones(3)), "a tensor of shape"),
+        ("positions", lambda gm, wanted: dict.fromkeys(wanted, torch.ones(3)), "tensor of shape"),
         ("positions", lambda gm, wanted: dict.fromkeys(wanted, 1.0), "gave 1.0 for"),
         ("score", lambda gm, groups: None, "`score` gave None"),
         ("score", lambda gm, groups: Scores({"nothing": np.ones(1)}), "no such group"),
