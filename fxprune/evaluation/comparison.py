@@ -29,7 +29,14 @@ from fxprune.evaluation.generation import (
     mean_and_error,
     plain_questions,
 )
-from fxprune.evaluation.perplexity import Perplexity, load_corpus, named_corpora, paired_perplexities, text_perplexity
+from fxprune.evaluation.perplexity import (
+    Perplexity,
+    load_corpus,
+    most_positions,
+    named_corpora,
+    paired_perplexities,
+    text_perplexity,
+)
 from fxprune.evaluation.speed import time_interleaved, timed_call
 from fxprune.evaluation.tasks import LocalTask, TaskScore, named_tasks, zero_shot
 from fxprune.graph.context import preserve_rng, wrap_errors
@@ -557,10 +564,7 @@ def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
 
 def window_of(model: Any) -> int:
     """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(text, "max_position_embeddings", None)
-    return min(WINDOW, most) if isinstance(most, int) else WINDOW
+    return min(WINDOW, most_positions(model) or WINDOW)
 
 
 def quality_of(dense: Evaluation, slim: Evaluation) -> Quality:

@@ -16,6 +16,7 @@ import transformers
 
 from fxprune.data.text import common_prefix
 from fxprune.errors import EvaluationError
+from fxprune.evaluation.perplexity import positions_named
 from fxprune.graph.context import eval_mode, quiet, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
@@ -111,7 +112,8 @@ def answer_questions(
                 width = max(map(len, rows))
                 ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
                 mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-                out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+                with positions_named((model,), width + tokens, "answers", "Ask for fewer tokens, or for no answers"):
+                    out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
                 found += [tuple(takewhile(lambda token: token not in ends, row[width:].tolist())) for row in out]
     finally:
         model.generation_config = own

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.data.named import CORPORA, ROW_SUFFIXES, is_data_set, load_named, unused_name
 from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text, unseen
-from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.errors import EvaluationError, FxpruneError, UnknownNameError
 from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
 from fxprune.masking.parts import PartwiseModel
 from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_indices
@@ -452,7 +452,8 @@ def _measure_windows(
     divergences = torch.zeros(len(ids) if compared else 0, tokens, dtype=torch.double, device=device)
     shares = shard_indices(len(parts))
     chunks = [parts[turn % len(parts)][0].to(device) for turn in shares]
-    with contextlib.ExitStack() as modes:
+    enough = positions_named((model, reference), ids.shape[1], "window", "Give a shorter $window")
+    with contextlib.ExitStack() as modes, enough:
         modules = [each for each in (model, reference) if isinstance(each, nn.Module)]
         # gathering sharded weights needs version counters, which tensors made in inference mode do not have
         modes.enter_context(torch.no_grad() if any(map(is_sharded, modules)) else torch.inference_mode())
@@ -477,6 +478,27 @@ def _measure_windows(
     all_reduce([sums, divergences] if compared else [sums])
     losses, reference_losses, agreeing, accepted = sums.cpu()
     return _Measured(losses, reference_losses, agreeing, accepted, divergences.cpu())
+
+
+def most_positions(model: Any) -> int | None:
+    """Tokens of the longest sequence that a model was made for; None if its config does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
+@contextlib.contextmanager
+def positions_named(models: Iterable[Any], tokens: int, where: str, remedy: str) -> Iterator[None]:
+    """Explain an error of models that run on more tokens than one of them has positions."""
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        most = min((number for number in map(most_positions, models) if number), default=tokens)
+        if tokens <= most or isinstance(error, FxpruneError | torch.OutOfMemoryError):
+            raise
+        what = f"{tokens} tokens at once, and the model has {most} positions"
+        raise EvaluationError(what, where=where, remedy=remedy) from error
 
 
 def _measure_outputs(

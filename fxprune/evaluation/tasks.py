@@ -128,6 +128,9 @@ _RESAMPLES = 100
 A hundred resamples give one to 7%; the harness's own 100,000 take minutes.
 """
 
+METRICS = ("acc_norm", "acc", "exact_match")
+"""Accuracies in order of preference; ``acc_norm`` is by the likelihood of a choice over its number of characters."""
+
 _LONGEST = 300
 """Characters of the harness's own messages that are repeated; some list every task there is."""
 
@@ -137,7 +140,7 @@ class TaskScore:
     """Accuracy of a model on a task.
 
     Args:
-        metric: ``acc_norm`` (likelihood normalised by the length of the choice) if the task has it, else ``acc``.
+        metric: the first of :data:`METRICS` that the task has.
         value: fraction of the questions, in [0, 1].
         standard_error: standard error of ``value``, from the harness.
         correct: question by question, whether the answer was right by ``metric``; for paired comparison.
@@ -207,7 +210,7 @@ _YAML = (".yaml", ".yml")
 def _yaml_name(path: Path) -> str:
     """The name that a YAML file of lm-evaluation-harness gives its task; tags in it are functions of Python."""
     try:
-        found = re.search(r"^task:\s*['\"]?([^\s'\"#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(r"^task:[ \t]*['\"]?([^\s'\"#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot be read: {error}", where=str(path), remedy="Name a readable file") from error
     if found is None:
@@ -265,7 +268,9 @@ def zero_shot(
     limit: int | None = None,
     batch: int = 8,
 ) -> dict[str, TaskScore]:
-    """Accuracy of a model on tasks, without examples in the prompt.
+    """Accuracy of a model on tasks, by name; of a group of tasks that the harness knows, on each of them.
+
+    Prompts have no examples, unless a task of the harness asks for some.
 
     Args:
         model: a Hugging Face model; its mode is restored.
@@ -285,7 +290,8 @@ def zero_shot(
     mode = model.training
     with quiet(logging.WARNING):
         try:
-            found = _run_harness(model, copy.deepcopy(tokenizer), named, limit, batch)
+            loaded, manager = _harness_tasks(named), _task_manager(named)
+            found = _run_harness(model, _with_end(tokenizer, model), list(loaded.values()), manager, limit, batch)
         except (KeyError, ValueError, OSError) as error:
             if isinstance(error, EvaluationError):
                 raise
@@ -297,20 +303,36 @@ def zero_shot(
             ) from error
         finally:
             model.train(mode)
-    return {name: _score(name, found) for name in named}
+    return {name: _score(name, task, found) for name, task in loaded.items()}
+
+
+def _with_end(tokenizer: Any, model: Any) -> Any:
+    """A copy of a tokenizer with an end-of-text token, which the harness begins and ends texts with."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.eos_token_id is not None:
+        return tokenizer
+    own = model.generation_config.eos_token_id if model.can_generate() else None
+    end = own[0] if isinstance(own, list) else own
+    end = tokenizer.bos_token_id if end is None or end >= len(tokenizer) else end
+    if end is None:
+        what = "it has no token for the end of a text, nor for its beginning, and lm-eval needs one"
+        remedy = "Set tokenizer.eos_token to the token that ended texts in training"
+        raise EvaluationError(what, where="tokenizer", remedy=remedy)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
 
 
 def _run_harness(
-    model: Any, tokenizer: Any, named: Mapping[str, Task], limit: int | None, batch: int
+    model: Any, tokenizer: Any, tasks: list[Any], manager: Any, limit: int | None, batch: int
 ) -> Mapping[str, Any]:
     """Results of the harness, which leaves random number generators alone."""
-    with _installed():
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     found: Mapping[str, Any] = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-        tasks=[_harness_task(name, task) for name, task in named.items()],
-        task_manager=_task_manager(named),
+        tasks=tasks,
+        task_manager=manager,
         limit=limit,
         bootstrap_iters=_RESAMPLES,
         random_seed=None,
@@ -320,31 +342,59 @@ def _run_harness(
     return found
 
 
-def _harness_task(name: str, task: Task) -> Any:
-    if isinstance(task, LocalTask):
-        return make_task(name, task)
-    return name if Path(task).suffix in _YAML else str(task)  # a YAML file is found by the name of its task
+def _harness_tasks(named: Mapping[str, Task]) -> dict[str, Any]:
+    """Tasks of the harness by name, with those of a group in place of the group."""
+    with _installed():
+        from lm_eval.tasks import get_task_dict
+    found: dict[str, Any] = {}
+    for name, task in named.items():
+        if isinstance(task, LocalTask):
+            found[name] = make_task(name, task)
+            continue
+        spelled = _yaml_name(Path(task)) if Path(task).suffix in _YAML else str(task)
+        for own, one in _leaves(get_task_dict([spelled], _task_manager(named))):
+            key = name if own == spelled else own
+            if key != own:
+                one.set_config("task", key)
+            found[key] = one
+    for name, task in found.items():
+        measured = list(task.aggregation())
+        if not set(METRICS) & set(measured):
+            what = f"it measures {', '.join(measured)}, and no accuracy"
+            raise EvaluationError(what, where=f"task {name}", remedy=f"Name tasks that measure {' or '.join(METRICS)}")
+    return found
 
 
-def _answers(samples: Sequence[Mapping[str, Any]], *, normalised: bool) -> tuple[int, ...]:
-    """The choice of the largest log-likelihood for each question, divided by its characters if ``normalised``."""
-    found = []
-    for sample in samples:
-        sizes = [len(str(argument[1]).lstrip()) for argument in sample["arguments"]]
-        scores = [float(result[0]) for result in sample["filtered_resps"]]
-        scores = [s / max(size, 1) for s, size in zip(scores, sizes, strict=True)] if normalised else scores
-        found.append(max(range(len(scores)), key=scores.__getitem__))
-    return tuple(found)
+def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the tasks in groups, and in groups of these, with their names."""
+    for name, task in tasks.items():
+        if isinstance(task, Mapping):
+            yield from _leaves(task)
+        else:
+            yield name, task
 
 
-def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
+def _chosen(sample: Mapping[str, Any], options: Sequence[str], *, normalised: bool) -> int:
+    """The option of the largest log-likelihood, divided by the characters of the option if ``normalised``."""
+    scores = [float(result[0]) for result in sample["filtered_resps"][: len(options)]]
+    if normalised:
+        scores = [score / max(len(option), 1) for score, option in zip(scores, options, strict=True)]
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _score(name: str, task: Any, found: Mapping[str, Any]) -> TaskScore:
     numbers: Mapping[str, Any] = found["results"][name]
-    plain = {key.removesuffix(",none"): value for key, value in numbers.items() if key.endswith(",none")}
-    metric = "acc_norm" if "acc_norm" in plain else "acc"
-    samples = sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
+    metric = next(one for one in METRICS if one in task.aggregation())
+    way = next(key for key in numbers if key.startswith(f"{metric},")).removeprefix(f"{metric},")
+    plain = {key.removesuffix(f",{way}"): value for key, value in numbers.items() if key.endswith(f",{way}")}
+    every = (sample for sample in found["samples"][name] if sample["filter"] == way)
+    samples = sorted(every, key=lambda sample: int(sample["doc_id"]))
     others = {key: float(v) for key, v in plain.items() if not key.endswith("_stderr") and key != metric}
     error = plain.get(f"{metric}_stderr")
-    choices = [len(sample["arguments"]) for sample in samples]
+    options: list[Sequence[str]] = []
+    if task.OUTPUT_TYPE == "multiple_choice":
+        options = [task.doc_to_choice(sample["doc"]) for sample in samples]
+    pairs = zip(samples, options, strict=bool(options))
     return TaskScore(
         metric=metric,
         value=float(plain[metric]),
@@ -352,6 +402,6 @@ def _score(name: str, found: Mapping[str, Any]) -> TaskScore:
         samples=len(samples),
         others=others,
         correct=tuple(float(sample[metric]) for sample in samples),
-        answers=_answers(samples, normalised=metric == "acc_norm") if choices and min(choices) > 1 else (),
-        chance=sum(1 / number for number in choices) / len(choices) if choices and min(choices) > 1 else 0.0,
+        answers=tuple(_chosen(sample, those, normalised=metric == "acc_norm") for sample, those in pairs),
+        chance=sum(1 / len(those) for those in options) / len(options) if options else 0.0,
     )

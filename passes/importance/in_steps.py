@@ -46,8 +46,8 @@ class ScoreInStepsPass(Pass):
     importance: Pass | str = argument("l2", "The criterion.", check=pass_argument("importance"))
     select: Pass | str | None = argument(
         None,
-        "The selection that follows, with its ratio; None for the recipe's. In step i of k its ratio is multiplied by "
-        "i / k.",
+        "The selection that follows, with its ratio or target; None for the recipe's. In step i of k it removes i / k "
+        "of that.",
         check=pass_argument("select"),
     )
     compensate: Pass | str | None = argument(
@@ -76,13 +76,15 @@ class ScoreInStepsPass(Pass):
         assert isinstance(self.importance, Pass)
         fit = self.compensate if isinstance(self.compensate, Pass) else None
         work, gone = fork(graph_module), None
+        by_ratio = getattr(self._select, "without_target", None)
+        select = self._select if by_ratio is None else by_ratio(graph_module)
         for step in tracked(range(1, self.steps + 1), self.name, self.steps):
             with resume_scope(f"step-{step}"):
                 self.importance(work)
                 scores = _below_others(facts_of(work)[Scores], gone)
                 facts_of(work).put(scores)
                 if step < self.steps:
-                    _with_part_of_ratio(self._select, step / self.steps)(work)
+                    _with_part_of_ratio(select, step / self.steps)(work)
                     gone = facts_of(work)[Removal]
                     work = _zeroed_and_fitted(graph_module, gone, fit)
         facts_of(graph_module).put(replace(scores, source=str(self)))

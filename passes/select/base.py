@@ -106,8 +106,8 @@ class Rounding:
             return number
         if group.kind == "expert" or group.factor is None:
             return 1
-        width = min(int((unit_index(m.expr, group.factor) == 0).sum()) for m in group.parameters)
-        return number // gcd(number, width)
+        widths = {int((unit_index(member.expr, group.factor) == 0).sum()) for member in group.parameters}
+        return lcm(*(number // gcd(number, width) for width in widths))
 
     def _shared(self, group: Group) -> int:
         devices = self.tensor_parallel

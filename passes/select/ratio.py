@@ -23,7 +23,7 @@ from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
-from fxprune.removal.budget import Budget, check_budget
+from fxprune.removal.budget import Budget, check_budget, make_budget
 from fxprune.removal.removal import Removal
 from fxprune.removal.target import DEFAULT_RATIO, PHASES, Reached, Target, check_target, least_each, parse_target
 
@@ -411,6 +411,15 @@ class SelectByRatioPass(SelectPass):
             options = tuple(option for option, gain in pairs if gain > 0 and gain >= max(gains) / 2)
             found += [replace(slot, options=options)] if options else []
         return found
+
+    def without_target(self, graph_module: fx.GraphModule) -> SelectByRatioPass:
+        """The same with a ratio that removes as much as the target asks for."""
+        if self._target is None:
+            return self
+        name = self.budget_of(graph_module)
+        budget = make_budget(name, graph_module, facts_of(graph_module)[Dependencies].axes)
+        ratio = 1 - self._wanted(self._target, budget.total, budget.word) / budget.total
+        return replace(self, target="", context=0, budget=name, ratio=ratio)
 
     def blocks_of(self, budget: Budget) -> Mapping[Factor, int]:
         """Rows of a file stay multiples of the blocks of its format."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 

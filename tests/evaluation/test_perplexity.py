@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fxprune.data.text import opening_tokens
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.evaluation import Evaluation
+from fxprune.evaluation import Evaluation, answer_questions
 from fxprune.evaluation.perplexity import load_corpus, named_corpora, perplexity, sliding_windows, text_perplexity
 from tests.evaluation.samples import TEXT, TOKENIZER
 from tests.models import tiny
@@ -187,3 +187,14 @@ def test_numbers_do_not_depend_on_how_many_logits_are_widened_at_once(
     assert parts.divergence is not None and whole.divergence is not None
     assert dataclasses.astuple(parts.divergence) == pytest.approx(dataclasses.astuple(whole.divergence))
     assert "losses" not in Evaluation({"text": whole}).to_dict()["perplexities"]["text"]
+
+
+def test_more_tokens_than_a_model_has_positions_are_named() -> None:
+    """It was an index error of torch, with the advice to pass a language model."""
+    short = tiny("gpt2", n_layer=1, n_positions=32)
+    with pytest.raises(EvaluationError, match=r"window: 64 tokens at once, .* 32 positions\. Give a shorter window"):
+        text_perplexity(short, TOKENIZER, TEXT, window=64)
+    with pytest.raises(EvaluationError, match=r"answers: \d+ tokens at once, and the model has 32 positions"):
+        answer_questions(short, TOKENIZER, ["Why?"])
+    assert len(answer_questions(short, TOKENIZER, ["Why?"], tokens=4).ids) == 1
+    assert text_perplexity(short, TOKENIZER, TEXT, window=32).windows > 1

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from fxprune.errors import EvaluationError, UnknownNameError
+from fxprune.evaluation import tasks
 from fxprune.evaluation.tasks import PAPER_TASKS, LocalTask, check_tasks, named_tasks, read_questions, zero_shot
 from tests.evaluation.samples import QUESTIONS, SCHEMAS, TOKENIZER, write
+from tests.tokens import character_tokenizer
 
 
 def test_questions_are_read_from_a_line_on_with_the_suffix_in_place(tmp_path: Path) -> None:
@@ -102,9 +105,84 @@ def test_a_folder_stands_for_its_files(model: PreTrainedModel, tmp_path: Path) -
     assert len(found["even"].answers) == 7 and max(found["even"].answers) <= 2
     with pytest.raises(EvaluationError, match=r"no \.jsonl or \.yaml file"):
         named_tasks(data)
-    (folder / "theirs.yaml").write_text("group: many\n")
+    (folder / "theirs.yaml").write_text("group: many\ntask:\n  - boolq\n")
     with pytest.raises(EvaluationError, match="no entry `task:`"):
         named_tasks(folder)
+
+
+def yaml_task(folder: Path, name: str, more: str) -> Path:
+    """A task of lm-evaluation-harness about :data:`QUESTIONS`."""
+    rows, path = write(folder / "rows.json", QUESTIONS), folder / f"{name}.yaml"
+    common = f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {rows}}}\ntest_split: test\n"
+    path.write_text(common + more)
+    return path
+
+
+CHOICES = """\
+tag: of_one_kind
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+
+
+def test_groups_and_other_names_stand_for_their_tasks(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Names of several tasks, and other names for tasks of the harness, ended in a KeyError once all had run."""
+    paths = [yaml_task(tmp_path, name, CHOICES) for name in ("one", "two")]
+    (tmp_path / "all.yaml").write_text("group: of_all\ntask:\n  - one\n  - two\n")
+    alone = zero_shot(model, TOKENIZER, {"mine": paths[0]})["mine"]
+    manager = TaskManager(include_defaults=False, include_path=[str(tmp_path)])
+    with pytest.MonkeyPatch.context() as patch:  # without the names of the harness's own tasks
+        patch.setattr(tasks, "_task_manager", lambda named: manager)
+        for name in ("of_all", "of_one_kind"):
+            found = zero_shot(model, TOKENIZER, name)
+            assert sorted(found) == ["one", "two"] and all(score == alone for score in found.values())
+
+
+def test_tasks_without_accuracy_are_refused_before_they_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    """They ended in a KeyError once all tasks had run."""
+    path = yaml_task(
+        tmp_path,
+        "likelihood",
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: query\n"
+        "metric_list:\n  - metric: word_perplexity\n",
+    )
+    with pytest.raises(EvaluationError, match="task likelihood: it measures word_perplexity, and no accuracy"):
+        zero_shot(model, TOKENIZER, path)
+
+
+def test_answers_of_several_filters_count_once(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Metrics behind a filter of the harness ended in a KeyError: the first filter counts."""
+    filters = "".join(f"  - {{name: {name}, filter: [{{function: take_first}}]}}\n" for name in ("strict", "loose"))
+    path = yaml_task(tmp_path, "spoken", f"{CHOICES}filter_list:\n{filters}")
+    score = zero_shot(model, TOKENIZER, path)["spoken"]
+    assert score.samples == len(score.correct) == len(QUESTIONS)
+
+
+def test_choices_are_normalised_by_their_own_characters(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Text between context and choice counted with the choice, so that choices contradicted right answers."""
+    path = write(tmp_path / "even.jsonl", QUESTIONS)
+    for delimiter in (": ", " "):
+        score = zero_shot(model, TOKENIZER, LocalTask(path, delimiter=delimiter))["even"]
+        golds = [question["gold"] for question in QUESTIONS]
+        assert score.correct == tuple(float(a == gold) for a, gold in zip(score.answers, golds, strict=True))
+
+
+def test_a_tokenizer_without_an_end_of_text_is_given_one_or_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The harness failed in its own words; the caller's tokenizer stays as it is."""
+    path, words = write(tmp_path / "even.jsonl", QUESTIONS), character_tokenizer()
+    expected = zero_shot(model, words, path)["even"]
+    words.eos_token = None
+    assert zero_shot(model, words, path)["even"] == expected and words.eos_token is None
+    words.bos_token = None
+    assert zero_shot(model, words, path)["even"].samples == len(QUESTIONS)  # the model names the end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.generation_config, "eos_token_id", None)
+        with pytest.raises(EvaluationError, match=r"tokenizer: it has no token .*eos_token"):
+            zero_shot(model, words, path)
 
 
 @pytest.mark.slow  # the index of all tasks of the harness takes seconds

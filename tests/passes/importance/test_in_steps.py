@@ -84,6 +84,19 @@ def test_what_the_steps_need_is_asked_for_before_any_work(dense: fx.GraphModule)
         load_pass("score-in-steps", select="plan-from-json")
 
 
+def test_a_target_is_taken_in_steps_as_a_ratio_is(dense: fx.GraphModule) -> None:
+    """After the first scores it was refused, as given beside a ratio that nobody gave."""
+    units = []
+    for asked in ("ratio=0.3", "target='0.7x params'"):
+        select = f"select-by-ratio{{{asked}, protect=[], kinds=[mlp]}}"
+        load_pass("score-in-steps", select=select, steps=2)(dense)
+        units.append(facts_of(dense)[Scores].units)
+    by_ratio, by_target = units
+    assert any(row.min() < 0 for row in by_ratio.values())
+    for name, row in by_ratio.items():
+        np.testing.assert_array_equal(by_target[name], row)
+
+
 def test_layers_that_went_add_nothing_and_stay_gone() -> None:
     graph = discover(nn.Sequential(deep()[:3], nn.Linear(6, 6)).eval(), {"input": X[0]})
     layers = [group for group in groups_of(graph) if group.kind == "layer"]

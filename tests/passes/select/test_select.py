@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
+from fxprune.axes import Factor, product
+from fxprune.discovery.groups import Group, Member
 from fxprune.errors import (
     ArgumentError,
     CalibrationError,
@@ -169,6 +171,14 @@ def test_widths_that_shrink_are_multiples(dense: fx.GraphModule, round_to: int) 
         trained = dict(dense.named_parameters())
         left = [len(index) for n, axes in state.plan.kept.items() if n in trained for index in axes.values()]
         assert all(count % round_to == 0 for count in left)
+
+
+def test_every_width_of_a_unit_stays_a_multiple() -> None:
+    """The narrowest parameter alone decided: heads of 16 for values and 24 for queries gave odd widths of queries."""
+    heads = Factor(4, 0)
+    narrow, wide = (Member(f"of_{width}", 0, product(heads, Factor(width, width))) for width in (16, 24))
+    for members, step in (((narrow, wide), 2), ((wide, narrow), 2), ((narrow,), 1)):
+        assert Rounding(16).step(Group("layer/head", "head", members, heads)) == step
 
 
 def test_a_ratio_by_kind_counts_the_parameters_of_each_kind(dense: fx.GraphModule) -> None:
