@@ -25,7 +25,7 @@ from fxprune.data.samples import check_tokens, read_token_rows
 from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds
 from fxprune.emit.emitted import PLAN_DIGEST
-from fxprune.errors import ArgumentError, FxpruneError
+from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.evaluation.comparison import graph_predictor, measure_quality, token_twin, window_of
 from fxprune.graph.context import attempt
 from fxprune.graph.facts import Source, facts_of, restore_cut
@@ -47,7 +47,7 @@ from fxprune.removal.removal import Scores
 from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
-from fxprune.trace.inputs import check_merged, is_hugging_face
+from fxprune.trace.inputs import check_merged, inputs_like, is_hugging_face
 from fxprune.vocabulary.prune import DenseTeacher, PrunedVocabulary, Use, carry_out
 from fxprune.vocabulary.stage import (
     as_rows,
@@ -522,6 +522,18 @@ def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: An
     return _run(_pipeline(calibration, values), model, values, graph_module)
 
 
+def trace_for(model: nn.Module, example_inputs: Mapping[str, Any] | None, data: Any) -> fx.GraphModule:
+    """The graph of a model for inputs like calibration data, unless the caller gives others."""
+    like = inputs_like(model, data) if example_inputs is None else None
+    try:
+        return trace(model, example_inputs if like is None else like).graph_module
+    except ArgumentError as error:
+        if like is None:
+            raise
+        remedy = "Pass samples that the model itself runs on"
+        raise CalibrationError(error.what, where="calibration sample 0", remedy=remedy) from error
+
+
 def _run(
     pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], graph_module: fx.GraphModule | None = None
 ) -> Result:
@@ -551,7 +563,9 @@ def _run_passes(
 ) -> Result:
     start = time.perf_counter()
     if graph_module is None:
-        graph_module = trace(model, values["example_inputs"]).graph_module
+        readers: list[Any] = [step for step in pipeline.leaves() if Calibration in step.gives]
+        data = next((step.data for step in readers if getattr(step, "data", None) is not None), None)
+        graph_module = trace_for(model, values["example_inputs"], data)
         release_freed()
         _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:

@@ -23,10 +23,12 @@ from fxprune.data.text import MOST_SAMPLES, TOKENS, calibration_text
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.comparison import WINDOW, WINDOWS
-from fxprune.graph.tensors import returned_nodes
+from fxprune.graph.compat import size_hint
+from fxprune.graph.tensors import input_tensors, returned_nodes
 from fxprune.offload.prefetch import free_bytes
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
+from fxprune.trace.inputs import inputs_like
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,9 @@ def estimate(
         quick = _quick_passes(options)
         for step in quick:
             step.foresee_model(empty)
+        inputs = inputs_like(empty, prepared.samples)
         # a cache and activations are counted for each token, which takes axes of any number of tokens
-        traced = fxprune.trace(empty, dynamic=options.get("target") is not None).graph_module
+        traced = fxprune.trace(empty, inputs, dynamic=options.get("target") is not None).graph_module
         choosing = next(place for place, step in enumerate(quick) if step.stage == "select")
         fxprune.Pipeline(quick[:choosing])(traced)  # these change nothing, and record facts in the graph
         result = fxprune.Result.of(fxprune.Pipeline(quick[choosing:])(traced).graph_module)
@@ -184,14 +187,17 @@ def estimate(
     named = getattr(empty.config, "dtype", None) if dtype is None else getattr(torch, dtype)
     size = named.itemsize if isinstance(named, torch.dtype) else 4
     report = result.report
-    samples, tokens = _count_samples(prepared, text)
-    counted = _traced_tokens(traced) or report.tokens
+    batch = size_hint(next(iter(input_tensors(traced.graph)))[0].meta["val"].shape[0])
+    counted = (
+        _traced_tokens(traced) or report.tokens or batch
+    )  # images and sounds are counted, where there are no tokens
+    samples, tokens = _count_samples(prepared, text, counted // batch)
     costs = costs_of(prepared.passes, samples)
     dense, slim = (float(size * count) for count in report.parameters)
     in_place = bool(options.get("inplace"))
     sizes = sizes_of(traced, counted, size)
     flops = 2 * report.macs[0] / counted * tokens * sum(cost.runs for _, cost in costs)
-    if not low_memory and options.get("eval", True):
+    if not low_memory and options.get("eval", True) and report.tokens and not isinstance(prepared.samples, list):
         flops += 2 * sum(report.macs) / counted * WINDOW * WINDOWS
     free = free_bytes(torch.device("cpu"))
     read, written = disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
@@ -219,13 +225,19 @@ def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(step for step in passes if step.name != "emit-model")
 
 
-def _count_samples(prepared: Prepared, text: CalibrationText) -> tuple[int, int]:
-    """Number of samples and tokens per sample; estimated by the length of a text if there is no tokenizer."""
+def _count_samples(prepared: Prepared, text: CalibrationText, traced: int = TOKENS) -> tuple[int, int]:
+    """Number of samples and tokens per sample; estimated by the length of a text if there is no tokenizer.
+
+    Args:
+        traced: tokens of a sample that the model was traced with, which samples of a processor are like.
+    """
+    if isinstance(prepared.samples, list):
+        return len(prepared.samples), traced
     if prepared.samples is not None:
         return tuple(prepared.samples["input_ids"].shape)
     reader = reader_of(prepared.passes)
     if reader is None:
-        return 1, TOKENS
+        return 1, traced
     most = text.samples or getattr(reader, "samples", None) or getattr(reader, "built_in", None)
     if text.source is not None:
         tokens = text.tokens or TOKENS

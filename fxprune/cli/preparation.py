@@ -6,14 +6,14 @@ A dry run prepares as a prune does, so that both refuse the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Any
 
 import fxprune
 from fxprune.cli.models import is_config_alone, load_samples, load_words, locate_model
-from fxprune.errors import ArgumentError, FxpruneError
+from fxprune.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class Prepared:
     Args:
         processor: of a model that is no causal language model, saved beside the slim one.
         held_out: samples to compare dense and slim on, of such a model.
-        inputs: the option that names what it is traced with, if it cannot be traced without.
     """
 
     passes: tuple[Any, ...]
@@ -70,7 +69,6 @@ class Prepared:
     samples: Any
     processor: Any = None
     held_out: tuple[Any, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -129,27 +127,13 @@ def prepare(
 
 def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, Any]) -> Prepared:
     """The same with samples that the processor of the model makes: a fifth of ten or more are held out."""
-    from transformers.utils.generic import find_labels
-
-    from fxprune.checkpoint.read import load_config_only
-    from fxprune.graph.context import Refusal, attempt
-    from fxprune.trace.inputs import default_inputs, forward_parameters
-
     assert text.source is not None
     passes = tuple(fxprune.prune_pipeline((), **options).passes)
     reader = reader_of(passes)
     most = text.samples or getattr(reader, "samples", None)
     every, processor = load_samples(text.source, model, None if most is None else most * 5 // 4)
     samples, apart = _held_out(every)
-    empty = load_config_only(locate_model(model))
-    labels = {*find_labels(type(empty)), "labels"}
-    named = forward_parameters(empty)
-    inputs = {name: value for name, value in samples[0].items() if name in named and name not in labels}
-    made = attempt(default_inputs, empty, None, refusals=(FxpruneError,))
-    known = {} if isinstance(made, Refusal) else {name: value.shape[1:] for name, value in made.items()}
-    fits = all(known.get(name) == value.shape[1:] for name, value in inputs.items() if value.is_floating_point())
-    given = {} if fits and known else {"example_inputs": inputs}
-    return Prepared(passes, None, samples, processor, tuple(apart), given)
+    return Prepared(passes, None, samples, processor, tuple(apart))
 
 
 _FEWEST = 10

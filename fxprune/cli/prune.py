@@ -100,7 +100,7 @@ def prune(
         keep_freed()
         dense = load(model, gguf_file, dtype=dtype, device=device)
         export = gguf_options(model, prepared.tokenizer, quantization) if to_gguf else {}
-        result = _prune_in_memory(dense, prepared, export, {**options, **prepared.inputs})
+        result = _prune_in_memory(dense, prepared, export, options)
         words = prepared.processor or prepared.tokenizer
         with working(f"writing {out}"):
             loading = write_result(result, out, words, export, run=run, force=force)

@@ -349,7 +349,8 @@ def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:
     fits = value.dim() == len(wanted) and all(w in (None, n) for n, w in zip(value.shape[1:], wanted[1:], strict=False))
     if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in known.shape)
-        raise _error(f"{name} is {format_value(value)}, the model takes ({sizes})", where)
+        remedy = "Pass samples of that shape, or one sample as example_inputs, to trace the model with its shape"
+        raise _error(f"{name} is {format_value(value)}, the model takes ({sizes})", where, remedy)
     if value.is_floating_point() and not bool(value.isfinite().all()):
         raise _error(f"{name} has values that are not finite", where, "Clean the data")
     if known.rows is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < known.rows:

@@ -130,7 +130,12 @@ class ApplyOptions(TypedDict, total=False):
     ]
     example_inputs: Annotated[
         Mapping[str, Any] | None,
-        Argument("Keyword inputs of a module that is not a Hugging Face model.", check=_check, spelled=False),
+        Argument(
+            """Keyword inputs of a module that is not a Hugging Face model; of one that is, in place of those that its
+            config and the first calibration sample tell.""",
+            check=_check,
+            spelled=False,
+        ),
     ]
     progress: Annotated[
         bool,

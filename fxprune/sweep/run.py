@@ -16,7 +16,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import nn
 
-from fxprune.api import prune_pipeline, prune_traced
+from fxprune.api import prune_pipeline, prune_traced, trace_for
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.data.samples import is_in_memory
@@ -32,7 +32,6 @@ from fxprune.recipes import Options, Recipe, as_recipe
 from fxprune.report.report import package_versions
 from fxprune.result import Result
 from fxprune.sweep.table import Sweep, SweepRow, row_of
-from fxprune.trace import trace
 
 TABLE = "sweep.json"
 """The rows that are done, in the folder of the sweep."""
@@ -91,7 +90,7 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     todo = decide_on_first(partial(_missing, keys, folder, rows, keep=keep, bench=bench), CheckpointError)
     making = made_folder(folder) if is_first() else nullcontext()
     with wrap_disk_errors(folder, CheckpointError), making, sharing():
-        traced = trace(model, given.get("example_inputs")).graph_module if todo else None
+        traced = trace_for(model, given.get("example_inputs"), calibration) if todo else None
         for name in todo:
             assert traced is not None
             start, own = time.perf_counter(), asked[name]

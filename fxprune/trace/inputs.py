@@ -63,7 +63,7 @@ def default_inputs(model: nn.Module, given: Mapping[str, Any] | None) -> dict[st
     if given is not None:
         order = {name: place for place, name in enumerate(forward_parameters(model))}
         return dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order))))
-    made = _made_inputs(model) if is_hugging_face(model) else {}
+    made = _made_inputs(model) if is_hugging_face(model) and isinstance(model.main_input_name, str) else {}
     if not made:
         raise TraceError(
             f"cannot make inputs for {type(model).__name__}",
@@ -78,7 +78,7 @@ def _made_inputs(model: Any) -> dict[str, torch.Tensor]:
 
     A model that generates from tokens alone needs no other. The sizes of images and sounds are those of the config.
     """
-    decodes = bool(getattr(model.config, "is_encoder_decoder", False)) and DECODER in forward_parameters(model)
+    decodes = _decodes(model)
     named = [model.main_input_name, *([DECODER] if decodes else [])]
     made = {name: value for name in named if (value := _zeros(model.config, name)) is not None}
     if model.main_input_name not in made or (model.can_generate() and not decodes):
@@ -88,6 +88,69 @@ def _made_inputs(model: Any) -> dict[str, torch.Tensor]:
         if value is not None and not _runs(model, made):
             made[name] = value
     return made
+
+
+def inputs_like(model: nn.Module, data: Any) -> dict[str, torch.Tensor] | None:
+    """Inputs like the first calibration sample, to trace a Hugging Face model with; None if the default ones do.
+
+    The default ones are tokens, and images and sounds of the sizes in the config; a sample may have others, or further
+    inputs. There are two of each unless the sample has images or sounds beside what the model needs to run: its code
+    may then take samples one by one. Data that is not in memory is not read.
+    """
+    first = data[0] if isinstance(data, list | tuple) and data else data
+    if not is_hugging_face(model) or not isinstance(first, Mapping):
+        return None
+    found = attempt(default_inputs, model, None, refusals=(FxpruneError,))
+    made: Mapping[str, torch.Tensor] = {} if isinstance(found, Refusal) else found
+    given = _first_row(model, first, made)
+    beside = {name: value for name, value in given.items() if name not in made}
+    floats = any(value.is_floating_point() for value in beside.values())
+    others = any(name not in _DERIVED and _tells(value) for name, value in beside.items())
+    known = [name for name in given if name in made and made[name].is_floating_point()]
+    resized = any(given[name].shape[1:] != made[name].shape[1:] for name in known)
+    if not floats and not others and not resized:
+        return None
+    if _decodes(model) and DECODER not in given:  # made from labels
+        given[DECODER] = torch.zeros(1, DECODED, dtype=torch.long)
+    if floats:
+        return given
+    ids = given.get("input_ids")
+    if ids is not None:  # the graph leaves their number free, and padding is cut off
+        given = {name: value for name, value in given.items() if name not in _DERIVED}
+        given = {name: value[:, :TOKENS] if value.shape[:2] == ids.shape else value for name, value in given.items()}
+    return {name: torch.cat([value] * BATCH) for name, value in given.items()}
+
+
+_DERIVED = ("attention_mask", "position_ids")
+"""Inputs that models make from the number of tokens where they are not given."""
+
+
+def _tells(value: torch.Tensor) -> bool:
+    """Whether an integer input may change what a model computes: one of zeros or of ones is taken for its default."""
+    return bool((value != 0).any()) and bool((value != 1).any())
+
+
+def _first_row(model: Any, sample: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a sample that ``forward`` takes, without labels, as a batch of one; of a batch, its first row."""
+    from transformers.utils.generic import find_labels
+
+    named = [name for name in forward_parameters(model) if name not in ("labels", *find_labels(type(model)))]
+    read = {name: attempt(torch.as_tensor, sample[name]) for name in named if name in sample}
+    given = {name: value for name, value in read.items() if isinstance(value, torch.Tensor) and value.dim()}
+    main = model.main_input_name  # a name, or several
+    known = next((name for name in (*made, *([main] if isinstance(main, str) else main)) if name in given), None)
+    if known is None:
+        return given
+    batch = {name: value[None] for name, value in given.items()}
+    if given[known].dim() < made[known].dim() if known in made else not _runs(model, given) and _runs(model, batch):
+        return batch
+    rows = len(given[known])
+    return {name: value[:1] if len(value) == rows else value for name, value in given.items()}
+
+
+def _decodes(model: Any) -> bool:
+    """Whether a model reads the tokens of a decoder beside its main input."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and DECODER in forward_parameters(model)
 
 
 def _runs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:

@@ -33,6 +33,8 @@ def test_an_image_classifier_is_pruned_on_a_folder_of_images(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     save_classifier(tmp_path)
     assert "there are no samples of that" in refused("prune", "vit", "--out", "slim")
+    code, output = shown("prune", "vit", "--calibration", "images", "--dry-run", *FAST)
+    assert code == 0 and "what to expect" in output, "it took samples for token ids, and divided by their number"
     code, output = shown("prune", "vit", "--calibration", "images", "--out", "slim", *FAST)
     assert code == 0 and "accuracy, 3 samples" in output and "9 samples" in output, output
     slim = hf.AutoModelForImageClassification.from_pretrained("slim", trust_remote_code=True)

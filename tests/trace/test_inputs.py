@@ -23,6 +23,7 @@ from fxprune.trace.inputs import (
     fake_twin,
     forward_parameters,
     hooks_left_out,
+    inputs_like,
     is_hugging_face,
     meta_twin,
     private_parameters,
@@ -67,6 +68,39 @@ def test_a_decoder_reads_its_labels_one_place_later(name: str) -> None:
     assert shifted_right(model, torch.tensor([[4, 5, -100]])).tolist() == [[model.config.decoder_start_token_id, 4, 5]]
     base: Any = transformers.T5Model(model.config) if name == "t5" else model.model
     assert shifted_right(base, torch.tensor([[4, -100, 6]]))[0, 1:].tolist() == [4, 0]
+
+
+WHISPER = ("whisper", {"input_features": torch.randn(1, 8, 12), "labels": torch.ones(1, 4, dtype=torch.long)})
+PAIR = {"input_ids": [5, 6, 7, 8], "token_type_ids": [0, 0, 1, 1], "attention_mask": [1, 1, 1, 1], "text": "a pair"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sample", "wanted"),
+    [
+        ("vit", {"pixel_values": torch.randn(3, 24, 24), "labels": 1}, {"pixel_values": (2, 3, 24, 24)}),
+        ("wav2vec2", [{"input_values": torch.randn(1, 300)}], {"input_values": (2, 300)}),
+        (*WHISPER, {"input_features": (2, 8, 12), "decoder_input_ids": (2, 5)}),
+        ("bert", [PAIR], {"input_ids": (2, 4), "token_type_ids": (2, 4)}),
+        ("bert", {"input_ids": torch.ones(4, 9), "token_type_ids": torch.ones(4, 9, dtype=torch.long)}, None),
+        ("bert", torch.ones(4, 9, dtype=torch.long), None),
+        ("bert", [PAIR | {"token_type_ids": [0] * 4}], None),
+        ("llama", {"input_ids": [5, 6], "pixel_values": torch.randn(3, 8, 8)}, None),
+    ],
+)
+def test_a_sample_of_other_inputs_than_the_config_tells_decides(name: str, sample: Any, wanted: Any) -> None:
+    """Sounds of any other length were refused, and token types, or images beside a text, were left out silently."""
+    model = tiny(name) if name == "llama" else LIBRARY[name]()[0]
+    found = inputs_like(model, sample)
+    assert found == wanted or {name: tuple(value.shape) for name, value in (found or {}).items()} == wanted
+
+
+def test_images_beside_a_text_are_traced_one_sample_at_a_time() -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    tower = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**sizes), vision_config=tower)
+    sample = {"input_ids": torch.ones(2, 9, dtype=torch.long), "pixel_values": torch.randn(2, 3, 8, 8)}
+    found = inputs_like(transformers.LlavaForConditionalGeneration(config), [sample])
+    assert {name: len(value) for name, value in (found or {}).items()} == {"input_ids": 1, "pixel_values": 1}
 
 
 def test_batch_and_sequence_may_vary_and_features_may_not() -> None:
