@@ -530,22 +530,28 @@ def _obstacles_named(graph_module: fx.GraphModule, kinds: Sequence[str]) -> Iter
             found = {group.kind + renormalised * (f"{EXACT}{group.kind}" in kinds) for group in groups}
             cause = f"the model has groups of kind {', '.join(sorted(found))} alone"
         else:
-            cause, remedy = _commonest_freeze(axes), "Change the code of the model there, or leave the model whole"
+            cause, remedy = _reasons(axes), "Change the code of the model there, or leave the model whole"
         what = f"{error.what}; {cause}"
         named_error = RatioError(what, where=error.where, remedy=remedy, argument=error.argument, value=error.value)
         named_error.reachable = error.reachable
         raise named_error from error
 
 
-def _commonest_freeze(axes: AxisMap) -> str:
-    """The reason that froze most axes of parameters, and the first of these."""
+_REASONS = 3
+"""Most reasons that a refusal lists."""
+
+
+def _reasons(axes: AxisMap) -> str:
+    """The reasons that froze most axes of parameters, each with the first of these."""
     frozen: dict[Freeze, list[str]] = {}
     for axis, freeze in frozen_in(axes).items():
         frozen.setdefault(freeze, []).append(axis)
     if not frozen:
         return "no axis of a weight has two units"
-    reason, names = max(frozen.items(), key=lambda item: len(item[1]))
-    return f"all units of {_first_axis(names)} stay: {reason}"
+    ends = ("an input of the model", "an output of the model")  # these stay in every model
+    found = sorted(frozen.items(), key=lambda item: (item[0].reason in ends, -len(item[1])))
+    listed = (f"{_first_axis(names)}: {reason}" for reason, names in found[:_REASONS])
+    return f"all units stay, of {', of '.join(listed)}"
 
 
 def _first_axis(names: Sequence[str]) -> str:

@@ -275,7 +275,7 @@ class Permuted(nn.Module):
         (
             False,
             "mlp",
-            r"0\.0%; all units of embed.weight\[1\] and 1 more axes stay: .* \(at index.*Change the code",
+            r"0\.0%; all units stay, of .*embed.weight\[1\]: looked up by number \(at index.*Change the code",
         ),
         (True, "expert", r"0\.0%; the model has groups of kind mlp alone"),
         (True, "exact-mlp", r"0\.0%; the model has groups of kind mlp \(renormalised\) alone"),
