@@ -71,6 +71,21 @@ def _follow_unread(op: OpSite, unread: list[TensorAxes], values: Values | None) 
 rule("embedding", notation="weight[r, w], indices[*i] -> out[*i, w]  r by indices", values="picked")
 
 
+@rule("embedding_bag")
+def embedding_bag(op: OpSite) -> None:
+    """Sums, means or maxima of rows picked from a table; beside them, counts of rows, and for maxima their numbers."""
+    weight = op.need("weight")
+    pick(op, op.need("indices"), weight, 0)
+    for x in op.tensors:
+        if x is not weight:
+            op.freeze_tensor(x, "says what is in a bag")
+    for out in op.outs:
+        op.freeze(out, 0, "bags of rows")
+        if out.rank == 2:
+            op.tie(weight, 1, out, 1)
+    op.keep_zeros(op.outs[0], 1, (weight, 1))
+
+
 @rule("index", values="picked")
 def index(op: OpSite) -> None:
     """``self[i, j, ..]``: indexed axes are replaced by the broadcast axes of the indices, the others stay."""

@@ -30,6 +30,7 @@ from fxprune.graph.compat import (
     size_hint,
     size_range,
     spell_expression,
+    tree_map,
 )
 from fxprune.graph.context import preserve_rng, quiet
 from fxprune.graph.facts import Fact, facts_of
@@ -86,9 +87,9 @@ def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.S
     return tuple(dict.fromkeys(notes))
 
 
-def forbid(graph_module: fx.GraphModule, place: Size, size: int) -> str:
-    """Add an assertion that refuses a ``size`` of an axis; return the limit in words."""
-    return _SizeAssertions(graph_module.graph, {}).compare(operator.ne, place, size)
+def limit_size(graph_module: fx.GraphModule, how: Callable[[Any, Any], Any], place: Size, size: int) -> str:
+    """Add an assertion that compares the size of an axis with ``size``; return the limit in words."""
+    return _SizeAssertions(graph_module.graph, {}).compare(how, place, size)
 
 
 _SYMBOLS = {operator.eq: "==", operator.ne: "!=", operator.le: "<="}
@@ -105,7 +106,7 @@ class _SizeAssertions:
         self.fixed = fixed
         inputs = dict(input_tensors(graph))
         self.first = [node for node in graph.nodes if is_input(node)][-1].next
-        self.text = {(node, axis): f"{name}.shape[{axis}]" for node, name in inputs.items() for axis in (0, 1)}
+        self.text = {(n, i): f"{name}.shape[{i}]" for n, name in inputs.items() for i in range(n.meta["val"].dim())}
         self.symbols: dict[Any, Size] = {}
         self.traced: dict[Size, int] = {}
         self.bounded: set[Size] = set()
@@ -253,6 +254,18 @@ class SideBySide:
         inputs = resize_inputs(self.graph_module, self.inputs, sizes)
         shapes, other = ([leaf.shape for leaf in tensors_of(values)] for values in (self.inputs, inputs))
         return None if shapes == other or failed_check(self.graph_module, inputs) else inputs
+
+    def doubled(self, places: Sequence[Size]) -> dict[str, Any]:
+        """Inputs twice as large along some axes."""
+        wanted = {(id(node.meta["val"]), axis) for node, axis in places}
+
+        def double(traced: Any, value: Any) -> Any:
+            for axis in range(traced.dim() if isinstance(traced, torch.Tensor) else 0):
+                value = torch.cat([value, value], axis) if (id(traced), axis) in wanted else value
+            return value
+
+        traced = {str(n.target): n.meta["val"] for n in self.graph_module.graph.nodes if n.op == "placeholder"}
+        return {name: tree_map(double, traced[name], value) for name, value in self.inputs.items()}
 
     def error(self, inputs: Mapping[str, Any]) -> float | None:
         """The largest relative difference of outputs; infinite if the graph fails; None if the module does."""
@@ -468,7 +481,7 @@ def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: M
     error = max(error, (second and pair.error(second)) or 0.0)
     if not error <= accepted:
         return Fidelity(error, where=pair.first_difference() if math.isfinite(error) else "the outputs")
-    notes = tuple(_forbid_one(pair, accepted))
+    notes = (*_forbid_one(pair, accepted), *_fix_other_axes(pair, accepted))
     gradients = pair.gradients()
     unlike = tuple(name for name, difference in gradients.items() if not difference <= accepted * _GRADIENT_FACTOR)
     if unlike:
@@ -513,5 +526,28 @@ def _forbid_one(pair: SideBySide, accepted: float) -> list[str]:
         error = None if inputs is None else pair.error(inputs)
         if error is not None and not error <= accepted:
             places = [(n, axis) for n, _ in input_tensors(graph_module.graph) if axis < free_axes(n.meta["val"])]
-            notes += [f"holds for {forbid(graph_module, place, 1)}" for place in places]
+            notes += [f"holds for {limit_size(graph_module, operator.ne, place, 1)}" for place in places]
+    return notes
+
+
+def _fix_other_axes(pair: SideBySide, accepted: float) -> list[str]:
+    """Add checks of the sizes of other axes than batch and tokens that the graph cannot vary; return the limits.
+
+    Tracing takes such a size, as of images, for a constant. A network of convolutions alone runs at any size. Axes of
+    the same size are doubled together, and one by one where the module does not take that.
+    """
+    graph_module, notes = pair.graph_module, []
+    alike: dict[int, list[Size]] = {}
+    for node, _ in input_tensors(graph_module.graph):
+        for axis in range(free_axes(node.meta["val"]), node.meta["val"].dim()):
+            alike.setdefault(node.meta["val"].shape[axis], []).append((node, axis))
+    trials = list(alike.values())
+    for places in trials:
+        error = pair.error(pair.doubled(places))
+        if error is None and len(places) > 1:
+            trials += [[place] for place in places]
+        elif error is not None and not error <= accepted:
+            for node, axis in places:
+                size = node.meta["val"].shape[axis]
+                notes.append(f"holds for {limit_size(graph_module, operator.eq, (node, axis), size)}")
     return notes

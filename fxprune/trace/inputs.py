@@ -503,10 +503,13 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     try:
         signature.bind(**inputs)
     except TypeError as error:
+        first = next(iter(signature.parameters.values()), None)
+        unnamed = first is not None and first.kind in (first.POSITIONAL_ONLY, first.VAR_POSITIONAL)
+        wrapped = "Pass a module that calls this one, and whose forward takes each input by a name"
         raise ArgumentError(
             f"{type(model).__name__} takes {signature}: {error}",
             where="example_inputs",
-            remedy="Pass the arguments of forward by name",
+            remedy=wrapped if unnamed else "Pass the arguments of forward by name",
         ) from error
     check_names(inputs, on_meta=any(parameter.is_meta for parameter in model.parameters()))
 

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from fxprune.axes import Factor, Keep, unit_index
+from fxprune.axes import Factor, Freeze, Keep, unit_index
 from fxprune.data.calibration import Calibration
-from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.explain import unruled
+from fxprune.discovery.dependency import AxisMap, Dependencies
+from fxprune.discovery.explain import frozen_in, unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
 from fxprune.emit import inexpressible
 from fxprune.errors import ArgumentError, FxpruneError, PassError, PlanError, RatioError
@@ -31,7 +31,7 @@ from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_
 from fxprune.graph.tensors import device_of
 from fxprune.masking.teacher import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.ranks import broadcast_object, decide_on_first, world_size
-from fxprune.pipeline.arguments import Ranking, argument, instance, numbers, path_or_empty, refuse, whole_number
+from fxprune.pipeline.arguments import EXACT, Ranking, argument, instance, numbers, path_or_empty, refuse, whole_number
 from fxprune.pipeline.contract import Pass, PassCost, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.plan import Plan, keep_of, other_model_note
@@ -365,7 +365,7 @@ class SelectPass(Pass):
             foresee_split(graph_module, given, None, HELDOUT)
         if Groups in given:
             alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
-            with _unruled_ops_named(graph_module):
+            with _obstacles_named(graph_module, self.kinds):
                 self.require_reachable(self._selection(graph_module, alike))
 
     def require_reachable(self, selection: Selection) -> None:
@@ -383,7 +383,7 @@ class SelectPass(Pass):
                 )
         measured = self.compares_rankings and Calibration in facts and Runnable in facts
         whole = dict[str, str]()
-        with _unruled_ops_named(graph_module):
+        with _obstacles_named(graph_module, self.kinds):
             while True:
                 notes: list[str] = []  # those of the last round
                 selection = replace(self._selection(graph_module, scores), note=notes.append)
@@ -511,23 +511,51 @@ def _left_whole(reasons: Mapping[str, str]) -> Iterator[str]:
 
 
 @contextmanager
-def _unruled_ops_named(graph_module: fx.GraphModule) -> Iterator[None]:
+def _obstacles_named(graph_module: fx.GraphModule, kinds: Sequence[str]) -> Iterator[None]:
+    """Name in a ``RatioError`` an op without a rule, or the reason why there are no groups of ``kinds``."""
     try:
         yield
     except RatioError as error:
-        frozen = unruled(facts_of(graph_module)[Dependencies].axes)
-        if not frozen:
+        axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
+        frozen, remedy = unruled(axes), error.remedy
+        if frozen:
+            op, names = max(frozen.items(), key=lambda item: len(item[1]))
+            others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
+            cause = f"{op}{others} has no rule and froze {_first_axis(names)}"
+            remedy += "; or state what the op does to axes, with fxprune.rule"
+        elif groups.of_kinds(kinds):
             raise
-        op, axes = max(frozen.items(), key=lambda item: len(item[1]))
-        others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
-        more = f" and {len(axes) - 1} more axes" if len(axes) > 1 else ""
-        found = RatioError(
-            f"{error.what}; {op}{others} has no rule and froze {axes[0]}{more}",
-            where=error.where,
-            remedy=f"{error.remedy}; or state what the op does to axes, with fxprune.rule",
-        )
-        found.reachable = error.reachable
-        raise found from error
+        elif groups.all:
+            renormalised = " (renormalised)"  # what only the prefix leaves out
+            found = {group.kind + renormalised * (f"{EXACT}{group.kind}" in kinds) for group in groups}
+            cause = f"the model has groups of kind {', '.join(sorted(found))} alone"
+        else:
+            cause, remedy = _reasons(axes), "Change the code of the model there, or leave the model whole"
+        what = f"{error.what}; {cause}"
+        named_error = RatioError(what, where=error.where, remedy=remedy, argument=error.argument, value=error.value)
+        named_error.reachable = error.reachable
+        raise named_error from error
+
+
+_REASONS = 3
+"""Most reasons that a refusal lists."""
+
+
+def _reasons(axes: AxisMap) -> str:
+    """The reasons that froze most axes of parameters, each with the first of these."""
+    frozen: dict[Freeze, list[str]] = {}
+    for axis, freeze in frozen_in(axes).items():
+        frozen.setdefault(freeze, []).append(axis)
+    if not frozen:
+        return "no axis of a weight has two units"
+    ends = ("an input of the model", "an output of the model")  # these stay in every model
+    found = sorted(frozen.items(), key=lambda item: (item[0].reason in ends, -len(item[1])))
+    listed = (f"{_first_axis(names)}: {reason}" for reason, names in found[:_REASONS])
+    return f"all units stay, of {', of '.join(listed)}"
+
+
+def _first_axis(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more axes"
 
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -66,6 +66,14 @@ class Branching(Net):
         return super().forward(input_ids) * 2
 
 
+class Positional(Net):
+    """Takes no input by its name, so that the arguments cannot be passed by name."""
+
+    def forward(self, input_ids: torch.Tensor, /) -> torch.Tensor:
+        """Logits, as those of the base."""
+        return super().forward(input_ids)
+
+
 def with_attribute(value: Any, path: str = "", name: str = "odd") -> Net:
     """A model one of whose modules holds ``value``."""
     model = Net()
@@ -151,6 +159,7 @@ MODELS: dict[str, tuple[Any, str]] = {
     "returns an object": (Returning(lambda _: Thing()), "cannot be traced: .*Thing"),
     "returns a generator": (Returning(lambda logits: (x for x in logits)), "cannot be traced: .*generator"),
     "raises": (Returning(lambda _: {}["nope"]), "test_models.py.*KeyError: 'nope'"),
+    "positional": (Positional(), "input_ids.* positional only.*Pass a module that calls this one"),
     "branches": (Branching(), "test_models.py:.* in forward: if input_ids.sum"),
 }
 
@@ -243,6 +252,43 @@ def test_the_ratio_error_names_an_op_without_a_rule(capfd: pytest.CaptureFixture
     model = Twisted()
     call = lambda: fxprune.prune(model, importance="l1", protect=(), example_inputs=INPUTS)  # noqa: E731
     check_clear(call, r"^ratio: .*twist.* has no rule and froze embed.weight\[1\].*fxprune.rule", capfd, model=model)
+
+
+class Permuted(nn.Module):
+    """All that could go is numbered by a buffer, or has a norm over it."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 6)
+        self.norm = nn.LayerNorm(6) if normed else None
+        self.down = nn.Linear(6, VOCABULARY)
+        self.register_buffer("order", torch.randperm(6))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        return self.down(x[..., self.order] if self.norm is None else self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("normed", "kinds", "said"),
+    [
+        (
+            False,
+            "mlp",
+            r"0\.0%; all units stay, of .*embed.weight\[1\]: looked up by number \(at index.*Change the code",
+        ),
+        (True, "expert", r"0\.0%; the model has groups of kind mlp alone"),
+        (True, "exact-mlp", r"0\.0%; the model has groups of kind mlp \(renormalised\) alone"),
+    ],
+)
+def test_the_ratio_error_says_why_nothing_can_go(
+    normed: bool, kinds: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It said that 0.0% can go, and no more, where no op without a rule was in the way."""
+    model = Permuted(normed)
+    options: Mapping[str, Any] = {"kinds": kinds, "protect": (), "example_inputs": INPUTS}
+    call = lambda: fxprune.prune(model, importance="l1", recipe="llm-pruner", **options)  # noqa: E731
+    check_clear(call, f"^ratio: .*{said}", capfd, model=model)
 
 
 def test_what_is_set_around_a_prune_changes_nothing() -> None:

@@ -320,7 +320,7 @@ ALL = {
 
 FROZEN = {
     "layer norm of channels", "response norm", "pooled over channels", "mean of channels", "channel by channel",
-    "standardised", "grid sample", "bag", "bag of sums", "projected lstm", "bounded",
+    "standardised", "grid sample", "projected lstm", "bounded",
     "weight, order in a buffer", "weight, order by gather", "weight, of one unit", "weight, order of the weights",
     "weight, order of both", "weight, weights by a table",
 }  # fmt: skip

@@ -424,7 +424,7 @@ FROZEN = {
     "inverse", "matrix exponential", "ternary", "bias as index", "nearest code", "antisymmetric", "written in turn",
     "unit by unit", "swapped", "order", "neighbours' response", "shuffled by op", "covariance", "first nonzero",
     "fourier of tokens", "fourier of units", "bilinear", "softmax of gates", "sparsemax", "conv over units",
-    "embedding of codes", "embedding bag",
+    "embedding of codes",
 }  # fmt: skip
 """The graph is the module, and no unit can go."""
 

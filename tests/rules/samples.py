@@ -186,6 +186,16 @@ _PRODUCTS: dict[str, list[Sample]] = {
         call(aten.lstm.input, x(5, 2, 6), _two(1, 2, 4), _recurrent(4, 6, 4, 1, 1), True, 1, 0.0, *[False] * 3),
         call(aten.lstm.input, x(2, 5, 6), _two(4, 2, 3), _recurrent(4, 6, 3, 2, 2), True, 2, 0.0, False, True, True),
     ],
+    "rnn_tanh": [
+        call(aten.rnn_tanh.input, x(5, 2, 6), x(4, 2, 3), _recurrent(1, 6, 3, 2, 2), True, 2, 0.0, False, True, False)
+    ],
+    "rnn_relu": [
+        call(aten.rnn_relu.input, x(2, 5, 6), x(1, 2, 4), _recurrent(1, 6, 4, 1, 1), True, 1, 0.0, False, False, True)
+    ],
+    "lstm_cell": [call(aten.lstm_cell.default, x(2, 6), _two(2, 4), *_recurrent(4, 6, 4, 1, 1))],
+    "gru_cell": [call(aten.gru_cell.default, x(2, 6), x(2, 4), *_recurrent(3, 6, 4, 1, 1))],
+    "rnn_tanh_cell": [call(aten.rnn_tanh_cell.default, x(2, 4), x(2, 4), *_recurrent(1, 4, 4, 1, 1)[:2])],
+    "rnn_relu_cell": [call(aten.rnn_relu_cell.default, x(2, 6), x(2, 4), *_recurrent(1, 6, 4, 1, 1))],
     "conv3d": [call(aten.conv3d.default, x(2, 3, 4, 5, 6), x(4, 3, 2, 2, 2), x(4))],
     "convolution": [
         call(aten.convolution.default, x(2, 6, 9), x(4, 3, 3), x(4), [1], [0], [1], False, [0], 2),
@@ -391,6 +401,9 @@ _LOOK_UPS: dict[str, list[Sample]] = {
     "embedding": [
         call(aten.embedding.default, x(5, 4), i(5, 2, 3)),
         at(call(aten.embedding.default, x(5, 4), i(5, 2, 3)), t1=(0, 0)),
+    ],
+    "embedding_bag": [
+        call(aten.embedding_bag.default, x(5, 4), i(5, 6), torch.tensor([0, 2]), False, mode) for mode in range(3)
     ],
     "index": [
         call(aten.index.Tensor, x(2, 5, 4), [None, i(5, 3)]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from fxprune.graph.facts import fork
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import input_tensors
 from fxprune.trace.capture import trace
-from fxprune.trace.fidelity import forbid, input_sizes, pin_sizes
+from fxprune.trace.fidelity import input_sizes, limit_size, pin_sizes
 from tests.oracle import Net
 from tests.tiers import tiers
 from tests.zoo import tiny_model, token_ids
@@ -74,7 +75,7 @@ def test_a_size_can_be_forbidden() -> None:
     graph_module = traced(lambda b, t: True).graph_module
     ((node, name),) = input_tensors(graph_module.graph)
     assert name == "x" and set(input_sizes(graph_module.graph)) == {(node, 0), (node, 1)}
-    assert forbid(graph_module, (node, 1), 1) == "x.shape[1] != 1"
+    assert limit_size(graph_module, operator.ne, (node, 1), 1) == "x.shape[1] != 1"
     assert failed_check(graph_module, {"x": torch.randn(2, 1, 3)}) and not failed_check(
         graph_module, {"x": torch.randn(2, 2, 3)}
     )
@@ -94,6 +95,49 @@ def test_a_condition_on_a_size_that_is_fixed_later_is_a_limit() -> None:
     assert not any("not the same" in note for note in found.notes)
     assert failed_check(found.graph_module, {"x": torch.zeros(3, 3, dtype=torch.long)})
     assert not failed_check(found.graph_module, {"x": torch.zeros(2, 3, dtype=torch.long)})
+
+
+def cut_to_length(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A causal convolution: the end of the slice became a constant."""
+    return m.a(x)[..., : x.shape[-1]]
+
+
+def half_of_a_picture(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x)[..., : x.shape[-2] // 2, :]
+
+
+def only_convolutions(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.a(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("body", "layer", "size", "other", "notes"),
+    [
+        (cut_to_length, nn.Conv1d(3, 4, 3, padding=2), (2, 3, 9), (2, 3, 14), {"holds for x.shape[2] == 9"}),
+        (
+            half_of_a_picture,
+            nn.Conv2d(3, 4, 1),
+            (2, 3, 8, 8),
+            (2, 3, 12, 8),
+            {"holds for x.shape[2] == 8", "holds for x.shape[3] == 8"},
+        ),
+        (half_of_a_picture, nn.Conv2d(3, 4, 1), (2, 3, 8, 6), (2, 3, 12, 9), {"holds for x.shape[2] == 8"}),
+        (only_convolutions, nn.Conv2d(3, 4, 1), (2, 3, 8, 6), (2, 3, 9, 7), set()),
+    ],
+    ids=["length", "square", "height", "any"],
+)
+def test_a_size_of_an_image_is_a_limit_where_the_graph_holds_it(
+    body: Any, layer: nn.Module, size: tuple[int, ...], other: tuple[int, ...], notes: set[str]
+) -> None:
+    """Sizes beyond batch and tokens are constants of a trace; at others the graph computed something else, silently."""
+    found = trace(Net(body, a=layer).eval(), {"x": torch.randn(*size)})
+    assert {note for note in found.notes if note.startswith("holds")} == notes
+    x = torch.randn(*other)
+    if notes:
+        with pytest.raises(GraphInputError, match=r"x\.shape"):
+            found.graph_module(x)
+    else:
+        assert torch.equal(found.graph_module(x), found.model(x))
 
 
 def free_axes(graph_module: fx.GraphModule) -> list[bool]:
