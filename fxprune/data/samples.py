@@ -193,7 +193,8 @@ def _parts(item: Any, name: str) -> list[Any]:
         return [item]
 
     def of_row(value: Any, number: int) -> Any:
-        return value[number] if isinstance(value, list | tuple) and len(value) == len(rows) else value
+        by_row = isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.dim() > 1)
+        return value[number] if by_row and len(value) == len(rows) else value
 
     return [{key: of_row(value, number) for key, value in item.items()} for number in range(len(rows))]
 

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields
 from operator import attrgetter, is_
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import torch
 from torch import fx
@@ -140,6 +140,13 @@ class Pass(Arguments, PassBase):
     keeps: ClassVar[Kinds] = ()
     """Classes of facts about the graph or weights that still hold after its change; all others are dropped."""
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Refuse a class that is no dataclass: nothing would check its arguments."""
+        if any(isinstance(value, Field) for value in vars(cls).values()):
+            remedy = "Decorate it with @dataclass(frozen=True, eq=False)"
+            raise PassError("its class is no dataclass", where=f"pass {cls.name}", remedy=remedy)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if not isinstance(getattr(self, "name", None), str):
             remedy = "Give its class a `name`, as in `name: ClassVar[str] = 'my-pass'`"
@@ -150,8 +157,6 @@ class Pass(Arguments, PassBase):
     def _check_declarations(self) -> None:
         """Refuse declarations of the class that are misspelled, or of another type than they should be."""
         wanted = []
-        if any(isinstance(value, Field) for value in vars(type(self)).values()):
-            wanted.append(("its class is no dataclass", "Decorate it with @dataclass(frozen=True, eq=False)"))
         for word, known in (("stage", ("", *STAGES)), ("changes", get_args(Change))):
             if getattr(self, word) not in known:
                 said = format_value(getattr(self, word))

@@ -145,7 +145,8 @@ def recover(
         claim_folder(path, run.identity())
         outcome = run.train()
     if result is not None:
-        result = dataclasses.replace(result, report=report_after_training(result.report))
+        report = report_after_training(result.report)
+        result = result if report is result.report else dataclasses.replace(result, report=report)
     notes = (*samples.report.notes(), *outcome.pop("notes"))
     return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
 

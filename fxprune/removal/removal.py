@@ -98,7 +98,8 @@ class Scores(Fact):
                 f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
             )
         shapes = {group.name: group.shape for group in groups}
-        for name, row in self.units.items():
+        units: Mapping[str, Any] = self.units  # a criterion of the user's own may have made them
+        for name, row in units.items():
             if not isinstance(row, np.ndarray) or row.dtype.kind not in "biuf":
                 raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
             if name not in shapes:
@@ -251,7 +252,8 @@ class Removal(Fact):
         if not isinstance(self.keep, Keep):
             raise PlanError(f"keep is {format_value(self.keep)}", where="removal", remedy=remedy)
         named = {group.factor: group for group in self.groups}
-        for factor, mask in self.keep.units.items():
+        units: Mapping[Any, Any] = self.keep.units
+        for factor, mask in units.items():
             group = named.get(factor)
             where = str(factor) if group is None else group.name
             is_mask = isinstance(factor, Factor) and isinstance(mask, np.ndarray) and mask.dtype == bool

@@ -139,7 +139,7 @@ BATCHES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": None}, "input_ids is None"),
     ({"input_ids": "text"}, "input_ids is text"),
     ({"input_ids": ["some", "text"]}, "input_ids is text"),
-    ({"input_ids": [[1, 2, 3], [1, 2]], "labels": IDS[:2]}, r"labels are .* shape \(2, 6\), and input_ids"),
+    ({"input_ids": [[1, 2, 3], [1, 2]], "labels": IDS[:2]}, r"labels are .* shape \(1, 6\), and input_ids"),
     (batch(labels=IDS[:2]), r"labels is a torch.int64 tensor of shape \(2, 6\) beside 4 samples"),
     (batch(labels=FLOATS), "labels are a torch.float32"),
     (batch(labels=IDS[:, 0]), "labels are"),

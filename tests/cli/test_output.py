@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import fxprune
 from fxprune.cli.options import expanded
 from fxprune.cli.output import check_output, is_file
 from fxprune.errors import CheckpointError, FxpruneError
+from tests.models import tiny
 
 
 def test_a_tilde_is_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +34,13 @@ def test_a_folder_of_an_earlier_run_is_fine(tmp_path: Path, mark: str) -> None:
     with pytest.raises(CheckpointError, match="no earlier run wrote"):
         check_output(tmp_path / "slim", "model", force=False)
     check_output(tmp_path / "slim", "model", force=True)
-    (tmp_path / "slim" / mark).write_text("")
+    if mark == "fxprune.json":
+        (tmp_path / "slim" / mark).write_text("")
+        with pytest.raises(CheckpointError, match=r"an earlier checkpoint whose fxprune\.json cannot be read"):
+            check_output(tmp_path / "slim", "model", force=False)
+        fxprune.save_pretrained(tiny("llama", num_hidden_layers=1), tmp_path / "slim", force=True)
+    else:
+        (tmp_path / "slim" / mark).write_text("")
     check_output(tmp_path / "slim", "model", force=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 
 def test_a_plan_that_leaves_out_a_token_of_a_sibling_is_refused() -> None:
     """An end of text that was added to the sibling kept an id that no token had any more."""
-    model, words = model_for("gpt2"), tokenizer("gpt2")
+    model, words = model_for("gpt2"), copy.deepcopy(tokenizer("gpt2"))
     plan = fxprune.Plan(vocabulary=tuple(range(len(words))))
     words.add_special_tokens({"additional_special_tokens": ["<end>"]})
     model.config.eos_token_id = words.convert_tokens_to_ids("<end>")
