@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -73,9 +73,9 @@ _CLOSE = 0.005
 _REMEDY = "Ask for less, protect fewer layers or allow more kinds"
 _LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
 
-_ENOUGH = 0.75
-"""The largest fraction of the units of the kinds in ``first`` that is removed before the other kinds shrink too: what
-is left of a layer that loses more does little, and a few heads are then the smaller loss."""
+_ENOUGH = 0.85
+"""The fraction of the units of the kinds in ``first`` that goes before the other kinds shrink too: what is left of a
+layer that loses more does little, and a few heads are then the smaller loss."""
 
 
 def normalised(slots: Sequence[Slot]) -> list[Array]:
@@ -338,8 +338,8 @@ class SelectByRatioPass(SelectPass):
     )
     first: tuple[str, ...] = argument(
         (),
-        """Only these kinds shrink as long as at most three quarters of their units have to go; beyond that, and in
-        models without such units, all ``kinds`` shrink.""",
+        """Only these kinds shrink as long as at most 85% of their units have to go; beyond that the other ``kinds``
+        lose the rest. All shrink alike if that does not suffice, and in models without such units.""",
         check=lambda name, value: as_kinds(name, value) if value != () else (),
     )
     target: str = argument(
@@ -495,7 +495,35 @@ class SelectByRatioPass(SelectPass):
             part = _of_kinds(selection, self.first, whole)
             if BudgetSolver(part, ratio * total).fraction({}) <= _ENOUGH:
                 return self._choose_of(selection, self.first, whole, ratio, total)
+            enough = BudgetSolver(part).removed([(0, _ENOUGH * slot.options[0].most) for slot in part.slots])
+            return self._choose_in_turn(selection, enough, ratio, total)
         return self._choose(selection, ratio, total)
+
+    def _choose_in_turn(self, selection: Selection, enough: float, ratio: float, total: float) -> list[Choice]:
+        """Choices where the kinds in ``first`` lose about ``enough`` of the budget, and the others the rest.
+
+        The others come first, since their units are larger. All kinds shrink alike where they do not suffice.
+        """
+        target, whole = ratio * total, [(0, 0)] * len(selection.slots)
+        others = {slot.kind for slot in selection.slots} - {*self.first}
+        if decided := self._solve_of(selection, others, whole, target - enough):
+            left = target - BudgetSolver(selection).removed(decided)
+            if choices := self._solve_of(selection, self.first, decided, left):
+                return self._checked(selection, choices, ratio, total)
+        return self._choose(selection, ratio, total)
+
+    def _solve_of(
+        self, selection: Selection, kinds: Collection[str], decided: Sequence[Choice], target: float
+    ) -> list[Choice] | None:
+        """Choices with those for the slots of some kinds solved for; None if they cannot lose so much."""
+        part = _of_kinds(selection, kinds, decided)
+        solver = BudgetSolver(part, target)
+        if solver.removed(solver.most()) < target:
+            return None
+        found = iter(self._solve(part, solver))
+        return [
+            next(found) if slot.kind in kinds else pick for slot, pick in zip(selection.slots, decided, strict=True)
+        ]
 
     def _is_for_memory(self, selection: Selection) -> bool:
         """Whether a target is for memory, of which the kinds in ``first`` are the smaller part."""
@@ -505,17 +533,20 @@ class SelectByRatioPass(SelectPass):
     def _choose_of(
         self, selection: Selection, kinds: Sequence[str], decided: Sequence[Choice], ratio: float, whole: float
     ) -> list[Choice]:
-        found = iter(self._choose(_of_kinds(selection, kinds, decided), ratio, whole))
-        pairs = zip(selection.slots, decided, strict=True)
-        return [next(found) if slot.kind in kinds else choice for slot, choice in pairs]
+        return _merged(selection, kinds, decided, self._choose(_of_kinds(selection, kinds, decided), ratio, whole))
 
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
-        word, solver = selection.budget.word, self._require(selection, ratio, whole)
+        solver = self._require(selection, ratio, whole)
+        return self._checked(selection, self._solve(selection, solver), ratio, whole)
+
+    def _solve(self, selection: Selection, solver: BudgetSolver) -> list[Choice]:
         if self.uniform:
-            choices = choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
-        else:
-            choices = solver.repair(solver.globally() if self.ranking == "global" else solver.local())
-        achieved = solver.removed(choices) / max(whole, 1)
+            return choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
+        return solver.repair(solver.globally() if self.ranking == "global" else solver.local())
+
+    def _checked(self, selection: Selection, choices: list[Choice], ratio: float, whole: float) -> list[Choice]:
+        """Choices that come near a ratio, with a note if they miss it."""
+        word, achieved = selection.budget.word, BudgetSolver(selection).removed(choices) / max(whole, 1)
         if self.uniform and ratio - achieved > 0.05:
             raise RatioError(
                 f"{ratio:.1%} of the {word} cannot be removed with the same widths in all layers: "
@@ -554,12 +585,18 @@ def _gain(option: Option, slot: Slot, budget: Budget) -> float:
     return budget.removed({option.group.factor: 0.0}, {})
 
 
-def _of_kinds(selection: Selection, kinds: Sequence[str], decided: Sequence[Choice]) -> Selection:
+def _merged(
+    selection: Selection, kinds: Collection[str], decided: Sequence[Choice], choices: Iterable[Choice]
+) -> list[Choice]:
+    """Choices for all slots: those for the slots of some kinds, and what was decided for the others."""
+    found, pairs = iter(choices), zip(selection.slots, decided, strict=True)
+    return [next(found) if slot.kind in kinds else choice for slot, choice in pairs]
+
+
+def _of_kinds(selection: Selection, kinds: Collection[str], decided: Sequence[Choice]) -> Selection:
 
     def removal_for(choices: Sequence[Choice]) -> Removal:
-        found = iter(choices)
-        pairs = zip(selection.slots, decided, strict=True)
-        return selection.removal_for([next(found) if slot.kind in kinds else choice for slot, choice in pairs])
+        return selection.removal_for(_merged(selection, kinds, decided, choices))
 
     return replace(selection, slots=[s for s in selection.slots if s.kind in kinds], removal_for=removal_for)
 

@@ -216,6 +216,29 @@ def test_numbers_by_kind_have_a_spelling_and_count_units(dense: fx.GraphModule) 
     assert any(count % 64 for count in widths(state, "mlp") if count < FFN)
 
 
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_other_kinds_lose_only_what_the_first_leave_to_them(dense: fx.GraphModule, ranking: str) -> None:
+    """As soon as heads had to go too, they went in the same proportion as channels: two thirds of them at once."""
+    total, mlp = count_parameters(dense), LAYERS * 3 * 128 * FFN
+    found = {}
+    for ratio in (0.5, 0.84 * mlp / total, 0.86 * mlp / total, 0.92 * mlp / total, 0.97 * mlp / total):
+        state = select(dense, ratio=ratio, ranking=ranking, protect=(), first=("mlp",))
+        assert state.plan is not None
+        assert 1 - parameters_left(dense, state.plan) / total == pytest.approx(ratio, abs=0.005)
+        found[ratio] = 1 - sum(widths(state, "head", KV)) / (LAYERS * KV)
+        assert 1 - sum(widths(state, "mlp")) / (LAYERS * FFN) <= 0.9
+    lost = list(found.values())
+    assert lost[:2] == [0, 0] and lost == sorted(lost) and 0 < lost[-1] <= 0.6
+    with pytest.raises(RatioError, match="largest"):
+        select(dense, ratio=0.99, ranking=ranking, protect=(), first=("mlp",))
+
+
+def test_all_kinds_shrink_where_the_others_do_not_suffice(dense: fx.GraphModule) -> None:
+    found, total = select(dense, ratio=0.8, protect=(), first=("mlp",)), count_parameters(dense)
+    assert found.plan is not None
+    assert 1 - parameters_left(dense, found.plan) / total == pytest.approx(0.8, abs=0.005)
+
+
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_each_device_gets_as_many_heads_and_channels(dense: fx.GraphModule, devices: int) -> None:
     state = select(dense, ratio={"mlp": 0.3, "head": 0.2} if devices == 2 else 0.2, tensor_parallel=devices)
