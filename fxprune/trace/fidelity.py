@@ -278,7 +278,11 @@ class SideBySide:
         return float("inf") if got is None else _difference(wanted, got)
 
     def gradients(self) -> dict[str, float]:
-        """The relative difference of the gradient of each parameter; empty if there are no gradients."""
+        """The relative difference of the gradient of each parameter; empty if there are no gradients.
+
+        One that is far smaller than those of its module's other parameters is compared with these: the gradient of a
+        key bias is zero but for rounding, since softmax ignores what is added to all scores.
+        """
         try:
             with offload_large(_LARGE_GRADIENTS * weight_bytes(self.graph_module)):
                 wanted = _run_or_none(lambda: _gradient_digests(*self._run_module(self.inputs)))
@@ -288,12 +292,15 @@ class SideBySide:
         if wanted is None:
             return {}
         found: dict[str, float] = {}
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) not in wanted:
-                continue
+        known = [(name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) in wanted]
+        floors: dict[str, float] = {}
+        for name, parameter in known:
+            owner = name.rpartition(".")[0]
+            floors[owner] = max(floors.get(owner, 0.0), _ZERO_GRADIENT * float(wanted[id(parameter)][1]))
+        for name, parameter in known:
             sums, norm = wanted[id(parameter)]
             graph_sums, graph_norm = (got or {}).get(id(parameter), (torch.zeros(()), torch.zeros(())))
-            scale = max(float(norm), float(graph_norm))
+            scale = max(float(norm), float(graph_norm), floors[name.rpartition(".")[0]])
             difference = max(float((sums - graph_sums).norm()), float((norm - graph_norm).abs()))
             found[name] = difference / scale if scale > 0 else 0.0 if scale == 0 else float("inf")
         return found
@@ -438,6 +445,9 @@ def _difference(wanted: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> 
 
 _SECOND_SIZES = (3, 5)
 """Batch and tokens of the second comparison: the first one has two samples of more tokens."""
+
+_ZERO_GRADIENT = 1e-3
+"""A gradient below this fraction of the largest in its module may be nothing but rounding."""
 
 _GRADIENT_FACTOR = 100.0
 """Accepted difference of gradients, in units of that of outputs: gradients are summed over all tokens."""
