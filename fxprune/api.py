@@ -328,7 +328,8 @@ def _pipeline(
     for stage, choice in choices.items():
         if choice is not None:
             recipe.replace_stage(stage, choice, arguments[stage])
-    _check_taken(recipe, _given({name: values[name] for name in ("target", "ratio")}))
+    selected = {**arguments["select"], "target": values["target"], "ratio": values["ratio"]}
+    _check_taken(recipe, _given({name: selected.get(name) for name in _OF_SELECTION}))
     _complete(recipe, values["steps"], arguments["teach"])
     _read_samples(recipe, calibration, values["tokenizer"])
     recipe["report"] = recipe["report"] or "make-report"  # a recipe of one's own may leave it out
@@ -425,6 +426,10 @@ def _check_target(values: Mapping[str, Any]) -> None:
             raise _conflict("target", values["target"], name, "both say how much goes")
     if values["budget"] != option_table()["budget"][1].default:
         raise _conflict("target", values["target"], "budget", "a target states its quantity")
+
+
+_OF_SELECTION = ("target", "ratio", "budget", "uniform", "ranking", "protect", "part", "round_to", "tensor_parallel")
+"""Options of the selection alone."""
 
 
 def _check_taken(recipe: Recipe, arguments: Mapping[str, Any]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
 
 import fxprune
 from fxprune.api import prune_pipeline
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
+from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.registry import parse_pass
 from fxprune.recipes import ApplyOptions, Options, option_table, read_recipe, resolve
 from fxprune.recipes.recipe import changed
@@ -17,6 +21,18 @@ from fxprune.removal.plan import Plan
 from tests.models import token_ids
 
 IDS = token_ids(4, 12)
+
+
+@dataclass(frozen=True, eq=False)
+class MySelection(Pass):
+    """A selection without arguments."""
+
+    name: ClassVar[str] = "mine"
+    stage: ClassVar[str] = "select"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Select nothing."""
+        return PassResult(graph_module, False)
 
 
 def lines(**options: Any) -> list[str]:
@@ -33,6 +49,22 @@ def test_each_option_is_documented_and_has_a_default() -> None:
         assert len(declared.doc) > 20 and f"{name}: " in doc
     assert set(option_table(ApplyOptions)) < set(option_table(Options))
     assert resolve({})["ratio"] is None and resolve({})["round_to"] == 1
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        *({"target": "0.8x params"}, {"ratio": 0.2}, {"budget": "macs"}, {"uniform": True}, {"ranking": "global"}),
+        *({"protect": (1, 1)}, {"part": "model.layers"}, {"round_to": 8}, {"tensor_parallel": 2}),
+    ],
+    ids=str,
+)
+def test_options_that_a_selection_of_ones_own_does_not_take_are_refused(ignored: dict[str, Any]) -> None:
+    assert "mine" in names(calibration=IDS, select=MySelection())
+    ((name, value),) = ignored.items()
+    with pytest.raises(ArgumentError, match="beside select: mine takes none") as caught:
+        prune_pipeline(IDS, select=MySelection(), **ignored)
+    assert (caught.value.argument, caught.value.value) == (name, value)
 
 
 @pytest.mark.parametrize(
