@@ -19,8 +19,9 @@ from torch import nn
 from fxprune.api import prune_pipeline, prune_traced, trace_for
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import load_model, load_tokenizer
+from fxprune.data.named import is_data_set
 from fxprune.data.samples import is_in_memory
-from fxprune.data.text import TOKENS, is_text, text_samples
+from fxprune.data.text import TOKENS, calibration_text, is_text, text_samples
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
@@ -202,7 +203,10 @@ def _key(source: str, calibration: Any, options: Mapping[str, Any]) -> str:
     """Fingerprint of a prune: its model and samples, its passes, which are checked, and the text it is measured on."""
     pipeline = prune_pipeline(calibration, **options)
     pipeline.check_arguments()
-    return hashlib.sha256(f"{source} {pipeline} {options.get('eval_text')}".encode()).hexdigest()
+    text = options.get("eval_text")
+    if text is not None and not is_data_set(text):
+        text = calibration_text(Path(as_path("eval_text", text)))
+    return hashlib.sha256(f"{source} {pipeline} {text}".encode()).hexdigest()
 
 
 def _missing(

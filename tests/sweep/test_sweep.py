@@ -116,6 +116,17 @@ def test_an_interrupted_sweep_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
             fxprune.sweep(tiny("llama"), other, out=tmp_path / "out", recipe=FIT, ratio=0.1, **OPTIONS)
 
 
+def test_rows_are_measured_again_on_a_text_that_changed(tmp_path: Path) -> None:
+    """The key of a row held the path of the text, and a figure of the old one stood beside figures of the new one."""
+    text = tmp_path / "text.txt"
+    found = []
+    for content in ("the first text " * 400, "another, which is not the first " * 200):
+        text.write_text(content)
+        found += sweep(tmp_path / "out", recipe=FIT, ratio=0.1, keep="none", eval_text=text).rows
+    again = sweep(tmp_path / "out", recipe=FIT, ratio=0.1, keep="none", eval_text=text).rows
+    assert found[0].divergence != found[1].divergence and again == (found[1],)
+
+
 @pytest.mark.slow
 def test_findings_of_other_weights_or_samples_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A criterion runs again on a graph whose weights were fitted in between, though its facts are the same."""
