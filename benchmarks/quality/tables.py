@@ -117,7 +117,8 @@ class Section:
             error = sum(each**2 for each in errors) ** 0.5 / len(errors)
             every = [each for found in by_text for each in found]
             same, mean = fmean(each.agreement for each in every), fmean(each.mean for each in every)
-            cells = [f"x{fmean(ratios):.2f} ± {error:.2f}", f"x{min(ratios):.2f} to x{max(ratios):.2f}"]
+            spread = f"x{_short(min(ratios))} to x{_short(max(ratios))}"
+            cells = [f"x{_short(fmean(ratios))} ± {_short(error)}", spread]
             yield [name, str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
 
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
@@ -152,9 +153,14 @@ def over(ratios: Sequence[tuple[float, float | None]]) -> str:
     if not ratios:
         return _NONE
     values, errors = [value for value, _ in ratios], [error for _, error in ratios if error is not None]
-    error = f" ± {fmean(errors):.2f}" if len(errors) == len(values) else ""
-    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-    return f"x{fmean(values):.2f}{error}{spread}"
+    error = f" ± {_short(fmean(errors))}" if len(errors) == len(values) else ""
+    spread = f" ({_short(min(values))} to {_short(max(values))})" if len(values) > 1 else ""
+    return f"x{_short(fmean(values))}{error}{spread}"
+
+
+def _short(value: float) -> str:
+    """A number with two decimals, or none from a thousand on."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _apart(found: Sequence[Perplexity]) -> str:
