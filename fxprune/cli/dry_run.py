@@ -188,9 +188,7 @@ def estimate(
     size = named.itemsize if isinstance(named, torch.dtype) else 4
     report = result.report
     batch = size_hint(next(iter(input_tensors(traced.graph)))[0].meta["val"].shape[0])
-    counted = (
-        _traced_tokens(traced) or report.tokens or batch
-    )  # images and sounds are counted, where there are no tokens
+    counted = _traced_tokens(traced) or report.tokens or batch  # where there are no tokens, images and sounds count
     samples, tokens = _count_samples(prepared, text, counted // batch)
     costs = costs_of(prepared.passes, samples)
     dense, slim = (float(size * count) for count in report.parameters)

@@ -156,19 +156,17 @@ class Pass(Arguments, PassBase):
 
     def _check_declarations(self) -> None:
         """Refuse declarations of the class that are misspelled, or of another type than they should be."""
-        wanted = []
+        where = f"pass {self.name}"
         for word, known in (("stage", ("", *STAGES)), ("changes", get_args(Change))):
             if getattr(self, word) not in known:
-                said = format_value(getattr(self, word))
-                wanted.append((f"`{word}` is {said}", f"Write one of {', '.join(filter(None, known))}"))
+                remedy = f"Write one of {', '.join(filter(None, known))}"
+                raise PassError(f"`{word}` is {format_value(getattr(self, word))}", where=where, remedy=remedy)
         for word in ("needs", "wants", "gives", "drops", "keeps"):
             kinds = getattr(self, word)
             are_kinds = isinstance(kinds, tuple | list) and all(isinstance(one, type) for one in kinds)
             if not are_kinds or not all(issubclass(one, Fact) for one in kinds):
                 remedy = "Write classes of facts in a tuple, as in (fxprune.Groups,)"
-                wanted.append((f"`{word}` is {format_value(kinds)}", remedy))
-        for what, remedy in wanted:
-            raise PassError(what, where=f"pass {self.name}", remedy=remedy)
+                raise PassError(f"`{word}` is {format_value(kinds)}", where=where, remedy=remedy)
 
     def __call__(self, graph_module: fx.GraphModule, *, inplace: bool = False) -> PassResult:
         """Check the facts needed, run, and compare the outcome with the declarations.
@@ -243,11 +241,8 @@ class Pass(Arguments, PassBase):
         with reading(self.name, (*self.needs, *self.wants, *self.gives, *self.drops)):
             result: Any = self.call(graph_module)
         if not (isinstance(result, PassResult) and isinstance(result.graph_module, fx.GraphModule)):
-            what, remedy = (
-                f"`call` returned {format_value(result)}",
-                "Return fxprune.PassResult(graph_module, modified)",
-            )
-            raise PassError(what, where=f"pass {self.name}", remedy=remedy)
+            remedy = "Return fxprune.PassResult(graph_module, modified)"
+            raise PassError(f"`call` returned {format_value(result)}", where=f"pass {self.name}", remedy=remedy)
         release_freed()
         changed = changes_in(result.graph_module)
         allowed = {"graph": {"graph", "weights"}, "weights": {"weights"}, "nothing": set[str]()}[self.changes]

@@ -298,7 +298,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint holds, as loading it in this dtype does: other buffers, of positions for one, stay."""
+    """Cast parameters and persistent buffers to a dtype, as loading a checkpoint in it does.
+
+    Other buffers, such as the frequencies of positions, keep theirs.
+    """
     saved = model.state_dict().keys()
     kept = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
     model.to(dtype=dtype)  # type: ignore[call-arg]

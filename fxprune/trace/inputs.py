@@ -126,7 +126,7 @@ _DERIVED = ("attention_mask", "position_ids")
 
 
 def _tells(value: torch.Tensor) -> bool:
-    """Whether an integer input may change what a model computes: one of zeros or of ones is taken for its default."""
+    """Whether an integer input differs from the usual defaults, which are all zeros or all ones."""
     return bool((value != 0).any()) and bool((value != 1).any())
 
 

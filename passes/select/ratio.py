@@ -74,8 +74,9 @@ _REMEDY = "Ask for less, protect fewer layers or allow more kinds"
 _LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
 
 _ENOUGH = 0.85
-"""The fraction of the units of the kinds in ``first`` that goes before the other kinds shrink too: what is left of a
-layer that loses more does little, and a few heads are then the smaller loss."""
+"""Threshold above which the kinds not in ``first`` shrink too, as a fraction of the units of those in it.
+
+What is left of a layer that loses more does little, and a few heads are then the smaller loss."""
 
 
 def normalised(slots: Sequence[Slot]) -> list[Array]:
@@ -520,10 +521,7 @@ class SelectByRatioPass(SelectPass):
         solver = BudgetSolver(part, target)
         if solver.removed(solver.most()) < target:
             return None
-        found = iter(self._solve(part, solver))
-        return [
-            next(found) if slot.kind in kinds else pick for slot, pick in zip(selection.slots, decided, strict=True)
-        ]
+        return _merged(selection, kinds, decided, self._solve(part, solver))
 
     def _is_for_memory(self, selection: Selection) -> bool:
         """Whether a target is for memory, of which the kinds in ``first`` are the smaller part."""
@@ -588,7 +586,7 @@ def _gain(option: Option, slot: Slot, budget: Budget) -> float:
 def _merged(
     selection: Selection, kinds: Collection[str], decided: Sequence[Choice], choices: Iterable[Choice]
 ) -> list[Choice]:
-    """Choices for all slots: those for the slots of some kinds, and what was decided for the others."""
+    """Choices for all slots: new ones for the slots of ``kinds``, ``decided`` ones for the others."""
     found, pairs = iter(choices), zip(selection.slots, decided, strict=True)
     return [next(found) if slot.kind in kinds else choice for slot, choice in pairs]
 

@@ -152,13 +152,9 @@ def _with_byte_fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     for rank, merge in enumerate(_merges(spec)):
         left, _, right = merge.partition(" ")
         scores.setdefault(left + right, -float(rank))
-    changes = [
-        step
-        for step in _normalizers(spec.get("normalizer"))
-        if step["type"] not in ("Prepend", "NFC") and step != _BLANK
-    ]
-    _check_changes([step["type"] for step in changes])
-    steps = [*_normalizers(spec.get("normalizer")), *_pre_tokenizers(spec)]
+    normalizers = _normalizers(spec.get("normalizer"))
+    _check_changes([s["type"] for s in normalizers if s["type"] not in ("Prepend", "NFC") and s != _BLANK])
+    steps = [*normalizers, *_pre_tokenizers(spec)]
     prepends = [step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps]
     return {
         "model": load_data("tokenizers")["models"]["characters"],
