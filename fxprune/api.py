@@ -258,7 +258,8 @@ def _other_kinds(
 
 def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options for the vocabulary alone: no weight is scored or fitted, or tuned unless that is asked for."""
-    rest = {**without_vocab(values), "ratio": None, "kinds": None, "compensate": NONE}
+    of_selection = {name: option_table()[name][1].default for name in _OF_SELECTION}
+    rest = {**without_vocab(values), **of_selection, "kinds": None, "compensate": NONE}
     if values["tune"] in (None, NONE):
         return {**rest, "tune": NONE}
     return {**rest, "recipe": "balanced" if values["recipe"] is None else values["recipe"]}
@@ -433,9 +434,9 @@ _OF_SELECTION = ("target", "ratio", "budget", "uniform", "ranking", "protect", "
 
 
 def _check_taken(recipe: Recipe, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of the selection that it would not read."""
+    """Refuse arguments of the selection that it would not read; an empty one asks for nothing."""
     for name, value in arguments.items():
-        if not any(hasattr(step, name) for step in recipe["select"]):
+        if value != () and not any(hasattr(step, name) for step in recipe["select"]):
             chosen = ", ".join(step.name for step in recipe["select"])
             raise _conflict(name, value, "select", f"{chosen or 'the recipe'} takes none")
 

@@ -60,7 +60,7 @@ def test_each_option_is_documented_and_has_a_default() -> None:
     ids=str,
 )
 def test_options_that_a_selection_of_ones_own_does_not_take_are_refused(ignored: dict[str, Any]) -> None:
-    assert "mine" in names(calibration=IDS, select=MySelection())
+    assert "mine" in names(calibration=IDS, select=MySelection(), protect=())
     ((name, value),) = ignored.items()
     with pytest.raises(ArgumentError, match="beside select: mine takes none") as caught:
         prune_pipeline(IDS, select=MySelection(), **ignored)

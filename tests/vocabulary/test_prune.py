@@ -147,6 +147,14 @@ def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
     assert left == rows - -(-2 * rows // 5) and list(result.report.widths.values()) == [(88, 66)]
 
 
+@pytest.mark.parametrize("tune", [None, "tune{epochs=1}"])
+def test_the_vocabulary_alone_is_rounded(tune: str | None) -> None:
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
+    result = fxprune.prune(model, samples, kinds=VOCAB, ratio=0.2, round_to=64, tune=tune, tokenizer=words)
+    assert result.model.config.vocab_size % 64 == 0 and list(result.report.widths) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
