@@ -80,7 +80,6 @@ ABLATIONS = (
     _changed("fast", "by gradients alone", importance="taylor{order=second}"),
     _changed("fast", "by forward passes alone", importance="wanda{readers_only}"),
     _changed("fast", "ranked globally", ranking="global"),
-    _changed("fast", "searched", select="select-by-search"),
     _changed("fast", "heads too", select="select-by-ratio{first=[]}"),
     _changed("fast", "no layer protected", protect=(0, 0)),
     _changed("fast", "uniform", uniform=True),
@@ -100,6 +99,9 @@ ABLATIONS = (
 """Recipes with one change. Most change `fast`: tuning evens out differences between its starting points, and takes the
 most time."""
 
+WITHDRAWN = ("fast, searched",)
+"""Ablations whose rows are results, and whose change did not pay and is no longer in the package."""
+
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:
     """All entries; if there are `names`, only these."""
@@ -108,10 +110,10 @@ def entries(names: Sequence[str] = ()) -> list[Entry]:
 
 def place_of_entry(name: str) -> int:
     """Place of an entry in tables; models that are no entry come last."""
-    names = [entry.name for entry in entries()]
+    names = [*(entry.name for entry in entries()), *WITHDRAWN]
     return names.index(name) if name in names else len(names)
 
 
 def is_ablation(name: str) -> bool:
     """Whether an entry is a recipe with one ingredient changed."""
-    return any(entry.name == name for entry in ABLATIONS)
+    return name in WITHDRAWN or any(entry.name == name for entry in ABLATIONS)

@@ -13,15 +13,15 @@ from torch.autograd.function import once_differentiable
 from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices, batched, next_token_loss, spread
 from fxprune.data.samples import is_in_memory
 from fxprune.errors import CalibrationError, PassError
-from fxprune.graph.facts import Fact, facts_of, fork
+from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.tensors import returned_nodes, weight_bytes
 from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes, read_heldout
 from fxprune.masking.parts import Part, PartRuns, output_numel, parts_by_weights, run_in_parts
-from fxprune.offload.files import is_offloading, no_resume
+from fxprune.offload.files import is_offloading
 from fxprune.offload.prefetch import autocast, compute_device, current_prefetcher, gathers_weights, use_bf16
 from fxprune.offload.ranks import batch_for_all, deal, gathered, shard_indices
-from fxprune.pipeline.contract import Pass, shared
+from fxprune.pipeline.contract import shared
 from fxprune.removal.removal import Removal
 from fxprune.rules.registry import written_sources
 
@@ -335,7 +335,6 @@ class DivergenceJudge:
 
     Processes share the batches, and all get the same divergence.
     Products are computed in bfloat16 where the device supports it natively: removals differ by more than its digits.
-    ``fit`` is a compensation, on ``fit_samples``, to carry out before each measurement.
     """
 
     def __init__(
@@ -343,11 +342,8 @@ class DivergenceJudge:
         graph_module: fx.GraphModule,
         samples: Sequence[Sample],
         batch: int,
-        fit: Pass | None = None,
-        fit_samples: Sequence[Sample] = (),
     ) -> None:
         self.graph_module = graph_module
-        self.fit, self.fit_samples = fit, tuple(fit_samples)
         self.device = compute_device(graph_module)
         self.bf16 = logits_use_bf16("auto", graph_module, samples[0], "judge")
 
@@ -360,17 +356,10 @@ class DivergenceJudge:
         self.batches, self.positions = deal_in_step(batches), batches.positions
 
     def divergence(self, removal: Removal) -> float:
-        work = self.graph_module
-        if self.fit is not None:
-            work = fork(self.graph_module)
-            facts_of(work).put(removal)
-            facts_of(work).put(Calibration(self.fit_samples))
-            with no_resume():  # each trial has a fit of its own, of other weights with the same names
-                work = self.fit(work, inplace=True).graph_module
         found = []
         with torch.no_grad(), autocast(self.device, self.bf16):
             for batch, counts in self.batches:
-                run = MaskedRun(work, removal).in_step()
+                run = MaskedRun(self.graph_module, removal).in_step()
                 value = float(divergence(run_logits(run, batch.inputs), batch)) * batch.positions
                 found += [value] if counts else []
         return sum(gathered(found)) / self.positions

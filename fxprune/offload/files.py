@@ -61,11 +61,6 @@ def resume_scope(name: str) -> AbstractContextManager[None]:
     return setting(_cache, None if folder is None else folder / name)
 
 
-def no_resume() -> AbstractContextManager[None]:
-    """Disable the cache inside this context."""
-    return setting(_cache, None)
-
-
 def is_offloading() -> bool:
     """Whether tensors that last are kept in files."""
     return _folder.get() is not None

@@ -1,7 +1,6 @@
 """Selection: how many units go from each group, and which."""
 
 from .base import PlanFromJsonPass as PlanFromJsonPass
+from .gates import SelectByGatesPass as SelectByGatesPass
 from .ratio import SelectByGroupRatioPass as SelectByGroupRatioPass
 from .ratio import SelectByRatioPass as SelectByRatioPass
-from .search import SelectByGatesPass as SelectByGatesPass
-from .search import SelectBySearchPass as SelectBySearchPass

@@ -95,17 +95,12 @@ def _below_threshold(slots: Sequence[Slot], values: Sequence[Array], threshold: 
 
 
 class BudgetSolver:
-    """Finds choices that remove the number ``target`` of parameters, or of whatever the budget counts.
+    """Finds choices that remove the number ``target`` of parameters, or of whatever the budget counts."""
 
-    ``shares`` are relative fractions removed from the slots; nothing is removed from a slot with share 0. None for 1
-    everywhere.
-    """
-
-    def __init__(self, selection: Selection, target: float = 0.0, shares: Sequence[float] | None = None) -> None:
+    def __init__(self, selection: Selection, target: float = 0.0) -> None:
         self.slots = selection.slots
         self.budget = selection.budget
         self.target = target
-        self.shares = [1.0] * len(self.slots) if shares is None else shares
 
     def removed(self, choices: Sequence[tuple[int, float]]) -> float:
         """Parameters removed by choices for all slots, fractional ones too."""
@@ -120,13 +115,13 @@ class BudgetSolver:
         return best
 
     def local(self) -> list[Choice]:
-        """The same fraction everywhere, times the share; kinds with the largest units are rounded first."""
+        """The same fraction everywhere; kinds with the largest units are rounded first."""
         fixed: dict[int, Choice] = {}
         for kind in self._kinds_by_unit():
             fraction = self.fraction(fixed)
             for index, slot in enumerate(self.slots):
                 if slot.kind == kind:
-                    fixed[index] = slot.choose(min(fraction * self.shares[index], 1.0))
+                    fixed[index] = slot.choose(min(fraction, 1.0))
         return [fixed[index] for index in range(len(self.slots))]
 
     def globally(self) -> list[Choice]:
@@ -174,7 +169,7 @@ class BudgetSolver:
         """One step more (or less) in each slot of ``kind``, lowest score first to remove, highest to give back."""
         found: list[tuple[float, int, Choice]] = []
         for index, (slot, (i, removed)) in enumerate(zip(self.slots, choices, strict=True)):
-            if slot.kind != kind or not self.shares[index]:
+            if slot.kind != kind:
                 continue
             if removed == 0 and up:
                 i = next((j for j, option in enumerate(slot.options) if option.most), i)
@@ -190,11 +185,11 @@ class BudgetSolver:
         """Fraction of the units of slots not ``fixed`` that removes the rest of the target, by bisection."""
 
         def removed(fraction: float) -> float:
-            firsts = [(slot.options[0], share) for slot, share in zip(self.slots, self.shares, strict=True)]
-            free = [(0, min(fraction * share * option.size, option.most)) for option, share in firsts]
+            firsts = [slot.options[0] for slot in self.slots]
+            free = [(0, min(fraction * option.size, option.most)) for option in firsts]
             return self.removed([fixed.get(index, pick) for index, pick in enumerate(free)])
 
-        low, high = 0.0, max(1 / min((share for share in self.shares if share), default=1.0), 1.0)
+        low, high = 0.0, 1.0
         for _ in range(40):  # 2 ** -40 of a unit changes no rounded number
             middle = (low + high) / 2
             low, high = (middle, high) if removed(middle) < self.target else (low, middle)

@@ -96,7 +96,6 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
         # generated samples, scores, teacher logits of three copies, a fit, an epoch of tuning, nine measurements
         ("best", 3 * (1024 - GENERAL) + (128 + 3 * 64) + 3 * 16 + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients of as many samples as the paper uses
-        ("calibrate{samples=40}\nfind-groups\nwanda{samples=64}\nselect-by-search{trials=2, samples=8}", 40 + 6 * 8),
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
         ("calibrate{samples=26}\nfind-groups\nl2\nselect-by-gates{samples=6, epochs=1}", 20 * 4 + 4 * 6),
     ],

@@ -130,7 +130,6 @@ _CHOICES = (
     f"score-in-steps{{importance=wanda, compensate=least-squares}}, {_RATIO}",
     "block-influence, select-by-ratio{ratio=0.3, kinds=[layer]}",
     "wanda, select-by-gates{ratio=0.3, precision=float32}",
-    "wanda, select-by-search{ratio=0.3, trials=5, fit=least-squares}",
 )
 
 _EXPERTS = ("reap, select-by-ratio{ratio=0.3, kinds=[expert]}", f"wanda, {_RATIO}")

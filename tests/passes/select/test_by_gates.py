@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select import SelectByRatioPass
-from fxprune.passes.select.search import Gates, project
+from fxprune.passes.select.gates import Gates, project
 from torch import fx
 
 from fxprune.errors import ArgumentError, PassError

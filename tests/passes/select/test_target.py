@@ -141,4 +141,4 @@ def test_options_and_recipes_take_the_place_of_each_other() -> None:
     assert "select-by-ratio{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, target="60K"))
     recipe = "find-groups, l2, select-by-ratio{target='60K'}, shrink"
     assert "select-by-ratio{ratio=0.3}" in str(fxprune.prune_pipeline(recipe=recipe, ratio=0.3))
-    assert "select-by-search{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, select="select-by-search"))
+    assert "select-by-gates{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, select="select-by-gates"))

@@ -1,4 +1,4 @@
-"""Other budgets than parameters, and allocations that are measured."""
+"""Other budgets than parameters, and rankings that are measured."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from fxprune.passes.select.base import Option, Slot, width_bars
+from fxprune.passes.select.base import Option, Slot
 from fxprune.passes.select.ratio import normalised
-from fxprune.passes.select.search import SelectBySearchPass, choice_shares, scale_shares
 from torch import fx
 
 from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration
-from fxprune.data.samples import read_calibration
-from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.masking.compare import masked_outputs
 from fxprune.masking.teacher import DivergenceJudge
-from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.budget import Budget, make_budget
 from fxprune.removal.removal import Removal
@@ -104,10 +100,6 @@ def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule)
     assert 0 < found <= total / len(samples) * 1.001
     assert found == pytest.approx(total / len(samples), rel=0.35), "all but the likeliest classes are taken as one"
     assert DivergenceJudge(dense, samples, 4).divergence(decide(dense)) == pytest.approx(0, abs=1e-4)
-    before = {name: p.clone() for name, p in dense.named_parameters()}
-    fit = load_pass("least-squares", damping=0.01)
-    assert DivergenceJudge(dense, samples, 4, fit, samples).divergence(removal) < found, "it fits before it measures"
-    assert all(torch.equal(p, before[name]) for name, p in dense.named_parameters())
 
 
 def half_of(dense: fx.GraphModule, name: str) -> Removal:
@@ -115,50 +107,6 @@ def half_of(dense: fx.GraphModule, name: str) -> Removal:
     group = next(group for group in groups_of(dense) if group.name == name)
     assert group.factor is not None
     return decide(dense, Keep({group.factor: np.arange(group.size) % 2 == 0}))
-
-
-def search(dense: fx.GraphModule, track: Track | None = None, **arguments: Any) -> tuple[Removal, list[str]]:
-    facts_of(dense).put(Notes())
-    with tracking(track):
-        load_pass("select-by-search", kinds=BOTH, protect=(), **arguments)(dense)
-    facts = facts_of(dense)
-    return facts[Removal], [line for line in facts[Notes].lines if line.startswith("search: ")]
-
-
-def test_a_search_ends_no_worse_than_it_began_and_says_what_it_did(dense: fx.GraphModule) -> None:
-    heldout = token_ids(6, 11, seed=5)
-    load_pass("select-by-ratio", ratio=0.2, kinds=BOTH, protect=())(dense)
-    begun = facts_of(dense)[Removal]
-    track = MagicMock(side_effect=lambda items, what, total: items)
-    found, told = search(dense, ratio=0.2, trials=14, samples=4, bins=4, heldout=heldout, track=track)
-    judge = DivergenceJudge(dense, read_calibration(heldout, dense), 8)
-    before, after = judge.divergence(begun), judge.divergence(found)
-    assert after < before and [call.args[2] for call in track.mock_calls] == [14]
-    assert f"{before:.3f} nats per token before and {after:.3f} after" in told[0]
-    budget = make_budget("params", dense, axes_of(dense))
-    assert left(dense, budget, found) == pytest.approx(left(dense, budget, begun), abs=0.0021 * budget.total)
-    assert told[1].startswith("search: took ") and any(line.startswith("search: mlp ") for line in told)
-    idle = [g for g in found.groups if g.kind == "mlp"]
-    kept = [found.keep.count(group.factor) for group in idle if group.factor is not None]
-    assert kept[1] == min(kept) and min(kept) > 0, "the layer that does nothing loses most, and stays"
-
-
-def test_where_the_search_was_led_astray_the_beginning_is_taken(
-    dense: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_pass("select-by-ratio", ratio=0.2, kinds=BOTH, protect=())(dense)
-    begun = facts_of(dense)[Removal]
-    measured: list[float] = []
-
-    def divergence(self: DivergenceJudge, removal: Removal) -> float:
-        # each allocation seems better than the one before, until the last two, which are compared on other samples
-        measured.append(float(len(measured)) if len(measured) >= 3 else -float(len(measured)))
-        return measured[-1]
-
-    monkeypatch.setattr(DivergenceJudge, "divergence", divergence)
-    found, told = search(dense, ratio=0.2, trials=3, samples=4)
-    assert len(measured) == 5 and found.plan == begun.plan
-    assert told[1] == "search: took the initial selection, since nothing did better"
 
 
 def test_the_ranking_that_does_less_harm_is_taken(dense: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,34 +131,9 @@ def test_the_ranking_that_does_less_harm_is_taken(dense: fx.GraphModule, monkeyp
     monkeypatch.setattr(DivergenceJudge, "divergence", divergence)
     for better in ("global", "local"):
         assert chosen(work, "auto").plan == plans[better].plan
-        _, told_by_search = search(work, ratio=0.2, trials=2, samples=3, ranking="auto")
-        taken = (
-            "the lowest scores anywhere" if better == "global" else "the initial selection, since nothing did better"
-        )
-        assert told_by_search[1] == f"search: took {taken}"
         worse = "global"
     monkeypatch.setattr(DivergenceJudge, "divergence", MagicMock(side_effect=AssertionError))
     bare = discover(tiny("llama", num_hidden_layers=LAYERS))
     load_pass("random", kinds=BOTH)(bare)
     assert chosen(bare, "auto").plan == chosen(bare, "local").plan, "there are no samples to measure on"
     assert chosen(bare, "auto", uniform=True).plan == chosen(bare, "local", uniform=True).plan
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"uniform": True}, {"ratio": {"mlp": 0.2}}, {"trials": 0}, {"heldout": 3}, {"fit": "l2"}, {"fit": 3}]
-)
-def test_what_a_search_cannot_keep_to_is_refused(dense: fx.GraphModule, arguments: dict[str, Any]) -> None:
-    with pytest.raises((ArgumentError, CalibrationError)):
-        SelectBySearchPass(**{"protect": (), **arguments})
-    one = fork(dense)
-    facts_of(one).put(Calibration(facts_of(dense)[Calibration].samples[:1]))
-    with pytest.raises(CalibrationError, match="too few"):
-        search(one, ratio=0.1)
-
-
-def test_shares_move_and_are_drawn() -> None:
-    slots = [Slot("mlp", (Option(8, 1, np.ones(8)),)), Slot("head", (Option(4, 1, np.ones(4)),))]
-    assert choice_shares(slots, [(0, 2), (0, 1)]) == (0.25, 0.25)
-    assert scale_shares((0.5, 0.0, 0.5), (0, 1), 2.0) == (1.0, 0.125, 0.5)
-    assert scale_shares((0.5, 0.0, 0.5), (0, 1), 0.5) == (0.25, 0.0, 0.5)
-    assert list(width_bars(slots, [(0, 6), (0, 0)])) == ["mlp ▃ 25% left", "head █ 100% left"]
