@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import (
     LOADING,
     check_sizes,
@@ -27,6 +26,7 @@ from fxprune.checkpoint.read import (
     from_pretrained,
     offloading_parameters,
     require_all_weights,
+    slim_folder,
 )
 from fxprune.checkpoint.write import check_place
 from fxprune.data.samples import FileSamples
@@ -164,8 +164,8 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    if (Path(source) / MANIFEST).is_file():
-        return from_pretrained(source)
+    if (slim := slim_folder(source)) is not None:
+        return from_pretrained(slim)
     loaded = attempt(_load, source, work / "dense")
     if isinstance(loaded, Refusal):
         raise CheckpointError(

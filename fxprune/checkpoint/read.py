@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_loaded, check_weights, read_manifest
 from fxprune.emit.emitted import PLAN_DIGEST
@@ -285,10 +286,9 @@ _OF_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download
 
 def _local(folder: str | os.PathLike[str], of_hub: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """Path of a folder; one that looks like the id of a repository is downloaded, with these options."""
-    path = Path(folder).expanduser()
     name = os.fspath(folder)
-    if path.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        return path
+    if not _is_hub_id(folder):
+        return Path(folder).expanduser()
     found = attempt(snapshot_download, name, **of_hub)
     if isinstance(found, Refusal):
         raise CheckpointError(
@@ -297,6 +297,11 @@ def _local(folder: str | os.PathLike[str], of_hub: Mapping[str, Any] = MappingPr
             remedy="Pass a folder that save_pretrained wrote, or the id of a repository that can be reached",
         ) from found.error
     return Path(found)
+
+
+def _is_hub_id(source: str | os.PathLike[str]) -> bool:
+    name = os.fspath(source)
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(source).exists()
 
 
 def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -389,10 +394,10 @@ def load_model(
         plan = sharding_plan(load_config_only(source, gguf_file))
         spread = {"distributed_config": DistributedConfig(fsdp_size=world_size(), fsdp_plan=plan)}
         device = None  # that of its process
-    if _is_slim(source):
+    if gguf_file is None and (slim_source := slim_folder(source)) is not None:
         if dtype is not None:  # a cast would round buffers as well, such as the frequencies of positions
             spread["dtype"] = dtype
-        slim: Any = from_pretrained(source, **spread)
+        slim: Any = from_pretrained(slim_source, **spread)
         return slim if device is None else slim.to(device)  # type: ignore[no-any-return]
     options = {**LOADING, **_SAFE, **spread, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
@@ -441,8 +446,8 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
     Raises:
         CheckpointError: the config is that of a model larger than the files beside it.
     """
-    if _is_slim(source):
-        return build_empty(source)
+    if gguf_file is None and (slim := slim_folder(source)) is not None:
+        return build_empty(slim)
     with readable(source):
         config = AutoConfig.from_pretrained(**locate(source, gguf_file), **_SAFE)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
@@ -498,8 +503,8 @@ def load_tokenizer(
     with missing if needed else contextlib.suppress(Exception), quiet(WARNING):
         if not Path(source).expanduser().exists():  # a hub that cannot be reached is asked once
             AutoConfig.from_pretrained(source, **_SAFE)
-        if _is_slim(source):  # stock classes refuse the config of some slim models
-            options["config"] = PreTrainedConfig.from_pretrained(Path(source).expanduser())
+        if (slim := slim_folder(source)) is not None:  # stock classes refuse the config of some slim models
+            options["config"] = PreTrainedConfig.from_pretrained(slim)
         tokenizer = AutoTokenizer.from_pretrained(**locate(source, gguf_file), **options)
     return tokenizer
 
@@ -525,5 +530,11 @@ def readable(source: str | os.PathLike[str], what: str = "cannot be loaded", rem
         raise CheckpointError(f"{what}: {kind}{reason.rstrip(',:')}", where=os.fspath(source), remedy=remedy) from error
 
 
-def _is_slim(source: str | os.PathLike[str]) -> bool:
-    return (Path(source).expanduser() / MANIFEST).is_file()
+def slim_folder(source: str | os.PathLike[str]) -> Path | None:
+    """The folder of a slim model, a repository of the hub downloaded; None for what is no slim model."""
+    if _is_hub_id(source):
+        if isinstance(attempt(cached_file, os.fspath(source), MANIFEST), Refusal):
+            return None
+        return _local(source)
+    folder = Path(source).expanduser()
+    return folder if (folder / MANIFEST).is_file() else None

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fxprune.checkpoint.manifest import MANIFEST
-from fxprune.checkpoint.read import from_pretrained
+from fxprune.checkpoint.read import from_pretrained, load_config_only, load_model
 from fxprune.checkpoint.write import save_pretrained
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.snapshot import shapes_of
@@ -146,6 +146,22 @@ def test_a_repository_is_downloaded_as_asked(folder: Path, monkeypatch: pytest.M
     model = from_pretrained("someone/something", revision="v1", token="secret", dtype="bfloat16")
     assert seen == {"name": "someone/something", "revision": "v1", "token": "secret"}
     assert model.dtype == torch.bfloat16
+
+
+def test_a_slim_model_is_pruned_by_its_name_on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock classes were asked for it, which refuse widths that differ between layers."""
+
+    def file_of(name: str, file: str) -> str:
+        if name != "someone/slim":
+            raise OSError(f"{name} does not appear to have a file named {file}")
+        return str(folder / file)
+
+    monkeypatch.setattr("fxprune.checkpoint.read.cached_file", file_of)
+    monkeypatch.setattr("fxprune.checkpoint.read.snapshot_download", lambda name: str(folder))
+    assert torch.equal(logits(load_model("someone/slim")), logits(from_pretrained(folder)))
+    assert shapes_of(load_config_only("someone/slim")) == shapes_of(load_config_only(folder))
+    with pytest.raises(CheckpointError, match="someone/dense"):
+        load_model("someone/dense")
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
