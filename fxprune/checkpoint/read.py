@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_loaded, check_weights, read_manifest
 from fxprune.emit.emitted import PLAN_DIGEST

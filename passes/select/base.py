@@ -438,10 +438,6 @@ class SelectPass(Pass):
         """The slots to choose from: all by default."""
         return slots
 
-    def blocks_of(self, budget: Budget) -> Mapping[Factor, int]:
-        """For some factors, the numbers whose multiples of units may stay: none by default."""
-        return {}
-
     def _selection(self, graph_module: fx.GraphModule, scores: Scores) -> Selection:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
         inside = Groups(tuple(group for group in groups.all if _is_inside(group, self.part)))
@@ -461,7 +457,7 @@ class SelectPass(Pass):
             round_to = widths.best()
             add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
         budget = make_budget(self.budget_of(graph_module), graph_module, axes)
-        rounding = Rounding(round_to, self.tensor_parallel, self.blocks_of(budget))
+        rounding = Rounding(round_to, self.tensor_parallel, budget.blocks)
         sizes = by_kind(budget, inside.of_kinds(self.kinds))
         note = partial(add_note, graph_module)
 

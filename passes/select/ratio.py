@@ -417,10 +417,6 @@ class SelectByRatioPass(SelectPass):
         ratio = 1 - self._wanted(self._target, budget.total, budget.word) / budget.total
         return replace(self, target="", context=0, budget=name, ratio=ratio)
 
-    def blocks_of(self, budget: Budget) -> Mapping[Factor, int]:
-        """Rows of a file stay multiples of the blocks of its format."""
-        return budget.blocks if self.target else {}
-
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
         target, budget = self._target, selection.budget
         if target is None:

@@ -64,6 +64,13 @@ def test_the_tensors_of_a_file_take_the_bytes_that_are_told(tmp_path: Path) -> N
     assert told.slim == held + TOKENIZER * VOCABULARY
 
 
+def test_a_ratio_of_a_file_leaves_rows_that_its_format_stores(tmp_path: Path) -> None:
+    """Only a target did: a model pruned by the bytes of a format could not be written in it."""
+    result = pruned("llama", changes=WIDE, ratio=0.25, budget="bytes@q8_0", **OPTIONS)
+    result.export(tmp_path / "slim.gguf", tokenizer=tokenizer(), quantization="q8_0", verify=False)
+    assert any(after < before and after % 32 == 0 for before, after in result.report.widths.values())
+
+
 def test_speed_is_by_the_times_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     graph = grouped("llama")
