@@ -44,7 +44,7 @@ from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_tab
 from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Scores
-from fxprune.removal.target import DEFAULT_RATIO
+from fxprune.removal.target import DEFAULT_RATIO, Reached
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged, inputs_like, is_hugging_face
@@ -54,6 +54,7 @@ from fxprune.vocabulary.stage import (
     check_alone,
     check_parts,
     has_others,
+    reach,
     report_with,
     samples_with,
     trim_first,
@@ -229,6 +230,10 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
         model, words = load_model(model), values["tokenizer"] or load_tokenizer(model)
         values = {**values, "tokenizer": words}
     check_parts(model, values["tokenizer"])
+    _check_target(values)
+    reached = None if values["target"] is None else reach(model, values["target"])
+    if reached is not None:
+        values = {**values, "target": None, "ratio": 1 - reached.asked / reached.dense}
     _pipeline(*_other_kinds(calibration, values)).check_arguments()
     calibration = as_rows(model, calibration, values["tokenizer"])
     if str(getattr(calibration, "text", None)) == str(values["eval_text"]):  # all of it is counted
@@ -242,7 +247,7 @@ def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -
         teacher = DenseTeacher.of(token_twin(model), values["tokenizer"], found)
         pipeline = _pipeline(samples_with(found, calibration), rest, Plan() if others is None else None, teacher)
     result = _run(pipeline, found.model, {**rest, "eval": False})
-    return _with_vocabulary(result, found, ratio, model, values)
+    return _with_vocabulary(result, found, ratio, model, values, reached)
 
 
 def _other_kinds(
@@ -281,7 +286,12 @@ def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[
 
 
 def _with_vocabulary(
-    result: Result, found: PrunedVocabulary, ratio: Any, model: Any, values: Mapping[str, Any]
+    result: Result,
+    found: PrunedVocabulary,
+    ratio: Any,
+    model: Any,
+    values: Mapping[str, Any],
+    reached: Reached | None = None,
 ) -> Result:
     """The result of a prune with the tokens that stay in its plan, its report, its tokenizer, and its quality.
 
@@ -292,7 +302,9 @@ def _with_vocabulary(
     plan = replace(result.plan, vocabulary=found.report.kept)
     if result.model is not None:
         vars(result.model)[PLAN_DIGEST] = plan.digest
-    result = replace(result, plan=plan, report=report_with(result.report, found, ratio), tokenizer=found.tokenizer)
+    result = replace(
+        result, plan=plan, report=report_with(result.report, found, ratio, reached), tokenizer=found.tokenizer
+    )
     return _with_quality(result, token_twin(model), model, values)
 
 

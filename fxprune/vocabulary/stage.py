@@ -12,9 +12,9 @@ import torch
 from fxprune.data.built_in import built_in_text, general_chats
 from fxprune.data.samples import FileSamples, token_rows
 from fxprune.data.text import TOKENS, calibration_text, is_text, opening_tokens, text_samples
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, RatioError
 from fxprune.pipeline.arguments import VOCAB, named_kinds, number
-from fxprune.removal.target import DEFAULT_RATIO
+from fxprune.removal.target import DEFAULT_RATIO, Reached, parse_target
 from fxprune.report.report import Report
 from fxprune.trace.inputs import is_hugging_face
 from fxprune.vocabulary.model import find_rows
@@ -22,6 +22,7 @@ from fxprune.vocabulary.prune import PrunedVocabulary, Use, measure_use, size_af
 from fxprune.vocabulary.tokenizer import check_kind
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 _LEAST = 1e-3
@@ -54,12 +55,28 @@ def check_alone(values: Mapping[str, Any]) -> None:
     ):
         if values.get(name):
             raise _refused(name, f"it cannot be given with the kind vocab: {why}")
-    if values["budget"] != "params":
-        raise _refused(
-            "budget", f"{values['budget']!r} cannot be given with the kind vocab, which is sized in parameters"
-        )
+    target = values.get("target")
+    quantities = {"budget": values["budget"], "target": "params" if target is None else parse_target(target).budget}
+    for name, quantity in quantities.items():
+        if quantity != "params":
+            what = f"{values[name]!r} cannot be given with the kind vocab, which is sized in parameters"
+            raise _refused(name, what)
     if values["compensate"] not in (None, "none") and not has_others(values):
         raise _refused("compensate", "only rows of the vocabulary go, for which no other weight can compensate")
+
+
+def reach(model: nn.Module, target: str) -> Reached:
+    """The parameters that a target asks for, as reached by the dense model.
+
+    Raises:
+        RatioError: the dense model has no more.
+    """
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    wanted = parse_target(target).of(dense)
+    if wanted >= dense:
+        what = f"$target is {target!r}: the dense model is no larger: it has {dense:,} parameters"
+        raise RatioError(what, where="target", remedy="Ask for a smaller one", argument="target", value=target)
+    return Reached(target, "parameters", wanted, dense, dense)
 
 
 def check_parts(model: Any, tokenizer: Any) -> None:
@@ -137,8 +154,8 @@ def samples_with(found: PrunedVocabulary, calibration: Any) -> Any:
     return text_samples(calibration.text, found.tokenizer, samples, tokens)
 
 
-def report_with(report: Report, found: PrunedVocabulary, ratio: Any) -> Report:
-    """The report of the other kinds with the size of the vocabulary, and sizes of the dense model."""
+def report_with(report: Report, found: PrunedVocabulary, ratio: Any, reached: Reached | None = None) -> Report:
+    """The report of the other kinds with the size of the vocabulary, sizes of the dense model, and the target."""
     dense, left = found.report.parameters
     gone, rows = dense - left, found.report.rows[0] - found.report.rows[1]
     head = found.model.get_output_embeddings()
@@ -153,6 +170,7 @@ def report_with(report: Report, found: PrunedVocabulary, ratio: Any) -> Report:
         report,
         **sizes,
         ratio=ratio if isinstance(ratio, float | int) else report.ratio,
+        reached=None if reached is None else replace(reached, slim=report.parameters[1]),
         vocabulary=found.report.rows,
         notes=(f"vocabulary: {found.report}", *report.notes),
     )

@@ -147,6 +147,18 @@ def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
     assert left == rows - -(-2 * rows // 5) and list(result.report.widths.values()) == [(88, 66)]
 
 
+@pytest.mark.parametrize("kinds", [VOCAB, (VOCAB, "mlp")])
+def test_a_target_of_parameters_is_reached(kinds: Any) -> None:
+    """It was ignored with the vocabulary alone, and beside other kinds refused for a ratio that nobody gave."""
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
+    options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
+    result = fxprune.prune(model, samples, kinds=kinds, target="0.8x params", importance="l2", **options)
+    reached, dense = result.report.reached, sum(one.numel() for one in model.parameters())
+    assert reached is not None and (reached.dense, reached.slim) == result.report.parameters
+    assert reached.asked == 0.8 * dense and abs(reached.slim / reached.asked - 1) < 0.005
+
+
 @pytest.mark.parametrize("tune", [None, "tune{epochs=1}"])
 def test_the_vocabulary_alone_is_rounded(tune: str | None) -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
@@ -160,7 +172,9 @@ def test_the_vocabulary_alone_is_rounded(tune: str | None) -> None:
     [
         ({"tokenizer": None}, "needed for the kind vocab"),
         ({"inplace": True}, "cut in a copy"),
-        ({"budget": "macs"}, "sized in parameters"),
+        *(({name: value}, "sized in parameters") for name, value in (("budget", "macs"), ("target", "0.8x macs"))),
+        ({"target": "1000K"}, "the dense model is no larger"),
+        ({"target": "60K", "ratio": 0.2}, "both say how much goes"),
         ({"compensate": "least-squares"}, "only rows of the vocabulary go"),
         ({"ratio": 0.99}, "tokens would stay"),
         ({"calibration": torch.full((1, 5), 10_000)}, "holds 10000, the model knows 0 to"),
