@@ -23,7 +23,7 @@ from fxprune.data.text import MOST_SAMPLES, TOKENS, calibration_text
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.comparison import WINDOW, WINDOWS
-from fxprune.graph.compat import size_hint
+from fxprune.graph.compat import is_free, size_hint
 from fxprune.graph.tensors import input_tensors, returned_nodes
 from fxprune.offload.prefetch import free_bytes
 from fxprune.pipeline.arguments import has_vocab
@@ -187,16 +187,18 @@ def estimate(
     named = getattr(empty.config, "dtype", None) if dtype is None else getattr(torch, dtype)
     size = named.itemsize if isinstance(named, torch.dtype) else 4
     report = result.report
-    batch = size_hint(next(iter(input_tensors(traced.graph)))[0].meta["val"].shape[0])
+    rows = next(iter(input_tensors(traced.graph)))[0].meta["val"].shape[0]
+    batch = size_hint(rows)
     counted = _traced_tokens(traced) or report.tokens or batch  # where there are no tokens, images and sounds count
     samples, tokens = _count_samples(prepared, text, counted // batch)
     costs = costs_of(prepared.passes, samples)
     dense, slim = (float(size * count) for count in report.parameters)
     in_place = bool(options.get("inplace"))
     sizes = sizes_of(traced, counted, size)
-    flops = 2 * report.macs[0] / counted * tokens * sum(cost.runs for _, cost in costs)
+    worked = (report.tokens or 1) if is_free(rows) else counted  # the work of a graph of fixed size is that of a batch
+    flops = 2 * report.macs[0] / worked * tokens * sum(cost.runs for _, cost in costs)
     if not low_memory and options.get("eval", True) and report.tokens and not isinstance(prepared.samples, list):
-        flops += 2 * sum(report.macs) / counted * WINDOW * WINDOWS
+        flops += 2 * sum(report.macs) / worked * WINDOW * WINDOWS
     free = free_bytes(torch.device("cpu"))
     read, written = disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
     return Estimate(
@@ -252,10 +254,10 @@ def _count_samples(prepared: Prepared, text: CalibrationText, traced: int = TOKE
 
 
 def _traced_tokens(graph_module: Any) -> int | None:
-    """Tokens of the input that a graph of fixed size was traced with; None if there is no such input."""
+    """Tokens of the input that a graph was traced with; None if there is no such input."""
     values = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
     shapes = (one.shape for one in values if one is not None and not one.is_floating_point() and one.dim() == 2)
-    return next((shape.numel() for shape in shapes), None)
+    return next((math.prod(map(size_hint, shape)) for shape in shapes), None)
 
 
 def _reachable(choice: Any, graph_module: Any) -> float | None:

@@ -23,7 +23,7 @@ from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.errors import ArgumentError
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact
-from fxprune.graph.tensors import starred, tensor_name
+from fxprune.graph.tensors import starred, tensor_name, upstream
 from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
 from fxprune.pipeline.pipeline import html_table
 from fxprune.rules.apply import apply_rule_alone
@@ -333,6 +333,16 @@ def read_weight(node: fx.Node) -> str | None:
     return tensor_name(node) if node.op == "get_attr" else None
 
 
+def _looks_up(node: fx.Node) -> bool:
+    """Whether ``node`` holds rows of a weight that an input of the graph chooses, as an embedding of tokens does."""
+    while node.op == "call_function" and isinstance(node.args[0], fx.Node):
+        others = [source for source in node.all_input_nodes if source is not node.args[0]]
+        if values_of(node) is Values.PICKED and any(source.op == "placeholder" for source in upstream(others)):
+            return True
+        node = node.args[0]
+    return False
+
+
 def _consumers(node: fx.Node, axes: AxisMap) -> Iterator[Consumer]:
     if values_of(node) is not Values.PRODUCT or not isinstance(node.meta.get("val"), torch.Tensor):
         return
@@ -340,6 +350,9 @@ def _consumers(node: fx.Node, axes: AxisMap) -> Iterator[Consumer]:
     if not axes.trained.intersection(name for name in read.values() if name is not None):
         return
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
+    if None not in read.values():  # rows looked up in one weight are what another one multiplies
+        found_rows = [name for name, source in nodes.items() if _looks_up(source)]
+        read.update(dict.fromkeys(found_rows if len(found_rows) == 1 else ()))
     for found in apply_rule_alone(node)[1].sums:
         for taken, held in itertools.permutations(found.places) if len(found.places) == 2 else ():
             name = read[held.tensor]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from fxprune.data.calibration import IGNORED
+from fxprune.data.calibration import IGNORED, next_token_loss
 from fxprune.data.samples import LABELS
 from fxprune.errors import EvaluationError
 from fxprune.graph.context import quiet, wrap_errors
 from fxprune.masking.masked_run import output_tensors
+from fxprune.masking.objective import class_scores
 
 _HEAD = ("", "dense", "slim")
 
@@ -22,9 +23,12 @@ _HEAD = ("", "dense", "slim")
 class Agreement:
     """A slim model beside the dense one, as means over samples.
 
+    Positions that an attention mask leaves out do not count.
+
     Args:
         samples: their number.
-        accuracy: fractions of labels that the dense and the slim model rank first; None without labels of classes.
+        accuracy: fractions of labels that the dense and the slim model rank first, of the samples that have some; None
+            without labels of classes. Where the model's own loss is that of next tokens, labels are these.
         divergence: of the slim model's classes from the dense one's, by Kullback and Leibler, in nats; None if the
             model gives no classes.
         same: fraction of places at which both rank the same class first; None as before.
@@ -55,49 +59,99 @@ def agreement(dense: Any, slim: Any, samples: Sequence[Mapping[str, torch.Tensor
     Args:
         dense: a model of transformers.
         slim: the same.
-        samples: batches by name, as a processor returns them, perhaps with ``labels``.
+        samples: batches of one or more by name, as a processor returns them, perhaps with ``labels``.
 
     Raises:
         EvaluationError: there are no samples, or a model does not run on them.
     """
     if not samples:
         raise EvaluationError("there are no samples", where="samples", remedy="Pass one at least")
-    found = []
+    found: list[_Row] = []
     with torch.inference_mode(), quiet():
         for sample in samples:
-            found.append(_compared(dense(**sample), slim(**sample), sample.get(LABELS)))
-    accuracies, divergences, same, cosines = zip(*found, strict=True)
-    told = [one for one in accuracies if one is not None]
+            found.extend(_compared(dense(**sample), slim(**sample), sample))
+    told = [row.accuracy for row in found if row.accuracy is not None]
     accuracy = (fmean(one for one, _ in told), fmean(one for _, one in told)) if told else None
-    are_classes = None not in divergences
+    divergences = [row.divergence for row in found if row.divergence is not None]
+    same = [row.same for row in found if row.same is not None]
+    are_classes = len(divergences) == len(found)
     return Agreement(
-        len(samples),
+        len(found),
         accuracy,
         fmean(divergences) if are_classes else None,
         fmean(same) if are_classes else None,
-        fmean(cosines),
+        fmean(row.cosine for row in found),
     )
 
 
-def _compared(
-    dense: Any, slim: Any, labels: torch.Tensor | None
-) -> tuple[tuple[float, float] | None, float | None, float | None, float]:
-    """Accuracies, divergence, same first class and cosine on one batch."""
-    both = [_scores(output) for output in (dense, slim)]
-    one, other = (torch.cat([value.float().flatten() for value in values]) for values in both)
-    cosine = float(torch.cosine_similarity(one, other, dim=0))
-    if "logits" not in dense or both[0][0].shape[-1] < 2:
-        return None, None, None, cosine
-    first, second = (values[0].float().log_softmax(-1) for values in both)
-    divergence = max(0.0, float((first.exp() * (first - second)).sum(-1).mean()))
+@dataclass(frozen=True)
+class _Row:
+    """The figures of one sample, as of :class:`Agreement`."""
+
+    cosine: float
+    divergence: float | None = None
+    same: float | None = None
+    accuracy: tuple[float, float] | None = None
+
+
+def _compared(dense: Any, slim: Any, sample: Mapping[str, torch.Tensor]) -> Iterator[_Row]:
+    """Yield the figures of each sample of a batch, from the outputs of both models."""
+    mask = sample.get("attention_mask")
+    cosines = torch.cosine_similarity(_numbers(_scores(dense), mask), _numbers(_scores(slim), mask), dim=1).tolist()
+    classes = class_scores(dense) if "logits" in dense else None
+    if classes is None or classes.shape[-1] < 2:
+        yield from map(_Row, cosines)
+        return
+    first, second = (class_scores(output).float().log_softmax(-1) for output in (dense, slim))
     chosen = first.argmax(-1), second.argmax(-1)
-    same = float((chosen[0] == chosen[1]).float().mean())
-    accuracy = None
-    if labels is not None and labels.shape == chosen[0].shape and not labels.is_floating_point():
-        counted = labels != IGNORED
-        right = [float((classes == labels)[counted].float().mean()) for classes in chosen]
-        accuracy = right[0], right[1]
-    return accuracy, divergence, same, cosine
+    read = torch.ones_like(chosen[0], dtype=torch.bool)
+    if mask is not None and mask.shape == read.shape:
+        read = mask.bool()
+    apart = _row_means((first.exp() * (first - second)).sum(-1), read)
+    same = _row_means(chosen[0] == chosen[1], read)
+    right = _accuracies(dense, classes, chosen, sample.get(LABELS))
+    for cosine, divergence, equal, one in zip(cosines, apart, same, right, strict=True):
+        yield _Row(cosine, None if divergence is None else max(0.0, divergence), equal, one)
+
+
+def _accuracies(
+    dense: Any, scores: torch.Tensor, chosen: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor | None
+) -> Sequence[tuple[float, float] | None]:
+    """The fractions of the labels of each sample that both models rank first; None for one without labels."""
+    if labels is None or labels.shape != chosen[0].shape or labels.is_floating_point():
+        return [None] * len(scores)
+    if _are_next_tokens(dense, scores, labels):
+        labels, chosen = labels[:, 1:], (chosen[0][:, :-1], chosen[1][:, :-1])
+    pairs = zip(*(_row_means(classes == labels, labels != IGNORED) for classes in chosen), strict=True)
+    return [None if one is None or other is None else (one, other) for one, other in pairs]
+
+
+def _are_next_tokens(output: Any, scores: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether a model's own loss is nearer to that of the next label at each position than to that of its own."""
+    loss = output.get("loss")
+    if loss is None or loss.numel() != 1 or labels.dim() != 2 or labels.shape[1] < 2:
+        return False
+    own = torch.nn.functional.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+    return bool((next_token_loss(scores, labels) - loss).abs() < (own - loss).abs())
+
+
+def _row_means(values: torch.Tensor, counted: torch.Tensor) -> list[float | None]:
+    """The mean of the values of each row that count; None for a row without any."""
+    size = len(values)
+    rows = zip(values.float().reshape(size, -1), counted.reshape(size, -1), strict=True)
+    return [float(row[there].mean()) if bool(there.any()) else None for row, there in rows]
+
+
+def _numbers(values: Iterable[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    """The numbers of each sample of an output in a row, zero at positions that a mask leaves out."""
+    rows = []
+    for value in values:
+        value = value.float()
+        if mask is not None and value.shape[:2] == mask.shape:
+            value = value * mask.bool().view(*mask.shape, *[1] * (value.dim() - 2))
+        rows.append(value)
+    alike = all(value.dim() > 1 and len(value) == len(rows[0]) for value in rows)
+    return torch.cat([value.flatten(1) if alike else value.reshape(1, -1) for value in rows], dim=1)
 
 
 def _scores(output: Any) -> tuple[torch.Tensor, ...]:

@@ -255,7 +255,7 @@ class Comparison:
         pairs = [pair for task in tasks for pair in self._pairs(name, task) if pair[0].answers and pair[1].answers]
         lost = [1 - theirs.correct[i] for ours, theirs, i in pairs if ours.correct[i]]
         changed = [float(ours.answers[i] != theirs.answers[i]) for ours, theirs, i in pairs]
-        return (mean_and_error(lost), mean_and_error(changed)) if lost else None
+        return (mean_and_error(lost), mean_and_error(changed)) if pairs else None
 
     def _pairs(self, name: str, task: str) -> list[tuple[TaskScore, TaskScore, int]]:
         ours = self.columns[0].evaluation.tasks[task]

@@ -61,8 +61,8 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
     equal calls are counted once. If some are unknown, the graph is run on fake tensors; if the work depends on data, on
     zeros; without weights to run on, the count is unknown and ``2**30 - 1``.
 
-    ``tokens`` is the length of integer inputs of two axes in a dynamic graph, and of axes tied to it; other inputs keep
-    the traced shape.
+    ``tokens`` is the length of integer inputs of two axes in a dynamic graph, and of axes tied to it. Without such
+    inputs, a sample is one row of all inputs if they have the same number. Other sizes are the traced ones.
     """
     ways = (False,) if has_meta_weights(graph_module) else (False, True)
     sizes = ((1, tokens), (None, tokens), (None, None))
@@ -128,30 +128,18 @@ def _run_on_zeros(graph_module: fx.GraphModule, batch: int | None, tokens: int |
 
 def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str, int]:
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-    chosen: dict[str, int] = {}
-    for value in tree_leaves(values):
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
-            wanted = zip(value.shape, (batch, tokens), strict=True)
-            chosen |= {str(size): new for size, new in wanted if new is not None and is_free(size)}
-    return chosen
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor) and value.dim()]
+    texts = [value for value in tensors if value.dim() == 2 and not value.is_floating_point()]
+    pairs = [pair for value in texts for pair in zip(value.shape, (batch, tokens), strict=True)]
+    if not texts and len({str(value.shape[0]) for value in tensors}) == 1:  # images, sounds: rows of one number
+        pairs = [(tensors[0].shape[0], batch)]
+    return {str(size): new for size, new in pairs if new is not None and is_free(size)}
 
 
 def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
     """Operations of a graph from the shapes of its values, without running it; raises if that is not possible."""
-    sizes = _Sizes(chosen)
-    known: dict[object, int] = {}
-    total = 0
-    for node in graph.nodes:
-        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
-            raise TypeError(f"{node.target} holds a graph")
-        if not isinstance(node.target, OpOverload) or not _may_count(node.target):
-            continue
-        key = node.target, sizes.described(node.args), sizes.described(node.kwargs)
-        if key not in known:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), sizes.of)
-            known[key] = int(_flops(partial(node.target, *args, **kwargs), nullcontext()))
-        total += known[key]
-    return total
+    sizes = SampleSizes(chosen)
+    return sum(map(sizes.operations, graph.nodes))
 
 
 @cache
@@ -160,13 +148,31 @@ def _may_count(op: OpOverload) -> bool:
     return op.overloadpacket in flop_registry or op.overloadpacket in _ATTENTION or bool(composite)
 
 
-class _Sizes:
+class SampleSizes:
     """Values of a graph with numbers for their sizes: ``chosen`` by symbol, else as they were traced."""
+
+    @classmethod
+    def of_sample(cls, graph: fx.Graph) -> SampleSizes:
+        """The sizes of one sample of :data:`TOKENS` tokens."""
+        return cls(_chosen(graph, 1, TOKENS))
 
     def __init__(self, chosen: Mapping[str, int]) -> None:
         self.chosen = chosen
         self.known: dict[Any, int] = {}
+        self._counted: dict[object, int] = {}
         self._described: dict[fx.Node, object] = {}
+
+    def operations(self, node: fx.Node) -> int:
+        """Return the operations that torch counts for a node; raises if its shapes do not tell."""
+        if isinstance(node.target, HigherOrderOperator) or node.op == "call_module":
+            raise TypeError(f"{node.target} holds a graph")
+        if not isinstance(node.target, OpOverload) or not _may_count(node.target):
+            return 0
+        key = node.target, self.described(node.args), self.described(node.kwargs)
+        if key not in self._counted:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
+            self._counted[key] = int(_flops(partial(node.target, *args, **kwargs), nullcontext()))
+        return self._counted[key]
 
     def described(self, argument: Any) -> object:
         """Return an argument of a node as a hashable value, with nodes by their shapes and numbers."""
@@ -191,15 +197,16 @@ class _Sizes:
 
     def _traits(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return tuple(map(self._number, value.shape)), value.dtype
-        return self._number(value) if isinstance(value, torch.SymInt) else value
+            return tuple(map(self.number, value.shape)), value.dtype
+        return self.number(value) if isinstance(value, torch.SymInt) else value
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return torch.empty([self._number(size) for size in value.shape], dtype=value.dtype, device="meta")
-        return self._number(value) if isinstance(value, torch.SymInt) else value
+            return torch.empty([self.number(size) for size in value.shape], dtype=value.dtype, device="meta")
+        return self.number(value) if isinstance(value, torch.SymInt) else value
 
-    def _number(self, size: int | torch.SymInt) -> int:
+    def number(self, size: int | torch.SymInt) -> int:
+        """Return a size as a number."""
         if isinstance(size, int):
             return size
         expression = size.node.expr

@@ -19,8 +19,8 @@ from fxprune.axes import Expr, Factor, factors, kept_size, unit_index
 from fxprune.discovery.dependency import AxisMap, size_with
 from fxprune.discovery.groups import Group, takes_parameter
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
-from fxprune.graph.compat import is_free, size_hint
-from fxprune.graph.counting import TOKENS
+from fxprune.graph.compat import UNKNOWN_SIZE, is_free, size_hint
+from fxprune.graph.counting import TOKENS, SampleSizes
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import tensor_name, weights
 from fxprune.pipeline.arguments import one_of
@@ -335,13 +335,13 @@ def _in_use(graph: fx.Graph, axes: AxisMap, context: int) -> Iterator[Term]:
     """
     for term in _cache(graph, axes):
         yield Term(term.exprs, term.block, term.each * context)
-    traced, tokens = _traced(graph), min(context, CHUNK)
+    sizes, tokens = SampleSizes.of_sample(graph), min(context, CHUNK)
     largest: list[Term] = []
     for node in graph.nodes:
         read = [node, *node.all_input_nodes]
         if node.op == "call_function" and axes.block_of(axes.modules.get(node.name, "")) is not None:
-            sizes = [_split_sizes(one, axes, traced) for one in read if one.op == "call_function" and _is_float(one)]
-            terms = [Term(exprs, None, 4.0 * tokens) for exprs, each in sizes if each == TOKENS]
+            split = [_split_sizes(one, axes, sizes) for one in read if one.op == "call_function" and _is_float(one)]
+            terms = [Term(exprs, None, 4.0 * tokens) for exprs, each in split if each == TOKENS]
             largest = max(largest, terms, key=lambda found: sum(prod(e.size for e in term.exprs) for term in found))
     yield from largest
 
@@ -352,33 +352,52 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
-    """MACs per sample: output size times contracted size."""
-    nodes, traced = {tensor_name(node): node for node in graph.nodes}, _traced(graph)
+    """MACs per sample: as many as are counted of each product, in proportion to its output and contracted sizes."""
+    nodes, sizes = {tensor_name(node): node for node in graph.nodes}, SampleSizes.of_sample(graph)
     for node in graph.nodes:
         attends = _is_attention(node)
         if not (attends or values_of(node) is Values.PRODUCT) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         block = axes.block_of(axes.modules.get(node.name, ""))
-        exprs, tokens = _split_sizes(node, axes, traced)
+        exprs, each = _split_sizes(node, axes, sizes)
         if attends:
-            yield Term(exprs, block, tokens * TOKENS)
-            yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, tokens * TOKENS)
+            each *= _number(sizes, node.args[1].meta["val"].shape[-2])
+            yield Term(exprs, block, float(each))
+            yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, float(each))
             continue
-        for found in apply_rule_alone(node)[1].sums:
-            if len(found.places) == 2:
-                place = found.places[0]
-                free = is_free(nodes[place.tensor].meta["val"].shape[place.dim])
-                contracted = () if free else (axes.tensors[place.tensor][place.dim],)
-                yield Term((*exprs, *contracted), block, tokens * (TOKENS if free else 1))
+        summed = [found.places[0] for found in apply_rule_alone(node)[1].sums if len(found.places) == 2]
+        for place in summed:
+            size = nodes[place.tensor].meta["val"].shape[place.dim]
+            if is_free(size):
+                each *= _number(sizes, size)
+            else:
+                exprs += (axes.tensors[place.tensor][place.dim],)
+        if summed:
+            whole = prod(expr.size for expr in exprs)
+            yield Term(exprs, block, _counted(node, sizes) / 2 / whole or float(each))
+
+
+def _counted(node: fx.Node, sizes: SampleSizes) -> int:
+    """The operations that torch counts for a node, which knows the taps of a kernel; 0 if it does not count them."""
+    try:
+        return sizes.operations(node)
+    except Exception:  # sizes that depend on data, or an op that cannot run on meta
+        return 0
+
+
+def _number(sizes: SampleSizes, size: int | torch.SymInt) -> int:
+    """A size in one sample; one that depends on data counts as its tokens."""
+    return TOKENS if size_hint(size) == UNKNOWN_SIZE else sizes.number(size)
 
 
 def _cache(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
     """Keys and values of a token, two bytes each, before heads are repeated."""
+    sizes = SampleSizes.of_sample(graph)
     for node in graph.nodes:
         if not _is_attention(node):
             continue
         key, value = node.args[1], node.args[2]
-        exprs, _ = _split_sizes(_smallest(value, axes), axes, (1, 1))
+        exprs, _ = _split_sizes(_smallest(value, axes), axes, sizes)
         block = axes.block_of(axes.modules.get(node.name, ""))
         yield Term(exprs, block, 2.0)
         width = axes.tensors[tensor_name(value)][-1]
@@ -401,18 +420,8 @@ def _smallest(node: fx.Node, axes: AxisMap) -> fx.Node:
     return found
 
 
-def _split_sizes(node: fx.Node, axes: AxisMap, traced: tuple[int, int]) -> tuple[tuple[Expr, ...], float]:
+def _split_sizes(node: fx.Node, axes: AxisMap, sizes: SampleSizes) -> tuple[tuple[Expr, ...], int]:
     """The axes of a value with fixed sizes, and the product of the dynamic sizes for one sample."""
     value, exprs = node.meta["val"], axes.tensors[tensor_name(node)]
-    batch, tokens = traced
     fixed = tuple(expr for expr, size in zip(exprs, value.shape, strict=True) if not is_free(size))
-    total = 1.0
-    for size in (size_hint(size) for size in value.shape if is_free(size)):
-        if size != batch:  # an axis of tokens, or of batch and tokens in one
-            total *= size / (batch * tokens if size % (batch * tokens) == 0 else tokens) * TOKENS
-    return fixed, total
-
-
-def _traced(graph: fx.Graph) -> tuple[int, int]:
-    shapes = [node.meta["val"].shape for node in graph.nodes if node.op == "placeholder" and "val" in node.meta]
-    return next(((size_hint(shape[0]), size_hint(shape[1])) for shape in shapes if len(shape) > 1), (1, TOKENS))
+    return fixed, prod(_number(sizes, size) for size in value.shape if is_free(size))

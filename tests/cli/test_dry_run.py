@@ -11,6 +11,7 @@ import pytest
 
 import fxprune
 from fxprune.checkpoint.read import load_config_only
+from fxprune.cli import dry_run
 from fxprune.cli.dry_run import Activations, _count_samples, _traced_tokens, costs_of, peak_memory, sizes_of
 from fxprune.cli.preparation import CalibrationText, Prepared, prepare
 from fxprune.data.built_in import built_in_text, general_text
@@ -154,6 +155,17 @@ def test_work_is_counted_by_the_token(config: Path) -> None:
     assert count_macs(traced) / (_traced_tokens(traced) or 0) == pytest.approx(
         count_macs(free, length) / length, rel=0.01
     )
+
+
+def test_a_target_takes_the_time_of_the_ratio_that_it_is(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is traced for any size then, and its work, that of 64 tokens, was taken for that of the example."""
+    monkeypatch.setattr(dry_run, "_flops", lambda: 1e9)
+    options = ("prune", config, "--dry-run", "--json", "--recipe", "llm-pruner", "--kinds", "mlp")
+    ratio, target = (
+        json.loads(invoked(*options, *more).stdout)["seconds"]
+        for more in (("--ratio", "0.1"), ("--target", "0.9x params"))
+    )
+    assert target == pytest.approx(ratio, rel=0.3), "attention costs more the longer the sample is"
 
 
 def test_a_tokenizer_counts_the_samples_of_a_text(tmp_path: Path) -> None:

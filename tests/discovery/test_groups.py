@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from fxprune.discovery.groups import (
     units_at,
 )
 from fxprune.errors import FxpruneError
+from fxprune.graph.facts import facts_of
+from fxprune.pipeline.registry import load_pass
+from fxprune.removal.removal import Scores
 from tests.oracle import Net, axes_of, discover, groups_of
 
 
@@ -48,6 +52,25 @@ def test_products_with_parameters_are_found() -> None:
     net = Net(lambda m, x: m.b(m.a(x)), a=nn.Conv1d(4, 6, 3), b=nn.Conv1d(6, 6, 3, groups=3))
     dense = discover(net, {"x": torch.randn(1, 4, 9)})
     assert [(c.name, c.axis, c.dim) for c in find_consumers(dense.graph, axes_of(dense))] == [("a.weight", 1, 1)]
+
+
+def test_rows_that_tokens_look_up_are_what_a_product_reads() -> None:
+    """They counted as a weight, so a layer that reads an embedding as it is had no inputs to be scored by."""
+
+    def body(m: Net, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(m.a(m.table(x)).relu(), m.pair[0] @ m.pair[1])
+
+    parts = {"table": nn.Embedding(9, 3), "a": nn.Linear(3, 4), "pair": nn.Parameter(torch.randn(2, 4, 4))}
+    dense = discover(Net(body, **parts), {"x": torch.zeros(2, 5, dtype=torch.long)})
+    found = find_consumers(dense.graph, axes_of(dense))
+    assert [(c.name, c.axis, c.source.name, c.dim) for c in found] == [("a.weight", 1, "embedding", 2)]
+    width = next(group for group in groups_of(dense) if group.size == 3)
+    load_pass("calibrate", data=torch.tensor([[1, 2, 2, 5]]))(dense)
+    load_pass("wanda", kinds=(width.kind,), readers_only=True)(dense)
+    table, weight = parts["table"].weight.detach(), parts["a"].weight.detach()
+    rms = table[[1, 2, 2, 5]].square().mean(0).sqrt()
+    expected = (weight.abs().sum(0) * rms).double().numpy()
+    np.testing.assert_allclose(facts_of(dense)[Scores].units[width.name], expected, rtol=1e-5)
 
 
 def test_units_inside_outer_ones_count_through() -> None:

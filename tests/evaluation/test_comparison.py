@@ -64,6 +64,9 @@ def test_flips_and_differences_are_paired_by_question() -> None:
     labels = [row[0] for row in found.rows()]
     assert labels[-2:] == ["right answers lost", "choices changed"]
     assert Comparison((column("dense", (1.0,)), column("pruned", (0.0,)))).flips("pruned", ["quiz"]) is None
+    wrong = [answered(name, (0.0,) * 4, picks) for name, picks in (("dense", (0, 1, 2, 0)), ("pruned", (1, 1, 2, 1)))]
+    lost, changed = Comparison(tuple(wrong)).flips("pruned", ["quiz"]) or ((1, 1), (0, 0))
+    assert lost == (0, 0) and changed[0] == 0.5, "choices that changed were not told where none was right"
 
 
 def test_what_the_first_model_guesses_is_no_part_of_what_is_retained() -> None:

@@ -18,13 +18,16 @@ from tests.oracle import Net
 from tests.remembered import traced
 
 
-def test_matrix_products_count_and_the_traced_batch_is_one_sample() -> None:
+def test_matrix_products_of_one_sample_count_whatever_the_traced_batch() -> None:
+    """The work of a sample without tokens was that of all samples of the example."""
     net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(5, 7), b=nn.Linear(7, 3))
     graph_module = trace(net, {"x": torch.zeros(4, 5)}).graph_module
-    assert count_macs(graph_module) == 4 * (5 * 7 + 7 * 3)
+    assert count_macs(graph_module) == 5 * 7 + 7 * 3
+    fixed = trace(net, {"x": torch.zeros(4, 5)}, dynamic=False).graph_module
+    assert count_macs(fixed) == 4 * (5 * 7 + 7 * 3), "the graph takes no other batch"
     parameters = 5 * 7 + 7 + 7 * 3 + 3
     assert count_parameters(graph_module) == parameters
-    work = Work(parameters, 4 * (5 * 7 + 7 * 3), 64, memory=4 * parameters, model="Net")
+    work = Work(parameters, 5 * 7 + 7 * 3, 64, memory=4 * parameters, model="Net")
     assert facts_of(graph_module)[Work] == work, "recorded with the trace"
 
 

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from fxprune.errors import FxpruneError
 from fxprune.graph.counting import count_macs
 from fxprune.removal.budget import check_budget, make_budget, read_timing
-from tests.oracle import axes_of
+from tests.models import tiny
+from tests.oracle import Net, axes_of, discover
 from tests.remembered import grouped, pruned
 
 
 def test_work_of_experts_is_that_of_the_tokens_routed_to_them() -> None:
     graph = grouped("mixtral", num_hidden_layers=1)
     assert make_budget("macs", graph, axes_of(graph)).total == pytest.approx(count_macs(graph), rel=1e-6)
+
+
+@pytest.mark.parametrize("quantity", ["macs", "kv", "memory@100"])
+def test_budgets_do_not_depend_on_the_traced_sizes(quantity: str) -> None:
+    """With as many samples as tokens in the example, work was that of one token."""
+    model = tiny("llama", num_hidden_layers=1)
+    graphs = [discover(model, {"input_ids": torch.zeros(shape, dtype=torch.long)}) for shape in ((2, 16), (3, 3))]
+    one, other = (make_budget(quantity, graph, axes_of(graph)).total for graph in graphs)
+    assert one == other
+
+
+def test_work_of_convolutions_is_that_of_all_their_taps() -> None:
+    """Convolutions counted as if their kernels had one tap, and those of a transposed one by its output."""
+
+    def body(net: Any, x: torch.Tensor) -> torch.Tensor:
+        return net.out(net.up(net.grouped(net.first(x).relu()).relu()).mean((2, 3)))
+
+    parts = {"first": nn.Conv2d(3, 8, 3), "grouped": nn.Conv2d(8, 8, (3, 2), groups=4), "out": nn.Linear(6, 4)}
+    net = Net(body, **parts, up=nn.ConvTranspose2d(8, 6, 3, stride=2))
+    graph = discover(net, {"x": torch.zeros(2, 3, 9, 9)})
+    by_hand = 8 * 7 * 7 * 3 * 9 + 8 * 5 * 6 * 2 * 6 + 8 * 5 * 6 * 6 * 9 + 6 * 4
+    assert make_budget("macs", graph, axes_of(graph)).total == count_macs(graph) == by_hand
 
 
 def bench_table(folder: Path, engines: tuple[str, ...] = ("transformers",), fixed: float = 0.25) -> Path:
