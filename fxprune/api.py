@@ -350,11 +350,10 @@ def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
-    """Add the teacher of tuning, and hand the recipe's selection and fit to passes that run them."""
-    if not recipe["tune"]:
-        recipe["teach"] = None
-    elif not recipe["teach"]:
-        recipe["teach"] = changed(load_pass("record-teacher"), arguments)
+    """Add the teacher if tuning reads one, and hand the recipe's selection and fit to passes that run them."""
+    read = {kind for step in recipe["tune"] for kind in (*step.needs, *step.wants)}
+    teach = recipe["teach"] or [changed(load_pass("record-teacher"), arguments)]
+    recipe["teach"] = [step for step in teach if read.intersection(step.gives)]
     if steps > 1 and recipe["importance"]:
         recipe["importance"] = load_pass("score-in-steps", importance=recipe["importance"][0], steps=steps)
     others = {stage: recipe[stage][0] for stage in ("select", "compensate") if recipe[stage]}

@@ -364,7 +364,7 @@ class BypassBlocksPass(Pass):
     writes: ClassVar[bool] = False
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal)
     gives: ClassVar[tuple[type[Fact], ...]] = (Bypassed,)
-    drops: ClassVar[tuple[type[Fact], ...]] = (Removal, Dependencies, Groups, Scores)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Removal, Dependencies, Groups, Scores, Verified)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
