@@ -27,7 +27,7 @@ from fxprune.discovery.groups import as_kinds
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.evaluation.comparison import graph_predictor, measure_quality, token_twin, window_of
-from fxprune.graph.context import attempt
+from fxprune.graph.context import attempt, default_modes
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights, weights
 from fxprune.masking.objective import Objective, predicts_next
@@ -500,6 +500,7 @@ def _prune_offloaded(
     return result
 
 
+@default_modes()
 def _check_samples(pipeline: Pipeline, model: Any) -> None:
     """Refuse samples that a model of token ids cannot read, before it is traced."""
     embedding = attempt(model.get_input_embeddings)

@@ -30,7 +30,7 @@ from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.snapshot import shapes_of, slim_name, without_storage
 from fxprune.emit.structure import parse_config, pruned_class
 from fxprune.errors import CheckpointError, FxpruneError
-from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
+from fxprune.graph.context import Refusal, attempt, default_modes, quiet, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.offload.atomic import folder_identity, linked_copy, restore_replaced
 from fxprune.offload.distributed import sharding_plan
@@ -361,6 +361,7 @@ def locate(source: str | os.PathLike[str], gguf_file: str | None = None) -> dict
     return {"pretrained_model_name_or_path": name, **({} if gguf_file is None else {"gguf_file": gguf_file})}
 
 
+@default_modes()
 def load_model(
     source: str | os.PathLike[str],
     gguf_file: str | None = None,
