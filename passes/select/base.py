@@ -520,16 +520,16 @@ def _left_whole(reasons: Mapping[str, str]) -> Iterator[str]:
 
 @contextmanager
 def _obstacles_named(graph_module: fx.GraphModule, kinds: Sequence[str]) -> Iterator[None]:
-    """Name in a ``RatioError`` an op without a rule, or the reason why there are no groups of ``kinds``."""
+    """Name in a ``RatioError`` an op that no rule covers, or the reason why there are no groups of ``kinds``."""
     try:
         yield
     except RatioError as error:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
         frozen, remedy = unruled(axes), error.remedy
         if frozen:
-            op, names = max(frozen.items(), key=lambda item: len(item[1]))
-            others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
-            cause = f"{op}{others} has no rule and froze {_first_axis(names)}"
+            reason, names = max(frozen.items(), key=lambda item: len(item[1]))
+            others = f"; {len(frozen) - 1} more reasons" if len(frozen) > 1 else ""
+            cause = f"{_first_axis(names)}: {reason}{others}"
             remedy += "; or state what the op does to axes, with fxprune.rule"
         elif groups.of_kinds(kinds):
             raise
