@@ -358,7 +358,7 @@ def _runs(slim: fx.GraphModule) -> Iterator[None]:
         yield
     except (FxpruneError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # an op of the user may raise anything
         said = re.search(r"While executing %(\w+)", str(error))  # torch adds the node to the message
         node = next((node for node in slim.graph.nodes if said and node.name == said[1]), None)
         raise VerificationError(
