@@ -157,6 +157,12 @@ def pruned_halves(**options: Any) -> fxprune.Result:
     return fxprune.prune(net, importance="l1", **options)
 
 
+def test_the_nearest_word_for_values_is_suggested_as_it_is_written() -> None:
+    """It was ``<Values.MOVED: 'moved'>``."""
+    with pytest.raises(fxprune.FxpruneError, match=r"unknown values 'move'. Did you mean 'moved'\? Known: cast, "):
+        fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="move")
+
+
 def test_a_rule_that_fails_is_not_taken_for_none() -> None:
     """The refusal said that the op has no rule, and kept to itself what was wrong with it."""
 
