@@ -27,7 +27,7 @@ from fxprune.discovery.groups import as_kinds
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.evaluation.comparison import graph_predictor, measure_quality, token_twin, window_of
-from fxprune.graph.context import attempt
+from fxprune.graph.context import attempt, default_modes
 from fxprune.graph.facts import Source, facts_of, restore_cut
 from fxprune.graph.tensors import device_of, has_meta_weights, weights
 from fxprune.masking.objective import Objective, predicts_next
@@ -362,11 +362,10 @@ def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
-    """Add the teacher of tuning, and hand the recipe's selection and fit to passes that run them."""
-    if not recipe["tune"]:
-        recipe["teach"] = None
-    elif not recipe["teach"]:
-        recipe["teach"] = changed(load_pass("record-teacher"), arguments)
+    """Add the teacher if tuning reads one, and hand the recipe's selection and fit to passes that run them."""
+    read = {kind for step in recipe["tune"] for kind in (*step.needs, *step.wants)}
+    teach = recipe["teach"] or [changed(load_pass("record-teacher"), arguments)]
+    recipe["teach"] = [step for step in teach if read.intersection(step.gives)]
     if steps > 1 and recipe["importance"]:
         recipe["importance"] = load_pass("score-in-steps", importance=recipe["importance"][0], steps=steps)
     others = {stage: recipe[stage][0] for stage in ("select", "compensate") if recipe[stage]}
@@ -513,6 +512,7 @@ def _prune_offloaded(
     return result
 
 
+@default_modes()
 def _check_samples(pipeline: Pipeline, model: Any) -> None:
     """Refuse samples that a model of token ids cannot read, before it is traced."""
     embedding = attempt(model.get_input_embeddings)

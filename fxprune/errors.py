@@ -128,7 +128,7 @@ class UnknownNameError(FxpruneError, ValueError):
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str], *, argument: str = "") -> None:
-        names, given = sorted(known), str(name)
+        names, given = sorted(map(str, known)), str(name)
         near = difflib.get_close_matches(given[:_LONGEST], names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

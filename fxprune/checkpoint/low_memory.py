@@ -31,7 +31,7 @@ from fxprune.checkpoint.read import (
 from fxprune.checkpoint.write import check_place
 from fxprune.data.samples import FileSamples
 from fxprune.errors import CheckpointError
-from fxprune.graph.context import Refusal, attempt, quiet, replaced, silence_stderr
+from fxprune.graph.context import Refusal, attempt, default_modes, quiet, replaced, silence_stderr
 from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
 from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import barrier, check_same, is_first, run_on_first
@@ -153,6 +153,7 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
             shutil.rmtree(work, ignore_errors=True)
 
 
+@default_modes()
 def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     """Load the model in a folder with memory-mapped weights, read when they are used.
 

@@ -314,6 +314,13 @@ def content_digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+UNEVEN = (
+    "Folders of uneven layers that Trainer or model.save_pretrained wrote are loaded by type(slim).from_pretrained, "
+    "slim being the model that was trained; then save it by fxprune.save_pretrained"
+)
+"""What loads a folder that lacks a manifest and a modelling file."""
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the checkpoint in a folder.
 
@@ -324,7 +331,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError("no such folder", where=str(folder), remedy="Pass a folder that save_pretrained wrote")
     if not path.is_file():
-        remedy = "Load a model that was not saved by fxprune with transformers"
+        config = folder / "config.json"
+        is_uneven = config.is_file() and b'"per_layer_config"' in config.read_bytes()
+        remedy = UNEVEN if is_uneven else "Load a model that was not saved by fxprune with transformers"
         raise CheckpointError("missing", where=str(path), remedy=remedy)
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

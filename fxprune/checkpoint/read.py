@@ -25,13 +25,21 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
-from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_files, check_loaded, check_weights, read_manifest
+from fxprune.checkpoint.manifest import (
+    MANIFEST,
+    UNEVEN,
+    Manifest,
+    check_files,
+    check_loaded,
+    check_weights,
+    read_manifest,
+)
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.layout import stock_class, stock_config
 from fxprune.emit.snapshot import shapes_of, slim_name, without_storage
 from fxprune.emit.structure import parse_config, pruned_class
 from fxprune.errors import CheckpointError, FxpruneError
-from fxprune.graph.context import Refusal, attempt, quiet, wrap_errors
+from fxprune.graph.context import Refusal, attempt, default_modes, quiet, wrap_errors
 from fxprune.modelling.layerwise import SECTION, overrides_in
 from fxprune.offload.atomic import folder_identity, linked_copy, restore_replaced
 from fxprune.offload.distributed import sharding_plan
@@ -143,9 +151,12 @@ def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any],
     """Refuse a model in which transformers initialised weights that the files lack, by its loading info."""
     loaded = {_number_free(name) for name in model.state_dict()}
     surplus = [name for name in info.get("unexpected_keys") or () if _number_free(name) in loaded]
+    fault, remedy = "of another shape than its config says", "Save it again with its config"
+    if getattr(model.config, "per_layer_config", None):  # the stock class does not read it
+        fault, remedy = "of another shape than its class builds", UNEVEN
     faults = (
         ("missing", info.get("missing_keys") or (), "Download it or save it again, with all its weights"),
-        ("of another shape than its config says", info.get("mismatched_keys") or (), "Save it again with its config"),
+        (fault, info.get("mismatched_keys") or (), remedy),
         ("of a block that its config does not have", surplus, "Correct the number of layers in its config.json"),
     )
     for fault, found, remedy in faults:
@@ -366,6 +377,7 @@ def locate(source: str | os.PathLike[str], gguf_file: str | None = None) -> dict
     return {"pretrained_model_name_or_path": name, **({} if gguf_file is None else {"gguf_file": gguf_file})}
 
 
+@default_modes()
 def load_model(
     source: str | os.PathLike[str],
     gguf_file: str | None = None,

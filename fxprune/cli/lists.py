@@ -48,18 +48,18 @@ def recipes(
 
 def _describe(name: str) -> None:
     """Print the documentation, arguments and facts of a pass, and an example of its text."""
-    from fxprune.pipeline.registry import arguments_of, example_of, pass_class, plain
+    from fxprune.pipeline.registry import arguments_of, example_of, load_pass, plain
 
-    made = pass_class(name)
-    doc = inspect.cleandoc(made.__doc__ or "").partition("\nArgs:")[0]
+    step = load_pass(name)  # what a sequence needs and gives follows from its steps
+    doc = inspect.cleandoc(step.__doc__ or "").partition("\nArgs:")[0]
     print_lines([plain(doc.rstrip())])
-    arguments = arguments_of(made)
+    arguments = arguments_of(type(step))
     if arguments:
         table = Table("argument", "default", "description")
         for row in arguments:
             table.add_row(*row, end_section=True)
         console.print(table)
-    facts = {"needs": made.needs, "wants": made.wants, "gives": made.gives, "drops": made.drops, "keeps": made.keeps}
-    print_lines([f"stage: {made.stage}", f"changes: {made.changes}"])
+    facts = {"needs": step.needs, "wants": step.wants, "gives": step.gives, "drops": step.drops, "keeps": step.keeps}
+    print_lines([f"stage: {step.stage}", f"changes: {step.changes}"])
     print_lines(f"{word}: {', '.join(kind.__name__ for kind in kinds)}" for word, kinds in facts.items() if kinds)
-    print_lines([f"in a pipeline: {example_of(made)}"])
+    print_lines([f"in a pipeline: {example_of(type(step))}"])

@@ -184,9 +184,9 @@ def frozen_in(axes: AxisMap) -> dict[str, Freeze]:
 
 
 def unruled(axes: AxisMap) -> dict[str, list[str]]:
-    """Return the parameter axes that ops without a rule froze, by op; the first reason of each axis counts."""
+    """Return the parameter axes that no rule covers, by reason; the first reason of each axis counts."""
     found: dict[str, list[str]] = {}
     for axis, freeze in frozen_in(axes).items():
         if freeze.node in axes.unruled:
-            found.setdefault(axes.unruled[freeze.node], []).append(axis)
+            found.setdefault(freeze.reason, []).append(axis)
     return found

@@ -122,8 +122,12 @@ class _Uninitialised(DeviceContext):
     """A device context that skips initialisation.
 
     That takes its time also without storage, and so does each context that intercepts calls of torch: this one does
-    both jobs.
+    both jobs. It lies on top of the contexts of the caller, as ``with torch.device(...)`` does; the one of torch puts
+    itself at the bottom, and loses one of two others.
     """
+
+    __enter__ = TorchFunctionMode.__enter__
+    __exit__ = TorchFunctionMode.__exit__
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensor = _initialised(func, args, kwargs or {})

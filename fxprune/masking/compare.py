@@ -191,13 +191,15 @@ ROUGH = 2e-2
 class Verified(Fact):
     """The outcome of comparing the slim graph with the masked dense one.
 
+    It is about the removal, and stays valid when the weights that are left are trained.
+
     Args:
         error: the largest difference of outputs, and of outputs of blocks if these were compared, relative to the
             largest value or 1; None if nothing could be run.
         blocks: the largest difference of an output of each block, by its module path in the dense model.
     """
 
-    about: ClassVar[Change] = "weights"
+    about: ClassVar[Change] = "graph"
     error: float | None
     blocks: Mapping[str, float] = field(default_factory=dict)
 

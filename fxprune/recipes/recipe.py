@@ -67,26 +67,25 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
         """The passes of a stage, in order; empty if it is left out."""
         return self._slots[stage]
 
-    def __setitem__(self, stage: str, choice: Pass | str | Sequence[Pass] | None) -> None:
+    def __setitem__(self, stage: str, choice: Pass | str | Sequence[Pass | str] | None) -> None:
         """Replace the passes of a stage.
 
         Args:
             stage: one of :data:`~fxprune.pipeline.contract.STAGES`.
-            choice: a pass, its spelling, several passes, or None.
+            choice: a pass, its spelling, several of these, or None.
 
         Raises:
             UnknownNameError: there is no such stage, or no such pass.
+            ArgumentError: a pass is of another stage.
         """
         if stage not in self._slots:
             raise UnknownNameError("stage", stage, STAGES)
-        if isinstance(choice, str | Pass) or choice is None:
-            made = made_for(stage, choice)
-            choice = () if made is None else (made,)
-        given: Any = choice
-        if not isinstance(given, Sequence) or not all(isinstance(one, Pass) for one in given):
-            raise refuse(stage, given, "a pass, its spelling, several passes, or None")
+        given: Any = (choice,) if isinstance(choice, str | Pass) or choice is None else choice
+        if not isinstance(given, Sequence):
+            raise refuse(stage, given, "a pass, its spelling, several of these, or None")
+        made = [made_for(stage, one) for one in given]
         self._changed = True
-        self._slots[stage] = tuple(given)
+        self._slots[stage] = tuple(step for step in made if step is not None)
 
     def __delitem__(self, stage: str) -> None:
         self[stage] = None

@@ -65,6 +65,13 @@ class Scores(Fact):
     units: Mapping[str, Array]
     source: str = ""
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another object holds the same scores of the same groups, made by the same pass."""
+        if not isinstance(other, Scores):
+            return NotImplemented
+        same = self.source == other.source and self.units.keys() == other.units.keys()
+        return same and all(np.array_equal(row, other.units[name]) for name, row in self.units.items())
+
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the scores as safetensors: one float64 tensor for each group."""
         path = as_path("file", file, error=PlanError)

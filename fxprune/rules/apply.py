@@ -9,6 +9,7 @@ from torch import fx
 
 from fxprune.axes import new_factor
 from fxprune.graph.compat import UNKNOWN_SIZE, size_hint
+from fxprune.graph.context import Refusal
 from fxprune.graph.tensors import output_name, tensor_name, upstream
 from fxprune.rules.registry import find_rule
 from fxprune.rules.routing import follow_positions
@@ -50,7 +51,7 @@ def apply_rule(node: fx.Node, stated: Statements) -> OpSite:
             rule.state(site)
         except Exception as error:  # a use that the rule, perhaps a user's own, was not written for
             stated.unruled[node.name] = str(node.target)
-            site.freeze_all(f"the rule for {node.target} does not cover this use ({type(error).__name__})")
+            site.freeze_all(f"the rule for {node.target} does not cover this use ({Refusal(error)})")
             site.understood.clear()
     follow_positions(site)
     return site

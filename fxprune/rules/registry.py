@@ -390,7 +390,7 @@ def register_rule(name: str, state: Callable[[OpSite], None], **properties: Any)
 
 
 def _qualified(name: str) -> str:
-    return name if "::" in name else f"aten::{name}"
+    return (name if "::" in name else f"aten::{name}").removesuffix(".default")
 
 
 def registered_rules() -> dict[str, Rule]:

@@ -506,7 +506,14 @@ def compare_with_module(graph_module: fx.GraphModule, model: nn.Module, given: M
 
 
 def require_gradients(graph_module: fx.GraphModule, asked_by: str) -> None:
-    """Check that the gradients of a graph, for the pass ``asked_by``, are not known to differ from the module's."""
+    """Check that a graph has gradients for the pass ``asked_by``, not known to differ from the module's."""
+    made = next((name for name, tensor in weights(graph_module) if tensor.is_inference()), None)
+    if made is not None:
+        raise PassError(
+            f"{made} was made in inference mode, and takes no part in gradients",
+            where=f"pass {asked_by}",
+            remedy="Load the model outside torch.inference_mode(), or choose a criterion without gradients, such as l2",
+        )
     found = facts_of(graph_module).get(Fidelity)
     if found is not None and found.unlike:
         raise PassError(

@@ -468,6 +468,8 @@ def _check_module(model: Any) -> None:
             raise UnsupportedModelError(
                 "it is compiled", where=where, remedy="Pass its ._orig_mod, and compile the pruned model"
             )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise UnsupportedModelError("it is wrapped for several devices", where=where, remedy="Pass its .module")
         packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
         if packed is not None:
             raise UnsupportedModelError(f"its {packed} holds packed weights", where=where, remedy=_DEQUANTISE)

@@ -74,6 +74,14 @@ def by_kind_or_one(name: str, value: Any, check: Callable[[str, Any], T]) -> T |
     return pairs
 
 
+def listed(value: Any) -> str:
+    """The value of an argument in a message, as an option takes it: ``mlp,head``, or ``mlp=32``."""
+    if not isinstance(value, tuple):
+        return str(value)
+    items = ("=".join(map(str, item)) if isinstance(item, tuple) else str(item) for item in value)
+    return ",".join(items) or "none"
+
+
 def of_kind(value: T | tuple[tuple[str, T], ...], kind: str, default: T) -> T:
     """The number for ``kind``; ``default`` if there are numbers by kind and none for this one."""
     return {bare_kind(key): number for key, number in value}.get(kind, default) if isinstance(value, tuple) else value
@@ -352,7 +360,7 @@ class SelectPass(Pass):
         super().__post_init__()
         if self.uniform and (any(self.protect or ()) or self.ranking == "global"):
             raise FxpruneError(
-                f"the same widths in all layers exclude $protect={self.protect} and $ranking={self.ranking!r}",
+                f"the same widths in all layers exclude $protect {listed(self.protect)} and $ranking {self.ranking}",
                 where="uniform",
                 remedy="Leave out $protect and $ranking",
                 argument="uniform",
@@ -443,7 +451,7 @@ class SelectPass(Pass):
         inside = Groups(tuple(group for group in groups.all if _is_inside(group, self.part)))
         if self.part and not inside.of_kinds(self.kinds):
             raise PassError(
-                f"no group of $kinds={self.kinds} lies in {self.part!r}",
+                f"no group of $kinds {listed(self.kinds)} lies in {self.part!r}",
                 where=f"pass {self.name}",
                 remedy="Name a module that the samples reach, as in language_model",
                 argument="part",
@@ -508,16 +516,16 @@ def _left_whole(reasons: Mapping[str, str]) -> Iterator[str]:
 
 @contextmanager
 def _obstacles_named(graph_module: fx.GraphModule, kinds: Sequence[str]) -> Iterator[None]:
-    """Name in a ``RatioError`` an op without a rule, or the reason why there are no groups of ``kinds``."""
+    """Name in a ``RatioError`` an op that no rule covers, or the reason why there are no groups of ``kinds``."""
     try:
         yield
     except RatioError as error:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
         frozen, remedy = unruled(axes), error.remedy
         if frozen:
-            op, names = max(frozen.items(), key=lambda item: len(item[1]))
-            others = f" and {len(frozen) - 1} more ops" if len(frozen) > 1 else ""
-            cause = f"{op}{others} has no rule and froze {_first_axis(names)}"
+            reason, names = max(frozen.items(), key=lambda item: len(item[1]))
+            others = f"; {len(frozen) - 1} more reasons" if len(frozen) > 1 else ""
+            cause = f"{_first_axis(names)}: {reason}{others}"
             remedy += "; or state what the op does to axes, with fxprune.rule"
         elif groups.of_kinds(kinds):
             raise

@@ -35,6 +35,7 @@ from .base import (
     SelectPass,
     Slot,
     by_kind_or_one,
+    listed,
     of_kind,
     units_left,
 )
@@ -434,7 +435,7 @@ class SelectByRatioPass(SelectPass):
         word = "parameters" if name == "params" else "bytes"
         wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
         if wanted < least:
-            what = f"embedding and output, which $kinds={self.kinds} leave whole, are {least:,.0f} {word}"
+            what = f"embedding and output, which $kinds {listed(self.kinds)} leave whole, are {least:,.0f} {word}"
             if target is None:
                 what = f"the largest reachable ratio is below {1 - least / dense:.1%}: {what} of {dense:,.0f}"
             raise self._refuse(what)
@@ -539,7 +540,7 @@ class SelectByRatioPass(SelectPass):
         if self.uniform and ratio - achieved > 0.05:
             raise RatioError(
                 f"{ratio:.1%} of the {word} cannot be removed with the same widths in all layers: "
-                f"with $kinds={self.kinds} the stock config accepts {achieved:.1%}",
+                f"with $kinds {listed(self.kinds)} the stock config accepts {achieved:.1%}",
                 where="uniform",
                 remedy="Leave out $uniform; the checkpoint then has a modelling file of its own",
                 argument="uniform",
@@ -556,7 +557,7 @@ class SelectByRatioPass(SelectPass):
         defaults = type(self)
         names = ("part", "protect", "round_to", "tensor_parallel")
         changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
-        limits = ", ".join(f"${name}={getattr(self, name)}" for name in ("kinds", *changed))
+        limits = ", ".join(f"${name} {listed(getattr(self, name))}" for name in ("kinds", *changed))
         if self.target:
             least = (1 - largest) * selection.budget.total
             error = self._refuse(f"with {limits} at least {least:,.0f} {selection.budget.word} stay")

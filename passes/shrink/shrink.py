@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -14,7 +16,7 @@ from fxprune.axes import Index, kept_size
 from fxprune.data.calibration import VerificationInputs, make_inputs
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
-from fxprune.errors import PlanError
+from fxprune.errors import FxpruneError, PlanError, VerificationError
 from fxprune.graph.compat import (
     FakeTensorMode,
     FakeTensorProp,
@@ -26,7 +28,7 @@ from fxprune.graph.compat import (
     is_impure,
     tree_leaves,
 )
-from fxprune.graph.context import defer_gc
+from fxprune.graph.context import Refusal, defer_gc
 from fxprune.graph.facts import Change, Cut, Fact, Runnable, Shaped, Source, add_note, facts_of, fork
 from fxprune.graph.shapes import ShapedCalls, calls_of, fits_mode, same_shapes, shape_key
 from fxprune.graph.tensors import (
@@ -330,10 +332,11 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
     verified = Verified(None)
     if expected.outputs is not None:
         blocks: Mapping[str, float] = {}
-        if expected.leaving:
-            found, blocks = slim_by_block(graph_module, expected.leaving, expected.inputs)
-        else:
-            found = slim_outputs(graph_module, expected.inputs)
+        with _runs(graph_module):
+            if expected.leaving:
+                found, blocks = slim_by_block(graph_module, expected.leaving, expected.inputs)
+            else:
+                found = slim_outputs(graph_module, expected.inputs)
         error = max(compare(expected.outputs, found), *blocks.values(), 0.0)
         verified = Verified(error, blocks)
         if not error <= TOLERANCE:
@@ -346,6 +349,24 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
         # The pieces cut off were kept to undo a failed removal. The code of other modules is checked only on emission.
         facts.put(replace(source, cut=()))
     return verified
+
+
+@contextmanager
+def _runs(slim: fx.GraphModule) -> Iterator[None]:
+    """Name the node at which a slim graph does not run: the rule of its op says less than the op does."""
+    try:
+        yield
+    except (FxpruneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an op of the user may raise anything
+        said = re.search(r"While executing %(\w+)", str(error))  # torch adds the node to the message
+        node = next((node for node in slim.graph.nodes if said and node.name == said[1]), None)
+        raise VerificationError(
+            f"the slim graph does not run: {Refusal(error)}",
+            where="the slim graph" if node is None else f"{node.name} ({node.target})",
+            remedy="Check the rule of this op: a size among its arguments needs op.size_argument, an axis that has to "
+            "stay op.freeze; if the rule is none of yours, please report this as a defect of fxprune",
+        ) from error
 
 
 def _where(slim: fx.GraphModule, expected: MaskedOutputs, verified: Verified) -> str:
@@ -364,7 +385,7 @@ class BypassBlocksPass(Pass):
     writes: ClassVar[bool] = False
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal)
     gives: ClassVar[tuple[type[Fact], ...]] = (Bypassed,)
-    drops: ClassVar[tuple[type[Fact], ...]] = (Removal, Dependencies, Groups, Scores)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Removal, Dependencies, Groups, Scores, Verified)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)

@@ -21,7 +21,7 @@ from fxprune.data.calibration import IGNORED
 from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weights
-from fxprune.masking.compare import TOLERANCE, Verified
+from fxprune.masking.compare import TOLERANCE
 from fxprune.masking.objective import gives_classes
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import (
@@ -327,8 +327,6 @@ class TunePass(Pass):
 
     Now and then the error is measured on held-out samples. The best parameters there are folded in, so that the
     model is never worse on them than it was; after ``patience`` measurements without improvement, it stops.
-
-    The verification of the removal stays valid: it was that removing equals masking, and the sizes are the same.
     """
 
     name: ClassVar[str] = "tune"
@@ -339,7 +337,6 @@ class TunePass(Pass):
     preconditions = (require_weights,)
     wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Teacher,)
-    keeps: ClassVar[tuple[type[Fact], ...]] = (Verified,)
 
     epochs: float = argument(2.0, "Epochs over the samples.", above=0)
     rate: float | None = argument(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import fxprune
 from tests.bad_input.refusals import IDS, INPUTS, VOCABULARY, Net, check_clear, check_table
+from tests.models import tiny
 
 VALUES = {"x": torch.ones(2, 4)}
 
@@ -143,6 +146,7 @@ MODELS: dict[str, tuple[Any, str]] = {
         with_attribute(torch.compile(nn.Linear(2, 2), backend="eager"), "down"),
         "down.odd: it is compiled",
     ),
+    "wrapped": (nn.DataParallel(Net()), "DataParallel: it is wrapped for several devices.*its .module"),
     "lock": (with_attribute(threading.Lock(), "down"), "down.odd: a lock that cannot be copied"),
     "generator": (with_attribute(i for i in range(3)), "^odd: a generator that cannot be copied"),
     "lock in a dict": (
@@ -251,7 +255,9 @@ class Twisted(nn.Module):
 def test_the_ratio_error_names_an_op_without_a_rule(capfd: pytest.CaptureFixture[str]) -> None:
     model = Twisted()
     call = lambda: fxprune.prune(model, importance="l1", protect=(), example_inputs=INPUTS)  # noqa: E731
-    check_clear(call, r"^ratio: .*twist.* has no rule and froze embed.weight\[1\].*fxprune.rule", capfd, model=model)
+    check_clear(
+        call, r"^ratio: .*embed.weight\[1\] and \d more axes: no rule for .*twist.*fxprune.rule", capfd, model=model
+    )
 
 
 class Permuted(nn.Module):
@@ -291,6 +297,17 @@ def test_the_ratio_error_says_why_nothing_can_go(
     check_clear(call, f"^ratio: .*{said}", capfd, model=model)
 
 
+def test_weights_made_in_inference_mode_have_no_gradients(capfd: pytest.CaptureFixture[str]) -> None:
+    """The samples were blamed for it; criteria without gradients prune such a model."""
+    with torch.inference_mode():
+        model = Net()
+    options: Mapping[str, Any] = {"recipe": "llm-pruner", "protect": (), "example_inputs": INPUTS}
+    for criterion in ("taylor", "fisher"):
+        call = partial(fxprune.prune, model, IDS, importance=criterion, **options)
+        check_clear(call, f"pass {criterion}: embed.weight was made in inference mode.*Load the model outside", capfd)
+    assert fxprune.prune(model, IDS, importance="wanda", **options).report.achieved > 0
+
+
 def test_what_is_set_around_a_prune_changes_nothing() -> None:
     model = Net()
     options: Mapping[str, Any] = {"recipe": "llm-pruner", "protect": (), "example_inputs": INPUTS}
@@ -301,3 +318,14 @@ def test_what_is_set_around_a_prune_changes_nothing() -> None:
             found = fxprune.prune(model, IDS, **options)
         assert found.plan == plain.plan, context
         assert found.report.verification_error == plain.report.verification_error, context
+
+
+def test_what_is_set_around_a_prune_of_a_folder_changes_nothing(tmp_path: Path) -> None:
+    """Weights were loaded without gradients, samples read on meta, and the default device of the caller was lost."""
+    tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    options: Mapping[str, Any] = {"recipe": "llm-pruner", "protect": ()}
+    plain = fxprune.prune(tmp_path, IDS, **options)
+    for context in torch.inference_mode(), torch.device("meta"):
+        with context:
+            assert fxprune.prune(tmp_path, IDS, **options).plan == plain.plan, context
+            assert torch.ones(1).is_meta == isinstance(context, torch.device)

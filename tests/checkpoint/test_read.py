@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import fxprune
 from fxprune.checkpoint.manifest import MANIFEST
 from fxprune.checkpoint.read import from_pretrained, load_config_only, load_model
 from fxprune.checkpoint.write import save_pretrained
@@ -20,6 +21,7 @@ from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
 from fxprune.removal.plan import Plan
+from tests.bad_input.refusals import LONGEST
 from tests.checkpoint.small import edit, narrow
 from tests.emitted import logits
 from tests.models import token_ids
@@ -52,6 +54,16 @@ def test_a_model_is_what_it_was(slim: Any, folder: Path) -> None:
     assert torch.equal(logits(model), logits(slim))
     assert model.model.rotary_emb._non_persistent_buffers_set == slim.model.rotary_emb._non_persistent_buffers_set
     assert model.fxprune_overrides.block_fields == slim.fxprune_overrides.block_fields
+
+
+def test_a_folder_of_a_trainer_is_refused_with_what_loads_it(uneven: fxprune.Result, tmp_path: Path) -> None:
+    """The remedy was transformers, which refused the shapes; commands said that the config has others."""
+    uneven.model.save_pretrained(tmp_path)
+    for load in (from_pretrained, load_model):
+        with pytest.raises(CheckpointError, match=r"missing|layers\.\d.* of another shape than its class") as caught:
+            load(tmp_path)
+        assert "type(slim).from_pretrained" in caught.value.remedy and len(str(caught.value)) < LONGEST
+    assert shapes_of(type(uneven.model).from_pretrained(tmp_path)) == shapes_of(uneven.model)
 
 
 def test_a_checkpoint_of_an_earlier_release_is_read(slim: Any, folder: Path) -> None:

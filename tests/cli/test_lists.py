@@ -30,6 +30,15 @@ def test_a_pass_is_described() -> None:
     assert str(fxprune.Pipeline(example)) == "select-by-ratio"
 
 
+def test_every_pass_is_described() -> None:
+    """A sequence of passes ended in a traceback: it knows what it needs by its steps, and not as a class."""
+    for name in fxprune.pass_names():
+        code, output, error = run("passes", name)
+        assert code == 0 and f"stage: {fxprune.load_pass(name).stage}" in output, (name, error)
+    _, output, _ = run("passes", "shrink")
+    assert "changes: graph needs: Dependencies, Removal wants: Source gives: Removed, " in output
+
+
 def test_recipes_are_listed_with_their_costs() -> None:
     code, output, _ = run("recipes")
     assert code == 0 and all(name in output for name in ("balanced", "fast", "best", "llm-pruner", "what it costs"))

@@ -35,6 +35,18 @@ class MySelection(Pass):
         return PassResult(graph_module, False)
 
 
+@dataclass(frozen=True, eq=False)
+class MyTuning(Pass):
+    """Tuning without a teacher."""
+
+    name: ClassVar[str] = "my-tuning"
+    stage: ClassVar[str] = "tune"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Tune nothing."""
+        return PassResult(graph_module, False)
+
+
 def lines(**options: Any) -> list[str]:
     return str(prune_pipeline(**options)).splitlines()
 
@@ -144,6 +156,8 @@ def test_stages_are_replaced_left_out_and_added() -> None:
         {"multiply-scores": "taylor"}.get(name, name) for name in balanced
     ]
     assert "shrink" in lines(calibration=IDS, verify=False)
+    untaught = [{"tune": "my-tuning"}.get(name, name) for name in balanced if name != "record-teacher"]
+    assert names(calibration=IDS, tune=MyTuning()) == untaught, "logits were recorded that nothing reads"
 
 
 def test_samples_come_from_the_call_before_the_recipe() -> None:

@@ -27,6 +27,13 @@ def test_replacing_a_stage_is_an_assignment() -> None:
     assert "wanda" in str(read_recipe("balanced")), "the installed one stays as it is"
     with pytest.raises(UnknownNameError, match=r"unknown stage 'import'.*Did you mean 'importance'"):
         recipe["import"] = "taylor"
+    recipe["compensate"] = ["least-squares{samples=3}", load_pass("rotation")]  # refused, with advice to pass several
+    assert [str(step) for step in recipe["compensate"]] == ["least-squares{samples=3}", "rotation"]
+    with pytest.raises(ArgumentError, match="compensate is the pass l2, of the stage 'importance'"):
+        recipe["compensate"] = ["rotation", load_pass("l2")]
+    with pytest.raises(ArgumentError, match="compensate is 3"):
+        recipe["compensate"] = [3]
+    assert len(recipe["compensate"]) == 2
 
 
 def test_a_recipe_is_a_file_or_a_text(tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_a_prune_makes_a_report_though_its_recipe_leaves_it_out() -> None:
     """It was missed after all the work."""
     result = fxprune.prune(tiny("llama"), recipe="find-groups\nl2\nselect-by-ratio\nshrink", protect=(), ratio=0.2)
     assert result.report.achieved == pytest.approx(0.2, abs=0.01)
-    with pytest.raises(ArgumentError, match=r"importance is 5.*a pass, its spelling, several passes, or None"):
+    with pytest.raises(ArgumentError, match=r"importance is 5.*a pass, its spelling, several of these, or None"):
         read_recipe("balanced")["importance"] = 5  # type: ignore[assignment]
 
 

@@ -54,6 +54,8 @@ def test_scores_are_kept_bit_by_bit(group: Group, tmp_path: Path) -> None:
     again = Scores.load(tmp_path / "scores.safetensors")
     assert again.source == "l2{reduction=max}" and set(again.units) == set(scores.units)
     assert all((again.units[name] == row).all() and row.dtype == np.float64 for name, row in scores.units.items())
+    assert again == scores and again != Scores(scores.units, "l1") and again != Scores({}, again.source)
+    assert again != Scores({**scores.units, "other": np.zeros((2, 3))}, again.source) and again != 3
 
 
 def test_a_file_that_holds_no_scores_is_refused(tmp_path: Path) -> None:

@@ -137,3 +137,52 @@ def test_one_that_compares_positions() -> None:
 def test_a_decorated_object_stays_the_same() -> None:
     marked = object()
     assert fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="shape")(marked) is marked
+
+
+@torch.library.custom_op("foreign::halves", mutates_args=())
+def halves(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The values of each of `count` parts of the last axis in the other order."""
+    return x.unflatten(-1, (count, x.shape[-1] // count)).flip(-1).flatten(-2)
+
+
+@halves.register_fake
+def _(x: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def pruned_halves(**options: Any) -> fxprune.Result:
+    """A prune of a model whose units pass `halves`."""
+    net, inputs = between(lambda h: halves(h, 3))
+    options |= {"recipe": "llm-pruner", "protect": (), "ratio": 0.2, "example_inputs": inputs}
+    return fxprune.prune(net, importance="l1", **options)
+
+
+def test_the_nearest_word_for_values_is_suggested_as_it_is_written() -> None:
+    """It was ``<Values.MOVED: 'moved'>``."""
+    with pytest.raises(fxprune.FxpruneError, match=r"unknown values 'move'. Did you mean 'moved'\? Known: cast, "):
+        fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="move")
+
+
+def test_a_rule_that_fails_is_not_taken_for_none() -> None:
+    """The refusal said that the op has no rule, and kept to itself what was wrong with it."""
+
+    @fxprune.rule("foreign::halves.default", values="moved")
+    def rule_for_halves(op: fxprune.OpSite) -> None:
+        op.tie_all(op.need("y"))
+
+    said = r"2 more axes: the rule for foreign.halves.default does not cover this use \(.*halves has no tensor y\)"
+    with pytest.raises(fxprune.FxpruneError, match=said):
+        pruned_halves()
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_rule_that_says_too_little_is_named_where_the_slim_graph_fails(memory: str) -> None:
+    """An error of torch came out: the kept units are no multiple of a number among the arguments."""
+
+    @fxprune.rule("foreign::halves", values="moved")
+    def rule_for_halves(op: fxprune.OpSite) -> None:
+        op.tie_all(op.need("x"))
+
+    said = r"^halves \(foreign.halves.default\): the slim graph does not run: RuntimeError: .*op.size_argument"
+    with pytest.raises(fxprune.FxpruneError, match=said):
+        pruned_halves(memory=memory)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -18,11 +18,11 @@ from fxprune.axes import Keep
 from fxprune.data.calibration import VerificationInputs
 from fxprune.errors import PassError, VerificationError
 from fxprune.graph.compat import FakeTensorProp, tree_leaves
-from fxprune.graph.facts import Notes, Source, facts_of, fork
+from fxprune.graph.facts import Change, Notes, Source, facts_of, fork
 from fxprune.graph.shapes import ShapedCalls
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
-from fxprune.pipeline.contract import PassResult
+from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.budget import CacheSize
@@ -317,6 +317,31 @@ def test_nothing_is_run_on_meta_and_that_is_noted() -> None:
     slim = Pipeline("find-groups, random, select-by-ratio{protect=()}, shrink{verify}")(dense).graph_module
     assert facts_of(slim)[Verified].error is None
     assert "not verified: the weights are on meta" in facts_of(slim)[Notes].lines
+
+
+@dataclass(frozen=True, eq=False)
+class HalveBiasPass(Pass):
+    """Trains a bias, in its way."""
+
+    name: ClassVar[str] = "halve-bias"
+    stage: ClassVar[str] = "tune"
+    changes: ClassVar[Change] = "weights"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Halve it."""
+        get_tensor(graph_module, "b.bias").data.mul_(0.5)
+        return PassResult(graph_module, True)
+
+
+def test_a_verification_is_of_one_removal_whatever_is_trained_after_it() -> None:
+    """A tuning pass of one's own left a report that the slim model was never compared; a second removal has its own."""
+    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
+    dense = trace(net, {"x": torch.randn(2, 10)}).graph_module
+    steps = ("find-groups", "l2", "select-by-ratio{ratio=0.2, protect=()}")
+    tuned = Pipeline([*steps, "shrink{verify}", HalveBiasPass()])(dense).graph_module
+    assert facts_of(tuned)[Verified].error is not None
+    again = Pipeline([*steps, "shrink"])(tuned).graph_module
+    assert Verified not in facts_of(again)
 
 
 def test_shrinking_records_the_cache_before_and_after() -> None:
