@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+from torch import fx
+
+from fxprune.data.calibration import Calibration
+from fxprune.discovery.dependency import Dependencies
+from fxprune.discovery.groups import Groups
+from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
+from fxprune.pipeline.arguments import argument, as_seed
+from fxprune.pipeline.contract import Pass, PassResult
+from fxprune.pipeline.registry import pass_argument
 from fxprune.recipes import Recipe, read_recipe
+from fxprune.removal.removal import Scores
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,34 @@ class Entry:
     name: str
     options: dict[str, Any]
     samples: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ShuffledScoresPass(Pass):
+    """Scores by a criterion, shuffled within each group: its width stays, and the units are random."""
+
+    name: ClassVar[str] = "shuffled-scores"
+    stage: ClassVar[str] = "importance"
+    changes: ClassVar[Change] = "nothing"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Runnable, Calibration)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
+
+    importance: Pass = argument("wanda", "The criterion.", check=pass_argument("importance"))
+    seed: int = argument(0, "Random seed.", check=as_seed)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Score the units, and shuffle the scores."""
+        work, generator = fork(graph_module), np.random.default_rng(self.seed)
+        self.importance(work)
+        rows = facts_of(work)[Scores].units
+        shuffled = {name: generator.permutation(row.ravel()).reshape(row.shape) for name, row in rows.items()}
+        facts_of(graph_module).put(Scores(shuffled, str(self)))
+        return PassResult(graph_module, False)
+
+
+def _random_units(name: str) -> Entry:
+    """A recipe with random units, and the widths that its scores give."""
+    return _changed(name, "random units", importance=ShuffledScoresPass(importance=read_recipe(name)["importance"][0]))
 
 
 def _calibrated(name: str, **arguments: Any) -> Recipe:
@@ -52,14 +91,21 @@ def _on_the_given_text() -> Recipe:
     return recipe
 
 
+_RANKED: dict[str, dict[str, Any]] = {
+    "": {},
+    ", ranked locally": {"ranking": "local"},
+    ", ranked globally": {"ranking": "global"},
+}
+"""Rankings, by their names in entries."""
+
 ENTRIES = (
     Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
     Entry("best", {"recipe": "best"}),
-    _changed("fast", "random units", importance="random"),
-    _changed("balanced", "random units", importance="random"),
+    _random_units("fast"),
+    _random_units("balanced"),
     Entry(
         "llm-pruner, fitted and tuned as balanced",
         {"recipe": _fitted_and_tuned("taylor{samples=64}", "select-by-ratio")},
@@ -77,9 +123,14 @@ ENTRIES = (
 the tuning of the default recipe."""
 
 ABLATIONS = (
+    *(
+        Entry(f"{name}{ranked}", {"recipe": name, **ranking})
+        for name in ("fast", "balanced", "best")
+        for ranked, ranking in _RANKED.items()
+        if ranking
+    ),
     _changed("fast", "by gradients alone", importance="taylor{order=second}"),
     _changed("fast", "by forward passes alone", importance="wanda{readers_only}"),
-    _changed("fast", "ranked globally", ranking="global"),
     _changed("fast", "heads too", select="select-by-ratio{first=[]}"),
     _changed("fast", "no layer protected", protect=(0, 0)),
     _changed("fast", "uniform", uniform=True),
@@ -87,19 +138,23 @@ ABLATIONS = (
     _changed("fast", "the stream not fitted", compensate="least-squares{reach=lost}"),
     _changed("fast", "rotation", compensate="rotation"),
     *(
-        Entry(f"{name}, without programs", {"recipe": _calibrated(name, programs=0.0)})
+        Entry(f"{name}{ranked}, without programs", {"recipe": _calibrated(name, programs=0.0), **ranking})
         for name in ("fast", "balanced", "best")
+        for ranked, ranking in _RANKED.items()
     ),
-    Entry("fast, on the given text alone", {"recipe": _on_the_given_text()}),
+    *(
+        Entry(f"fast{ranked}, on the given text alone", {"recipe": _on_the_given_text(), **ranking})
+        for ranked, ranking in _RANKED.items()
+    ),
     _changed("balanced", "by gates", select="select-by-gates"),
     _changed("balanced", "not fitted", compensate="none"),
     Entry("balanced, no samples given", {}, samples=0),
     _changed("balanced", "by updates of rank 8", tune="tune{weights=False}"),
 )
-"""Recipes with one change. Most change `fast`: tuning evens out differences between its starting points, and takes the
-most time."""
+"""Recipes with a change, the last one that is named. Most change `fast`: tuning evens out differences between its
+starting points, and takes the most time."""
 
-WITHDRAWN = ("fast, searched",)
+WITHDRAWN = ("fast, ranked locally, searched", "fast, ranked globally, searched")
 """Ablations whose rows are results, and whose change did not pay and is no longer in the package."""
 
 

@@ -46,7 +46,7 @@ class Section:
     def ablations(self) -> Section:
         """Rows of recipes with one ingredient changed, and of the recipes that were changed."""
         changed = {(row.entry, row.ratio) for row in self.rows if is_ablation(row.entry)}
-        kept = changed | {(name.partition(",")[0], ratio) for name, ratio in changed}
+        kept = changed | {(_unchanged(name), ratio) for name, ratio in changed}
         return replace(self, rows=tuple(row for row in self.rows if (row.entry, row.ratio) in kept))
 
     def texts(self, length: int) -> list[str]:
@@ -127,9 +127,9 @@ class Section:
         return self._compared(ratio, length, [(name.removesuffix(_CONTROL), name) for name in controls])
 
     def changes(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
-        """For each ablation, its perplexity over that of the recipe, from the same draws and windows."""
+        """For each ablation, its perplexity over that without the change, from the same draws and windows."""
         changed = [name for name, _ in self.entries(ratio) if is_ablation(name)]
-        return self._compared(ratio, length, [(name, name.partition(",")[0]) for name in changed])
+        return self._compared(ratio, length, [(name, _unchanged(name)) for name in changed])
 
     def _compared(
         self, ratio: float, length: int, pairs: Sequence[tuple[str, str]]
@@ -146,6 +146,11 @@ class Section:
             ]  # fmt: skip
             if draws:
                 yield name, len(draws), [over(each) for each in by_text]
+
+
+def _unchanged(name: str) -> str:
+    """The entry of which an ablation changes one thing: its name without the last change."""
+    return name.rpartition(",")[0]
 
 
 def over(ratios: Sequence[tuple[float, float | None]]) -> str:

@@ -30,7 +30,7 @@ from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameEr
 Kind = Literal["mlp", "head", "conv", "channel", "head_dim", "expert", "layer"]
 Norm = Literal["sliced", "masked"]
 Order = Literal["vector", "first", "second", "mix"]  # of the Taylor expansion of the loss
-Ranking = Literal["local", "global", "auto"]  # scores are compared inside a group, over the whole model, or as measured
+Ranking = Literal["local", "global", "auto"]  # scores are compared inside a group, over the whole model, or both
 Reach = Literal["lost", "stream", "all"]  # products that lost inputs; or add to the stream; or all after the first
 Memory = Literal["auto", "fast", "low"]
 Precision = Literal["auto", "bf16", "float32"]  # without fp16, which loses small updates

@@ -210,8 +210,7 @@ class Options(ApplyOptions, total=False):
     ranking: Annotated[
         Ranking | None,
         _what_goes(
-            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: `global`, unless "
-            "`local` does clearly less harm on held-out samples."
+            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: half way between."
         ),
     ]
     select: Annotated[

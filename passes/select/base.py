@@ -20,19 +20,17 @@ import numpy.typing as npt
 from torch import fx
 
 from fxprune.axes import Factor, Freeze, Keep, unit_index
-from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.explain import frozen_in, unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
 from fxprune.emit import inexpressible
 from fxprune.errors import ArgumentError, FxpruneError, PassError, PlanError, RatioError
 from fxprune.evaluation.speed import read_widths
-from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
+from fxprune.graph.facts import Change, Fact, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of
-from fxprune.masking.teacher import DivergenceJudge, foresee_split, split_samples
 from fxprune.offload.ranks import broadcast_object, decide_on_first, world_size
 from fxprune.pipeline.arguments import EXACT, Ranking, argument, instance, numbers, path_or_empty, refuse, whole_number
-from fxprune.pipeline.contract import Pass, PassCost, PassResult
+from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.plan import Plan, keep_of, other_model_note
 from fxprune.removal.removal import Removal, Scores
@@ -46,15 +44,6 @@ Choice = tuple[int, int]
 
 AUTO = "auto"
 """Round widths to multiples that were measured to be fast on the device."""
-
-HELDOUT, BATCH = 16, 4
-"""Most samples to compare rankings on, and how many run at once: two thousand tokens tell which does less harm."""
-
-_CLEARLY = 0.95
-"""Part of the divergence by the global ranking that the local one stays below where it does clearly less harm.
-
-At a tie before the fit, the global one was nearer after it on all texts tried, of one model.
-"""
 
 
 def by_kind_or_one(name: str, value: Any, check: Callable[[str, Any], T]) -> T | tuple[tuple[str, T], ...]:
@@ -195,6 +184,12 @@ class Slot:
         picks = [(i, option.nearest(fraction * option.size)) for i, option in enumerate(self.options)]
         return min(picks, key=lambda pick: (abs(pick[1] / self.options[pick[0]].size - fraction), pick[0]))
 
+    def between(self, one: Choice, other: Choice) -> Choice:
+        """Half way between two choices, by the option of the first."""
+        fraction = sum(count / self.options[i].size for i, count in (one, other)) / 2
+        option = self.options[one[0]]
+        return one[0], option.nearest(fraction * option.size)
+
 
 def protected_blocks(blocks: Sequence[str], protect: tuple[float, float] | tuple[()] | None) -> frozenset[str]:
     """The blocks that stay whole: ``protect`` of them at the front and at the end, as numbers or fractions below 1.
@@ -319,8 +314,8 @@ class SelectPass(Pass):
     ranking: Ranking = argument(
         "local",
         """``local``: the same fraction of every group; ``global``: the lowest scores anywhere, normalised within groups
-        of the same kind; ``auto``: ``global``, unless ``local`` leaves the masked model closer to the dense one by 5%
-        on held-out calibration samples; ``local`` if there are no such samples, or with ``uniform``.""",
+        of the same kind; ``auto``: half way between the two, the mean of what both remove from each group; ``local``
+        with ``uniform``.""",
     )
     protect: tuple[float, float] | tuple[()] | None = argument(
         None,
@@ -353,7 +348,7 @@ class SelectPass(Pass):
     stage: ClassVar[str] = "select"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Groups, Scores)
-    wants: ClassVar[tuple[type[Fact], ...]] = (Source, Calibration, Runnable)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
     gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
     def __post_init__(self) -> None:
@@ -369,8 +364,6 @@ class SelectPass(Pass):
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse, before any is scored, what cannot be removed whatever the scores are."""
-        if self.compares_rankings:
-            foresee_split(graph_module, given, None, HELDOUT)
         if Groups in given:
             alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
             with _obstacles_named(graph_module, self.kinds):
@@ -389,13 +382,12 @@ class SelectPass(Pass):
                     where=f"pass {self.name}",
                     remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
                 )
-        measured = self.compares_rankings and Calibration in facts and Runnable in facts
         whole = dict[str, str]()
         with _obstacles_named(graph_module, self.kinds):
             while True:
                 notes: list[str] = []  # those of the last round
                 selection = replace(self._selection(graph_module, scores), note=notes.append)
-                removal = _of_first(self._by_measurement(selection) if measured else self.decide(selection))
+                removal = _of_first(self.decide(selection))
                 refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
                 if not refused:
                     break
@@ -405,34 +397,6 @@ class SelectPass(Pass):
         for line in (*notes, *_left_whole(whole)):
             add_note(graph_module, line)
         return PassResult(graph_module, False)
-
-    def cost(self, samples: int) -> PassCost:
-        """Dense and masked runs of the held-out samples, if a ranking is measured."""
-        held = min(HELDOUT, samples // 3 or 1) if self.compares_rankings else 0
-        return PassCost(runs=3.0 * held, batch=min(BATCH, held))
-
-    @property
-    def compares_rankings(self) -> bool:
-        """Whether it measures which ranking does less harm."""
-        return self.ranking == "auto" and not self.uniform
-
-    def _by_measurement(self, selection: Selection) -> Removal:
-        """The removal by the ranking that leaves the masked model nearer to the dense one."""
-        _, heldout = split_samples(selection.graph_module, None, HELDOUT)
-        judge = DivergenceJudge(selection.graph_module, heldout, BATCH)
-        found: dict[Ranking, tuple[float, Removal, list[str]]] = {}
-        for ranking in ("local", "global"):
-            notes: list[str] = []
-            removal = replace(self, ranking=ranking).decide(replace(selection, note=notes.append))
-            found[ranking] = judge.divergence(removal), removal, notes
-        (local, *_), (other, *_) = found["local"], found["global"]
-        best: Ranking = broadcast_object("local" if local < _CLEARLY * other else "global")
-        listed = ", ".join(f"{ranking} {divergence:.3f}" for ranking, (divergence, *_) in found.items())
-        selection.note(f"{best} ranking; divergence of the masked model in nats: {listed}")
-        _, removal, notes = found[best]
-        for line in notes:
-            selection.note(line)
-        return removal
 
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
         """The target of the pass and its outcome; None without a target."""

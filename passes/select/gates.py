@@ -192,10 +192,6 @@ class SelectByGatesPass(SelectByRatioPass):
                 remedy="Use select-by-ratio, or leave these out",
             )
 
-    @property
-    def compares_rankings(self) -> bool:
-        return False  # training starts from local ranking, and moves on from there
-
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         super().foresee(graph_module, given)
         foresee_split(graph_module, given, self.heldout, self.samples)

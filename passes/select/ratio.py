@@ -532,7 +532,10 @@ class SelectByRatioPass(SelectPass):
     def _solve(self, selection: Selection, solver: BudgetSolver) -> list[Choice]:
         if self.uniform:
             return choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
-        return solver.repair(solver.globally() if self.ranking == "global" else solver.local())
+        if self.ranking != "auto":
+            return solver.repair(solver.globally() if self.ranking == "global" else solver.local())
+        pairs = zip(selection.slots, solver.repair(solver.local()), solver.repair(solver.globally()), strict=True)
+        return solver.repair([slot.between(local, anywhere) for slot, local, anywhere in pairs])
 
     def _checked(self, selection: Selection, choices: list[Choice], ratio: float, whole: float) -> list[Choice]:
         """Choices that come near a ratio, with a note if they miss it."""
@@ -619,8 +622,9 @@ class SelectByGroupRatioPass(SelectPass):
         ratio = {slot.kind: of_kind(self.group_ratio, slot.kind, 0.0) for slot in selection.slots}
         if self.uniform:
             return choose_uniform(selection, lambda _, kind: ratio[kind])
-        if self.ranking != "global":
-            return [slot.choose(ratio[slot.kind]) for slot in selection.slots]
+        local = [slot.choose(ratio[slot.kind]) for slot in selection.slots]
+        if self.ranking == "local":
+            return local
         values = normalised(selection.slots)
         thresholds: dict[str, float] = {}
         for kind in ratio:
@@ -628,4 +632,7 @@ class SelectByGroupRatioPass(SelectPass):
             pool = sorted(value for slot, row in pairs if slot.kind == kind for value in row)
             index = round(ratio[kind] * len(pool))
             thresholds[kind] = pool[index] if index < len(pool) else float("inf")
-        return _below_threshold(selection.slots, values, thresholds.__getitem__)
+        anywhere = _below_threshold(selection.slots, values, thresholds.__getitem__)
+        if self.ranking == "global":
+            return anywhere
+        return [slot.between(*pair) for slot, *pair in zip(selection.slots, local, anywhere, strict=True)]
