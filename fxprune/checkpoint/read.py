@@ -152,7 +152,7 @@ def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any],
     loaded = {_number_free(name) for name in model.state_dict()}
     surplus = [name for name in info.get("unexpected_keys") or () if _number_free(name) in loaded]
     fault, remedy = "of another shape than its config says", "Save it again with its config"
-    if getattr(model.config, "per_layer_config", None):  # the stock class does not read it
+    if model.config.to_dict().get("per_layer_config"):  # the stock class does not read it
         fault, remedy = "of another shape than its class builds", UNEVEN
     faults = (
         ("missing", info.get("missing_keys") or (), "Download it or save it again, with all its weights"),
