@@ -598,7 +598,8 @@ def _of_kinds(selection: Selection, kinds: Collection[str], decided: Sequence[Ch
 class SelectByGroupRatioPass(SelectPass):
     """Removes the fraction ``group_ratio`` of the units of every group, rounded to the nearest number.
 
-    Source: LLM-Pruner's ``--pruning_ratio``. With ``global`` ranking it is the fraction of all units of a kind.
+    Source: LLM-Pruner's ``--pruning_ratio``. With ``global`` ranking it is the fraction of all units of a kind, and
+    ``auto`` is ``local``.
     """
 
     name: ClassVar[str] = "select-by-group-ratio"
@@ -622,9 +623,8 @@ class SelectByGroupRatioPass(SelectPass):
         ratio = {slot.kind: of_kind(self.group_ratio, slot.kind, 0.0) for slot in selection.slots}
         if self.uniform:
             return choose_uniform(selection, lambda _, kind: ratio[kind])
-        local = [slot.choose(ratio[slot.kind]) for slot in selection.slots]
-        if self.ranking == "local":
-            return local
+        if self.ranking != "global":
+            return [slot.choose(ratio[slot.kind]) for slot in selection.slots]
         values = normalised(selection.slots)
         thresholds: dict[str, float] = {}
         for kind in ratio:
@@ -632,7 +632,4 @@ class SelectByGroupRatioPass(SelectPass):
             pool = sorted(value for slot, row in pairs if slot.kind == kind for value in row)
             index = round(ratio[kind] * len(pool))
             thresholds[kind] = pool[index] if index < len(pool) else float("inf")
-        anywhere = _below_threshold(selection.slots, values, thresholds.__getitem__)
-        if self.ranking == "global":
-            return anywhere
-        return [slot.between(*pair) for slot, *pair in zip(selection.slots, local, anywhere, strict=True)]
+        return _below_threshold(selection.slots, values, thresholds.__getitem__)

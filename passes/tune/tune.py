@@ -441,7 +441,7 @@ class TunePass(Pass):
         if self.objective == "acceptance":
             measure, first, best = "tokens accepted as a draft", f"{1 - progress.first:.1%}", f"{1 - progress.best:.1%}"
         change = f"{measure} from {first} to {best} on {teacher.heldout_from}"
-        outcome = change if better else "training did not help, and nothing was changed"
+        outcome = change if better else f"training did not help on {teacher.heldout_from}, and nothing was changed"
         if training.truth < self.truth:
             add_note(graph_module, "the text itself was not counted in tuning: the model does not predict next tokens")
         what = "weights" if isinstance(trained, TrainedWeights) else "numbers"

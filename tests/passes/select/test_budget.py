@@ -105,10 +105,9 @@ def half_of(dense: fx.GraphModule, name: str) -> Removal:
     return decide(dense, Keep({group.factor: np.arange(group.size) % 2 == 0}))
 
 
-@pytest.mark.parametrize(("select", "asked"), [("select-by-ratio", "ratio"), ("select-by-group-ratio", "group_ratio")])
-def test_auto_is_half_way_between_the_rankings(dense: fx.GraphModule, select: str, asked: str) -> None:
+def test_auto_is_half_way_between_the_rankings(dense: fx.GraphModule) -> None:
     def lost(ranking: str) -> np.ndarray:
-        load_pass(select, kinds=BOTH, ranking=ranking, protect=(), **{asked: 0.3})(dense)
+        load_pass("select-by-ratio", ratio=0.3, kinds=BOTH, ranking=ranking, protect=())(dense)
         keep = facts_of(dense)[Removal].keep
         groups = [group for group in groups_of(dense) if group.factor is not None and group.kind in BOTH]
         return np.array([group.size - keep.count(group.factor) for group in groups])

@@ -371,7 +371,8 @@ def test_it_never_ends_worse_than_it_began(slim: fx.GraphModule) -> None:
     tuned = TunePass(rate=50.0, epochs=3)(slim)
     assert not tuned.modified
     assert all(torch.equal(get_tensor(slim, name), value) for name, value in weights(tuned.graph_module))
-    assert "training did not help, and nothing was changed" in facts_of(tuned.graph_module)[Notes].lines[-1]
+    note = facts_of(tuned.graph_module)[Notes].lines[-1]
+    assert re.search("training did not help on .*, and nothing was changed", note)
 
 
 class Stopped(KeyboardInterrupt):
