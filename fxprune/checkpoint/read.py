@@ -543,7 +543,7 @@ def readable(source: str | os.PathLike[str], what: str = "cannot be loaded", rem
 
 
 def slim_folder(source: str | os.PathLike[str]) -> Path | None:
-    """The folder of a slim model, a repository of the hub downloaded; None for what is no slim model."""
+    """Local folder of a slim model, downloaded if it is on the hub; None for a dense model."""
     if _is_hub_id(source):
         if isinstance(attempt(cached_file, os.fspath(source), MANIFEST), Refusal):
             return None

@@ -18,7 +18,7 @@ from torch import fx
 from fxprune.axes import factors
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Consumer, find_consumers
-from fxprune.errors import ArgumentError, UnknownNameError
+from fxprune.errors import ArgumentError, RatioError, UnknownNameError
 from fxprune.pipeline.arguments import refuse, whole_number
 
 Type = gguf.GGMLQuantizationType
@@ -253,6 +253,22 @@ def parse_target(value: Any, context: int | None = None) -> Target:
     if number == 0:
         raise refuse("target", value, "a target above 0")
     return target if context is None else _in_context(target, context)
+
+
+def amount_below(value: str, target: Target, dense: float, word: str) -> float:
+    """The amount that a target asks for, which must be below that of the dense model.
+
+    Args:
+        value: the target as the argument was given.
+        word: names what is counted.
+
+    Raises:
+        RatioError: the dense model has no more.
+    """
+    if target.of(dense) >= dense:
+        what = f"$target is {value!r}: the dense model is no larger: it has {dense:,.0f} {word}"
+        raise RatioError(what, where="target", remedy="Ask for a smaller one", argument="target", value=value)
+    return target.of(dense)
 
 
 def check_target(name: str, value: Any) -> str:

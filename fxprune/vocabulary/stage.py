@@ -12,9 +12,9 @@ import torch
 from fxprune.data.built_in import built_in_text, general_chats
 from fxprune.data.samples import FileSamples, token_rows
 from fxprune.data.text import TOKENS, calibration_text, is_text, opening_tokens, text_samples
-from fxprune.errors import ArgumentError, RatioError
+from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import VOCAB, named_kinds, number
-from fxprune.removal.target import DEFAULT_RATIO, Reached, parse_target
+from fxprune.removal.target import DEFAULT_RATIO, Reached, amount_below, parse_target
 from fxprune.report.report import Report
 from fxprune.trace.inputs import is_hugging_face
 from fxprune.vocabulary.model import find_rows
@@ -66,17 +66,9 @@ def check_alone(values: Mapping[str, Any]) -> None:
 
 
 def reach(model: nn.Module, target: str) -> Reached:
-    """The parameters that a target asks for, as reached by the dense model.
-
-    Raises:
-        RatioError: the dense model has no more.
-    """
-    dense = sum(parameter.numel() for parameter in model.parameters())
-    wanted = parse_target(target).of(dense)
-    if wanted >= dense:
-        what = f"$target is {target!r}: the dense model is no larger: it has {dense:,} parameters"
-        raise RatioError(what, where="target", remedy="Ask for a smaller one", argument="target", value=target)
-    return Reached(target, "parameters", wanted, dense, dense)
+    """The parameters that a target asks for, as reached by the dense model."""
+    dense, word = sum(parameter.numel() for parameter in model.parameters()), "parameters"
+    return Reached(target, word, amount_below(target, parse_target(target), dense, word), dense, dense)
 
 
 def check_parts(model: Any, tokenizer: Any) -> None:

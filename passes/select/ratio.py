@@ -25,7 +25,16 @@ from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
 from fxprune.removal.budget import Budget, check_budget, make_budget
 from fxprune.removal.removal import Removal
-from fxprune.removal.target import DEFAULT_RATIO, PHASES, Reached, Target, check_target, least_each, parse_target
+from fxprune.removal.target import (
+    DEFAULT_RATIO,
+    PHASES,
+    Reached,
+    Target,
+    amount_below,
+    check_target,
+    least_each,
+    parse_target,
+)
 
 from .base import (
     Array,
@@ -415,7 +424,7 @@ class SelectByRatioPass(SelectPass):
             return self
         name = self.budget_of(graph_module)
         budget = make_budget(name, graph_module, facts_of(graph_module)[Dependencies].axes)
-        ratio = 1 - self._wanted(self._target, budget.total, budget.word) / budget.total
+        ratio = 1 - amount_below(self.target, self._target, budget.total, budget.word) / budget.total
         return replace(self, target="", context=0, budget=name, ratio=ratio)
 
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
@@ -433,22 +442,16 @@ class SelectByRatioPass(SelectPass):
             return  # a part of a size that the graph will show
         dense, least = dense_and_least(model, self.kinds, name, file_format)
         word = "parameters" if name == "params" else "bytes"
-        wanted = (1 - self.ratio + _CLOSE) * dense if target is None else self._wanted(target, dense, word)
+        wanted = (1 - self.ratio + _CLOSE) * dense if target is None else amount_below(self.target, target, dense, word)
         if wanted < least:
             what = f"embedding and output, which $kinds {listed(self.kinds)} leave whole, are {least:,.0f} {word}"
             if target is None:
                 what = f"the largest reachable ratio is below {1 - least / dense:.1%}: {what} of {dense:,.0f}"
             raise self._refuse(what)
 
-    def _wanted(self, target: Target, dense: float, word: str) -> float:
-        """The amount that a target asks for, which must be below that of the dense model."""
-        if target.of(dense) >= dense:
-            raise self._refuse(f"the dense model is no larger: it has {dense:,.0f} {word}", "Ask for a smaller one")
-        return target.of(dense)
-
-    def _refuse(self, what: str, remedy: str = "") -> RatioError:
+    def _refuse(self, what: str) -> RatioError:
         name = "target" if self.target else "ratio"
-        remedy = remedy or (_LARGER if self.target else _REMEDY)
+        remedy = _LARGER if self.target else _REMEDY
         value = getattr(self, name)
         return RatioError(f"${name} is {value!r}: {what}", where=name, remedy=remedy, argument=name, value=value)
 
@@ -457,7 +460,7 @@ class SelectByRatioPass(SelectPass):
         if self._target is None:
             return self.ratio  # type: ignore[return-value]
         budget = selection.budget
-        return 1 - self._wanted(self._target, budget.total, budget.word) / budget.total
+        return 1 - amount_below(self.target, self._target, budget.total, budget.word) / budget.total
 
     def require_reachable(self, selection: Selection) -> None:
         if self.uniform:  # widths that the stock class accepts do not depend on scores

@@ -23,28 +23,25 @@ from tests.models import token_ids
 IDS = token_ids(4, 12)
 
 
+class DoesNothing(Pass):
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        return PassResult(graph_module, False)
+
+
 @dataclass(frozen=True, eq=False)
-class MySelection(Pass):
+class MySelection(DoesNothing):
     """A selection without arguments."""
 
     name: ClassVar[str] = "mine"
     stage: ClassVar[str] = "select"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Select nothing."""
-        return PassResult(graph_module, False)
-
 
 @dataclass(frozen=True, eq=False)
-class MyTuning(Pass):
+class MyTuning(DoesNothing):
     """Tuning without a teacher."""
 
     name: ClassVar[str] = "my-tuning"
     stage: ClassVar[str] = "tune"
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Tune nothing."""
-        return PassResult(graph_module, False)
 
 
 def lines(**options: Any) -> list[str]:
