@@ -447,9 +447,13 @@ _OF_SELECTION = ("target", "ratio", "budget", "uniform", "ranking", "protect", "
 def _check_taken(recipe: Recipe, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments of the selection that it would not read; an empty one asks for nothing."""
     for name, value in arguments.items():
-        if value != () and not any(hasattr(step, name) for step in recipe["select"]):
-            chosen = ", ".join(step.name for step in recipe["select"])
-            raise _conflict(name, value, "select", f"{chosen or 'the recipe'} takes none")
+        if value == () or any(hasattr(step, name) for step in recipe["select"]):
+            continue
+        if not recipe["select"]:
+            what, remedy = f"${name}={value!r}: the recipe has no selection", f"Leave ${name} out, or name a selection"
+            raise ArgumentError(what, where=name, remedy=remedy, argument=name, value=value)
+        chosen = ", ".join(step.name for step in recipe["select"])
+        raise _conflict(name, value, "select", f"{chosen} takes none")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

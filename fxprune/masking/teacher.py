@@ -10,19 +10,15 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from fxprune.data.calibration import IGNORED, Calibration, Sample, batch_indices, batched, next_token_loss, spread
-from fxprune.data.samples import is_in_memory
-from fxprune.errors import CalibrationError, PassError
-from fxprune.graph.facts import Fact, facts_of
+from fxprune.data.calibration import IGNORED, Sample, batch_indices, batched, next_token_loss
+from fxprune.errors import PassError
 from fxprune.graph.tensors import returned_nodes, weight_bytes
-from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
-from fxprune.masking.objective import class_scores, gives_classes, read_heldout
+from fxprune.masking.masked_run import UntouchedRun, output_tensors
+from fxprune.masking.objective import class_scores, gives_classes
 from fxprune.masking.parts import Part, PartRuns, output_numel, parts_by_weights, run_in_parts
 from fxprune.offload.files import is_offloading
-from fxprune.offload.prefetch import autocast, compute_device, current_prefetcher, gathers_weights, use_bf16
+from fxprune.offload.prefetch import compute_device, current_prefetcher, gathers_weights, use_bf16
 from fxprune.offload.ranks import batch_for_all, deal, gathered, shard_indices
-from fxprune.pipeline.contract import shared
-from fxprune.removal.removal import Removal
 from fxprune.rules.registry import written_sources
 
 _LARGEST_LOGITS = 0.05
@@ -324,68 +320,6 @@ def scores_of(graph_module: fx.GraphModule, output: Any) -> torch.Tensor:
         )
     scores = class_scores(output)
     return scores.flatten(1, -2) if scores.dim() > 2 else scores[:, None]
-
-
-KEPT_CLASSES = 64
-"""Likeliest classes that are compared one by one: they hold nearly all of the probability."""
-
-
-class DivergenceJudge:
-    """Measures removals by the Kullback-Leibler divergence from the dense model, in nats per position.
-
-    Processes share the batches, and all get the same divergence.
-    Products are computed in bfloat16 where the device supports it natively: removals differ by more than its digits.
-    """
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        samples: Sequence[Sample],
-        batch: int,
-    ) -> None:
-        self.graph_module = graph_module
-        self.device = compute_device(graph_module)
-        self.bf16 = logits_use_bf16("auto", graph_module, samples[0], "judge")
-
-        def record() -> tuple[TeacherLogits, ...]:
-            with autocast(self.device, self.bf16):
-                return record_teacher_logits(graph_module, samples, KEPT_CLASSES, batch, lambda batches, _: batches)
-
-        teacher = shared(graph_module, ("judge", batch, *samples), record)
-        batches = TeacherBatches(teacher, graph_module, batch_size(graph_module, samples, batch))
-        self.batches, self.positions = deal_in_step(batches), batches.positions
-
-    def divergence(self, removal: Removal) -> float:
-        found = []
-        with torch.no_grad(), autocast(self.device, self.bf16):
-            for batch, counts in self.batches:
-                run = MaskedRun(self.graph_module, removal).in_step()
-                value = float(divergence(run_logits(run, batch.inputs), batch)) * batch.positions
-                found += [value] if counts else []
-        return sum(gathered(found)) / self.positions
-
-
-def split_samples(graph_module: fx.GraphModule, given: Any, most: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Samples to select by, and held-out samples for the final comparison.
-
-    Without samples ``given``, a third of the calibration samples is held out, at most ``most``.
-    """
-    samples = facts_of(graph_module)[Calibration].samples
-    if given is not None:
-        return samples, read_heldout(given, graph_module)
-    heldout = spread(samples, min(most, len(samples) // 3 or 1))
-    rest = samples_except(samples, heldout)
-    if not rest:
-        raise CalibrationError(
-            "one sample is too few to measure on and to compare on", where="calibration", remedy="Pass more samples"
-        )
-    return rest, heldout
-
-
-def foresee_split(graph_module: fx.GraphModule, known: Sequence[type[Fact]], given: Any, most: int) -> None:
-    """Refuse samples that cannot be split, or held-out ones that do not fit, once calibration samples are known."""
-    if Calibration in known and (given is None or is_in_memory(given)):
-        split_samples(graph_module, given, most)
 
 
 def samples_except(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[Sample, ...]:

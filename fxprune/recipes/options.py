@@ -210,7 +210,8 @@ class Options(ApplyOptions, total=False):
     ranking: Annotated[
         Ranking | None,
         _what_goes(
-            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: half way between."
+            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: as "
+            "`global`, by scores divided by the fraction of the group that is left."
         ),
     ]
     select: Annotated[

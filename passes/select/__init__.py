@@ -1,6 +1,5 @@
 """Selection: how many units go from each group, and which."""
 
 from .base import PlanFromJsonPass as PlanFromJsonPass
-from .gates import SelectByGatesPass as SelectByGatesPass
 from .ratio import SelectByGroupRatioPass as SelectByGroupRatioPass
 from .ratio import SelectByRatioPass as SelectByRatioPass

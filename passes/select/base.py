@@ -184,12 +184,6 @@ class Slot:
         picks = [(i, option.nearest(fraction * option.size)) for i, option in enumerate(self.options)]
         return min(picks, key=lambda pick: (abs(pick[1] / self.options[pick[0]].size - fraction), pick[0]))
 
-    def between(self, one: Choice, other: Choice) -> Choice:
-        """Half way between two choices, by the option of the first."""
-        fraction = sum(count / self.options[i].size for i, count in (one, other)) / 2
-        option = self.options[one[0]]
-        return one[0], option.nearest(fraction * option.size)
-
 
 def protected_blocks(blocks: Sequence[str], protect: tuple[float, float] | tuple[()] | None) -> frozenset[str]:
     """The blocks that stay whole: ``protect`` of them at the front and at the end, as numbers or fractions below 1.
@@ -271,17 +265,14 @@ class Selection:
     Args:
         sizes: the cost of the structures of each kind, protected ones too.
         removal_for: the removal that follows from choices for all slots.
-        with_scores: the selection with other scores.
     """
 
     slots: Sequence[Slot]
-    scores: Scores
     budget: Budget
     sizes: Mapping[str, float]
     removal_for: Callable[[Sequence[Choice]], Removal]
     note: Callable[[str], None]
     graph_module: fx.GraphModule
-    with_scores: Callable[[Scores], Selection]
 
 
 def _check_protect(name: str, value: Any) -> tuple[float, ...]:
@@ -314,8 +305,8 @@ class SelectPass(Pass):
     ranking: Ranking = argument(
         "local",
         """``local``: the same fraction of every group; ``global``: the lowest scores anywhere, normalised within groups
-        of the same kind; ``auto``: half way between the two, the mean of what both remove from each group; ``local``
-        with ``uniform``.""",
+        of the same kind; ``auto``: as ``global``, with the score of each unit divided by the fraction of its group that
+        is left when its turn comes, which keeps groups from being emptied; ``local`` with ``uniform``.""",
     )
     protect: tuple[float, float] | tuple[()] | None = argument(
         None,
@@ -387,7 +378,7 @@ class SelectPass(Pass):
             while True:
                 notes: list[str] = []  # those of the last round
                 selection = replace(self._selection(graph_module, scores), note=notes.append)
-                removal = _of_first(self.decide(selection))
+                removal = _of_first(selection.removal_for(self.choose(selection)))
                 refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
                 if not refused:
                     break
@@ -433,21 +424,14 @@ class SelectPass(Pass):
         sizes = by_kind(budget, inside.of_kinds(self.kinds))
         note = partial(add_note, graph_module)
 
-        def with_scores(scores: Scores) -> Selection:
-            slots = self.slots_of(make_slots(inside.all, scores, self.kinds, protected, rounding), budget)
+        slots = self.slots_of(make_slots(inside.all, scores, self.kinds, protected, rounding), budget)
 
-            def removal_for(choices: Sequence[Choice]) -> Removal:
-                layers = [group for slot, (_, n) in zip(slots, choices, strict=True) for group in slot.layers[:n]]
-                blocks = tuple(group.block for group in layers if group.block is not None)
-                return Removal(axes, groups.all, _make_keep(slots, choices, scores), blocks, self.asked, scores)
+        def removal_for(choices: Sequence[Choice]) -> Removal:
+            layers = [group for slot, (_, n) in zip(slots, choices, strict=True) for group in slot.layers[:n]]
+            blocks = tuple(group.block for group in layers if group.block is not None)
+            return Removal(axes, groups.all, _make_keep(slots, choices, scores), blocks, self.asked, scores)
 
-            return Selection(slots, scores, budget, sizes, removal_for, note, graph_module, with_scores)
-
-        return with_scores(scores)
-
-    def decide(self, selection: Selection) -> Removal:
-        """The removal: by default of the units with the lowest scores, as many as are chosen."""
-        return selection.removal_for(self.choose(selection))
+        return Selection(slots, budget, sizes, removal_for, note, graph_module)
 
     @property
     @abstractmethod
@@ -524,21 +508,6 @@ def _reasons(axes: AxisMap) -> str:
 
 def _first_axis(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more axes"
-
-
-_BARS = "▁▂▃▄▅▆▇█"
-
-
-def width_bars(slots: Sequence[Slot], choices: Sequence[Choice]) -> Iterator[str]:
-    """Yield a line for each kind: the fraction left of each slot, from front to end, as bars."""
-    for kind in dict.fromkeys(slot.kind for slot in slots):
-        left = [
-            1 - count / slot.options[i].size
-            for slot, (i, count) in zip(slots, choices, strict=True)
-            if slot.kind == kind
-        ]
-        bars = "".join(_BARS[min(int(part * len(_BARS)), len(_BARS) - 1)] for part in left)
-        yield f"{kind} {bars} {sum(left) / len(left):.0%} left"
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,9 +134,15 @@ class BudgetSolver:
                     fixed[index] = slot.choose(min(fraction, 1.0))
         return [fixed[index] for index in range(len(self.slots))]
 
-    def globally(self) -> list[Choice]:
-        """The lowest normalised scores, up to the threshold that comes nearest to the target."""
+    def globally(self, *, by_rest: bool = False) -> list[Choice]:
+        """The lowest normalised scores, up to the threshold that comes nearest to the target.
+
+        Args:
+            by_rest: divide the score of each unit by the fraction of its group that is left when its turn comes.
+        """
         values = normalised(self.slots)
+        if by_rest:
+            values = [row / (1 - np.arange(len(row)) / len(row)) for row in values]
         thresholds: list[float] = np.unique(np.concatenate(values)).tolist() if values else []
 
         def below(threshold: float) -> list[Choice]:
@@ -535,10 +541,8 @@ class SelectByRatioPass(SelectPass):
     def _solve(self, selection: Selection, solver: BudgetSolver) -> list[Choice]:
         if self.uniform:
             return choose_uniform(selection, lambda fixed, _: solver.fraction(fixed))
-        if self.ranking != "auto":
-            return solver.repair(solver.globally() if self.ranking == "global" else solver.local())
-        pairs = zip(selection.slots, solver.repair(solver.local()), solver.repair(solver.globally()), strict=True)
-        return solver.repair([slot.between(local, anywhere) for slot, local, anywhere in pairs])
+        local = self.ranking == "local"
+        return solver.repair(solver.local() if local else solver.globally(by_rest=self.ranking == "auto"))
 
     def _checked(self, selection: Selection, choices: list[Choice], ratio: float, whole: float) -> list[Choice]:
         """Choices that come near a ratio, with a note if they miss it."""

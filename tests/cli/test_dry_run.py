@@ -98,7 +98,6 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
         ("best", 3 * (1024 - GENERAL) + (128 + 3 * 64) + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients of as many samples as the paper uses
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
-        ("calibrate{samples=26}\nfind-groups\nl2\nselect-by-gates{samples=6, epochs=1}", 20 * 4 + 4 * 6),
     ],
 )
 def test_the_work_is_that_of_the_samples_that_the_passes_take(recipe: str, runs: int, tmp_path: Path) -> None:

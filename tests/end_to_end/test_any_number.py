@@ -129,7 +129,6 @@ _CHOICES = (
     f"multiply-scores{{criteria=[wanda, taylor{{order=first}}]}}, {_RATIO}",
     f"score-in-steps{{importance=wanda, compensate=least-squares}}, {_RATIO}",
     "block-influence, select-by-ratio{ratio=0.3, kinds=[layer]}",
-    "wanda, select-by-gates{ratio=0.3, precision=float32}",
 )
 
 _EXPERTS = ("reap, select-by-ratio{ratio=0.3, kinds=[expert]}", f"wanda, {_RATIO}")

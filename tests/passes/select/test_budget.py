@@ -1,6 +1,8 @@
-"""Other budgets than parameters, and what lies between rankings."""
+"""Other budgets than parameters, and the ranking of the recipes."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -9,15 +11,11 @@ from fxprune.passes.select.base import Option, Slot
 from fxprune.passes.select.ratio import normalised
 from torch import fx
 
-from fxprune.axes import Keep
-from fxprune.data.calibration import Calibration
 from fxprune.graph.counting import count_macs, count_parameters
-from fxprune.graph.facts import Notes, facts_of
-from fxprune.masking.compare import masked_outputs
-from fxprune.masking.teacher import DivergenceJudge
+from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.budget import Budget, make_budget
-from fxprune.removal.removal import Removal
+from fxprune.removal.removal import Removal, Scores
 from fxprune.removal.target import TOKENIZER
 from tests.models import VOCABULARY, tiny, token_ids
 from tests.oracle import axes_of, decide, discover, groups_of, slim_graph
@@ -83,36 +81,19 @@ def test_standardised_scores_are_compared_by_their_magnitude() -> None:
     np.testing.assert_allclose(normalised(slots), [[-0.5, 0.5], [-1.5, 1.5]])
 
 
-def test_the_judge_measures_the_divergence_of_masked_runs(dense: fx.GraphModule) -> None:
-    samples = facts_of(dense)[Calibration].samples
-    removal = half_of(dense, "model.layers.0/mlp")
-    found = DivergenceJudge(dense, samples, 4).divergence(removal)
-    total = 0.0
-    for sample in samples:
-        with torch.no_grad():
-            whole = dense(**sample.inputs).logits.log_softmax(-1)
-        masked = masked_outputs(dense, removal, sample.inputs)[0].log_softmax(-1)
-        total += float((whole.exp() * (whole - masked)).sum()) / whole.shape[1]
-    assert 0 < found <= total / len(samples) * 1.001
-    assert found == pytest.approx(total / len(samples), rel=0.35), "all but the likeliest classes are taken as one"
-    assert DivergenceJudge(dense, samples, 4).divergence(decide(dense)) == pytest.approx(0, abs=1e-4)
+def test_auto_is_the_global_ranking_of_scores_over_what_is_left(dense: fx.GraphModule) -> None:
+    groups = [group for group in groups_of(dense) if group.kind == "mlp"]
+    generator = np.random.default_rng(0)
+    scores = {group.name: generator.exponential(3.0**-n, group.size) for n, group in enumerate(groups)}
+    left = {name: 1 - row.argsort().argsort() / len(row) for name, row in scores.items()}
 
+    def kept(ranking: str, units: Mapping[str, np.ndarray]) -> np.ndarray:
+        work = fork(dense)
+        facts_of(work).put(Scores(units, "given"))
+        load_pass("select-by-ratio", ratio=0.1, kinds="mlp", ranking=ranking, protect=())(work)
+        keep = facts_of(work)[Removal].keep
+        return np.array([keep.count(group.factor) for group in groups if group.factor is not None])
 
-def half_of(dense: fx.GraphModule, name: str) -> Removal:
-    """A removal of half of the units of a group."""
-    group = next(group for group in groups_of(dense) if group.name == name)
-    assert group.factor is not None
-    return decide(dense, Keep({group.factor: np.arange(group.size) % 2 == 0}))
-
-
-def test_auto_is_half_way_between_the_rankings(dense: fx.GraphModule) -> None:
-    def lost(ranking: str) -> np.ndarray:
-        load_pass("select-by-ratio", ratio=0.3, kinds=BOTH, ranking=ranking, protect=())(dense)
-        keep = facts_of(dense)[Removal].keep
-        groups = [group for group in groups_of(dense) if group.factor is not None and group.kind in BOTH]
-        return np.array([group.size - keep.count(group.factor) for group in groups])
-
-    local, anywhere, between = lost("local"), lost("global"), lost("auto")
-    assert (local != anywhere).any()
-    np.testing.assert_allclose(between, (local + anywhere) / 2, atol=2)
-    assert abs(int(between.sum()) - int(local.sum())) <= 2
+    auto, anywhere = kept("auto", scores), kept("global", scores)
+    np.testing.assert_allclose(auto, kept("global", {name: row / left[name] for name, row in scores.items()}), atol=1)
+    assert abs(auto.sum() - anywhere.sum()) <= 1 and auto.min() > anywhere.min()

@@ -353,7 +353,6 @@ SELECT, BY_KIND = (f"select-by-ratio{{ratio={ratio}, protect=[1, 1]}}" for ratio
         (f"calibrate{{written=9}}, find-groups, l2, {SELECT}, least-squares", RatioError, ["find-groups"]),
         (f"calibrate, find-groups, wanda, {BY_KIND}", RatioError, ["calibrate", "find-groups"]),
         ("calibrate{written=9}, find-groups, PLAN, least-squares", PlanError, ["find-groups"]),
-        ("calibrate{samples=1}, find-groups, wanda, select-by-gates", CalibrationError, ["calibrate"]),
         ("calibrate{samples=1}, find-groups, wanda, select-by-ratio, record-teacher", CalibrationError, ["calibrate"]),
     ],
 )

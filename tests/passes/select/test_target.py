@@ -148,4 +148,5 @@ def test_options_and_recipes_take_the_place_of_each_other() -> None:
     assert "select-by-ratio{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, target="60K"))
     recipe = "find-groups, l2, select-by-ratio{target='60K'}, shrink"
     assert "select-by-ratio{ratio=0.3}" in str(fxprune.prune_pipeline(recipe=recipe, ratio=0.3))
-    assert "select-by-gates{target='60K'}" in str(fxprune.prune_pipeline(recipe=recipe, select="select-by-gates"))
+    other = fxprune.prune_pipeline(recipe=recipe, select="select-by-ratio{kinds=[head]}")
+    assert "select-by-ratio{kinds=[head], target='60K'}" in str(other), "a selection in text inherits the target"
