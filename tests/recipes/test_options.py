@@ -74,7 +74,7 @@ def test_options_that_a_selection_of_ones_own_does_not_take_are_refused(ignored:
     with pytest.raises(ArgumentError, match="beside select: mine takes none") as caught:
         prune_pipeline(IDS, select=MySelection(), **ignored)
     assert (caught.value.argument, caught.value.value) == (name, value)
-    with pytest.raises(ArgumentError, match="the recipe has no selection. Leave .* out, or name a selection"):
+    with pytest.raises(ArgumentError, match=r"the recipe has no selection\. Leave .* out, or name a selection"):
         prune_pipeline(IDS, recipe="find-groups, l2, shrink", **ignored)
 
 
