@@ -156,7 +156,6 @@ starting points, and takes the most time."""
 WITHDRAWN = (
     "fast, ranked half way",
     "balanced, ranked half way",
-    "balanced, ranked half way, random units",
     "fast, by gates",
     "fast, ranked locally, searched",
     "fast, ranked globally, searched",
