@@ -320,9 +320,3 @@ def scores_of(graph_module: fx.GraphModule, output: Any) -> torch.Tensor:
         )
     scores = class_scores(output)
     return scores.flatten(1, -2) if scores.dim() > 2 else scores[:, None]
-
-
-def samples_except(samples: Sequence[Sample], others: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The samples that are not among ``others``."""
-    ids = {id(other) for other in others}
-    return tuple(sample for sample in samples if id(sample) not in ids)

@@ -27,7 +27,7 @@ from fxprune.errors import ArgumentError, CalibrationError, DataError
 from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.objective import read_heldout
-from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits, samples_except
+from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument, instance
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
@@ -183,7 +183,8 @@ class RecordTeacherPass(Pass):
         if heldout:
             return samples, heldout, "built-in text of another kind"
         heldout = spread(samples, max(1, len(samples) // 8))
-        rest = samples_except(samples, heldout)
+        taken = {id(sample) for sample in heldout}
+        rest = tuple(sample for sample in samples if id(sample) not in taken)
         if not rest:
             raise CalibrationError(
                 "one sample is too few to train on and to hold out",
