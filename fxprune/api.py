@@ -8,6 +8,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from fxprune.offload.distributed import distribute_like, is_distributed, tensor_
 from fxprune.offload.files import finish_writes, is_offloading, release_freed
 from fxprune.offload.prefetch import offer_prefetcher, prefetcher_to
 from fxprune.offload.ranks import check_same
-from fxprune.pipeline.arguments import as_path, has_vocab, refuse
+from fxprune.pipeline.arguments import as_path, has_vocab, invalid, refuse
 from fxprune.pipeline.contract import STAGES, digest_of, no_progress
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.progress import run_bar
@@ -44,7 +45,7 @@ from fxprune.recipes import ApplyOptions, Options, Recipe, as_recipe, option_tab
 from fxprune.recipes.recipe import NONE, changed, needs_samples
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Scores
-from fxprune.removal.target import DEFAULT_RATIO, Reached
+from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged, inputs_like, is_hugging_face
@@ -102,8 +103,8 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
     if isinstance(model, nn.Module) and is_distributed(model):
         options.setdefault("tensor_parallel", tensor_parallel_size(model))
         if options.get("inplace"):
-            what, remedy = "the weights of a distributed model are gathered in a copy", "Leave $inplace out"
-            raise ArgumentError(what, where="inplace", remedy=remedy, argument="inplace", value=True)
+            what = "the weights of a distributed model are gathered in a copy"
+            raise invalid("inplace", True, what, "Leave $inplace out")
         return _distributed(prune(whole_copy(model), calibration, **options), model)
     values = resolve(options)
     if has_vocab(values):
@@ -111,13 +112,8 @@ def prune(model: nn.Module | str | os.PathLike[str], calibration: Any = None, **
     offload = values["offload"]
     if isinstance(model, nn.Module):
         if offload is not None:
-            raise ArgumentError(
-                "the weights of a module are in memory already",
-                where="offload",
-                remedy="Pass the folder or hub id of the model, or leave $offload out",
-                argument="offload",
-                value=offload,
-            )
+            remedy = "Pass the folder or hub id of the model, or leave $offload out"
+            raise invalid("offload", offload, "the weights of a module are in memory already", remedy)
         return _run(_pipeline(calibration, values), model, values)
     _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
     if values["tokenizer"] is None and (calibration is None or is_text(calibration)):
@@ -286,26 +282,15 @@ def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[
 
 
 def _with_vocabulary(
-    result: Result,
-    found: PrunedVocabulary,
-    ratio: Any,
-    model: Any,
-    values: Mapping[str, Any],
-    reached: Reached | None = None,
+    result: Result, found: PrunedVocabulary, ratio: Any, dense: Any, values: Mapping[str, Any], reached: Any = None
 ) -> Result:
-    """The result of a prune with the tokens that stay in its plan, its report, its tokenizer, and its quality.
-
-    Args:
-        model: the dense model.
-        values: options, with its tokenizer.
-    """
+    """The result of a prune with the tokens that stay in its plan, its report, its tokenizer, and its quality."""
     plan = replace(result.plan, vocabulary=found.report.kept)
     if result.model is not None:
         vars(result.model)[PLAN_DIGEST] = plan.digest
-    result = replace(
-        result, plan=plan, report=report_with(result.report, found, ratio, reached), tokenizer=found.tokenizer
-    )
-    return _with_quality(result, token_twin(model), model, values)
+    report = report_with(result.report, found, ratio, reached)
+    result = replace(result, plan=plan, report=report, tokenizer=found.tokenizer)
+    return _with_quality(result, token_twin(dense), dense, values)
 
 
 def _pipeline(
@@ -427,17 +412,17 @@ def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _check_target(values: Mapping[str, Any]) -> None:
     """Refuse a target beside what contradicts it, and a context without one."""
-    context = values["context"]
-    if values["target"] is None and context is not None:
-        what, remedy = "$context is for a target of memory, and there is none", "Give $target too, as in '6GB'"
-        raise ArgumentError(what, where="context", remedy=remedy, argument="context", value=context)
-    if values["target"] is None:
+    context, target = values["context"], values["target"]
+    if target is None:
+        if context is not None:
+            what = "$context is for a target of memory, and there is none"
+            raise invalid("context", context, what, "Give $target too, as in '6GB'")
         return
     for name in ("ratio", "group_ratio"):
         if values[name] is not None:
-            raise _conflict("target", values["target"], name, "both say how much goes")
+            raise _conflict("target", target, name, "both say how much goes")
     if values["budget"] != option_table()["budget"][1].default:
-        raise _conflict("target", values["target"], "budget", "a target states its quantity")
+        raise _conflict("target", target, "budget", "a target states its quantity")
 
 
 _OF_SELECTION = ("target", "ratio", "budget", "uniform", "ranking", "protect", "part", "round_to", "tensor_parallel")
@@ -450,8 +435,8 @@ def _check_taken(recipe: Recipe, arguments: Mapping[str, Any]) -> None:
         if value == () or any(hasattr(step, name) for step in recipe["select"]):
             continue
         if not recipe["select"]:
-            what, remedy = f"${name}={value!r}: the recipe has no selection", f"Leave ${name} out, or name a selection"
-            raise ArgumentError(what, where=name, remedy=remedy, argument=name, value=value)
+            what = f"${name}={value!r}: the recipe has no selection"
+            raise invalid(name, value, what, f"Leave ${name} out, or name a selection")
         chosen = ", ".join(step.name for step in recipe["select"])
         raise _conflict(name, value, "select", f"{chosen} takes none")
 
@@ -473,8 +458,7 @@ def _without_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
         spelled = f"taylor{{order={taylor}}}"
         if values["importance"] not in (None, "taylor", spelled):
             what = f"$taylor={taylor!r} beside $importance={str(values['importance'])!r}"
-            remedy = f"Leave $taylor out; $importance={spelled!r} says both"
-            raise ArgumentError(what, where="taylor", remedy=remedy, argument="taylor", value=taylor)
+            raise invalid("taylor", taylor, what, f"Leave $taylor out; $importance={spelled!r} says both")
         values["importance"] = spelled
         _warn("taylor", f"importance={spelled!r}")
     if scores is not None:
@@ -491,8 +475,7 @@ def _without_deprecated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conflict(name: str, value: Any, other: str, why: str) -> ArgumentError:
-    what = f"${name}={value!r} beside ${other}: {why}"
-    return ArgumentError(what, where=name, remedy=f"Leave ${name} or ${other} out", argument=name, value=value)
+    return invalid(name, value, f"${name}={value!r} beside ${other}: {why}", f"Leave ${name} or ${other} out")
 
 
 def _warn(name: str, instead: str) -> None:
@@ -566,22 +549,18 @@ def _run(
     if is_hugging_face(model):
         for step in pipeline.leaves():
             step.foresee_model(model)
-    if values["progress"] and values["track"] is None:
-        measured = ["quality"] if values["eval"] and values["tokenizer"] is not None else []
-        with run_bar(pipeline.passes, ["trace"], measured) as bar:
-            if bar is not None:
-                bar.begin("trace")
-                pipeline = Pipeline(pipeline.passes, on_pass=lambda step: bar.begin(step.name), track=bar.track)
-                return _run_passes(pipeline, model, {**values, "track": bar.track}, graph_module, bar.begin)
-    return _run_passes(pipeline, model, values, graph_module, lambda _: None)
+    measured = ["quality"] if values["eval"] and values["tokenizer"] is not None else []
+    shows = values["progress"] and values["track"] is None
+    with run_bar(pipeline.passes, ["trace"], measured) if shows else nullcontext() as bar:
+        if bar is None:
+            return _run_passes(pipeline, model, values, graph_module)
+        bar.begin("trace")
+        pipeline = Pipeline(pipeline.passes, on_pass=lambda step: bar.begin(step.name), track=bar.track)
+        return _run_passes(pipeline, model, {**values, "track": bar.track}, graph_module, bar.begin)
 
 
 def _run_passes(
-    pipeline: Pipeline,
-    model: nn.Module,
-    values: Mapping[str, Any],
-    graph_module: fx.GraphModule | None,
-    begin: Callable[[str], object],
+    pipeline: Pipeline, model: nn.Module, values: Mapping[str, Any], graph_module: Any, begin: Any = lambda _: None
 ) -> Result:
     start = time.perf_counter()
     if graph_module is None:

@@ -57,11 +57,11 @@ MANIFEST = "fxprune.json"
 
 T = TypeVar("T")
 
-LARGEST_SEED = 2**64 - 1
+_LARGEST_SEED = 2**64 - 1
 """The largest seed of a torch generator."""
 
 _LONGEST = 60
-"""Characters of a value that a message repeats."""
+"""Characters of a value or of a text that a message repeats."""
 
 Check = Callable[[str, Any], Any]
 """Validates the value of the argument of a name, and returns it as it is stored."""
@@ -123,8 +123,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Replace the value of each argument by its validated form, or raise the class of errors that it names."""
-        kind: Any = type(self)
-        for name, check in _checks(kind).items():
+        for name, check in _checks(type(self)).items():
             value = getattr(self, name)
             checked = check(name, value)
             if checked is not value:
@@ -142,40 +141,28 @@ def default_of(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def checked(name: str, value: Any, hint: Any, declaration: Argument) -> Any:
-    """The validated form of the value of an argument, by its annotation and declaration."""
-    check = _check_of(hint, declaration)
-    return value if check is None else check(name, value)
-
-
 @cache
-def _checks(kind: type) -> dict[str, Check]:
+def _checks(kind: Any) -> dict[str, Check]:
     hints = get_type_hints(kind)
     declared_here = [one for one in fields(kind) if one.init and "argument" in one.metadata]
-    found = {one.name: _check_of(hints[one.name], declared(one)) for one in declared_here}
-    return {name: check for name, check in found.items() if check is not None}
+    return {one.name: check_of(hints[one.name], declared(one)) for one in declared_here}
 
 
-def _check_of(hint: Any, declaration: Argument) -> Check | None:
-    check = declaration.check or _inferred(hint, declaration)
-    if check is None or not (hint is Any or type(None) in get_args(hint)):
-        return check
-    required = check
-    return lambda name, value: None if value is None else required(name, value)
-
-
-def _inferred(hint: Any, declaration: Argument) -> Check | None:
-    """The check that follows from an annotation; None if any value may pass."""
+def check_of(hint: Any, declaration: Argument) -> Check:
+    """The check of an argument: the one declared, or the one that follows from the annotation."""
     is_union = get_origin(hint) in (Union, types.UnionType)
     options = [one for one in get_args(hint) if one is not type(None)] if is_union else [hint]
-    if len(options) != 1:
-        return None
-    if get_origin(options[0]) is Literal:
-        return partial(one_of, known=get_args(options[0]))
-    if options[0] is bool:
-        return flag
-    checks: dict[Any, Callable[..., Any]] = {int: whole_number, float: number}
-    return partial(checks[options[0]], **declaration.limits) if options[0] in checks else None
+    numeric: dict[Any, Check] = {int: whole_number, float: number}
+    check = declaration.check
+    if check is None and len(options) == 1:
+        if get_origin(options[0]) is Literal:
+            check = partial(one_of, known=get_args(options[0]))
+        elif options[0] is bool:
+            check = flag
+        elif options[0] in numeric:
+            check = partial(numeric[options[0]], **declaration.limits)
+    optional = hint is Any or type(None) in get_args(hint)
+    return lambda name, value: value if check is None or (optional and value is None) else check(name, value)
 
 
 class Limits(NamedTuple):
@@ -191,10 +178,8 @@ class Limits(NamedTuple):
         return all(limit is None or holds(value, limit) for holds, limit in pairs)
 
     def __str__(self) -> str:
-        low, high = (
-            (self.least if self.above is None else self.above),
-            (self.most if self.below is None else self.below),
-        )
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
         if low is not None and high is not None:
             return f" in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
         if low is not None:
@@ -232,14 +217,14 @@ def whole_number(name: str, value: Any, *, error: type[FxpruneError] = ArgumentE
     raise refuse(name, value, f"a whole number{accepted}", error)
 
 
-def as_seed(name: str, value: Any, *, most: int = LARGEST_SEED, error: type[FxpruneError] = ArgumentError) -> int:
+def as_seed(name: str, value: Any, *, most: int = _LARGEST_SEED, error: type[FxpruneError] = ArgumentError) -> int:
     """Return ``value`` as a seed of random numbers, a whole number from 0 to ``most``."""
     return whole_number(name, value, least=0, most=most, error=error)
 
 
 def numbers(name: str, value: Any, wanted: str) -> tuple[int, ...]:
     """Return ``value`` as whole numbers of 0 or more; ``wanted`` describes them in the message."""
-    if (_is_tensor(value) or _is_array(value)) and value.ndim == 1:
+    if _is(value, "torch.Tensor", "numpy.ndarray") and value.ndim == 1:
         value = value.tolist()
     try:
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -293,13 +278,11 @@ def as_path(name: str, value: Any, wanted: str = "a path", *, error: type[Fxprun
 
 
 def _may_exist(path: str) -> bool:
-    """Whether the file system allows a path: a text is too long for one, or has bytes that are 0."""
+    """Whether the file system allows a path: a text may be too long for one, or have bytes that are 0."""
     try:
         os.stat(path)
-    except OSError as error:
-        return error.errno != errno.ENAMETOOLONG
-    except ValueError:
-        return False
+    except (OSError, ValueError) as error:
+        return isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
     return True
 
 
@@ -314,13 +297,18 @@ def refuse(name: str, value: Any, wanted: str, error: type[FxpruneError] = Argum
     return error(what, where=name, remedy=f"Pass {wanted}", argument=name, value=value)
 
 
+def invalid(name: str, value: Any, what: str, remedy: str) -> ArgumentError:
+    """The error for a value of an argument that does not go with something else, in words of its own."""
+    return ArgumentError(what, where=name, remedy=remedy, argument=name, value=value)
+
+
 def format_value(value: Any) -> str:
     """A value in few words: itself if it is short, else its type."""
     value = _scalar(value)
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if _is_tensor(value) or _is_array(value):
-        kind = "tensor" if _is_tensor(value) else "array"
+    if _is(value, "torch.Tensor", "numpy.ndarray"):
+        kind = "tensor" if _is(value, "torch.Tensor") else "array"
         return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
         text = re.sub(r"\n\s*", " ", _REPR.repr(value))  # tensors in it have lines, which may be cut out or not
@@ -337,22 +325,16 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
-def _is_tensor(value: Any) -> bool:
+def _is(value: Any, *kinds: str) -> bool:
     # without an import: whoever holds a tensor has imported torch, and the command line prints its help without it
-    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
-
-
-def _is_array(value: Any) -> bool:
-    return "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].ndarray)
+    places = (kind.split(".") for kind in kinds)
+    return any(place in sys.modules and isinstance(value, getattr(sys.modules[place], name)) for place, name in places)
 
 
 def _scalar(value: Any) -> Any:
     """``value``, or its Python equivalent if it is a scalar of numpy or torch."""
-    if "numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic):
-        return value.item()
-    if (_is_array(value) or (_is_tensor(value) and not value.is_meta)) and value.ndim == 0:
-        return value.item()
-    return value
+    is_scalar = _is(value, "numpy.generic", "numpy.ndarray", "torch.Tensor") and value.ndim == 0
+    return value.item() if is_scalar and not getattr(value, "is_meta", False) else value
 
 
 def named_kinds(values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -371,8 +353,6 @@ _FORM = "Write it as name{key=value, key=value}"
 _BARE = re.compile(r"[A-Za-z_][\w.\-]*")
 _DEEPEST = 20
 """Brackets in brackets: a list in the arguments of a pass in a pipeline takes four."""
-_SHOWN = 60
-"""Characters of a long text that a message repeats."""
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
@@ -388,7 +368,7 @@ def split(text: str, parting: str) -> Iterator[str]:
         elif sign in _CLOSING:
             expected.append(_CLOSING[sign])
             if len(expected) > _DEEPEST:
-                raise PassError("brackets are nested too deep", where=f"{text[:_SHOWN]}...", remedy=_FORM)
+                raise PassError("brackets are nested too deep", where=f"{text[:_LONGEST]}...", remedy=_FORM)
         elif expected and sign == expected[-1]:
             expected.pop()
         elif sign in parting and not expected:
@@ -436,7 +416,7 @@ def read_steps(text: str) -> list[str]:
 
 
 def _value(text: str, where: str) -> Any:
-    if (_BARE.fullmatch(text) and text not in ("True", "False", "None")) or _is_pass(text):
+    if _is_bare(text):
         return text
     if text[0] in "[(":
         return tuple(_value(item, where) for item in split(text[1:-1], ",") if item)
@@ -447,8 +427,11 @@ def _value(text: str, where: str) -> Any:
         raise PassError(f"{text!r} is no value", where=where, remedy=remedy) from error
 
 
-def _is_pass(text: str) -> bool:
-    return text.endswith("}") and _BARE.fullmatch(text.partition("{")[0]) is not None
+def _is_bare(text: str) -> bool:
+    """Whether a text stands without quotes: a word, or the spelling of a pass."""
+    word, brace, _ = text.partition("{")
+    closed = text.endswith("}") if brace else text not in ("True", "False", "None")
+    return closed and _BARE.fullmatch(word) is not None
 
 
 def spelled_fields(made: object) -> tuple[Field[Any], ...]:
@@ -458,32 +441,22 @@ def spelled_fields(made: object) -> tuple[Field[Any], ...]:
 
 def spell(name: str, made: object) -> str:
     """The text for a pass: its name, and the arguments that are not the default and have a spelling."""
-    said: Mapping[str, Any] = {
-        field.name: getattr(made, field.name)
-        for field in spelled_fields(made)
-        if declared(field).spelled and _has_spelling(getattr(made, field.name), default_of(field))
-    }
-    arguments = ", ".join(key if value is True else f"{key}={_text(value)}" for key, value in said.items())
-    return f"{name}{{{arguments}}}" if arguments else name
-
-
-def _has_spelling(value: Any, default: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return value != default and all(_has_spelling(item, ...) for item in value)
-    return (value is None or isinstance(value, str | int | float | Arguments)) and value != default
+    said = []
+    for one in spelled_fields(made):
+        value = getattr(made, one.name)
+        text = spelled_value(value) if declared(one).spelled else None
+        if text is not None and value != default_of(one):
+            said.append(one.name if value is True else f"{one.name}={text}")
+    return f"{name}{{{', '.join(said)}}}" if said else name
 
 
 def spelled_value(value: Any) -> str | None:
     """The text for the value of an argument; None if it is not plain data."""
-    return _text(value) if _has_spelling(value, ...) else None
-
-
-def _text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        texts = [text for text in map(spelled_value, value) if text is not None]
+        return f"[{', '.join(texts)}]" if len(texts) == len(value) else None
+    if isinstance(value, str):
+        return value if _is_bare(value) else repr(value)
     if isinstance(value, Arguments):
         return str(value)
-    if isinstance(value, str):
-        bare = _BARE.fullmatch(value) and value not in ("True", "False", "None")
-        return value if bare or _is_pass(value) else repr(value)
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_text(item) for item in value)}]"
-    return repr(value)
+    return repr(value) if value is None or isinstance(value, int | float) else None

@@ -12,11 +12,11 @@ import logging
 import time
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import torch
@@ -152,10 +152,6 @@ class Pass(Arguments, PassBase):
             remedy = "Give its class a `name`, as in `name: ClassVar[str] = 'my-pass'`"
             raise PassError("it has no name", where=type(self).__name__, remedy=remedy)
         super().__post_init__()
-        self._check_declarations()
-
-    def _check_declarations(self) -> None:
-        """Refuse declarations of the class that are misspelled, or of another type than they should be."""
         where = f"pass {self.name}"
         for word, known in (("stage", ("", *STAGES)), ("changes", get_args(Change))):
             if getattr(self, word) not in known:
@@ -186,8 +182,7 @@ class Pass(Arguments, PassBase):
             self.check_arguments()
             self.requires(graph_module)
             check_same(lambda: self._shared(graph_module), where=f"pass {self.name}")
-            apart = self.changes != "nothing" and not inplace
-            run = run_apart if apart else remembered
+            run = run_apart if self.changes != "nothing" and not inplace else remembered
             result = run(self, self._run, graph_module)
         _LOGGER.info("%s: %.1f s", self.name, time.perf_counter() - start)
         return result
@@ -229,7 +224,7 @@ class Pass(Arguments, PassBase):
             if kind not in facts:
                 raise PassError(f"did not give {kind.__name__}", where=f"pass {self.name}", remedy=_REPORT)
 
-    def _shared(self, graph_module: fx.GraphModule) -> Mapping[str, Any]:
+    def _shared(self, graph_module: fx.GraphModule) -> dict[str, Any]:
         """Values that must be equal in all processes that run this pass together, by name."""
         named = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(graph_module)]
         return {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
@@ -284,62 +279,43 @@ def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphMod
     original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
     """
     nodes = _nodes(graph_module)
-    tensors = {name: _TensorPrint.of(tensor, hold=hold) for name, tensor in weights(graph_module)}
+    tensors: dict[str, tuple[Callable[[], torch.Tensor | None], int, torch.Size]] = {
+        name: ((lambda held=tensor: held) if hold else weakref.ref(tensor), version_of(tensor), tensor.shape)
+        for name, tensor in weights(graph_module)
+    }
+
+    def differs(name: str, after: torch.Tensor) -> bool:
+        """Whether a tensor holds other values, as far as is known: a copy does not."""
+        reference, version, shape = tensors[name]
+        before = reference()
+        if before is after or shape != after.shape:
+            return shape != after.shape or version != version_of(after)
+        if before is None or version != version_of(before):
+            return True
+        return not before.is_meta and not torch.equal(before, after)
 
     def changes_in(after: fx.GraphModule) -> set[Change]:
         changed: set[Change] = set() if _same(nodes, _nodes(after)) else {"graph"}
-        if any(name in tensors and tensors[name].differs(tensor) for name, tensor in weights(after)):
+        if any(name in tensors and differs(name, tensor) for name, tensor in weights(after)):
             changed.add("weights")
         return changed
 
     return changes_in
 
 
-@dataclass(frozen=True)
-class _TensorPrint:
-    """A tensor at one time."""
-
-    tensor: Callable[[], torch.Tensor | None]
-    version: int
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, *, hold: bool) -> _TensorPrint:
-        """Tensors made in inference mode count no versions."""
-        return cls((lambda: tensor) if hold else weakref.ref(tensor), version_of(tensor), tensor.shape)
-
-    def differs(self, after: torch.Tensor) -> bool:
-        """Whether ``after`` holds other values, as far as is known: a copy does not."""
-        before = self.tensor()
-        if before is after or self.shape != after.shape:
-            return self.shape != after.shape or self.version != version_of(after)
-        if before is None or self.version != version_of(before):
-            return True
-        return not before.is_meta and not torch.equal(before, after)
+def _nodes(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
+    return [(node, node.target, node.args, node.kwargs) for node in graph_module.graph.nodes]
 
 
-_NodePrint = tuple[tuple[Any, ...], ...]
-"""Of all nodes, in order, these themselves, their targets, their arguments, and those by name."""
-
-
-def _nodes(graph_module: fx.GraphModule) -> _NodePrint:
-    nodes = tuple(graph_module.graph.nodes)
-    return nodes, *(tuple(map(attrgetter(part), nodes)) for part in ("target", "args", "kwargs"))
-
-
-def _same(before: _NodePrint, after: _NodePrint) -> bool:
+def _same(before: list[tuple[Any, ...]], after: list[tuple[Any, ...]]) -> bool:
     """Whether two graphs have the same nodes, in name, op, target and arguments."""
-    if len(before[0]) != len(after[0]):
-        return False
-    if all(all(map(is_, old, new)) for old, new in zip(before, after, strict=True)):  # as after most passes
-        return True
-    nodes = zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)
-    return all(all(map(is_, old, new)) or _spelled(old) == _spelled(new) for old, new in nodes)
 
+    def spelled(node: fx.Node, target: Any, args: Any, kwargs: Any) -> tuple[object, ...]:
+        return node.name, node.op, target, comparable(args), comparable(kwargs)
 
-def _spelled(node: tuple[Any, ...]) -> tuple[object, ...]:
-    own, target, args, kwargs = node
-    return own.name, own.op, target, comparable(args), comparable(kwargs)
+    return len(before) == len(after) and all(
+        all(map(is_, old, new)) or spelled(*old) == spelled(*new) for old, new in zip(before, after, strict=True)
+    )
 
 
 _SHARED = ("prepare", "discover", "importance", "teach")

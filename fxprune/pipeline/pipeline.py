@@ -24,15 +24,11 @@ from fxprune.pipeline.registry import parse_pass
 
 def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
     """HTML table of rows below a title; texts are escaped."""
-    lines = [_row("th", head)] if head else []
-    lines += [_row("td", row) for row in rows]
-    caption = Markup('<caption style="text-align: left; caption-side: top"><b>{}</b></caption>').format(title)
-    return str(Markup("<table>") + caption + Markup("").join(lines) + Markup("</table>"))
-
-
-def _row(tag: str, cells: Sequence[object]) -> Markup:
-    cell = Markup('<{tag} style="text-align: left">{text}</{tag}>')
-    return Markup("<tr>") + Markup("").join(cell.format(tag=tag, text=text) for text in cells) + Markup("</tr>")
+    text = Markup('<table><caption style="text-align: left; caption-side: top"><b>{}</b></caption>').format(title)
+    for tag, cells in [*([("th", head)] if head else []), *(("td", row) for row in rows)]:
+        shown = (Markup('<{0} style="text-align: left">{1}</{0}>').format(tag, cell) for cell in cells)
+        text += Markup("<tr>{}</tr>").format(Markup("").join(shown))
+    return str(text + Markup("</table>"))
 
 
 _WANTED = "passes, their names, or a text such as 'find-groups, l2, select-by-ratio'"
@@ -227,11 +223,9 @@ class Pipeline(PassSequence):
             raise PassError("there is no pass", where="pipeline", remedy=f"Pass {_WANTED}")
         if on_pass is not None:
             function("on_pass", on_pass, "a function that is called with each pass, or None")
-        object.__setattr__(self, "passes", tuple(made))
         if track is not None:
             check_track(track)
-        object.__setattr__(self, "on_pass", on_pass)
-        object.__setattr__(self, "track", track)
+        vars(self).update(passes=tuple(made), on_pass=on_pass, track=track)
 
     @property
     def steps(self) -> tuple[Pass, ...]:
@@ -245,10 +239,10 @@ class Pipeline(PassSequence):
         return f"Pipeline({', '.join(str(self).splitlines())!r})"
 
     def _repr_html_(self) -> str:
-        rows = [
-            (str(p), p.stage, p.changes, ", ".join(k.__name__ for k in p.needs), ", ".join(k.__name__ for k in p.gives))
-            for p in self.passes
-        ]
+        def names(kinds: Iterable[type[Fact]]) -> str:
+            return ", ".join(kind.__name__ for kind in kinds)
+
+        rows = ((str(p), p.stage, p.changes, names(p.needs), names(p.gives)) for p in self.passes)
         return html_table("Pipeline", rows, ("pass", "stage", "changes", "needs", "gives"))
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -11,11 +11,12 @@ from typing import Any
 
 import networkx as nx
 
-from fxprune.errors import ArgumentError, PassError, UnknownNameError
+from fxprune.errors import PassError, UnknownNameError
 from fxprune.graph.facts import Fact, set_giver_lookup
 from fxprune.pipeline.arguments import (
     declared,
     default_of,
+    invalid,
     one_of,
     read_spelling,
     refuse,
@@ -82,13 +83,8 @@ def pass_argument(stage: str) -> Callable[[str, Any], Pass]:
         if not isinstance(made, Pass):
             raise refuse(name, value, f"a pass of the stage {stage!r}, or its spelling as text")
         if made.stage != stage:
-            raise ArgumentError(
-                f"{made.name} is of the stage {made.stage!r}",
-                where=name,
-                remedy=f"Name a pass of the stage {stage!r}",
-                argument=name,
-                value=value,
-            )
+            remedy = f"Name a pass of the stage {stage!r}"
+            raise invalid(name, value, f"{made.name} is of the stage {made.stage!r}", remedy)
         return made
 
     return check
@@ -103,21 +99,16 @@ def _classes() -> dict[str, type[Pass]]:
     return found
 
 
-def _givers(kind: type[Fact]) -> tuple[str, ...]:
-    """Names of the passes that give a fact, without sequences of passes."""
-    return tuple(name for name, made in _classes().items() if kind in _kinds(made, "gives"))
-
-
-set_giver_lookup(_givers)
+# names of the passes that give a fact, without sequences of passes
+set_giver_lookup(lambda kind: tuple(name for name, made in _classes().items() if kind in _kinds(made, "gives")))
 
 
 def arguments_of(made: type[Pass]) -> tuple[tuple[str, str, str], ...]:
     """Name, default as text and doc of each argument of a class of passes, in order."""
-    found = []
-    for one in spelled_fields(made):
-        default = spelled_value(default_of(one)) if declared(one).spelled else None
-        found.append((one.name, default or "", plain(declared(one).doc)))
-    return tuple(found)
+    return tuple(
+        (one.name, (declared(one).spelled and spelled_value(default_of(one))) or "", plain(declared(one).doc))
+        for one in spelled_fields(made)
+    )
 
 
 def example_of(made: type[Pass]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from fxprune.errors import UnknownNameError
-from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_path, as_seed, checked, declared
+from fxprune.pipeline.arguments import Argument, Memory, Norm, Ranking, as_path, as_seed, check_of, declared
 
 if TYPE_CHECKING:
     from fxprune.pipeline.contract import Pass, Track
@@ -27,7 +27,12 @@ WHAT_GOES, DATA, OUTPUT, MACHINE = "What goes", "Data", "Output", "Machine"
 _UNCHECKED = dict.fromkeys(("Pass", "Recipe", "Scores", "Track"), object)
 """Types of values that are validated where they are used."""
 
-_what_goes, _output, _machine = (partial(Argument, panel=panel) for panel in (WHAT_GOES, OUTPUT, MACHINE))
+
+def _argument(doc: str, **more: Any) -> Argument:
+    return Argument(" ".join(doc.split()), **more)
+
+
+_what_goes, _data, _output, _machine = (partial(_argument, panel=each) for each in (WHAT_GOES, DATA, OUTPUT, MACHINE))
 
 
 def _check(name: str, value: Any) -> Any:
@@ -55,66 +60,57 @@ class ApplyOptions(TypedDict, total=False):
 
     compensate: Annotated[
         str | Pass | None,
-        _what_goes(
-            "Fit the weights that lost inputs to what the dense model computes on the calibration data: "
-            "`least-squares`, optionally with arguments, or a pass; `none` leaves every kept weight as it is."
-        ),
+        _what_goes("""Fit the weights that lost inputs to what the dense model computes on the calibration data:
+            `least-squares`, optionally with arguments, or a pass; `none` leaves every kept weight as it is."""),
     ]
     tune: Annotated[
         str | Pass | None,
-        _what_goes(
-            "Train the slim model end to end: `tune`, optionally with arguments as in "
-            "`tune{epochs=2}`, or a pass; `none` for no tuning."
-        ),
+        _what_goes("""Train the slim model end to end: `tune`, optionally with arguments as in `tune{epochs=2}`, or a
+            pass; `none` for no tuning."""),
     ]
     norm: Annotated[
         Norm | None,
-        _what_goes(
-            "How norms over removed units, such as channels of the residual stream, are treated: `masked` computes the "
-            "output of the dense norm with these units zeroed, which makes the removal exact; `sliced` averages over "
-            "the units that stay."
-        ),
+        _what_goes("""How norms over removed units, such as channels of the residual stream, are treated: `masked`
+            computes the output of the dense norm with these units zeroed, which makes the removal exact; `sliced`
+            averages over the units that stay."""),
     ]
     tokenizer: Annotated[
         Any,
-        Argument(
-            "The tokenizer of the model, which provides calibration samples if none are given, and held-out text for "
-            "early stopping in tuning.",
+        _argument(
+            """The tokenizer of the model, which provides calibration samples if none are given, and held-out text for
+            early stopping in tuning.""",
             check=_check,
             spelled=False,
         ),
     ]
     eval: Annotated[
         bool,
-        Argument(
-            "At the end, measure the slim model and the dense one on text that was not used: perplexity, divergence, "
-            "the fraction of next tokens on which both agree, and an answer. This needs the tokenizer, and weights in "
-            "memory.",
+        _data(
+            """At the end, measure the slim model and the dense one on text that was not used: perplexity, divergence,
+            the fraction of next tokens on which both agree, and an answer. This needs the tokenizer, and weights in
+            memory.""",
             default=True,
-            panel=DATA,
         ),
     ]
     eval_text: Annotated[
         str | os.PathLike[str] | None,
-        Argument(
-            "Text to measure on, of which only the part that was not used counts: a text file, rows in `.json`, "
-            "`.jsonl` or `.parquet`, or the name of a data set; by default documentation of Python's library.",
+        _data(
+            """Text to measure on, of which only the part that was not used counts: a text file, rows in `.json`,
+            `.jsonl` or `.parquet`, or the name of a data set; by default documentation of Python's library.""",
             check=_check,
-            panel=DATA,
         ),
     ]
     seed: Annotated[
         int,
-        Argument(
+        _data(
             "Seed of random scores, generated samples, verification inputs and the order of samples in tuning.",
             default=0,
             check=as_seed,
-            panel=DATA,
         ),
     ]
     verify: Annotated[
         bool,
-        Argument("Check that masking equals shrinking, and that the emitted model equals the graph.", default=True),
+        _argument("Check that masking equals shrinking, and that the emitted model equals the graph.", default=True),
     ]
     inplace: Annotated[
         bool,
@@ -123,14 +119,14 @@ class ApplyOptions(TypedDict, total=False):
     device: Annotated[
         Any,
         _machine(
-            "Device to compute on, such as `cuda`, while the weights stay where they are: the weights of each part of "
-            "the model are moved to the device while it runs, and the next ones are prefetched.",
+            """Device to compute on, such as `cuda`, while the weights stay where they are: the weights of each part of
+            the model are moved to the device while it runs, and the next ones are prefetched.""",
             check=_check,
         ),
     ]
     example_inputs: Annotated[
         Mapping[str, Any] | None,
-        Argument(
+        _argument(
             """Keyword inputs of a module that is not a Hugging Face model; of one that is, in place of those that its
             config and the first calibration sample tell.""",
             check=_check,
@@ -139,13 +135,14 @@ class ApplyOptions(TypedDict, total=False):
     ]
     progress: Annotated[
         bool,
-        Argument(
-            "Show one bar for the whole run in a terminal or a notebook, unless there is a `track`.", default=True
+        _argument(
+            "Show one bar for the whole run in a terminal or a notebook, unless there is a `track`.",
+            default=True,
         ),
     ]
     track: Annotated[
         Track | None,
-        Argument("Shows progress: `track(items, what, total)` yields the items.", check=_check, spelled=False),
+        _argument("Shows progress: `track(items, what, total)` yields the items.", check=_check, spelled=False),
     ]
 
 
@@ -154,24 +151,20 @@ class Options(ApplyOptions, total=False):
 
     recipe: Annotated[
         str | Recipe | os.PathLike[str] | None,
-        _what_goes(
-            "`balanced` (the default), `fast`, `best` or `llm-pruner`, the paper as published; a file with a recipe, "
-            "or a pipeline as text. `fxprune recipes` lists what each recipe does and costs."
-        ),
+        _what_goes("""`balanced` (the default), `fast`, `best` or `llm-pruner`, the paper as published; a file with a
+            recipe, or a pipeline as text. `fxprune recipes` lists what each recipe does and costs."""),
     ]
     ratio: Annotated[
         float | Mapping[str, float] | None,
-        _what_goes(
-            "Fraction of the parameters to remove, in [0, 1), reached to within half a percentage point; by default "
-            "0.2. If given for each kind, a fraction of the parameters in structures of that kind."
-        ),
+        _what_goes("""Fraction of the parameters to remove, in [0, 1), reached to within half a percentage point; by
+            default 0.2. If given for each kind, a fraction of the parameters in structures of that kind."""),
     ]
     target: Annotated[
         str | int | None,
         _what_goes(
-            "In place of a ratio, the size or speed of the slim model: `100M` parameters, `80MB` of weights, "
-            "`80MB@q4_k_m` for a GGUF file, `6GB` of memory with a `context`; or relative to the dense model: "
-            "`0.8x params`, `0.5x macs`, `0.5x kv`, and `1.3x decode` by times of `fxprune bench --sweep`.",
+            """In place of a ratio, the size or speed of the slim model: `100M` parameters, `80MB` of weights,
+            `80MB@q4_k_m` for a GGUF file, `6GB` of memory with a `context`; or relative to the dense model: `0.8x
+            params`, `0.5x macs`, `0.5x kv`, and `1.3x decode` by times of `fxprune bench --sweep`.""",
             check=_check_target,
         ),
     ]
@@ -181,64 +174,53 @@ class Options(ApplyOptions, total=False):
     ]
     kinds: Annotated[
         str | Sequence[str] | None,
-        _what_goes(
-            "Kinds of structures that may be removed: `mlp`, `head`, `conv`, `channel`, `head_dim`, `expert`, `layer`, "
-            "and `vocab`, tokens with their rows of embedding and output layer. The prefix `exact-`, as in "
-            "`exact-mlp`, leaves out groups that a norm runs over."
-        ),
+        _what_goes("""Kinds of structures that may be removed: `mlp`, `head`, `conv`, `channel`, `head_dim`, `expert`,
+            `layer`, and `vocab`, tokens with their rows of embedding and output layer. The prefix `exact-`, as in
+            `exact-mlp`, leaves out groups that a norm runs over."""),
     ]
     part: Annotated[
         str | None,
-        _what_goes(
-            "Name of the only module to prune, as in `language_model`; the rest of the model stays whole and counts in "
-            "the ratio."
-        ),
+        _what_goes("""Name of the only module to prune, as in `language_model`; the rest of the model stays whole and
+            counts in the ratio."""),
     ]
     importance: Annotated[
         str | Pass | None,
-        _what_goes(
-            "The criterion, in place of the recipe's: `taylor`, `wanda`, `l2`, `random` or another pass, optionally "
-            "with arguments as in `taylor{order=second}`."
-        ),
+        _what_goes("""The criterion, in place of the recipe's: `taylor`, `wanda`, `l2`, `random` or another pass,
+            optionally with arguments as in `taylor{order=second}`."""),
     ]
     reduction: Annotated[
         str | None,
-        _what_goes(
-            "How scores of the members of a group are combined: `sum`, `prod`, `max`, `mean`, `first` or `last`."
-        ),
+        _what_goes("""How scores of the members of a group are combined: `sum`, `prod`, `max`, `mean`, `first` or
+            `last`."""),
     ]
     ranking: Annotated[
         Ranking | None,
-        _what_goes(
-            "`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: as "
-            "`global`, by scores divided by the fraction of the group that is left."
-        ),
+        _what_goes("""`local`: the same fraction in every group; `global`: the lowest scores anywhere; `auto`: as
+            `global`, by scores divided by the fraction of the group that is left."""),
     ]
     select: Annotated[
         str | Pass | None,
-        _what_goes(
-            "The selection, in place of the recipe's: `select-by-ratio`, `select-by-group-ratio`, ..., or a pass."
-        ),
+        _what_goes("""The selection, in place of the recipe's: `select-by-ratio`, `select-by-group-ratio`, ..., or a
+            pass."""),
     ]
     protect: Annotated[
         tuple[float, float] | tuple[()] | None,
-        _what_goes(
-            "Number of layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for none."
-        ),
+        _what_goes("""Number of layers kept whole at the front and at the end, or fractions of the depth; 0 and 0 for
+            none."""),
     ]
     round_to: Annotated[
         int | str | Mapping[str, int],
         _output(
-            "Slim widths are multiples of this; a number for each kind counts units. `auto`: multiples measured to be "
-            "fast on the device, see `fxprune.evaluation.measure_widths`.",
+            """Slim widths are multiples of this; a number for each kind counts units. `auto`: multiples measured to be
+            fast on the device, see `fxprune.evaluation.measure_widths`.""",
             default=1,
         ),
     ]
     uniform: Annotated[
         bool,
         _output(
-            "The same widths in every layer, such that the stock config class can express them and stock transformers "
-            "loads the checkpoint.",
+            """The same widths in every layer, such that the stock config class can express them and stock transformers
+            loads the checkpoint.""",
             default=False,
         ),
     ]
@@ -252,39 +234,38 @@ class Options(ApplyOptions, total=False):
     budget: Annotated[
         str,
         _output(
-            "What `ratio` is a fraction of: `params`, `macs`, `kv` (bytes of the key-value cache), `bytes@q8_0`, ...; "
-            "or time, as in `decode@times.json`, with the output of `fxprune bench DENSE SLIM --json`.",
+            """What `ratio` is a fraction of: `params`, `macs`, `kv` (bytes of the key-value cache), `bytes@q8_0`, ...;
+            or time, as in `decode@times.json`, with the output of `fxprune bench DENSE SLIM --json`.""",
             default="params",
         ),
     ]
     memory: Annotated[
         Memory | None,
-        _machine(
-            "`low` computes sums of gradients for one part of the model at a time, with one more forward run, verifies "
-            "block by block, and recomputes parts in tuning; `fast` keeps everything at once; `auto`, the default, "
-            "chooses by what fits."
-        ),
+        _machine("""`low` computes sums of gradients for one part of the model at a time, with one more forward run,
+            verifies block by block, and recomputes parts in tuning; `fast` keeps everything at once; `auto`, the
+            default, chooses by what fits."""),
     ]
     offload: Annotated[
         str | os.PathLike[str] | None,
-        Argument(
-            "Keep weights and intermediate results on disk, in the folder `<offload>.unfinished`, for a model larger "
-            "than memory that is given as a folder or hub id; a killed run resumes if it is repeated with the same "
-            "arguments and files.",
+        _argument(
+            """Keep weights and intermediate results on disk, in the folder `<offload>.unfinished`, for a model larger
+            than memory that is given as a folder or hub id; a killed run resumes if it is repeated with the same
+            arguments and files.""",
             spelled=False,
         ),
     ]
-    taylor: Annotated[str | None, Argument("Deprecated: write `importance='taylor{order=...}'`.")]
+    taylor: Annotated[str | None, _argument("Deprecated: write `importance='taylor{order=...}'`.")]
     group_ratio: Annotated[
         float | Mapping[str, float] | None,
-        Argument("Deprecated: write `select='select-by-group-ratio{group_ratio=...}'`."),
+        _argument("Deprecated: write `select='select-by-group-ratio{group_ratio=...}'`."),
     ]
     scores: Annotated[
         Scores | str | os.PathLike[str] | None,
-        Argument("Deprecated: write `importance='load-scores{file=...}'`.", spelled=False),
+        _argument("Deprecated: write `importance='load-scores{file=...}'`.", spelled=False),
     ]
     steps: Annotated[
-        int, Argument("Deprecated: write `importance='score-in-steps{steps=...}'`.", default=1, limits={"least": 1})
+        int,
+        _argument("Deprecated: write `importance='score-in-steps{steps=...}'`.", default=1, limits={"least": 1}),
     ]
 
 
@@ -311,4 +292,4 @@ def resolve(options: Mapping[str, Any], declaration: type = Options) -> dict[str
         if name not in table:
             raise UnknownNameError("argument", name, table, argument=name)
     values = {name: options.get(name, declared.default) for name, (_, declared) in table.items()}
-    return {name: checked(name, values[name], *table[name]) for name in table}
+    return {name: check_of(*table[name])(name, values[name]) for name in table}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fxprune.data.calibration import Calibration
-from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
-from fxprune.pipeline.arguments import read_spelling, refuse, spelled_fields
+from fxprune.errors import FxpruneError, PassError, UnknownNameError
+from fxprune.pipeline.arguments import invalid, read_spelling, refuse, spelled_fields
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import parse_pass, pass_names
@@ -25,8 +25,7 @@ _OPTIONAL = ("teach", "compensate", "tune")
 
 _INHERITED = (
     *("kinds", "part", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
-    *("target", "context"),
-    *("reduction", "samples", "reach"),
+    *("target", "context", "reduction", "samples", "reach"),
 )
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
 
@@ -206,13 +205,8 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
     if isinstance(choice, Pass):
         if choice.stage in ("", stage):
             return choice
-        raise ArgumentError(
-            f"${stage} is the pass {choice.name}, of the stage {choice.stage!r}",
-            where=stage,
-            remedy=f"Pass one of {', '.join(known)}, or a pass of your own of the stage {stage!r}",
-            argument=stage,
-            value=choice,
-        )
+        remedy = f"Pass one of {', '.join(known)}, or a pass of your own of the stage {stage!r}"
+        raise invalid(stage, choice, f"${stage} is the pass {choice.name}, of the stage {choice.stage!r}", remedy)
     if not isinstance(choice, str):
         raise refuse(stage, choice, f"one of {', '.join(known)}, or a pass, as in fxprune.load_pass({known[0]!r})")
     name = read_spelling(choice)[0]
@@ -230,19 +224,18 @@ def changed(step: Pass, arguments: Mapping[str, Any]) -> Pass:
     """A copy of a pass with those of ``arguments`` that it has, or that a pass inside it of the same stage has."""
     own = _arguments(step)
     known = {key: value for key, value in arguments.items() if key in own}
-    known |= _inside(step, set(known), lambda one: changed(one, arguments))
-    return type(step)(**own | known) if known else step
+    new = _inside(step, lambda one: changed(one, arguments)) | known
+    return type(step)(**own | new) if new else step
 
 
 def _inherited(step: Pass, arguments: Mapping[str, Any]) -> Pass:
     """A copy of a pass in which passes inside it, of the same stage, have ``arguments`` where they have the default."""
 
     def inherit(one: Pass) -> Pass:
-        defaults = _arguments(type(one)())
-        own = _arguments(one)
+        defaults, own = _arguments(type(one)()), _arguments(one)
         return changed(one, {key: value for key, value in arguments.items() if own.get(key) == defaults.get(key)})
 
-    inside = _inside(step, set(), inherit)
+    inside = _inside(step, inherit)
     return type(step)(**_arguments(step) | inside) if inside else step
 
 
@@ -252,12 +245,10 @@ def _passes_inside(step: Pass) -> Iterator[Pass]:
         yield from (one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Pass))
 
 
-def _inside(step: Pass, but: Set[str], change: Callable[[Pass], Pass]) -> dict[str, Any]:
-    """Changed passes of the same stage among the arguments of a pass, alone or in a tuple, except those named."""
+def _inside(step: Pass, change: Callable[[Pass], Pass]) -> dict[str, Any]:
+    """Changed passes of the same stage among the arguments of a pass, alone or in a tuple."""
     found: dict[str, Any] = {}
     for key, value in _arguments(step).items():
-        if key in but:
-            continue
         if isinstance(value, Pass) and value.stage == step.stage:
             found[key] = change(value)
         elif isinstance(value, tuple) and any(isinstance(one, Pass) and one.stage == step.stage for one in value):
@@ -269,5 +260,5 @@ def _arguments(step: Pass) -> dict[str, Any]:
     return {field.name: getattr(step, field.name) for field in spelled_fields(step)}
 
 
-def _flat(pipeline: Pipeline) -> list[Pass]:
-    return [leaf for step in pipeline.passes for leaf in (_flat(step) if isinstance(step, Pipeline) else (step,))]
+def _flat(step: Pass) -> list[Pass]:
+    return [leaf for one in step.passes for leaf in _flat(one)] if isinstance(step, Pipeline) else [step]

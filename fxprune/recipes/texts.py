@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from itertools import takewhile
 
 from fxprune.errors import UnknownNameError
 
 SUFFIX = ".txt"
-_COSTS = "Costs:"
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -28,10 +28,6 @@ def recipe_text(name: str) -> str:
 
 def comments_of(text: str) -> tuple[str, str]:
     """The purpose and the costs of a recipe, by the comments above its first pass; empty if it names none."""
-    lines = []
-    for line in text.strip().splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# ").strip())
-    summary, _, costs = " ".join(lines).partition(_COSTS)
+    above = takewhile(lambda line: line.startswith("#"), text.strip().splitlines())
+    summary, _, costs = " ".join(line.lstrip("# ").strip() for line in above).partition("Costs:")
     return summary.strip(), costs.strip()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 _WIDTH, _HEIGHT = 760, 150
 """Of a chart, in its own units; the page scales it."""
@@ -41,14 +41,15 @@ class ChartColumn:
 def bar_chart(columns: Sequence[ChartColumn], before: Sequence[int], after: Sequence[int]) -> Markup:
     """Chart of one bar per column, as high as the count before and filled up to the count after."""
     most = max(before, default=0) or 1
-    step, floor = _step(columns), _HEIGHT - _BOTTOM
-    drawn = [_axis([(1.0, f"{most:,}"), (0.5, f"{most / 2:,g}"), (0.0, "0")], _LEFT + len(columns) * step)]
-    for place, (column, dense, slim) in enumerate(zip(columns, before, after, strict=True)):
-        left, width = _LEFT + (place + 0.12) * step, 0.76 * step
-        high, low = (value / most * (floor - _TOP) for value in (dense, slim))
-        gone = _rect("gone" if slim else "gone whole", left, floor - high, width, high)
-        drawn.append(_column(column, place, step, gone + _rect("left", left, floor - low, width, low), len(columns)))
-    return _svg("units of each block before and after", drawn)
+
+    def bar(place: int, left: float, step: float) -> Markup:
+        x, width, floor = left + 0.12 * step, 0.76 * step, _height(0.0)
+        high, low = (_height(value / most) for value in (before[place], after[place]))
+        gone = _rect("gone" if after[place] else "gone whole", x, high, width, floor - high)
+        return gone + _rect("left", x, low, width, floor - low)
+
+    ticks = [(1.0, f"{most:,}"), (0.5, f"{most / 2:,g}"), (0.0, "0")]
+    return _chart("units of each block before and after", columns, ticks, bar)
 
 
 def box_chart(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Sequence[Five]) -> Markup:
@@ -58,15 +59,21 @@ def box_chart(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Seq
     """
     spreads = [five for five in (*kept, *removed) if five]
     top = max((five[3] + _OUTLIERS * abs(five[3]) for five in spreads), default=1.0)
-    height, ticks = _scale([min(value, top) for five in spreads for value in five])
-    step = _step(columns)
-    drawn = [_axis(ticks, _LEFT + len(columns) * step)]
-    for place, (column, stays, went) in enumerate(zip(columns, kept, removed, strict=True)):
-        left = _LEFT + place * step
-        inner = _box("kept", stays, left + 0.12 * step, 0.34 * step, height)
-        inner += _box("removed", went, left + 0.54 * step, 0.34 * step, height)
-        drawn.append(_column(column, place, step, inner, len(columns)))
-    return _svg("scores of kept and of removed units", drawn)
+    part, ticks = _scale([min(value, top) for five in spreads for value in five])
+
+    def box(name: str, five: Five, left: float, width: float) -> Markup:
+        if not five:
+            return Markup()
+        least, first, median, third, most = (_height(min(part(value), 1.0)) for value in five)
+        middle = left + width / 2
+        whisker, line = _line(name, middle, middle, most, least), _line("median", left, left + width, median, median)
+        return whisker + _rect(name, left, third, width, max(first - third, 1.0)) + line
+
+    def boxes(place: int, left: float, step: float) -> Markup:
+        stays = box("kept", kept[place], left + 0.12 * step, 0.34 * step)
+        return stays + box("removed", removed[place], left + 0.54 * step, 0.34 * step)
+
+    return _chart("scores of kept and of removed units", columns, ticks, boxes)
 
 
 def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
@@ -84,40 +91,33 @@ def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[tupl
     return lambda value: (value - foot) / span, [(part, f"{foot + part * span:.3g}") for part in (0.0, 0.5, 1.0)]
 
 
-def _box(name: str, five: Five, left: float, width: float, height: Callable[[float], float]) -> Markup:
-    if not five:
-        return Markup()
-    least, first, median, third, most = (_place(min(height(value), 1.0)) for value in five)
-    middle = left + width / 2
-    whisker, line = _line(name, middle, middle, most, least), _line("median", left, left + width, median, median)
-    return whisker + _rect(name, left, third, width, max(first - third, 1.0)) + line
-
-
-def _place(part: float) -> float:
+def _height(part: float) -> float:
     return _HEIGHT - _BOTTOM - part * (_HEIGHT - _BOTTOM - _TOP)
 
 
-def _step(columns: Sequence[ChartColumn]) -> float:
-    return (_WIDTH - _LEFT - _RIGHT) / max(len(columns), 8)  # a few columns are not drawn as wide as a page
-
-
-def _column(column: ChartColumn, place: int, step: float, inner: Markup, columns: int) -> Markup:
-    every = -(-columns // _MOST_LABELS)
-    label = Markup()
-    if place % every == 0:
-        label = Markup('<text class="place" x="{:.1f}" y="{}">{}</text>').format(
-            _LEFT + (place + 0.5) * step, _HEIGHT - 5, column.label
-        )
-    return Markup("<g><title>{}</title>{}{}</g>").format(column.tooltip, inner, label)
-
-
-def _axis(ticks: Sequence[tuple[float, str]], end: float) -> Markup:
-    found = Markup()
+def _chart(
+    title: str,
+    columns: Sequence[ChartColumn],
+    ticks: Sequence[tuple[float, str]],
+    draw: Callable[[int, float, float], Markup],
+) -> Markup:
+    """A chart with labels at its axes; ``draw`` gets the place of a column, its left side and its width."""
+    step = (_WIDTH - _LEFT - _RIGHT) / max(len(columns), 8)  # a few columns are not drawn as wide as a page
+    axis = Markup()
     for part, label in ticks:
-        y = _place(part)
-        found += _line("grid", _LEFT, end, y, y)
-        found += Markup('<text class="number" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 6, y + 3.5, label)
-    return found
+        y = _height(part)
+        axis += _line("grid", _LEFT, _LEFT + len(columns) * step, y, y)
+        axis += Markup('<text class="number" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 6, y + 3.5, label)
+    drawn = [axis]
+    for place, column in enumerate(columns):
+        left, text = _LEFT + place * step, Markup()
+        if place % -(-len(columns) // _MOST_LABELS) == 0:
+            text = Markup('<text class="place" x="{:.1f}" y="{}">{}</text>')
+            text = text.format(left + 0.5 * step, _HEIGHT - 5, column.label)
+        inner = draw(place, left, step)
+        drawn.append(Markup("<g><title>{}</title>{}{}</g>").format(column.tooltip, inner, text))
+    head = Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">')
+    return head.format(title, _WIDTH, _HEIGHT) + Markup("\n").join(drawn) + Markup("</svg>")
 
 
 def _line(name: str, x1: float, x2: float, y1: float, y2: float) -> Markup:
@@ -126,11 +126,5 @@ def _line(name: str, x1: float, x2: float, y1: float, y2: float) -> Markup:
 
 
 def _rect(name: str, x: float, y: float, width: float, height: float) -> Markup:
-    return Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-        name, x, y, width, height
-    )
-
-
-def _svg(title: str, parts: Sequence[Markup]) -> Markup:
-    head = Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">')
-    return head.format(escape(title), _WIDTH, _HEIGHT) + Markup("\n").join(parts) + Markup("</svg>")
+    rect = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>')
+    return rect.format(name, x, y, width, height)

@@ -295,12 +295,11 @@ class Report(Fact):
         known = {field.name for field in dataclasses.fields(cls)}
         with wrap_errors("report", "Pass what Report.to_dict returned", ArgumentError):
             values = {name: _as_tuples(value) for name, value in data.items() if name in known}
-            if values.get("calibration") is not None:
-                values["calibration"] = SamplesUsed(**values["calibration"])
-            if values.get("reached") is not None:
-                values["reached"] = Reached(**values["reached"])
             if values.get("quality") is not None:
                 values["quality"] = Quality.from_dict(values["quality"])
+            for name, made in (("calibration", SamplesUsed), ("reached", Reached)):
+                if values.get(name) is not None:
+                    values[name] = made(**values[name])
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
             values["scores"] = {place: Spread(**spread) for place, spread in values.get("scores", {}).items()}
             return cls(**values)
@@ -363,18 +362,23 @@ def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[tuple[str, int]]]:
 
 
 def _summarize(kind: str, name: str, groups: Sequence[GroupSize], scores: Mapping[str, Spread]) -> KindSummary:
-    blocks = {group.place: group.block for group in groups}
+    labels: dict[str, str] = {}  # the number of the block, by place
     before, after = (Counter[str](), Counter[str]())
     for group in groups:
+        labels[group.place] = group.block.rpartition(".")[2] if group.block else "all"
         before[group.place] += group.before
         after[group.place] += group.after
     shrunk = sum(group.after < group.before for group in groups)
-    labels = [block.rpartition(".")[2] if block else "all" for block in blocks.values()]  # the number of a block
     columns = [
         ChartColumn(label, f"{place}: {after[place]:,} of {before[place]:,} left ({after[place] / before[place]:.0%})")
-        for label, place in zip(labels, blocks, strict=True)
+        for place, label in labels.items()
     ]
-    several = len(blocks) > 1  # a chart of one bar says less than the line of text
+    runs = []  # of equal neighbouring blocks
+    for (dense, slim), run in groupby(labels, key=lambda place: (before[place], after[place])):
+        names = [labels[place] for place in run]
+        where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        runs.append(f"{where}: {dense:,}" if dense == slim else f"{where}: {dense:,} \N{RIGHTWARDS ARROW} {slim:,}")
+    several = len(labels) > 1  # a chart of one bar says less than the line of text
     return KindSummary(
         kind=kind,
         name=name,
@@ -385,17 +389,9 @@ def _summarize(kind: str, name: str, groups: Sequence[GroupSize], scores: Mappin
         after=after.total(),
         least=min(group.after / group.before for group in groups),
         chart=bar_chart(columns, list(before.values()), list(after.values())) if shrunk and several else Markup(),
-        runs=tuple(_runs(labels, [(before[place], after[place]) for place in blocks])),
-        scores=_score_chart(dict(zip(blocks, labels, strict=True)), scores) if shrunk else Markup(),
+        runs=tuple(runs),
+        scores=_score_chart(labels, scores) if shrunk else Markup(),
     )
-
-
-def _runs(labels: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """Units before and after of each run of equal neighbouring blocks, in words."""
-    for (before, after), run in groupby(zip(labels, sizes, strict=True), key=lambda pair: pair[1]):
-        names = [label for label, _ in run]
-        place = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        yield f"{place}: {before:,}" if before == after else f"{place}: {before:,} \N{RIGHTWARDS ARROW} {after:,}"
 
 
 def _score_chart(labels: Mapping[str, str], scores: Mapping[str, Spread]) -> Markup:

@@ -27,7 +27,7 @@ from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
 from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
 from fxprune.offload.ranks import decide_on_first, is_first, run_on_first
-from fxprune.pipeline.arguments import as_path, flag, number, one_of, refuse
+from fxprune.pipeline.arguments import as_path, flag, invalid, number, one_of, refuse
 from fxprune.pipeline.contract import digest_of, sharing
 from fxprune.recipes import Options, Recipe, as_recipe
 from fxprune.report.report import package_versions
@@ -88,7 +88,8 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
     rows, made = {row.name: row for row in found}, set[str]()
     keys = {name: _key(source, calibration, {**given, **own}) for name, own in asked.items()}
-    todo = decide_on_first(partial(_missing, keys, folder, rows, keep=keep, bench=bench), CheckpointError)
+    known = Sweep(folder, tuple(rows.values()))
+    todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
     making = made_folder(folder) if is_first() else nullcontext()
     with wrap_disk_errors(folder, CheckpointError), making, sharing():
         traced = trace_for(model, given.get("example_inputs"), calibration) if todo else None
@@ -118,11 +119,10 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     one_of("keep", keep, KEEP)
     for name in _REFUSED:
         if options.get(name):
-            what, remedy = f"a sweep does not take ${name}", f"Leave ${name} out, or call `fxprune.prune`"
-            raise ArgumentError(what, where=name, remedy=remedy, argument=name, value=options[name])
+            remedy = f"Leave ${name} out, or call `fxprune.prune`"
+            raise invalid(name, options[name], f"a sweep does not take ${name}", remedy)
     if options.get("eval") is False:
-        remedy = "Leave $eval out"
-        raise ArgumentError("a sweep compares by quality", where="eval", remedy=remedy, argument="eval", value=False)
+        raise invalid("eval", False, "a sweep compares by quality", "Leave $eval out")
     ratios = ratio if isinstance(ratio, Sequence) and not isinstance(ratio, str) else (ratio,)
     recipes = recipe if isinstance(recipe, Sequence) and not isinstance(recipe, str) else (recipe,)
     found: dict[str, dict[str, Any]] = {}
@@ -151,8 +151,7 @@ def _read_inputs(
             given["tokenizer"] = load_tokenizer(model)
         model = load_model(model)
     if given.get("tokenizer") is None:
-        what, remedy = "quality cannot be measured without one", "Pass the tokenizer of the model"
-        raise ArgumentError(what, where="tokenizer", remedy=remedy, argument="tokenizer", value=None)
+        raise invalid("tokenizer", None, "quality cannot be measured without one", "Pass the tokenizer of the model")
     if is_text(calibration):
         calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
     return model, calibration, given
@@ -160,8 +159,7 @@ def _read_inputs(
 
 def _digest(model: nn.Module, calibration: Any) -> str:
     """A digest of a model's weights and config, the samples and the versions of packages."""
-    tensors = _tensors((model.state_dict(), calibration))
-    values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in tensors]
+    values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in _tensors((model.state_dict(), calibration))]
     config: Any = getattr(model, "config", None)
     kind = config.to_json_string() if hasattr(config, "to_json_string") else type(model).__qualname__
     return hashlib.sha256(json.dumps([values, kind, package_versions()]).encode()).hexdigest()
@@ -209,14 +207,11 @@ def _key(source: str, calibration: Any, options: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{source} {pipeline} {text}".encode()).hexdigest()
 
 
-def _missing(
-    keys: Mapping[str, str], folder: Path, rows: Mapping[str, SweepRow], *, keep: Keep, bench: bool
-) -> list[str]:
+def _missing(keys: Mapping[str, str], table: Sweep, *, keep: Keep, bench: bool) -> list[str]:
     """The names of the prunes still to be made: of those without a complete row, or without a model that is kept."""
-    done = {n: row for n, row in rows.items() if row.key == keys.get(n) and not (bench and row.decode_ms is None)}
-    table = Sweep(folder, tuple(rows.values()))
+    done = {row.name for row in table.rows if row.key == keys.get(row.name) and not (bench and row.decode_ms is None)}
     kept = {"all": table.rows, "best": table.best, "none": ()}[keep]
-    gone = {row.name for row in kept if not (folder / row.name / MANIFEST).is_file()}
+    gone = {row.name for row in kept if not (table.folder / row.name / MANIFEST).is_file()}
     return [name for name in keys if name not in done or name in gone]
 
 
@@ -228,10 +223,7 @@ def _row(
         remedy = "Prune it with `fxprune.prune`"
         raise EvaluationError(f"its quality was not measured: {report.unmeasured}", where=name, remedy=remedy)
     (text,) = report.quality.texts
-    speeds = None
-    if dense is not None:
-        found = measure_speed({"dense": dense, "slim": result.model})
-        speeds = found["dense"].decode_ms, found["slim"].decode_ms
+    found = None if dense is None else measure_speed({"dense": dense, "slim": result.model})
     assert report.memory is not None  # every prune counts it
     return SweepRow(
         name=name,
@@ -244,7 +236,7 @@ def _row(
         divergence=text.divergence,
         agreement=text.agreement,
         measured_on=text.data,
-        decode_ms=speeds,
+        decode_ms=None if found is None else (found["dense"].decode_ms, found["slim"].decode_ms),
         seconds=seconds,
     )
 

@@ -121,9 +121,8 @@ class Sweep:
         }
         panels = {name: places for name, places in panels.items() if places}
         figure = new_figure(4 * len(panels), 3.5)
-        for panel, (name, places) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
+        drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, (name, places) in zip(drawn, panels.items(), strict=True):
             for recipe in dict.fromkeys(row.recipe for row in places):
                 rows = [row for row in places if row.recipe == recipe]
                 values, errors = zip(*(row.ratio_of_perplexity for row in rows), strict=True)
@@ -139,9 +138,8 @@ class Sweep:
 
 def row_of(data: Mapping[str, Any]) -> SweepRow:
     """A row from plain data, as JSON has it."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-    values.pop("best", None)
-    return SweepRow(**values)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    return SweepRow(**{name: value for name, value in values.items() if name != "best"})
 
 
 def _beats(one: SweepRow, other: SweepRow) -> bool:

@@ -73,10 +73,10 @@ def test_misspelled_passes_are_refused(spelled: str, error: type[Exception], tex
     )
 )
 def test_what_is_spelled_is_read_back(values: list[Any]) -> None:
-    from fxprune.pipeline.arguments import _text
+    from fxprune.pipeline.arguments import spelled_value
 
     arguments = {f"key{i}": value for i, value in enumerate(values)}
-    said = ", ".join(f"{key}={_text(value)}" for key, value in arguments.items())
+    said = ", ".join(f"{key}={spelled_value(value)}" for key, value in arguments.items())
     assert read_spelling(f"name{{{said}}}") == ("name", arguments)
 
 
