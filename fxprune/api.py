@@ -49,18 +49,8 @@ from fxprune.removal.target import DEFAULT_RATIO
 from fxprune.result import Result
 from fxprune.trace import trace
 from fxprune.trace.inputs import check_merged, inputs_like, is_hugging_face
+from fxprune.vocabulary import stage as vocabulary
 from fxprune.vocabulary.prune import DenseTeacher, PrunedVocabulary, Use, carry_out
-from fxprune.vocabulary.stage import (
-    as_rows,
-    check_alone,
-    check_parts,
-    has_others,
-    reach,
-    report_with,
-    samples_with,
-    trim_first,
-    without_vocab,
-)
 from fxprune.vocabulary.tokenizer import read_tokens, specification
 
 __all__ = ["Result", "apply", "prune", "prune_checkpoint", "prune_pipeline", "prune_traced"]
@@ -144,10 +134,8 @@ def prune_checkpoint(
     Args:
         source: a folder of safetensors that transformers loads, or the hub id of one; or a GGUF file, which is
             unpacked to float32 beside ``out`` first.
-        out: the folder to write, as for :func:`fxprune.save_pretrained`.
-        calibration: as for :func:`prune`.
+        out: the folder to write, as for :func:`fxprune.save_pretrained`, as is ``force``.
         max_shard_size: the largest file of weights; one is in memory when it is written.
-        force: as for :func:`fxprune.save_pretrained`.
         also: called with the result and the new folder before it takes its place, to write more files into it.
         options: as for :func:`prune`; with ``device="cuda"`` each part of the model is moved there when it runs.
 
@@ -197,11 +185,14 @@ def prune_pipeline(calibration: Any = None, *, plan: Plan | None = None, **optio
     ``Pipeline(str(it))`` reads it back, except for data in memory. Run it on ``fxprune.trace(model).graph_module``.
 
     Args:
-        calibration: as for :func:`prune`.
         plan: a plan to carry out, in place of importance and selection.
-        options: as for :func:`prune`.
     """
-    return _pipeline(*_other_kinds(calibration, resolve(options), plan))
+    values = resolve(options)
+    if not has_vocab(values):
+        return _pipeline(calibration, values, plan)
+    if vocabulary.has_others(values):
+        return _pipeline(calibration, vocabulary.without_vocab(values), plan)
+    return _pipeline(None, _nothing_else(values), Plan())
 
 
 def _distributed(result: Result, dense: nn.Module) -> Result:
@@ -220,62 +211,50 @@ def _check_place(name: str, value: Any, wanted: str) -> None:
 
 def _prune_vocabulary(model: Any, calibration: Any, values: Mapping[str, Any]) -> Result:
     """Prune the vocabulary, and then the other kinds of the trimmed model."""
-    check_alone(values)
+    vocabulary.check_alone(values)
     if not isinstance(model, nn.Module):
         _check_place("model", model, "a torch.nn.Module, a folder, a GGUF file, or a hub id")
         model, words = load_model(model), values["tokenizer"] or load_tokenizer(model)
         values = {**values, "tokenizer": words}
-    check_parts(model, values["tokenizer"])
+    vocabulary.check_parts(model, values["tokenizer"])
     _check_target(values)
-    reached = None if values["target"] is None else reach(model, values["target"])
+    reached = None if values["target"] is None else vocabulary.reach(model, values["target"])
     if reached is not None:
         values = {**values, "target": None, "ratio": 1 - reached.asked / reached.dense}
-    _pipeline(*_other_kinds(calibration, values)).check_arguments()
-    calibration = as_rows(model, calibration, values["tokenizer"])
+    prune_pipeline(calibration, **values).check_arguments()
+    calibration = vocabulary.as_rows(model, calibration, values["tokenizer"])
     if str(getattr(calibration, "text", None)) == str(values["eval_text"]):  # all of it is counted
         values = {**values, "eval_text": None}
-    found, others = trim_first(model, calibration, values)
+    found, others = vocabulary.trim_first(model, calibration, values)
     ratio = DEFAULT_RATIO if values["ratio"] is None else values["ratio"]
     rest = {**_nothing_else(values), "tokenizer": found.tokenizer} if others is None else others
-    if others is None and rest["tune"] == NONE:
-        pipeline = _pipeline(None, rest, Plan())
-    else:
+    samples = teacher = None
+    if others is not None or rest["tune"] != NONE:
         teacher = DenseTeacher.of(token_twin(model), values["tokenizer"], found)
-        pipeline = _pipeline(samples_with(found, calibration), rest, Plan() if others is None else None, teacher)
+        samples = vocabulary.samples_with(found, calibration)
+    pipeline = _pipeline(samples, rest, Plan() if others is None else None, teacher)
     result = _run(pipeline, found.model, {**rest, "eval": False})
     return _with_vocabulary(result, found, ratio, model, values, reached)
-
-
-def _other_kinds(
-    calibration: Any, values: Mapping[str, Any], plan: Plan | None = None
-) -> tuple[Any, Mapping[str, Any], Plan | None]:
-    """Arguments of :func:`_pipeline` for the kinds beside the vocabulary; nothing goes if there are none."""
-    if not has_vocab(values):
-        return calibration, values, plan
-    if has_others(values):
-        return calibration, without_vocab(values), plan
-    return None, _nothing_else(values), Plan()
 
 
 def _nothing_else(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options for the vocabulary alone: no weight is scored or fitted, or tuned unless that is asked for."""
     of_selection = {name: option_table()[name][1].default for name in _OF_SELECTION}
-    rest = {**without_vocab(values), **of_selection, "kinds": None, "compensate": NONE}
+    rest = {**vocabulary.without_vocab(values), **of_selection, "kinds": None, "compensate": NONE}
     if values["tune"] in (None, NONE):
         return {**rest, "tune": NONE}
     return {**rest, "recipe": "balanced" if values["recipe"] is None else values["recipe"]}
 
 
 def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[str, Any]) -> Result:
-    """Carry out a plan that says which tokens stay."""
     options = resolve(_given(values))
-    check_alone({**options, "compensate": None, "tune": None})
+    vocabulary.check_alone({**options, "compensate": None, "tune": None})
     tokenizer = values["tokenizer"]
-    check_parts(model, tokenizer)
+    vocabulary.check_parts(model, tokenizer)
     tokens = read_tokens(specification(tokenizer))
     found = carry_out(model, tokenizer, plan.vocabulary, tokens, Use({}), share=True)
     options["tokenizer"] = found.tokenizer
-    samples = samples_with(found, as_rows(model, calibration, tokenizer))
+    samples = vocabulary.samples_with(found, vocabulary.as_rows(model, calibration, tokenizer))
     pipeline = _pipeline(samples, options, replace(plan, vocabulary=()))
     result = _run(pipeline, found.model, {**options, "eval": False})
     return _with_vocabulary(result, found, None, model, {**options, "tokenizer": tokenizer})
@@ -284,11 +263,11 @@ def _apply_vocabulary(model: Any, plan: Plan, calibration: Any, values: Mapping[
 def _with_vocabulary(
     result: Result, found: PrunedVocabulary, ratio: Any, dense: Any, values: Mapping[str, Any], reached: Any = None
 ) -> Result:
-    """The result of a prune with the tokens that stay in its plan, its report, its tokenizer, and its quality."""
+    """The result with the tokens that stay in its plan, its report, its tokenizer, and its quality."""
     plan = replace(result.plan, vocabulary=found.report.kept)
     if result.model is not None:
         vars(result.model)[PLAN_DIGEST] = plan.digest
-    report = report_with(result.report, found, ratio, reached)
+    report = vocabulary.report_with(result.report, found, ratio, reached)
     result = replace(result, plan=plan, report=report, tokenizer=found.tokenizer)
     return _with_quality(result, token_twin(dense), dense, values)
 
@@ -296,11 +275,7 @@ def _with_vocabulary(
 def _pipeline(
     calibration: Any, values: Mapping[str, Any], plan: Any = None, teacher: DenseTeacher | None = None
 ) -> Pipeline:
-    """The pipeline of validated options: the recipe, with the options applied stage by stage.
-
-    Args:
-        teacher: the dense model of a pruned vocabulary; None for the model that is pruned.
-    """
+    """The recipe with validated options applied stage by stage; ``teacher`` is that of a pruned vocabulary."""
     if plan is not None and not isinstance(plan, Plan):
         raise refuse("plan", plan, "a Plan, as in fxprune.Plan.from_json(text), or None")
     values = _without_deprecated(values)
@@ -311,13 +286,6 @@ def _pipeline(
         values = {**values, "norm": values["norm"] or plan.norm}
         recipe["importance"] = None
         choices |= {"importance": None, "select": load_pass("plan-from-json", text=plan.to_json())}
-    has_data = calibration is not None or values["tokenizer"] is not None or recipe.reads_samples()
-    if not has_data and not _needs_samples(recipe, choices):
-        # Criteria that need no data are used without any: nothing is fitted or tuned, and no selection searches.
-        for stage in ("teach", "compensate", "tune"):
-            recipe[stage] = None
-        if any(map(needs_samples, recipe["select"])) and choices["select"] is None:
-            choices["select"] = "select-by-ratio"
     _check_target(values)
     arguments = _stage_arguments(values)
     arguments["teach"]["dense"] = teacher
@@ -326,6 +294,14 @@ def _pipeline(
     for stage, choice in choices.items():
         if choice is not None:
             recipe.replace_stage(stage, choice, arguments[stage])
+    has_data = calibration is not None or values["tokenizer"] is not None or recipe.reads_samples()
+    fits = any(choices[stage] not in (None, NONE) for stage in ("compensate", "tune"))
+    if not (has_data or fits or any(map(needs_samples, recipe["importance"]))):
+        # Criteria that need no data are used without any: nothing is fitted or tuned, and no selection searches.
+        for stage in ("teach", "compensate", "tune"):
+            recipe[stage] = None
+        if any(map(needs_samples, recipe["select"])) and choices["select"] is None:
+            recipe.replace_stage("select", "select-by-ratio", arguments["select"])
     selected = {**arguments["select"], "target": values["target"], "ratio": values["ratio"]}
     _check_taken(recipe, _given({name: selected.get(name) for name in _OF_SELECTION}))
     _complete(recipe, values["steps"], arguments["teach"])
@@ -334,16 +310,6 @@ def _pipeline(
     if not values["verify"]:
         recipe.set_arguments("shrink", {"verify": False})
     return Pipeline(recipe.passes, track=values["track"])
-
-
-def _needs_samples(recipe: Recipe, choices: Mapping[str, Any]) -> bool:
-    """Whether scores, or a fit or tuning that the caller asked for, need calibration samples."""
-    probe = recipe.copy()
-    asked = [stage for stage in ("compensate", "tune") if choices[stage] not in (None, NONE)]
-    for stage in ("importance", *asked):
-        if choices[stage] is not None:
-            probe.replace_stage(stage, choices[stage], {})
-    return bool(asked) or any(map(needs_samples, probe["importance"]))
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:
@@ -365,11 +331,10 @@ def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
     prepare = recipe["prepare"]
     others = [step for step in prepare if Calibration not in step.gives]
     given = _given({"data": calibration, "tokenizer": tokenizer})
-    if calibration is None and not any(map(needs_samples, recipe.passes)):
-        recipe["prepare"] = others
-    elif calibration is None and any(getattr(step, "file", "") for step in prepare):
+    needed = calibration is not None or any(map(needs_samples, recipe.passes))
+    if needed and calibration is None and any(getattr(step, "file", "") for step in prepare):
         return  # the samples are those of the recipe's file
-    elif not given:
+    if not (needed and given):
         recipe["prepare"] = others
     elif len(others) == len(prepare):
         recipe["prepare"] = [load_pass("calibrate", **given), *others]
@@ -379,22 +344,20 @@ def _read_samples(recipe: Recipe, calibration: Any, tokenizer: Any) -> None:
 
 
 def _stage_arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of passes that the options set, by stage."""
     ratio, kinds = values["ratio"], values["kinds"]
     if isinstance(ratio, Mapping):
         kinds = tuple(ratio) or kinds
-    widths = {name: values[name] for name in ("ranking", "protect", "ratio", "group_ratio")} | {"kinds": kinds}
-    if values["target"] is not None:  # those of the recipe give way to it
-        widths |= {"target": values["target"], "context": values["context"] or 0}
-        widths |= {"ratio": DEFAULT_RATIO, "budget": "params"}
-    elif ratio is not None:
-        widths |= {"target": "", "context": 0}
-    for name in ("part", "round_to", "tensor_parallel", "budget"):
+    widths: dict[str, Any] = {"kinds": kinds, "group_ratio": values["group_ratio"]}
+    for name in _OF_SELECTION:
         default = option_table()[name][1].default
         if type(values[name]) is not type(default) or values[name] != default:
             widths[name] = values[name]
+    if values["target"] is not None:  # those of the recipe give way to it
+        widths |= {"context": values["context"] or 0, "ratio": DEFAULT_RATIO, "budget": "params"}
+    elif ratio is not None:
+        widths |= {"target": "", "context": 0}
     if values["uniform"]:
-        widths |= {"uniform": True, "protect": () if values["protect"] is None else values["protect"]}
+        widths.setdefault("protect", ())
     everywhere = {"seed": values["seed"] or None, "tokenizer": values["tokenizer"]}
     arguments: dict[str, dict[str, Any]] = {
         "discover": {"norm": values["norm"] or ("sliced" if values["uniform"] else None)},
@@ -490,7 +453,7 @@ def _prune_offloaded(
     values = resolve({"memory": "low", **_given(options)})
     source = as_path("model", source)
     if has_vocab(values):
-        check_alone({**values, "offload": folder})
+        vocabulary.check_alone({**values, "offload": folder})
     pipeline = _pipeline(calibration, values)
     with resumable_folder(folder, request_key(source, calibration, str(pipeline)), force=force) as work:
         result = _run(pipeline, load_mapped(source, work), {**values, "inplace": False})
@@ -515,14 +478,7 @@ def _check_samples(pipeline: Pipeline, model: Any) -> None:
 
 
 def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: Any, options: Options) -> Result:
-    """Prune a model whose graph was traced before; both stay as they are.
-
-    Args:
-        options: as for :func:`prune`, none of them in place or offloaded.
-
-    Raises:
-        FxpruneError: as for :func:`prune`.
-    """
+    """Prune as :func:`prune` a model whose graph was traced before; both stay as they are."""
     values = resolve(options)
     return _run(_pipeline(calibration, values), model, values, graph_module)
 
@@ -591,9 +547,7 @@ def _run_passes(
 def _with_quality(result: Result, dense: Callable[..., Any], model: nn.Module, values: Mapping[str, Any]) -> Result:
     """The result with its quality in the report, or with the reason why it was not measured.
 
-    Args:
-        dense: gives the logits of the dense model for ``input_ids=``.
-        model: the dense model, to generate with.
+    ``dense`` gives the logits of the dense model for ``input_ids=``, and ``model`` generates.
     """
     start = time.perf_counter()
     why = _unmeasured(result.graph_module, values)

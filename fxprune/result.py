@@ -62,9 +62,8 @@ class Result:
             PassError: nothing was removed from the graph, or no report was made.
         """
         facts = facts_of(graph_module)
-        emitted = facts.get(Emitted)
+        emitted, removal = facts.get(Emitted), facts[Removed].removal
         model = None if emitted is None else emitted.model
-        removal = facts[Removed].removal
         return cls(graph_module, model, removal.plan, facts[Report], removal.scores)
 
     def __repr__(self) -> str:
@@ -75,11 +74,12 @@ class Result:
 
     def __str__(self) -> str:
         """The target, sizes before and after, the units left of each kind, and the samples used, one a line."""
-        sizes = (f"  {name}: {dense} to {slim}" for name, dense, slim, _ in self._rows())
-        samples = [] if self.report.calibration is None else [f"  calibrated on {self.report.calibration}"]
-        reached = [] if self.report.reached is None else [f"  {self.report.reached}"]
-        quality = [] if self.report.quality is None else map("  {}".format, self.report.quality.texts)
-        return "\n".join((repr(self), *reached, *sizes, *samples, *quality))
+        report = self.report
+        lines = [] if report.reached is None else [str(report.reached)]
+        lines += [f"{name}: {dense} to {slim}" for name, dense, slim, _ in self._rows()]
+        lines += [] if report.calibration is None else [f"calibrated on {report.calibration}"]
+        lines += [] if report.quality is None else map(str, report.quality.texts)
+        return "\n  ".join((repr(self), *lines))
 
     def _repr_html_(self) -> str:
         return html_table(self.report.model or "Result", self._rows(), ("", "dense", "slim", "left"))
@@ -116,15 +116,9 @@ class Result:
             CheckpointError: there is no slim Hugging Face model, or the folder holds something else.
         """
         model = Emitted(self.model, self.report.model_reasons).require_model()
+        words = tokenizer if self.tokenizer is None else self.tokenizer
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "force": force, "also": also, "verify": verify}
-        return save_pretrained(
-            model,
-            folder,
-            tokenizer if self.tokenizer is None else self.tokenizer,
-            plan=self.plan,
-            report=self.report,
-            **options,
-        )
+        return save_pretrained(model, folder, words, plan=self.plan, report=self.report, **options)
 
     def evaluate(
         self, dense: Any, tokenizer: Any, *, text: str | os.PathLike[str] | None = None, track: Track = no_progress
@@ -134,20 +128,18 @@ class Result:
         For a prune that did not: without a tokenizer, in place, or with weights on disk.
 
         Args:
-            dense: the dense model.
             tokenizer: that of the dense model.
             text: a file of text, of which the part is measured on that was not used; None for built-in text.
-            track: shows progress, as ``track(items, what, total)``.
 
         Raises:
             FxpruneError: the text cannot be read, or a model cannot be run on it.
         """
         check_track(track)
         slim = graph_predictor(self.graph_module) if self.model is None else self.model
-        speakers = None if self.model is None else (dense, self.model)
-        options: dict[str, Any] = {"speakers": speakers, "pruned": self.graph_module, "window": window_of(dense)}
-        options |= {"dense_tokenizer": None if self.tokenizer is None else tokenizer}
-        quality = measure_quality(dense, slim, self.tokenizer or tokenizer, text, track=track, **options)
+        options: dict[str, Any] = {"pruned": self.graph_module, "window": window_of(dense), "track": track}
+        options["speakers"] = None if self.model is None else (dense, self.model)
+        options["dense_tokenizer"] = None if self.tokenizer is None else tokenizer
+        quality = measure_quality(dense, slim, self.tokenizer or tokenizer, text, **options)
         return replace(self, report=replace(self.report, quality=quality, unmeasured=""))
 
     def push_to_hub(self, repository: str, tokenizer: Any = None, *, private: bool | None = None) -> str:
@@ -155,7 +147,6 @@ class Result:
 
         Args:
             repository: ``owner/name`` on the hub, which is made if there is none.
-            tokenizer: saved with it.
             private: whether a new repository is private; None as its owner has it.
 
         Raises:
@@ -190,10 +181,6 @@ class Result:
 
     def write_report(self, path: str | os.PathLike[str], comparison: Comparison | None = None) -> Path:
         """Write :meth:`to_html` to a file.
-
-        Args:
-            path: the file to write.
-            comparison: as for :meth:`to_html`.
 
         Raises:
             ArgumentError: ``comparison`` is no comparison.
@@ -234,15 +221,9 @@ class Result:
         if not cache and Path(path).suffix != ".gguf":
             return export_graph(self.graph_module, path, example_inputs=example_inputs, verify=verify)
         if self.model is None:
-            reasons = "; ".join(self.report.model_reasons[:3])
-            raise ExportError(
-                f"there is no slim model: {reasons}", where="model", remedy="Export the graph, as .pt2 or .onnx"
-            )
-        if calibration is None and Path(path).suffix == ".gguf":
-            calibration = self._samples()
-        return export_model(self.model, path, calibration=calibration, verify=verify, **options)
-
-    def _samples(self) -> list[dict[str, Any]] | None:
-        """Token ids of the samples that the prune worked on; None if there were none."""
+            what = f"there is no slim model: {'; '.join(self.report.model_reasons[:3])}"
+            raise ExportError(what, where="model", remedy="Export the graph, as .pt2 or .onnx")
         found, name = facts_of(self.graph_module).get(Calibration), token_input(self.graph_module)
-        return None if found is None or name is None else [{"input_ids": one.inputs[name]} for one in found.samples]
+        if calibration is None and Path(path).suffix == ".gguf" and found is not None and name is not None:
+            calibration = [{"input_ids": one.inputs[name]} for one in found.samples]
+        return export_model(self.model, path, calibration=calibration, verify=verify, **options)

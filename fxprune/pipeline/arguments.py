@@ -20,6 +20,7 @@ import reprlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from fractions import Fraction
 from functools import cache, partial
@@ -69,13 +70,11 @@ Check = Callable[[str, Any], Any]
 
 @dataclass(frozen=True)
 class Argument:
-    """The declaration of an argument, in the metadata of its field.
+    """The declaration of an argument, in the metadata of its field; see :func:`argument`.
 
     Args:
         default: the default of an option of a prune; that of a field is the field's own.
-        check: validates a value; None to infer the check from the annotation and ``limits``.
         limits: ``least``, ``most``, ``above``, ``below`` of a number, and ``error``, the class that is raised.
-        spelled: whether the argument has a spelling as text, unlike data and objects.
         panel: the panel of ``--help`` that the option stands in; empty for no option.
     """
 
@@ -178,14 +177,14 @@ class Limits(NamedTuple):
         return all(limit is None or holds(value, limit) for holds, limit in pairs)
 
     def __str__(self) -> str:
-        low = self.least if self.above is None else self.above
-        high = self.most if self.below is None else self.below
+        least, above, below, most = self
+        low, high = least if above is None else above, most if below is None else below
         if low is not None and high is not None:
-            return f" in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
+            return f" in {'[' if above is None else '('}{low}, {high}{']' if below is None else ')'}"
         if low is not None:
-            return f" of {low} or more" if self.above is None else f" above {low}"
+            return f" of {low} or more" if above is None else f" above {low}"
         if high is not None:
-            return f" of {high} or less" if self.below is None else f" below {high}"
+            return f" of {high} or less" if below is None else f" below {high}"
         return ""
 
 
@@ -196,13 +195,10 @@ def number(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError, 
         FxpruneError: of the class ``error``: it is not a number, is not finite or is out of range.
     """
     found, accepted = _scalar(value), Limits(**limits)
-    if isinstance(found, int | float | Fraction) and not isinstance(found, bool):
-        try:
-            as_float = float(found)
-        except OverflowError:
-            as_float = math.inf
-        if accepted.hold(found) and math.isfinite(as_float):
-            return as_float
+    if isinstance(found, int | float | Fraction) and not isinstance(found, bool) and accepted.hold(found):
+        with suppress(OverflowError):
+            if math.isfinite(as_float := float(found)):
+                return as_float
     wanted = f"a number{accepted}"
     if 1 in (accepted.below, accepted.most) and isinstance(found, int | float) and 1 < found <= 100:
         wanted = f"{wanted}; {found:g}% is {found / 100:g}"
@@ -226,11 +222,9 @@ def numbers(name: str, value: Any, wanted: str) -> tuple[int, ...]:
     """Return ``value`` as whole numbers of 0 or more; ``wanted`` describes them in the message."""
     if _is(value, "torch.Tensor", "numpy.ndarray") and value.ndim == 1:
         value = value.tolist()
-    try:
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        with suppress(ArgumentError):
             return tuple(whole_number(name, item, least=0) for item in value)
-    except ArgumentError as error:
-        raise refuse(name, value, wanted) from error
     raise refuse(name, value, wanted)
 
 
@@ -272,18 +266,15 @@ def as_path(name: str, value: Any, wanted: str = "a path", *, error: type[Fxprun
     ``~`` is the home of the user.
     """
     found = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if isinstance(found, str) and found and _may_exist(path := os.path.expanduser(found)):
-        return path
+    if isinstance(found, str) and found:
+        path = os.path.expanduser(found)
+        try:
+            os.stat(path)  # the file system may not allow it: a text is too long for a path, or has bytes that are 0
+            return path
+        except (OSError, ValueError) as reason:
+            if isinstance(reason, OSError) and reason.errno != errno.ENAMETOOLONG:
+                return path
     raise refuse(name, value, wanted, error)
-
-
-def _may_exist(path: str) -> bool:
-    """Whether the file system allows a path: a text may be too long for one, or have bytes that are 0."""
-    try:
-        os.stat(path)
-    except (OSError, ValueError) as error:
-        return isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG
-    return True
 
 
 def path_or_empty(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError) -> str:
@@ -307,22 +298,19 @@ def format_value(value: Any) -> str:
     value = _scalar(value)
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    name = type(value).__name__
     if _is(value, "torch.Tensor", "numpy.ndarray"):
         kind = "tensor" if _is(value, "torch.Tensor") else "array"
-        return f"{_article(str(value.dtype))} {kind} of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
+        name = f"{value.dtype} {kind} of shape {tuple(value.shape)}"
+    elif value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | set | Mapping):
         text = re.sub(r"\n\s*", " ", _REPR.repr(value))  # tensors in it have lines, which may be cut out or not
         if len(text) <= _LONGEST and " object at 0x" not in text:
             return text
-    return _article(type(value).__name__)
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
 def _is(value: Any, *kinds: str) -> bool:

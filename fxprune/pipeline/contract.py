@@ -56,9 +56,9 @@ def tracked(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
     return _TRACK.get()(items, what, total)
 
 
-def check_track(track: Any, name: str = "track") -> None:
+def check_track(track: Any) -> None:
     """Raise :class:`~fxprune.errors.ArgumentError` unless ``track`` can be called."""
-    function(name, track, "a function that is called as track(items, what, total) and yields the items")
+    function("track", track, "a function that is called as track(items, what, total) and yields the items")
 
 
 STAGES = (
@@ -278,7 +278,14 @@ def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphMod
     ``hold`` keeps tensors alive to compare with. Without, a copy cannot be distinguished from a change once the
     original is gone, and counts as one; but in place dense tensors are freed as slim ones are made.
     """
-    nodes = _nodes(graph_module)
+
+    def nodes_of(module: fx.GraphModule) -> list[tuple[Any, ...]]:
+        return [(node, node.target, node.args, node.kwargs) for node in module.graph.nodes]
+
+    def spelled(node: fx.Node, target: Any, args: Any, kwargs: Any) -> tuple[object, ...]:
+        return node.name, node.op, target, comparable(args), comparable(kwargs)
+
+    nodes = nodes_of(graph_module)
     tensors: dict[str, tuple[Callable[[], torch.Tensor | None], int, torch.Size]] = {
         name: ((lambda held=tensor: held) if hold else weakref.ref(tensor), version_of(tensor), tensor.shape)
         for name, tensor in weights(graph_module)
@@ -295,31 +302,16 @@ def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphMod
         return not before.is_meta and not torch.equal(before, after)
 
     def changes_in(after: fx.GraphModule) -> set[Change]:
-        changed: set[Change] = set() if _same(nodes, _nodes(after)) else {"graph"}
+        later = nodes_of(after)
+        same = len(nodes) == len(later) and all(
+            all(map(is_, old, new)) or spelled(*old) == spelled(*new) for old, new in zip(nodes, later, strict=True)
+        )
+        changed: set[Change] = set() if same else {"graph"}
         if any(name in tensors and differs(name, tensor) for name, tensor in weights(after)):
             changed.add("weights")
         return changed
 
     return changes_in
-
-
-def _nodes(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
-    return [(node, node.target, node.args, node.kwargs) for node in graph_module.graph.nodes]
-
-
-def _same(before: list[tuple[Any, ...]], after: list[tuple[Any, ...]]) -> bool:
-    """Whether two graphs have the same nodes, in name, op, target and arguments."""
-
-    def spelled(node: fx.Node, target: Any, args: Any, kwargs: Any) -> tuple[object, ...]:
-        return node.name, node.op, target, comparable(args), comparable(kwargs)
-
-    return len(before) == len(after) and all(
-        all(map(is_, old, new)) or spelled(*old) == spelled(*new) for old, new in zip(before, after, strict=True)
-    )
-
-
-_SHARED = ("prepare", "discover", "importance", "teach")
-"""Costly stages whose findings about the dense model serve selections of all sizes."""
 
 
 @dataclass
@@ -331,23 +323,16 @@ class _Findings:
     bytes: int = 0
     digests: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = field(default_factory=dict)
 
-    def key(self, step: Any, graph_module: fx.GraphModule) -> tuple[Any, ...]:
-        facts = facts_of(graph_module)
-        read = tuple(_identity(facts.get(kind)) for kind in (*step.needs, *step.wants))
-        return _identity(step), read, *self.graph_key(graph_module)
-
     def graph_key(self, graph_module: fx.GraphModule) -> tuple[Any, ...]:
         """Cache key of a graph: a hash of its node names, and a digest of each weight."""
-        nodes = hash(tuple(node.name for node in graph_module.graph.nodes))
-        return nodes, tuple(self._digest(tensor) for _, tensor in weights(graph_module))
-
-    def _digest(self, tensor: torch.Tensor) -> str:
-        """The digest of a tensor, worked out once while it stays as it is."""
-        known = self.digests.get(id(tensor))
-        if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
-            known = weakref.ref(tensor), version_of(tensor), digest_of(tensor)
-            self.digests[id(tensor)] = known
-        return known[2]
+        digests = []
+        for _, tensor in weights(graph_module):
+            known = self.digests.get(id(tensor))  # while the tensor stays as it is
+            if known is None or known[0]() is not tensor or known[1] != version_of(tensor):
+                known = weakref.ref(tensor), version_of(tensor), digest_of(tensor)
+                self.digests[id(tensor)] = known
+            digests.append(known[2])
+        return hash(tuple(node.name for node in graph_module.graph.nodes)), tuple(digests)
 
 
 _FINDINGS: ContextVar[_Findings | None] = ContextVar("findings", default=None)
@@ -361,10 +346,13 @@ def sharing() -> AbstractContextManager[None]:
 def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_module: fx.GraphModule) -> PassResult:
     """Run a pass, or reuse the facts of an earlier run that read the same."""
     findings = _FINDINGS.get()
-    if findings is None or step.changes != "nothing" or step.stage not in _SHARED:
+    costly = ("prepare", "discover", "importance", "teach")  # stages that serve selections of all sizes
+    if findings is None or step.changes != "nothing" or step.stage not in costly:
         return run(graph_module)
     with reading("", None):
-        key, facts = findings.key(step, graph_module), facts_of(graph_module)
+        facts = facts_of(graph_module)
+        read = tuple(facts.get(kind) for kind in (*step.needs, *step.wants))
+        key = _identity(step), _identity(read), *findings.graph_key(graph_module)
         if key in findings.given:
             given, notes, _ = findings.given[key]
             for kind in step.drops:
@@ -374,11 +362,10 @@ def remembered(step: Any, run: Callable[[fx.GraphModule], PassResult], graph_mod
             for line in notes:
                 add_note(graph_module, line)
             return PassResult(graph_module, False)
-        read = tuple(facts.get(kind) for kind in (*step.needs, *step.wants))
-        before = facts.get(Notes) or Notes()
+        before = (facts.get(Notes) or Notes()).lines
     result = run(graph_module)
     with reading("", None):
-        new = tuple(line for line in (facts.get(Notes) or Notes()).lines if line not in before.lines)
+        new = tuple(line for line in (facts.get(Notes) or Notes()).lines if line not in before)
         findings.given[key] = tuple(facts[kind] for kind in step.gives), new, (step, read)
     return result
 

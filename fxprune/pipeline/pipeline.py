@@ -18,7 +18,7 @@ from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import has_meta_weights
 from fxprune.offload.files import resume_scope
 from fxprune.pipeline.arguments import argument, flag, function, read_steps, refuse
-from fxprune.pipeline.contract import Pass, PassResult, Track, check_track, run_apart, tracking
+from fxprune.pipeline.contract import Kinds, Pass, PassResult, Track, check_track, run_apart, tracking
 from fxprune.pipeline.registry import parse_pass
 
 
@@ -34,9 +34,6 @@ def html_table(title: str, rows: Iterable[Sequence[object]], head: Sequence[str]
 _WANTED = "passes, their names, or a text such as 'find-groups, l2, select-by-ratio'"
 
 OnPass = Callable[[Pass], None]
-
-_LONGEST = 1000
-"""Characters of a spelling that are noted; a plan as text has many more."""
 
 
 @dataclass(frozen=True)
@@ -71,35 +68,33 @@ class PassSequence(Pass):
         return any(step.writes for step in self.steps if step.changes != "nothing")
 
     @property
-    def needs(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+    def needs(self) -> Kinds:  # type: ignore[override]
         """The facts that a step needs and no step before it gives."""
         return self._not_given("needs")
 
     @property
-    def wants(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+    def wants(self) -> Kinds:  # type: ignore[override]
         """The facts that a step reads if they are known, and no step before it gives."""
         return self._not_given("wants")
 
-    def _not_given(self, declared: str) -> tuple[type[Fact], ...]:
+    def _not_given(self, declared: str) -> Kinds:
         given: set[type[Fact]] = set()
         found: dict[type[Fact], None] = {}
         for step in self.steps:
-            found.update(dict.fromkeys(kind for kind in getattr(step, declared) if kind not in given))
+            found |= dict.fromkeys(kind for kind in getattr(step, declared) if kind not in given)
             given.update(step.gives)
         return tuple(found)
 
     @property
-    def gives(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+    def gives(self) -> Kinds:  # type: ignore[override]
         """The facts that a step gives and no later step drops."""
         given: dict[type[Fact], None] = {}
         for step in self.steps:
-            for kind in step.drops:
-                given.pop(kind, None)
-            given.update(dict.fromkeys(step.gives))
+            given = {kind: None for kind in given if kind not in step.drops} | dict.fromkeys(step.gives)
         return tuple(given)
 
     @property
-    def drops(self) -> tuple[type[Fact], ...]:  # type: ignore[override]
+    def drops(self) -> Kinds:  # type: ignore[override]
         """The facts that a step drops and no later step gives."""
         return tuple(dict.fromkeys(kind for step in self.steps for kind in step.drops if kind not in self.gives))
 
@@ -137,11 +132,10 @@ class PassSequence(Pass):
                 if kind not in known and giver is not None:
                     what = f"reads the fact {kind.__name__}, which {giver} gives after it"
                     raise PassError(what, where=f"pass {step.name}", remedy=f"Run {giver} first")
-            for kind in step.needs:
-                if kind not in known:
-                    error = facts.missing(kind, where=f"pass {step.name}", by=dropped.get(kind, ""))
-                    error.add_note(f"in pass {step.name}")
-                    raise error
+            with _named(step):
+                for kind in step.needs:
+                    if kind not in known:
+                        raise facts.missing(kind, where=f"pass {step.name}", by=dropped.get(kind, ""))
             dropped.update(dict.fromkeys(known.intersection(step.drops), step.name))
             known.difference_update(step.drops)
             known.update(step.gives)
@@ -150,11 +144,8 @@ class PassSequence(Pass):
         modified = False
         steps = _quick_first(self.steps)
         for number, (place, step) in enumerate(steps):
-            self._begin(step)
-            start = perf_counter()
             with _named(step), resume_scope(f"{place}-{step.name}"):
-                result = step(graph_module, inplace=True)
-            self._end(step, result.graph_module, perf_counter() - start)
+                result = self._run_step(step, graph_module)
             graph_module, modified = result.graph_module, modified or result.modified
             for _, later in steps[number + 1 :]:
                 if later.changes != "nothing" or set(step.gives).intersection(later.gives):
@@ -163,11 +154,8 @@ class PassSequence(Pass):
                     later.foresee(graph_module, step.gives)
         return PassResult(graph_module, modified)
 
-    def _begin(self, step: Pass) -> None:
-        """Called with each step before it runs."""
-
-    def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
-        """Called with each step after it ran, its result and its duration."""
+    def _run_step(self, step: Pass, graph_module: fx.GraphModule) -> PassResult:
+        return step(graph_module, inplace=True)
 
 
 @contextmanager
@@ -218,7 +206,16 @@ class Pipeline(PassSequence):
     ) -> None:
         if not isinstance(passes, str | Sequence):
             raise refuse("passes", passes, _WANTED)
-        made = [_as_pass(p) for p in (read_steps(passes) if isinstance(passes, str) else passes)]
+        made: list[Pass] = []
+        steps: Sequence[Any] = read_steps(passes) if isinstance(passes, str) else passes
+        for step in steps:
+            if isinstance(step, str):
+                text = step.strip()
+                step = Pipeline(text[1:-1]) if text.startswith("(") and text.endswith(")") else parse_pass(text)
+            if not isinstance(step, Pass):
+                wanted = "a pass, as in fxprune.load_pass(name), or the spelling of one"
+                raise refuse("a step of the pipeline", step, wanted)
+            made.append(step)
         if not made:
             raise PassError("there is no pass", where="pipeline", remedy=f"Pass {_WANTED}")
         if on_pass is not None:
@@ -249,21 +246,13 @@ class Pipeline(PassSequence):
         with tracking(self.track):
             return super().call(graph_module)
 
-    def _begin(self, step: Pass) -> None:
+    def _run_step(self, step: Pass, graph_module: fx.GraphModule) -> PassResult:
         if self.on_pass is not None:
             self.on_pass(step)
-
-    def _end(self, step: Pass, graph_module: fx.GraphModule, seconds: float) -> None:
+        start = perf_counter()
+        result = super()._run_step(step, graph_module)
         if not isinstance(step, Pipeline):
-            facts, spelling = facts_of(graph_module), str(step)
-            shown = spelling if len(spelling) <= _LONGEST else f"{step.name}{{...}}"
+            facts, spelling, seconds = facts_of(result.graph_module), str(step), perf_counter() - start
+            shown = spelling if len(spelling) <= 1000 else f"{step.name}{{...}}"  # a plan as text has many more
             facts.put(Ran((*(facts.get(Ran) or Ran()).passes, (step.stage, shown, seconds))))
-
-
-def _as_pass(step: Any) -> Pass:
-    if isinstance(step, Pass):
-        return step
-    if not isinstance(step, str):
-        raise refuse("a step of the pipeline", step, "a pass, as in fxprune.load_pass(name), or the spelling of one")
-    text = step.strip()
-    return Pipeline(text[1:-1]) if text.startswith("(") and text.endswith(")") else parse_pass(text)
+        return result

@@ -12,18 +12,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from fxprune.pipeline.contract import Pass
 
-_SAMPLES = 100
-"""Samples for which the work of passes is compared."""
-
 
 class RunBar:
-    """A bar over the steps of a run, each as long as its share of the work.
-
-    Args:
-        names: of the steps, in order.
-        work: of each step, in any unit.
-        progress: the display.
-    """
+    """A bar over the steps of a run, by their names in order, each as long as its share of the work."""
 
     def __init__(self, names: Sequence[str], work: Sequence[float], progress: Progress) -> None:
         self._names, self._work, self._progress = names, work, progress
@@ -65,7 +56,7 @@ def run_bar(passes: Sequence[Pass], first: Sequence[str] = (), last: Sequence[st
     if not (console.is_terminal or console.is_jupyter):
         yield None
         return
-    runs = [step.cost(_SAMPLES).runs for step in passes]
+    runs = [step.cost(100).runs for step in passes]  # the work is compared for as many samples
     least = max(sum(runs) / 20, 1.0)  # steps without runs of the model take time as well
     work = [least] * len(first) + [least / 4 + each for each in runs] + [least] * len(last)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())

@@ -11,12 +11,11 @@ from typing import Any
 
 import networkx as nx
 
-from fxprune.errors import PassError, UnknownNameError
+from fxprune.errors import ArgumentError, PassError, UnknownNameError
 from fxprune.graph.facts import Fact, set_giver_lookup
 from fxprune.pipeline.arguments import (
     declared,
     default_of,
-    invalid,
     one_of,
     read_spelling,
     refuse,
@@ -25,12 +24,10 @@ from fxprune.pipeline.arguments import (
 )
 from fxprune.pipeline.contract import STAGES, Pass
 
-_GROUP = "fxprune.passes"
-
 
 @cache
 def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=_GROUP)}
+    return {entry.name: entry for entry in entry_points(group="fxprune.passes")}
 
 
 def pass_names(stage: str | None = None) -> tuple[str, ...]:
@@ -59,9 +56,8 @@ def load_pass(name: str, **arguments: Any) -> Pass:
     """The pass registered as ``name``, made with ``arguments``."""
     made = pass_class(name)
     known = [field.name for field in spelled_fields(made)]
-    for argument in arguments:
-        if argument not in known:
-            raise UnknownNameError(f"argument of pass {name}", argument, known)
+    if unknown := [argument for argument in arguments if argument not in known]:
+        raise UnknownNameError(f"argument of pass {name}", unknown[0], known)
     return made(**arguments)
 
 
@@ -83,8 +79,8 @@ def pass_argument(stage: str) -> Callable[[str, Any], Pass]:
         if not isinstance(made, Pass):
             raise refuse(name, value, f"a pass of the stage {stage!r}, or its spelling as text")
         if made.stage != stage:
-            remedy = f"Name a pass of the stage {stage!r}"
-            raise invalid(name, value, f"{made.name} is of the stage {made.stage!r}", remedy)
+            what, remedy = f"{made.name} is of the stage {made.stage!r}", f"Name a pass of the stage {stage!r}"
+            raise ArgumentError(what, where=name, remedy=remedy, argument=name, value=value)
         return made
 
     return check

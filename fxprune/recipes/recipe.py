@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,6 @@ NONE = "none"
 
 _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in text with a pass on each line"
 
-_OPTIONAL = ("teach", "compensate", "tune")
-"""Stages that a prune does without."""
-
 _INHERITED = (
     *("kinds", "part", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
     *("target", "context", "reduction", "samples", "reach"),
@@ -30,7 +28,7 @@ _INHERITED = (
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
 
 
-class Recipe(MutableMapping[str, Sequence[Pass]]):
+class Recipe(UserDict[str, tuple[Pass, ...]]):
     """A prune as text: a pipeline with a slot for each stage.
 
     A recipe maps the stages of :data:`~fxprune.pipeline.contract.STAGES` to their passes, so that replacing a stage is
@@ -46,54 +44,38 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
     """
 
     def __init__(self, name: str, text: str) -> None:
-        self.name, self._text = name, text
-        self._slots: dict[str, tuple[Pass, ...]] = {stage: () for stage in STAGES}
-        self._changed = False
+        self.name, self._text, self._changed = name, text, False
+        self.data = dict.fromkeys(STAGES, ())
         stage = STAGES[0]
         for step in _flat(Pipeline(text)):
             here = step.stage or stage
             if STAGES.index(here) < STAGES.index(stage):
-                last = self._slots[stage][-1].name
-                raise PassError(
-                    f"stands behind {last}, and {here} comes before {stage}",
-                    where=f"pass {step.name}",
-                    remedy=f"Order the passes by stage: {', '.join(STAGES)}",
-                )
+                what = f"stands behind {self.data[stage][-1].name}, and {here} comes before {stage}"
+                remedy = f"Order the passes by stage: {', '.join(STAGES)}"
+                raise PassError(what, where=f"pass {step.name}", remedy=remedy)
             stage = here
-            self._slots[stage] = (*self._slots[stage], step)
-
-    def __getitem__(self, stage: str) -> tuple[Pass, ...]:
-        """The passes of a stage, in order; empty if it is left out."""
-        return self._slots[stage]
+            self.data[stage] = (*self.data[stage], step)
 
     def __setitem__(self, stage: str, choice: Pass | str | Sequence[Pass | str] | None) -> None:
         """Replace the passes of a stage.
 
         Args:
-            stage: one of :data:`~fxprune.pipeline.contract.STAGES`.
             choice: a pass, its spelling, several of these, or None.
 
         Raises:
             UnknownNameError: there is no such stage, or no such pass.
             ArgumentError: a pass is of another stage.
         """
-        if stage not in self._slots:
+        if stage not in self.data:
             raise UnknownNameError("stage", stage, STAGES)
         given: Any = (choice,) if isinstance(choice, str | Pass) or choice is None else choice
         if not isinstance(given, Sequence):
             raise refuse(stage, given, "a pass, its spelling, several of these, or None")
-        made = [made_for(stage, one) for one in given]
+        self.data[stage] = tuple(step for one in given if (step := made_for(stage, one)) is not None)
         self._changed = True
-        self._slots[stage] = tuple(step for step in made if step is not None)
 
     def __delitem__(self, stage: str) -> None:
         self[stage] = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
-
-    def __len__(self) -> int:
-        return len(self._slots)
 
     def __str__(self) -> str:
         return str(self.pipeline) if self._changed else self._text
@@ -113,7 +95,7 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        return tuple(step for stage in STAGES for step in self._slots[stage])
+        return tuple(step for stage in STAGES for step in self[stage])
 
     @property
     def pipeline(self) -> Pipeline:
@@ -122,7 +104,7 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
     def copy(self) -> Recipe:
         """A copy whose stages can be replaced."""
         twin = Recipe(self.name, self._text)
-        twin._slots, twin._changed = dict(self._slots), self._changed
+        twin.data, twin._changed = dict(self.data), self._changed
         return twin
 
     def reads_samples(self) -> bool:
@@ -136,20 +118,24 @@ class Recipe(MutableMapping[str, Sequence[Pass]]):
     def replace_stage(self, stage: str, choice: Pass | str | None, arguments: Mapping[str, Any]) -> None:
         """Replace the passes of a stage; one given as text inherits arguments of those whose place it takes.
 
-        Args:
-            choice: the pass, its spelling, or None.
-            arguments: further arguments of a pass given as text, for those it has and does not spell itself.
+        ``arguments`` are further ones of a pass given as text, for those it has and does not spell itself.
         """
         inside = [one for step in self[stage] for one in _passes_inside(step) if one.stage == stage]
         name = choice.partition("{")[0].strip() if isinstance(choice, str) else ""
-        alike = [one for one in inside if one.name == name]  # its own arguments, before those of another criterion
-        before = [*(alike or inside)[:1], *self[stage]]
+        inside.sort(key=lambda one: one.name != name)  # its own arguments, before those of another criterion
+        before = [*inside[:1], *self[stage]]
         old = {key: value for step in before for key, value in _arguments(step).items() if key in _INHERITED}
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
         made = made_for(stage, choice, **{**old, **inner, **arguments})
-        if made is not None and isinstance(choice, str):
-            made = _inherited(made, arguments)
-        self[stage] = None if made is None else [made]
+
+        def inherit(one: Pass) -> Pass:
+            """A copy with ``arguments`` where it has the default."""
+            defaults, own = _arguments(type(one)()), _arguments(one)
+            return changed(one, {key: value for key, value in arguments.items() if own.get(key) == defaults.get(key)})
+
+        if made is not None and isinstance(choice, str) and (changes := _inside(made, inherit)):
+            made = type(made)(**_arguments(made) | changes)
+        self[stage] = made
 
 
 def read_recipe(name: str) -> Recipe:
@@ -198,9 +184,7 @@ def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:
         ArgumentError: it is a pass of another stage, or the stage cannot be left out.
     """
     known = pass_names(stage)
-    if choice is None or choice == NONE:
-        if choice is not None and stage not in _OPTIONAL:
-            raise UnknownNameError(stage, choice, known, argument=stage)
+    if choice is None or (choice == NONE and stage in ("teach", "compensate", "tune")):
         return None
     if isinstance(choice, Pass):
         if choice.stage in ("", stage):
@@ -228,21 +212,10 @@ def changed(step: Pass, arguments: Mapping[str, Any]) -> Pass:
     return type(step)(**own | new) if new else step
 
 
-def _inherited(step: Pass, arguments: Mapping[str, Any]) -> Pass:
-    """A copy of a pass in which passes inside it, of the same stage, have ``arguments`` where they have the default."""
-
-    def inherit(one: Pass) -> Pass:
-        defaults, own = _arguments(type(one)()), _arguments(one)
-        return changed(one, {key: value for key, value in arguments.items() if own.get(key) == defaults.get(key)})
-
-    inside = _inside(step, inherit)
-    return type(step)(**_arguments(step) | inside) if inside else step
-
-
-def _passes_inside(step: Pass) -> Iterator[Pass]:
-    """Yield the passes among the arguments of a pass, alone or in a tuple."""
-    for value in vars(step).values():
-        yield from (one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Pass))
+def _passes_inside(step: Pass) -> list[Pass]:
+    """The passes among the arguments of a pass, alone or in a tuple."""
+    values = (value if isinstance(value, tuple) else (value,) for value in vars(step).values())
+    return [one for several in values for one in several if isinstance(one, Pass)]
 
 
 def _inside(step: Pass, change: Callable[[Pass], Pass]) -> dict[str, Any]:

@@ -43,9 +43,6 @@ RECIPES = ("fast", "balanced")
 Keep = Literal["all", "best", "none"]
 KEEP = ("all", "best", "none")
 
-_REFUSED = ("inplace", "offload", "group_ratio")
-"""Options that a sweep cannot work with: it needs the dense model, in memory, and ratios of its own."""
-
 
 def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of one
     model: nn.Module | str | os.PathLike[str],
@@ -69,13 +66,11 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
         model: as for :func:`fxprune.prune`; it stays as it is, and its weights are in memory.
         calibration: as for :func:`fxprune.prune`, in memory: it is read more than once.
         out: the folder for ``sweep.json``, ``sweep.md``, ``sweep.svg`` where matplotlib is installed, and the models.
-        ratio: fractions of the parameters to remove.
-        recipe: recipes, as for :func:`fxprune.prune`.
         keep: the slim models that stay on disk, each in a folder named after its recipe and ratio: ``all`` of them,
             ``best``, those that nothing else beats, or ``none``.
         bench: measure the time of a generated token as well, dense and slim side by side.
         force: replace the table of another model or of other samples.
-        options: as for :func:`fxprune.prune`, for all of them.
+        options: as for :func:`fxprune.prune`, for all of them, as is each ``recipe`` and each ``ratio``.
 
     Raises:
         FxpruneError: as for :func:`fxprune.prune`; rows that are done stay.
@@ -83,12 +78,22 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     asked = check_sweep(ratio, recipe, keep, options)
     folder = Path(as_path("out", out))
     bench, force = flag("bench", bench), flag("force", force)
-    model, calibration, given = _read_inputs(model, calibration, options)
+    given: dict[str, Any] = {**options}
+    if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
+        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+    if not isinstance(model, nn.Module):
+        if given.get("tokenizer") is None:
+            given["tokenizer"] = load_tokenizer(model)
+        model = load_model(model)
+    if given.get("tokenizer") is None:
+        raise invalid("tokenizer", None, "quality cannot be measured without one", "Pass the tokenizer of the model")
+    if is_text(calibration):
+        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
     source = _digest(model, calibration)
     found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
     rows, made = {row.name: row for row in found}, set[str]()
     keys = {name: _key(source, calibration, {**given, **own}) for name, own in asked.items()}
-    known = Sweep(folder, tuple(rows.values()))
+    known = Sweep(folder, tuple(found))
     todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
     making = made_folder(folder) if is_first() else nullcontext()
     with wrap_disk_errors(folder, CheckpointError), making, sharing():
@@ -106,7 +111,14 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
             run_on_first(partial(_write, done, source, made if keep == "best" else ()), CheckpointError)
             del result, row  # before the next one is made
     done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
-    run_on_first(partial(_write_pages, done, source), CheckpointError)
+
+    def write_pages() -> None:
+        _write(done, source)
+        write_file(folder / "sweep.md", done.to_markdown())
+        with suppress(EvaluationError), atomic_path(folder / "sweep.svg") as picture:  # there may be no matplotlib
+            done.plot(picture)
+
+    run_on_first(write_pages, CheckpointError)
     return done
 
 
@@ -117,7 +129,7 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
         FxpruneError: a ratio, a recipe or an option cannot be used.
     """
     one_of("keep", keep, KEEP)
-    for name in _REFUSED:
+    for name in ("inplace", "offload", "group_ratio"):  # it needs the dense model, in memory, and ratios of its own
         if options.get(name):
             remedy = f"Leave ${name} out, or call `fxprune.prune`"
             raise invalid(name, options[name], f"a sweep does not take ${name}", remedy)
@@ -139,26 +151,7 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     return found
 
 
-def _read_inputs(
-    model: nn.Module | str | os.PathLike[str], calibration: Any, options: Mapping[str, Any]
-) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The model, the samples and the options of all prunes, with a tokenizer."""
-    if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
-        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
-    given = {**options}
-    if not isinstance(model, nn.Module):
-        if given.get("tokenizer") is None:
-            given["tokenizer"] = load_tokenizer(model)
-        model = load_model(model)
-    if given.get("tokenizer") is None:
-        raise invalid("tokenizer", None, "quality cannot be measured without one", "Pass the tokenizer of the model")
-    if is_text(calibration):
-        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
-    return model, calibration, given
-
-
 def _digest(model: nn.Module, calibration: Any) -> str:
-    """A digest of a model's weights and config, the samples and the versions of packages."""
     values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in _tensors((model.state_dict(), calibration))]
     config: Any = getattr(model, "config", None)
     kind = config.to_json_string() if hasattr(config, "to_json_string") else type(model).__qualname__
@@ -239,13 +232,6 @@ def _row(
         decode_ms=None if found is None else (found["dense"].decode_ms, found["slim"].decode_ms),
         seconds=seconds,
     )
-
-
-def _write_pages(done: Sweep, source: str) -> None:
-    _write(done, source)
-    write_file(done.folder / "sweep.md", done.to_markdown())
-    with suppress(EvaluationError), atomic_path(done.folder / "sweep.svg") as picture:  # there may be no matplotlib
-        done.plot(picture)
 
 
 def _write(done: Sweep, source: str, made: Collection[str] = ()) -> None:

@@ -23,7 +23,6 @@ class SweepRow:
     Args:
         name: recipe and ratio, and the name of its folder.
         key: digest of the model, the samples, the passes and their arguments.
-        recipe: name of the recipe.
         ratio: fraction of the parameters that was asked for.
         parameters: number of parameters, dense and slim.
         memory: bytes of the parameters, dense and slim.
