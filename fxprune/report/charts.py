@@ -14,18 +14,6 @@ _WIDTH, _HEIGHT = 760, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 4, 8, 20
 """Margins, for the numbers at the axes."""
 
-_MOST_LABELS = 16
-"""Columns with a label that fit side by side."""
-
-_LOGARITHMIC = 30
-"""Largest ratio of scores on a linear scale; above it the scale is logarithmic."""
-
-_DECADES = 8
-"""Range of a logarithmic scale below the largest score; smaller ones lie at its foot."""
-
-_OUTLIERS = 0.5
-"""Share of a chart above the highest third quartile; single scores may be a hundred times as high."""
-
 Five = tuple[float, ...]
 """Minimum, quartiles and maximum; empty without values."""
 
@@ -55,10 +43,10 @@ def bar_chart(columns: Sequence[ChartColumn], before: Sequence[int], after: Sequ
 def box_chart(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Sequence[Five]) -> Markup:
     """Chart of two boxes per column, for kept and removed units: from quartile to quartile, with whiskers.
 
-    Whiskers far above all boxes are cut, so that the boxes remain readable.
+    Whiskers end half above the highest third quartile: single scores may be a hundred times as high.
     """
     spreads = [five for five in (*kept, *removed) if five]
-    top = max((five[3] + _OUTLIERS * abs(five[3]) for five in spreads), default=1.0)
+    top = max((five[3] + 0.5 * abs(five[3]) for five in spreads), default=1.0)
     part, ticks = _scale([min(value, top) for five in spreads for value in five])
 
     def box(name: str, five: Five, left: float, width: float) -> Markup:
@@ -77,11 +65,14 @@ def box_chart(columns: Sequence[ChartColumn], kept: Sequence[Five], removed: Seq
 
 
 def _scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """The map from scores to heights between 0 and 1, and the axis labels with their heights."""
+    """The map from scores to heights between 0 and 1, and the axis labels with their heights.
+
+    The scale is linear up to a ratio of 30, and logarithmic above; scores below its eight decades lie at its foot.
+    """
     top = max(values, default=1.0)
     positive = [value for value in values if value > 0]
-    if positive and min(values) >= 0 and top > _LOGARITHMIC * min(positive):
-        low = max(math.floor(math.log10(min(positive))), math.ceil(math.log10(top)) - _DECADES)
+    if positive and min(values) >= 0 and top > 30 * min(positive):
+        low = max(math.floor(math.log10(min(positive))), math.ceil(math.log10(top)) - 8)
         high = max(math.ceil(math.log10(top)), low + 1)
         every = -(-(high - low) // 4)
         ticks = [((power - low) / (high - low), f"1e{power}") for power in range(low, high + 1, every)]
@@ -111,7 +102,7 @@ def _chart(
     drawn = [axis]
     for place, column in enumerate(columns):
         left, text = _LEFT + place * step, Markup()
-        if place % -(-len(columns) // _MOST_LABELS) == 0:
+        if place % -(-len(columns) // 16) == 0:  # as many labels fit side by side
             text = Markup('<text class="place" x="{:.1f}" y="{}">{}</text>')
             text = text.format(left + 0.5 * step, _HEIGHT - 5, column.label)
         inner = draw(place, left, step)

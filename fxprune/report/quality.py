@@ -21,7 +21,6 @@ class TextQuality:
 
     Args:
         text: the text, in words.
-        windows: number of windows.
         window: tokens that a model sees at once.
         tokens: tokens predicted, of all windows.
         perplexity: of the dense model, and of the slim one, as is ``bits_per_byte``.

@@ -8,14 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
@@ -33,9 +32,6 @@ from fxprune.report.quality import Quality
 
 _PACKAGES = ("fxprune", "torch", "transformers", "safetensors")
 
-_MOST_ALIKE = 4
-"""Groups of a kind in one block that are shown one by one; one per expert is too many."""
-
 _UNITS = {
     "mlp": "MLP channels",
     "head": "attention heads",
@@ -52,6 +48,10 @@ _NESTED_UNITS = {"head": "query heads of each key/value head", "head_dim": "chan
 
 _DECISIVE = {"importance": "Scored by", "select": "chosen by", "compensate": "fitted by", "tune": "tuned by"}
 """Stages that decide which units are removed and how the others change, in words."""
+
+
+_TIDY: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+_PAGES = Environment(loader=PackageLoader("fxprune.report", ""), autoescape=True, undefined=StrictUndefined, **_TIDY)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ class KindSummary:
 
     Args:
         name: the kind, with a number if a block has several such groups.
-        units: name of the units.
         shrunk: number of groups that lost units.
         least: the smallest fraction kept of a group.
         chart: the units of each block; empty if none lost any.
@@ -181,17 +180,13 @@ class Report(Fact):
             output; None if it was not checked, as on ``meta``.
         gradient_fidelity: the same for the gradients of the parameters; None if there are none.
         model_reasons: why there is no slim Hugging Face model; empty if there is one.
-        notes: further notes for the user.
         model: name of the dense model, and its class.
         memory: bytes of the parameters, dense and slim.
         cache: bytes of keys and values per token in half precision, dense and slim; None without attention.
-        groups: every group of the model with its units before and after.
         scores: for each scored place of ``groups`` the spread of its scores.
         criterion: the spelling of the pass that made the scores.
         kept_norms: modules whose norm lost units and was rescaled to equal masking.
         passes: the passes that ran, each with its stage, its spelling and its seconds.
-        versions: of the packages that the result depends on.
-        calibration: the calibration samples used; None if there were none.
         quality: quality of the slim model beside the dense one; None if it was not measured.
         unmeasured: why it was not.
         measured: quality and speed if they were measured, in rows of text; the first row names the columns.
@@ -239,14 +234,14 @@ class Report(Fact):
     def headlines(self) -> tuple[Headline, ...]:
         """The sizes that a reader asks for first."""
         work = f"MACs at {self.tokens} tokens" if self.tokens else "MACs of a sample"
-        found = [Headline("parameters", *self.parameters), Headline(work, *self.macs)]
-        if self.memory is not None:
-            found.append(Headline("bytes of weights", *self.memory))
-        if self.cache is not None:
-            found.append(Headline("KV-cache, bytes a token", *self.cache))
-        if self.vocabulary is not None:
-            found.append(Headline("tokens of the vocabulary", *self.vocabulary))
-        return tuple(found)
+        sizes: dict[str, tuple[int, int] | None] = {
+            "parameters": self.parameters,
+            work: self.macs,
+            "bytes of weights": self.memory,
+            "KV-cache, bytes a token": self.cache,
+            "tokens of the vocabulary": self.vocabulary,
+        }
+        return tuple(Headline(name, *size) for name, size in sizes.items() if size is not None)
 
     @property
     def quality_rows(self) -> tuple[tuple[str, ...], ...]:
@@ -297,7 +292,7 @@ class Report(Fact):
             values = {name: _as_tuples(value) for name, value in data.items() if name in known}
             if values.get("quality") is not None:
                 values["quality"] = Quality.from_dict(values["quality"])
-            for name, made in (("calibration", SamplesUsed), ("reached", Reached)):
+            for name, made in dict[str, Any](calibration=SamplesUsed, reached=Reached).items():
                 if values.get(name) is not None:
                     values[name] = made(**values[name])
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
@@ -306,21 +301,16 @@ class Report(Fact):
 
     def to_html(self) -> str:
         """Everything as one self-contained HTML page."""
-        kinds = list(self.kinds())
         statistics = {}
         for group, nodes in self.renormalised.items():
             names = dict.fromkeys(re.sub(r"_\d+$", "", node) for node in nodes)
             statistics[group] = f"a statistic runs over it: {', '.join(names)}"
-        return _template().render(
+        return _PAGES.get_template("page.html").render(
             report=self,
-            headlines=self.headlines(),
-            kinds=[kind for kind in kinds if kind.shrunk],
-            whole=[kind for kind in kinds if not kind.shrunk],
             frozen=_by_reason(self.frozen),
             renormalised=_by_reason(statistics),
             kept_norms=Counter(map(starred, self.kept_norms)),
             decided=[(_DECISIVE[stage], spelling) for stage, spelling, _ in self.passes if stage in _DECISIVE],
-            seconds=sum(seconds for *_, seconds in self.passes),
         )
 
     def table(self) -> Table:
@@ -338,26 +328,11 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("fxprune.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html")
-
-
-def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[tuple[str, int]]]:
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, Counter[str]]:
     """Group names by reason, with ``*`` for numbers of blocks and the count of names that then agree."""
-    counts: Counter[tuple[str, str]] = Counter()
+    found: dict[str, Counter[str]] = {}
     for name, reason in reasons.items():
-        counts[re.sub(r" \(at \w+\)$", "", reason), starred(name)] += 1
-    found: dict[str, list[tuple[str, int]]] = {}
-    for (reason, name), count in counts.items():
-        found.setdefault(reason, []).append((name, count))
+        found.setdefault(re.sub(r" \(at \w+\)$", "", reason), Counter())[starred(name)] += 1
     return found
 
 
@@ -396,27 +371,21 @@ def _summarize(kind: str, name: str, groups: Sequence[GroupSize], scores: Mappin
 
 def _score_chart(labels: Mapping[str, str], scores: Mapping[str, Spread]) -> Markup:
     """Draw the spread of the scores by place; nothing unless a place has both kept and removed units."""
-    spreads = {place: scores[place] for place in labels if place in scores}
-    if not any(spread.kept and spread.removed for spread in spreads.values()):
+    places = [place for place in labels if place in scores]
+    kept, removed = ([getattr(scores[place], side) for place in places] for side in ("kept", "removed"))
+    if not any(map(all, zip(kept, removed, strict=True))):
         return Markup()
-
-    def median(five: Sequence[float]) -> str:
-        return f"{five[2]:.3g}" if five else "none"
-
-    columns = [
-        ChartColumn(labels[place], f"{place}: median kept {median(spread.kept)}, removed {median(spread.removed)}")
-        for place, spread in spreads.items()
-    ]
-    return box_chart(columns, [spread.kept for spread in spreads.values()], [s.removed for s in spreads.values()])
+    columns = []
+    for place, *sides in zip(places, kept, removed, strict=True):
+        stays, went = (f"{five[2]:.3g}" if five else "none" for five in sides)
+        columns.append(ChartColumn(labels[place], f"{place}: median kept {stays}, removed {went}"))
+    return box_chart(columns, kept, removed)
 
 
 def group_widths(groups: tuple[Group, ...], keep: Keep) -> dict[str, tuple[int, int]]:
     """The units, before and after, of the groups that shrank."""
-    found: dict[str, tuple[int, int]] = {}
-    for group in groups:
-        if group.factor is not None and keep.touches(group.factor):
-            found[group.name] = (group.size, keep.count(group.factor))
-    return found
+    shrunk = ((one, one.factor) for one in groups if one.factor is not None and keep.touches(one.factor))
+    return {group.name: (group.size, keep.count(factor)) for group, factor in shrunk}
 
 
 def group_sizes(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[str]) -> tuple[GroupSize, ...]:
@@ -425,7 +394,7 @@ def group_sizes(groups: Sequence[Group], keep: Keep, removed_blocks: Sequence[st
     found = []
     for group in groups:
         after = 0 if group.block in removed_blocks else 1 if group.factor is None else keep.count(group.factor)
-        many = group.block is not None and alike[group.block, group.kind] > _MOST_ALIKE
+        many = group.block is not None and alike[group.block, group.kind] > 4  # one per expert is too many
         place = f"{group.block}/{group.kind}" if many else group.name
         nested = group.outer is not None
         found.append(GroupSize(group.name, group.kind, group.block, place, group.size, after, nested))
