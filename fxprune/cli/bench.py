@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import MeasuringCommand, app, console, print_json, print_lines, progress, working
+from fxprune.cli.console import MeasuringCommand, app, print_json, print_lines, print_table, progress, working
 from fxprune.cli.models import check_models, load
 from fxprune.errors import ArgumentError, EvaluationError, RatioError
 
 if TYPE_CHECKING:
     from fxprune.evaluation.speed import Speed
-
-_RATIOS = (0.15, 0.3, 0.45)
 
 
 def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
@@ -35,7 +32,7 @@ def slim_versions(model: Any) -> tuple[dict[str, Any], Any]:
     with working("tracing the model"):
         graph_module = fxprune.trace(model).graph_module
     place = times_file(count_parameters(graph_module), device_of(graph_module))
-    for ratio in _RATIOS:
+    for ratio in (0.15, 0.3, 0.45):
         pipeline = fxprune.prune_pipeline(recipe="fast", importance="random", ratio=ratio, verify=False)
         with working(f"pruning by {ratio:.0%}"):
             try:
@@ -88,31 +85,32 @@ def bench(
     if as_json:
         print_json({name: speed.to_dict() for name, speed in speeds.items()})
         return
-    console.print(_table(speeds))
+    print_table(("", *speeds), _rows([*speeds.values()]))
     where = next(iter(loaded.values())).device
     print_lines([f"batch {batch}, prompt of {prompt:,} tokens, then {tokens:,}; medians of {rounds} rounds on {where}"])
     if kept is not None:
         print_lines([f"kept in {kept}, for targets such as '1.3x decode'"])
 
 
-def _table(speeds: Mapping[str, Speed]) -> Table:
-    """A column for each model; times are followed by the speed-up over the first."""
-    table = Table("", *speeds)
-    first = next(iter(speeds.values()))
-    table.add_row("parameters", *(f"{one.parameters:,}" for one in speeds.values()))
-    table.add_row("prompt, ms", *(_speedup(one.prefill_ms, first.prefill_ms) for one in speeds.values()))
-    table.add_row("prompt, tokens a second", *(f"{one.prefill_rate:,.0f}" for one in speeds.values()))
-    table.add_row("each further token, ms", *(_speedup(one.decode_ms, first.decode_ms) for one in speeds.values()))
+def _rows(speeds: Sequence[Speed]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each figure; times are followed by the speed-up over the first model."""
+
+    def times(field: str) -> tuple[str, ...]:
+        first, *others = (getattr(one, field) for one in speeds)
+        return (f"{first:,.1f}", *(f"{value:,.1f} ({first / value:.2f} x)" for value in others))
+
+    yield "parameters", *(f"{one.parameters:,}" for one in speeds)
+    yield "prompt, ms", *times("prefill_ms")
+    yield "prompt, tokens a second", *(f"{one.prefill_rate:,.0f}" for one in speeds)
+    yield "each further token, ms", *times("decode_ms")
     if len(speeds) > 1:
-        rounds = ("{:.2f} ({:.2f} to {:.2f})".format(*one.speed_up) for one in list(speeds.values())[1:])
-        table.add_row("  times as fast, by rounds", "", *rounds)
-    table.add_row("generated, tokens a second", *(f"{one.decode_rate:,.1f}" for one in speeds.values()))
+        yield (
+            "  times as fast, by rounds",
+            "",
+            *("{:.2f} ({:.2f} to {:.2f})".format(*one.speed_up) for one in speeds[1:]),
+        )
+    yield "generated, tokens a second", *(f"{one.decode_rate:,.1f}" for one in speeds)
     for title, field in (("weights", "weights"), ("keys and values", "cache"), ("peak GPU memory", "peak")):
-        held = [getattr(one, field) for one in speeds.values()]
+        held = [getattr(one, field) for one in speeds]
         if None not in held:
-            table.add_row(f"{title}, MB", *(f"{value / 1e6:,.1f}" for value in held))
-    return table
-
-
-def _speedup(value: float, first: float) -> str:
-    return f"{value:,.1f}" if value is first else f"{value:,.1f} ({first / value:.2f} x)"
+            yield f"{title}, MB", *(f"{value / 1e6:,.1f}" for value in held)

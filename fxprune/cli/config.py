@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import typer
 
 from fxprune.cli.console import is_given, pair_of
 from fxprune.errors import FxpruneError, UnknownNameError
+from fxprune.pipeline.arguments import SUFFIXES
 
 _REMEDY = "Give a YAML file with an argument on each line, as in 'ratio: 0.2'"
 
@@ -19,58 +20,11 @@ _UNWRITTEN = ("config", "dry_run", "force", "quiet", "verbose", "as_json")
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Read arguments that are not on the command line from a file."""
-    if path is not None:
-        known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
-        context.default_map = {
-            str(known[key].name): _as_text(path, key, value, known[key])
-            for key, value in _entries(path, known).items()
-            if value is not None
-        }
-    return path
-
-
-def run_file(out: Path, *, is_file: bool) -> Path:
-    """The file for the arguments of a run: in its folder, or beside its file."""
-    return out.with_suffix(".run.yaml") if is_file else out / "run.yaml"
-
-
-def format_run(context: Any) -> str:
-    """The run of a command as YAML: each argument that was given, by the name of its option."""
+    if path is None:
+        return None
     import yaml
 
-    given = {
-        _key(parameter): _plain(context.params[parameter.name])
-        for parameter in context.command.params
-        if parameter.name not in _UNWRITTEN and is_given(context, parameter.name)
-    }
-    head = "# Repeats the run: fxprune prune --config run.yaml, from the folder in which it was started.\n"
-    text: str = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-    return head + text
-
-
-def _plain(value: Any) -> Any:
-    """A value as YAML writes it; a number that was given as text is a number, unless it would be written otherwise."""
-    if isinstance(value, tuple):
-        return list(map(_plain, value))
-    if isinstance(value, Path):
-        return str(value)
-    number = parse_number(value) if isinstance(value, str) else value
-    return number if str(number) == value else value
-
-
-def parse_number(text: str) -> int | float | str:
-    """A text as a number if it is one, else as it is."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _entries(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    import yaml
-
+    known = {_key(parameter): parameter for parameter in context.command.params if parameter.name != "config"}
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise FxpruneError(what, where=str(path), remedy=_REMEDY)
@@ -88,7 +42,50 @@ def _entries(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
             raise UnknownNameError(f"entry of {path.name}", key, known)
         if keys.count(key) > 1:
             raise FxpruneError(f"{key} is there {keys.count(key)} times", where=str(path), remedy="Leave one of them")
-    return {_dashed(key): value for key, value in found.items()}
+    given = {_dashed(key): value for key, value in found.items() if value is not None}
+    context.default_map = {str(known[key].name): _as_text(path, key, given[key], known[key]) for key in given}
+    return path
+
+
+def is_file(out: Path) -> bool:
+    """Whether a name means a file rather than a folder."""
+    return out.suffix in SUFFIXES
+
+
+def run_file(out: Path) -> Path:
+    """The file for the arguments of a run: in its folder, or beside its file."""
+    return out.with_suffix(".run.yaml") if is_file(out) else out / "run.yaml"
+
+
+def format_run(context: Any) -> str:
+    """The run of a command as YAML: each argument that was given, by the name of its option."""
+    import yaml
+
+    given = {
+        _key(parameter): _plain(context.params[parameter.name])
+        for parameter in context.command.params
+        if parameter.name not in _UNWRITTEN and is_given(context, parameter.name)
+    }
+    head = "# Repeats the run: fxprune prune --config run.yaml, from the folder in which it was started.\n"
+    return head + str(yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML writes it; a number that was given as text is a number, unless it would be written otherwise."""
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    if isinstance(value, Path):
+        return str(value)
+    number = parse_number(value) if isinstance(value, str) else value
+    return number if str(number) == value else value
+
+
+def parse_number(text: str) -> int | float | str:
+    """A text as a number if it is one, else as it is."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _dashed(key: Any) -> str:
@@ -96,7 +93,6 @@ def _dashed(key: Any) -> str:
 
 
 def _key(parameter: Any) -> str:
-    """The name of an argument in a file: its option without the dashes in front."""
     return _dashed(max(parameter.opts, key=len).lstrip("-")).lower()
 
 

@@ -14,7 +14,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Annotated, Any
 
@@ -22,14 +22,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
+from rich.table import Column, Table
 from typer.core import TyperCommand, TyperGroup
 
 from fxprune.errors import ArgumentError, FxpruneError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_OF_TWO = "Leave one of the two out"
 
-_PATIENCE = 5.0
-"""Seconds for which further signals wait for the cleanup that the first one started."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _state = {"exits": False, "since": 0.0, "swallowed": False}
 
@@ -79,7 +79,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         _state["swallowed"] = False
         raise SystemExit(128 + number)
     now = time.monotonic()
-    if _state["since"] and now - _state["since"] < _PATIENCE:
+    if _state["since"] and now - _state["since"] < 5:  # further signals wait for the cleanup that the first one started
         return
     first, _state["since"] = not _state["since"], now
     if first:
@@ -166,13 +166,11 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Configure the output, import the package, and run the command."""
-        options = ctx.params
-        quiet, verbose = bool(options.get("quiet")), bool(options.get("verbose"))
-        set_output(quiet=quiet, verbose=verbose, as_json=bool(options.get("as_json")), with_results=self.is_measurement)
+        quiet, verbose, as_json = (bool(ctx.params.get(name)) for name in ("quiet", "verbose", "as_json"))
+        set_output(quiet=quiet, verbose=verbose, as_json=as_json, with_results=self.is_measurement)
         try:
             if quiet and verbose:
-                remedy = "Leave one of the two out"
-                raise ArgumentError("cannot be given with --verbose", where="--quiet", remedy=remedy)
+                raise ArgumentError("cannot be given with --verbose", where="--quiet", remedy=ONE_OF_TWO)
             if ctx.command.name not in _TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 what, remedy = "it runs in one process", "Start it without torchrun"
                 raise ArgumentError(what, where=f"fxprune {ctx.command.name}", remedy=remedy)
@@ -181,9 +179,14 @@ class Command(TyperCommand):
                     import fxprune.api  # noqa: F401
             return super().invoke(ctx)
         except FxpruneError as error:
-            raise typer.Exit(_report(error.render(_spelling(ctx, error)))) from error
-        except OSError as error:
-            raise typer.Exit(_report(_describe(error))) from error
+            options = {parameter.name for parameter in self.params if parameter.param_type_name == "option"}
+            if not is_given(ctx, error.argument):  # an argument of a pass may have the name of an option
+                options.discard(error.argument)
+
+            def spell(name: str) -> str:
+                return option_name(name) if name in options or name == "offload" else name
+
+            raise typer.Exit(_report(error.render(spell))) from error
 
 
 class MeasuringCommand(Command):
@@ -196,17 +199,6 @@ class QuickCommand(Command):
     """Base class of commands that run no model and load no library up front."""
 
     needs_library = False
-
-
-def _spelling(context: Any, error: FxpruneError) -> Callable[[str], str]:
-    """The spelling of arguments in messages: as options, unless an argument of a pass has the same name."""
-    known = {parameter.name for parameter in context.command.params if parameter.param_type_name == "option"}
-
-    def spell(name: str) -> str:
-        is_option = name in known and (name != error.argument or is_given(context, name))
-        return option_name(name) if is_option or name == "offload" else name
-
-    return spell
 
 
 class _Commands(TyperGroup):
@@ -229,7 +221,8 @@ class _Commands(TyperGroup):
         except FxpruneError as error:  # of a run.yaml, which is read with the arguments
             code = _report(str(error))
         except OSError as error:
-            code = _report(_describe(error))
+            place = f"{error.filename}: " if error.filename else ""
+            code = _report(f"{place}{error.strerror or error}")
         raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -255,14 +248,8 @@ def options(context: typer.Context, version: _Version = False) -> None:
         console.print(context.get_help(), end="")
 
 
-def _describe(error: OSError) -> str:
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}"
-
-
 def _report(text: str) -> int:
-    line = textwrap.shorten(text, 600, placeholder=" ...")
-    errors.print(f"error: {line}", style="red")
+    errors.print(f"error: {textwrap.shorten(text, 600, placeholder=' ...')}", style="red")
     return 2
 
 
@@ -300,6 +287,16 @@ def print_json(data: Any) -> None:
         typer.echo(json.dumps(data, indent=2))
 
 
+def print_table(
+    head: Iterable[str | Column], rows: Iterable[Iterable[str]], *, title: str | None = None, lined: bool = False
+) -> None:
+    """Print a table of results, with lines between its rows if ``lined``."""
+    table = Table(*head, title=title, show_lines=lined)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """Print results as they are, without markup or colours."""
     for line in lines:
@@ -329,7 +326,7 @@ def warnings_as_notes() -> Iterator[None]:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """Show a status while something of unknown duration runs."""
-    if not _shows_progress():
+    if notes.quiet:
         yield
     elif notes.is_terminal:
         with notes.status(escape(what)):
@@ -341,7 +338,7 @@ def working(what: str) -> Iterator[None]:
 
 def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
     """Yield items and show how many are done and how long the rest takes."""
-    if not _shows_progress():
+    if notes.quiet:
         yield from items
         return
     if notes.is_terminal:
@@ -362,12 +359,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
 def run_progress(what: str) -> Iterator[dict[str, Any]]:
     """Options of a prune that show its progress: a bar in a terminal, occasional lines elsewhere."""
     if notes.is_terminal:
-        yield {"progress": _shows_progress()}
+        yield {"progress": not notes.quiet}
         return
     with working(what):
         yield {"track": progress}
-
-
-def _shows_progress() -> bool:
-    """Whether this process shows progress; of several processes of ``torchrun`` only the first does."""
-    return not notes.quiet and os.environ.get("RANK", "0") == "0"

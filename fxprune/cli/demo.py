@@ -32,7 +32,13 @@ def demo_checkpoint() -> Path:
     cached = Path(configured).expanduser() if configured else Path.home() / ".cache" / "fxprune"
     target = cached / f"{gguf.stem}-{version(_entry()['package'])}"
     if not target.is_dir():
-        _write_checkpoint(gguf, target)
+        from fxprune.offload.atomic import finish_files, replace_folder, staging_folder, wrap_disk_errors
+
+        with wrap_disk_errors(target, FxpruneError), staging_folder(target) as built:  # several processes may do it
+            for part in load_gguf(gguf):
+                part.save_pretrained(built)
+            finish_files(built)
+            replace_folder(built, target)
     return target
 
 
@@ -70,15 +76,3 @@ def uniform_price() -> str:
 @cache
 def _entry() -> dict[str, str]:
     return dict(json.loads(files("fxprune.cli").joinpath("demo.json").read_text(encoding="utf-8")))
-
-
-def _write_checkpoint(gguf: Path, target: Path) -> None:
-    """Write a checkpoint atomically; several processes may write it at once."""
-    from fxprune.offload.atomic import finish_files, replace_folder, staging_folder, wrap_disk_errors
-
-    with wrap_disk_errors(target, FxpruneError), staging_folder(target) as built:
-        model, tokenizer = load_gguf(gguf)
-        model.save_pretrained(built)
-        tokenizer.save_pretrained(built)
-        finish_files(built)
-        replace_folder(built, target)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
+import timeit
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 
 import fxprune
 from fxprune.checkpoint.read import load_config_only
-from fxprune.cli.console import console, print_json, print_lines, working
+from fxprune.cli.console import print_json, print_lines, print_table, working
 from fxprune.cli.models import locate_model
 from fxprune.cli.preparation import CalibrationText, Prepared, reader_of
 from fxprune.data.built_in import CHARACTERS_PER_TOKEN, built_in_text
@@ -29,26 +28,6 @@ from fxprune.offload.prefetch import free_bytes
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.recipe import needs_samples
 from fxprune.trace.inputs import inputs_like
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Estimated result and cost: sizes before and after, groups by kind, peak memory in bytes, seconds, target.
-
-    ``read`` are the bytes that tuning, and text that the model writes, read from disk if memory holds no weights;
-    ``written`` those that tuning writes. Both are 0 for weights in memory.
-    """
-
-    parameters: tuple[int, int]
-    widths: dict[str, tuple[int, int]]
-    groups: dict[str, int]
-    frozen: int
-    reachable: float | None
-    memory: float
-    seconds: float
-    reached: str = ""
-    read: float = 0.0
-    written: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,25 +48,6 @@ def costs_of(passes: Sequence[Any], samples: int) -> list[tuple[Any, Any]]:
         recorded, samples = cost.recorded or recorded, cost.given or samples
         found.append((step, cost))
     return found
-
-
-def disk_traffic(
-    costs: Sequence[tuple[Any, Any]], weights: tuple[float, float], parameters: int
-) -> tuple[float, float]:
-    """Bytes read and written beside one sweep a pass, if memory holds none of the weights.
-
-    Args:
-        weights: bytes of the dense and of the slim ones.
-        parameters: of the slim model: each has 12 bytes of state where it is trained.
-    """
-    dense, slim = weights
-    updates = 12.0 * parameters * sum(cost.updates for _, cost in costs)
-    swept = sum(cost.sweeps * (slim if step.stage == "tune" else dense) for step, cost in costs)
-    return swept + updates, updates
-
-
-_LOADED = 0.9e9
-"""Bytes of Python, torch, transformers and what tracing loads, by the resident memory of a prune of the demo model."""
 
 
 def peak_memory(
@@ -115,41 +75,40 @@ def peak_memory(
         if (on_disk and cost.updates) or (cost.if_free and 2 * trained > free - held):
             trained = 0.0
         most = max(most, held + sizes.size * tokens * elements * current / dense + trained)
-    return _LOADED + most
+    return 0.9e9 + most  # with Python, torch, transformers and what tracing loads, by a prune of the demo model
 
 
-def print_estimate(found: Estimate, *, as_json: bool) -> None:
+def print_estimate(found: Mapping[str, Any], *, as_json: bool) -> None:
     """Print an estimate."""
     if as_json:
-        print_json(asdict(found))
+        print_json(found)
         return
-    table = Table("kind", "groups", "units before", "units after", title="what to expect")
-    shrunk = Counter((name.rpartition("/")[2], *width) for name, width in found.widths.items())
-    for (kind, before, after), count in shrunk.items():
-        table.add_row(kind, f"{count:,}", f"{before:,}", f"{after:,}")
-    console.print(table)
+    shrunk = Counter((name.rpartition("/")[2], *width) for name, width in found["widths"].items())
+    rows = ((kind, f"{count:,}", f"{before:,}", f"{after:,}") for (kind, before, after), count in shrunk.items())
+    print_table(("kind", "groups", "units before", "units after"), rows, title="what to expect")
     print_lines(_lines(found))
 
 
-def _lines(found: Estimate) -> Iterator[str]:
-    before, after = found.parameters
+def _lines(found: Mapping[str, Any]) -> Iterator[str]:
+    before, after = found["parameters"]
     yield f"parameters: {before:,} to {after:,}, {1 - after / before:.2%} removed"
-    if found.reached:
-        yield found.reached
-    if found.reachable is not None:
-        yield f"reachable: ratios of 0 to {found.reachable:.3f} with these options"
-    yield f"groups: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found.groups.items())}"
-    yield f"frozen: {found.frozen:,} axes of parameters; `fxprune graph` lists the reasons"
-    yield f"memory: about {found.memory / 1e9:.1f} GB at the peak (estimated)"
-    if found.seconds < 90:
-        duration = "a minute or less" if found.seconds < 60 else "a minute"
+    if found["reached"]:
+        yield found["reached"]
+    if found["reachable"] is not None:
+        yield f"reachable: ratios of 0 to {found['reachable']:.3f} with these options"
+    yield f"groups: {', '.join(f'{count:,} of the kind {kind}' for kind, count in found['groups'].items())}"
+    yield f"frozen: {found['frozen']:,} axes of parameters; `fxprune graph` lists the reasons"
+    yield f"memory: about {found['memory'] / 1e9:.1f} GB at the peak (estimated)"
+    minutes = found["seconds"] / 60
+    if minutes < 1.5:
+        duration = "a minute or less" if minutes < 1 else "a minute"
     else:
-        minutes = found.seconds / 60
         duration = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
     yield f"time: about {duration} with nothing else running (within a factor of two)"
-    if found.read:
-        written = f", and up to {found.written / 1e9:,.0f} GB are written" if found.written else ""
-        yield f"disk: up to {found.read / 1e9:,.0f} GB are read again and again, if none of it stays in memory{written}"
+    if found["read"]:
+        written = f", and up to {found['written'] / 1e9:,.0f} GB are written" if found["written"] else ""
+        read = f"up to {found['read'] / 1e9:,.0f} GB are read again and again"
+        yield f"disk: {read}, if none of it stays in memory{written}"
     yield "no weight was read, and nothing was written; with real scores widths may be distributed differently"
 
 
@@ -162,8 +121,11 @@ def estimate(
     *,
     dtype: str | None,
     low_memory: bool,
-) -> Estimate:
-    """Estimate a prune, with random scores in place of those that need weights.
+) -> dict[str, Any]:
+    """Estimate a prune: sizes before and after, groups by kind, bytes of memory at the peak, seconds.
+
+    Scores are random in place of those that need weights. ``read`` are the bytes that tuning, and text that the model
+    writes, read from disk if memory holds no weights, and ``written`` those that tuning writes.
 
     Raises:
         RatioError: the ratio cannot be reached.
@@ -172,9 +134,15 @@ def estimate(
     if has_vocab(options):
         what = "the vocabulary is chosen by the calibration text, which is not read"
         raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
+    # with random scores, and without what needs weights or samples
+    changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
+    given = {name: value for name, value in options.items() if name != "memory"} | changes
+    passes = fxprune.prune_pipeline(None, **given).passes
+    if any(step.stage == "select" and needs_samples(step) for step in passes):
+        passes = fxprune.prune_pipeline(None, **{**given, "select": "select-by-ratio"}).passes
+    quick = [step for step in passes if step.name != "emit-model"]
     with working("tracing the model without its weights"):
         empty = load_config_only(locate_model(model), gguf_file)
-        quick = _quick_passes(options)
         for step in quick:
             step.foresee_model(empty)
         inputs = inputs_like(empty, prepared.samples)
@@ -200,36 +168,29 @@ def estimate(
     if not low_memory and options.get("eval", True) and report.tokens and not isinstance(prepared.samples, list):
         flops += 2 * sum(report.macs) / worked * WINDOW * WINDOWS
     free = free_bytes(torch.device("cpu"))
-    read, written = disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
-    return Estimate(
+    read = written = 0.0
+    if low_memory:  # beside one sweep a pass; each parameter that is trained has 12 bytes of state
+        written = 12.0 * report.parameters[1] * sum(cost.updates for _, cost in costs)
+        swept = sum(cost.sweeps * (slim if step.stage == "tune" else dense) for step, cost in costs)
+        read = swept + written
+    return dict(
         parameters=report.parameters,
         widths=dict(report.widths),
         groups=dict(Counter(group.kind for group in fxprune.facts_of(traced)[Groups].all)),
         frozen=len(report.frozen),
         reachable=reachable,
         memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory, free=free),
-        reached="" if report.reached is None else str(report.reached),
         seconds=flops / _flops(),
+        reached="" if report.reached is None else str(report.reached),
         read=read,
         written=written,
     )
 
 
-def _quick_passes(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The passes of a prune with random scores, and without those that need weights or samples."""
-    changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
-    quick = {name: value for name, value in options.items() if name != "memory"} | changes
-    passes = fxprune.prune_pipeline(None, **quick).passes
-    if any(step.stage == "select" and needs_samples(step) for step in passes):
-        passes = fxprune.prune_pipeline(None, **{**quick, "select": "select-by-ratio"}).passes
-    return tuple(step for step in passes if step.name != "emit-model")
-
-
 def _count_samples(prepared: Prepared, text: CalibrationText, traced: int = TOKENS) -> tuple[int, int]:
     """Number of samples and tokens per sample; estimated by the length of a text if there is no tokenizer.
 
-    Args:
-        traced: tokens of a sample that the model was traced with, which samples of a processor are like.
+    Samples of a processor are like the one that the model was traced with, of ``traced`` tokens.
     """
     if isinstance(prepared.samples, list):
         return len(prepared.samples), traced
@@ -274,12 +235,8 @@ def _reachable(choice: Any, graph_module: Any) -> float | None:
 def _flops() -> float:
     """Floating point operations per second on this machine, by the fastest of a few matrix products."""
     square = torch.ones(1024, 1024)
-    quickest = float("inf")
-    for _ in range(12):  # some may wait for other work
-        start = time.perf_counter()
-        torch.mm(square, square)
-        quickest = min(quickest, time.perf_counter() - start)
-    return 2 * 1024**3 / max(quickest, 1e-6)
+    seconds = timeit.repeat(lambda: torch.mm(square, square), number=1, repeat=12)  # some may wait for other work
+    return 2 * 1024**3 / max(min(seconds), 1e-6)
 
 
 def sizes_of(graph_module: Any, tokens: int, size: float) -> Activations:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,73 +17,58 @@ from fxprune.cli.models import check_models, load_pair, load_words, locate_model
 from fxprune.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from fxprune.evaluation.comparison import Column, Comparison
+    from fxprune.evaluation.comparison import Column
+
+
+_TEXT = "Text for perplexity: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
+_TASKS = "Comma-separated tasks of lm-eval, as in 'piqa,arc_easy', .jsonl or .yaml files, or folders of these."
+_COMPARE = "Model to compare predictions, choices and answers with, usually the dense one."
+_DATA = (
+    "In place of texts and tasks, for models of other classes, with --compare: a folder of images or .wav files, or "
+    "rows in .jsonl, as `fxprune prune --calibration` takes them."
+)
+_ANSWERS = "Answer plain questions (default: with --compare)."
+_WINDOWS = "Most windows of a text (default: all; 64 of the built-in text)."
+_LOW_MEMORY = "Keep weights on disk, and read them once for each text."
+_WRITE = "Write the figures into the folders of MODELS: report, its page, and model card."
 
 
 @app.command("eval", cls=MeasuringCommand)
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders, hub ids, or GGUF files.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text for perplexity: a .txt, .jsonl or .json file, wikitext2, c4 or OWNER/NAME; may be repeated."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma-separated tasks of lm-eval, as in 'piqa,arc_easy', .jsonl or .yaml files, or folders of these."
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(help="Model to compare predictions, choices and answers with, usually the dense one."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of texts and tasks, for models of other classes, with --compare: a folder of images or .wav "
-            "files, or rows in .jsonl, as `fxprune prune --calibration` takes them."
-        ),
-    ] = None,
-    answers: Annotated[
-        bool | None,
-        typer.Option("--answers/--no-answers", help="Answer plain questions (default: with --compare)."),
-    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help=_TEXT)] = None,
+    tasks: Annotated[str | None, typer.Option(help=_TASKS)] = None,
+    compare: Annotated[str | None, typer.Option(help=_COMPARE)] = None,
+    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    answers: Annotated[bool | None, typer.Option("--answers/--no-answers", help=_ANSWERS)] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens that the model sees at once.")] = 256,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="Most windows of a text (default: all; 64 of the built-in text).")
-    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help=_WINDOWS)] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="Most questions of a task.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows or questions in a batch.")] = 8,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="Keep weights on disk, and read them once for each text.")
-    ] = False,
-    write: Annotated[
-        bool,
-        typer.Option("--write", help="Write the figures into the folders of MODELS: report, its page, and model card."),
-    ] = False,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help=_LOW_MEMORY)] = False,
+    write: Annotated[bool, typer.Option("--write", help=_WRITE)] = False,
     quiet: flags.QuietButResult = False,
     as_json: flags.Json = False,
 ) -> None:
     """Measure MODELS, dense or slim: size, perplexity on texts, accuracy on tasks, greedy answers."""
-    from fxprune.evaluation.comparison import Comparison
+    from fxprune.checkpoint.write import replace_report
+    from fxprune.evaluation.comparison import Comparison, quality_of
     from fxprune.evaluation.tasks import check_tasks
     from fxprune.offload.ranks import broadcast_object, is_first
 
     if low_memory:
         _check_low_memory(dtype, device, tasks, answers)
+    loading: dict[str, Any] = {"dtype": dtype, "device": device}
     if data is not None:
-        _print_agreement(data, models, compare, dtype, device, as_json=as_json)
+        _print_agreement(data, models, compare, loading, as_json=as_json)
         return
     compared = check_models([*([compare] if compare else []), *models])
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if named:
         check_tasks(named)
-    if write:
-        _check_written(models, compare, low_memory=low_memory)
+    reports = _reports(models, compare, low_memory=low_memory) if write else {}
     windows = windows or (None if text else 64)  # a minute or less with a small model on a CPU
     settings = {"window": window, "windows": windows, "questions": questions}
     options: dict[str, Any] = {"batch": batch, "tasks": named, "track": progress, **settings}
@@ -92,13 +78,15 @@ def evaluate(
         keep_freed()
     with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
         work = None if place is None else Path(broadcast_object(place))
-        loading = {"dtype": dtype, "device": device}
         columns = _measure(compared, loading, options, work, has_reference=compare is not None)
         comparison = Comparison(columns, settings)
     if write and is_first():  # processes that share the windows compute the same
         dense, *others = columns
-        for model, column in zip((compared[one.name] for one in others), others, strict=True):
-            write_quality(model, Comparison((dense, column), settings))
+        for column in others:
+            folder, measured = compared[column.name], Comparison((dense, column), settings)
+            figures = {"quality": quality_of(dense.evaluation, column.evaluation), "unmeasured": ""}
+            rows = (("", "dense", "slim"), *measured.rows())
+            replace_report(folder, replace(reports[folder], measured=rows, **figures))
     if as_json:
         print_json(comparison.to_dict())
     else:
@@ -118,64 +106,46 @@ def _check_low_memory(dtype: str | None, device: str | None, tasks: str | None, 
 
 
 def _print_agreement(
-    data: str, models: Sequence[str], compare: str | None, dtype: str | None, device: str | None, *, as_json: bool
+    data: str, models: Sequence[str], compare: str | None, loading: Mapping[str, Any], *, as_json: bool
 ) -> None:
     """Compare models with the dense one on samples that its processor makes."""
-    from dataclasses import asdict
-
     from fxprune.cli.models import load, load_samples
     from fxprune.evaluation.agreement import agreement
     from fxprune.report.quality import figures_table
 
     if compare is None:
-        remedy = "Give --compare with the dense model"
-        raise EvaluationError(
-            "models are compared on samples, and there is one side alone", where="--data", remedy=remedy
-        )
+        what = "models are compared on samples, and there is one side alone"
+        raise EvaluationError(what, where="--data", remedy="Give --compare with the dense model")
     compared = check_models([compare, *models], any_class=True)
     samples, _ = load_samples(data, compare)
-    dense = load(compare, dtype=dtype, device=device)
+    dense = load(compare, **loading)
     samples = [{name: value.to(dense.device) for name, value in sample.items()} for sample in samples]
     others = {name: place for name, place in compared.items() if place != compare}
-    found = {n: agreement(dense, load(place, dtype=dtype, device=device), samples) for n, place in others.items()}
+    found = {name: agreement(dense, load(place, **loading), samples) for name, place in others.items()}
     if as_json:
         print_json({name: asdict(one) for name, one in found.items()})
         return
-    dense_name = next(iter(compared))
     for name, one in found.items():
-        console.print(figures_table(("", dense_name, name), [*one.rows()][1:]))
+        console.print(figures_table(("", next(iter(compared)), name), [*one.rows()][1:]))
 
 
-def _check_written(models: Sequence[str], compare: str | None, *, low_memory: bool) -> None:
-    """Refuse, before measuring, to write figures without a report or a dense model to compare with."""
+def _reports(models: Sequence[str], compare: str | None, *, low_memory: bool) -> dict[str, Any]:
+    """The reports that figures are written into; refused without these or a dense model to compare with."""
     from fxprune.checkpoint.manifest import read_manifest
 
     if compare is None or low_memory:
         what = "they are compared with the dense model, which has to be in memory"
         remedy = "Leave --low-memory out" if low_memory else "Give --compare with the dense model"
         raise EvaluationError(what, where="--write", remedy=remedy)
+    found = {}
     for model in models:
         if model == compare:
             remedy = "Name the dense model with --compare"
             raise EvaluationError("it would be compared with itself", where=model, remedy=remedy)
-        if read_manifest(Path(model)).read_report(Path(model)) is None:
+        found[model] = read_manifest(Path(model)).read_report(Path(model))
+        if found[model] is None:
             raise EvaluationError("it was saved without a report", where=model, remedy="Leave --write out")
-
-
-def write_quality(folder: str, comparison: Comparison) -> None:
-    """Write the figures of a slim model beside the dense one into its folder."""
-    from dataclasses import replace
-
-    from fxprune.checkpoint.manifest import read_manifest
-    from fxprune.checkpoint.write import replace_report
-    from fxprune.evaluation.comparison import quality_of
-
-    dense, slim = comparison.columns
-    report = read_manifest(Path(folder)).read_report(Path(folder))
-    assert report is not None  # see _check_written
-    quality = quality_of(dense.evaluation, slim.evaluation)
-    rows = (("", "dense", "slim"), *comparison.rows())
-    replace_report(folder, replace(report, quality=quality, unmeasured="", measured=rows))
+    return found
 
 
 def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
@@ -193,12 +163,7 @@ def _texts(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _measure(
-    models: Mapping[str, str],
-    loading: Mapping[str, Any],
-    options: Mapping[str, Any],
-    work: Path | None,
-    *,
-    has_reference: bool,
+    models: Mapping[str, str], loading: Any, options: Mapping[str, Any], work: Path | None, *, has_reference: bool
 ) -> tuple[Column, ...]:
     """Measure the models in turn; one without a tokenizer uses that of the model before it.
 

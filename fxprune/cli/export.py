@@ -14,20 +14,20 @@ from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_output, check_quantization, gguf_options, runners
 from fxprune.errors import ArgumentError
 
+_OUT = "File to write: .gguf, .pt2 or .onnx."
+_CALIBRATION = (
+    "Text for the importance matrix of K-quants and i-quants: a file or data set, as for prune (default: built-in "
+    "text)."
+)
+
 
 @app.command(cls=Command)
 def export(
     model: flags.Folder,
-    out: Annotated[Path, typer.Argument(callback=flags.expanded, help="File to write: .gguf, .pt2 or .onnx.")],
+    out: Annotated[Path, typer.Argument(callback=flags.expanded, help=_OUT)],
     quantization: flags.Quantization = None,
     like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model: its tokenizer is copied.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text for the importance matrix of K-quants and i-quants: a file or data set, as for prune (default: "
-            "built-in text)."
-        ),
-    ] = None,
+    calibration: Annotated[str | None, typer.Option(help=_CALIBRATION)] = None,
     cache: Annotated[bool, typer.Option("--cache", help="Give a .pt2 or .onnx file a key-value cache.")] = False,
     gguf_file: flags.Gguf = None,
     quiet: flags.Quiet = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -73,26 +74,18 @@ def chat(
         raise FxpruneError("its tokenizer has no chat template", where=model, remedy=remedy)
     loaded = load(model, dtype=dtype, device=device)
     messages = [] if system is None else [{"role": "system", "content": system}]
-    while text := _next_turn():
-        messages.append({"role": "user", "content": text})
-        inputs = _turns(tokenizer, messages)
-        answer = _generate(loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _next_turn() -> str:
-    """The next non-blank message of the user; empty at the end of the input."""
-    try:
-        while not (text := console.input("> ").strip()):
-            pass
-    except EOFError:
-        print_lines([""])
-        return ""
-    return text
+    with suppress(EOFError):
+        while True:
+            text = console.input("> ").strip()
+            if text:
+                messages.append({"role": "user", "content": text})
+                inputs = _turns(tokenizer, messages)
+                answer = _generate(loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
+                messages.append({"role": "assistant", "content": answer})
+    print_lines([""])
 
 
 def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
-    """The tokens of a chat, up to the answer."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 

@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Column, Table
+from rich.table import Column
 
 import fxprune
 from fxprune.cli import options as flags
-from fxprune.cli.console import Command, app, console, print_json, print_lines
+from fxprune.cli.console import Command, app, print_json, print_lines, print_table
 from fxprune.cli.models import check_model, locate_model
 from fxprune.cli.plan import read_plan
 from fxprune.errors import ArgumentError
 
-Norm = Annotated[
-    Literal["sliced", "masked"] | None,
-    typer.Option(help="Norms over removed units: masked, as with these zeroed (the default), or sliced."),
-]
+_NORM = "Norms over removed units: masked, as with these zeroed (the default), or sliced."
+Norm = Annotated[Literal["sliced", "masked"] | None, typer.Option(help=_NORM)]
+_DOT = "Write a picture: .html, .dot, or with Graphviz .svg, .png, .pdf."
+_PLAN = "Show in the picture what this plan removes: its file, or the folder of a slim model."
 
 
 @app.command(cls=Command)
 def graph(
     model: flags.Folder,
-    dot: Annotated[
-        Path | None, typer.Option(help="Write a picture: .html, .dot, or with Graphviz .svg, .png, .pdf.")
-    ] = None,
+    dot: Annotated[Path | None, typer.Option(help=_DOT)] = None,
     layer: Annotated[str | None, typer.Option(help="Block to draw: its index, or a module path.")] = None,
     group: Annotated[str | None, typer.Option(help="Group to draw.")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="Draw the whole model, equal blocks once.")] = False,
     no_fold: Annotated[bool, typer.Option("--no-fold", help="Draw each of several equal blocks.")] = False,
-    plan: Annotated[
-        Path | None,
-        typer.Option(help="Show in the picture what this plan removes: its file, or the folder of a slim model."),
-    ] = None,
+    plan: Annotated[Path | None, typer.Option(help=_PLAN)] = None,
     norm: Norm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print groups and frozen axes as JSON.")] = False,
     gguf_file: flags.Gguf = None,
 ) -> None:
     """List the groups of MODEL and its frozen axes, from its config alone."""
+    from fxprune.discovery.dependency import axis_map
     from fxprune.discovery.explain import frozen_axes
     from fxprune.draw.write import check_target
     from fxprune.graph.tensors import starred
@@ -51,8 +47,7 @@ def graph(
     if dot is None and given:
         raise ArgumentError("needs a picture to be drawn in", where=given[0], remedy="Add --dot FILE")
     if everything and (layer or group):
-        where = "--layer" if layer else "--group"
-        raise ArgumentError("cannot be given with --everything", where=where, remedy="Leave one of them out")
+        raise ArgumentError("cannot be given with --everything", where=given[0], remedy="Leave one of them out")
     if dot is not None:
         check_target(dot)
     check_model(model, gguf_file)
@@ -60,11 +55,12 @@ def graph(
     dependencies = _dependencies(model, gguf_file, norm or (removal.norm if removal else "masked"))
     if dot is not None:
         fxprune.write_dot(dependencies, dot, layer, group, everything=everything, plan=removal, fold=not no_fold)
+    groups, frozen = fxprune.find_groups(dependencies), frozen_axes(dependencies)
     if as_json:
-        print_json(_as_data(dependencies))
+        print_json(_as_data(axis_map(dependencies), groups, frozen))
         return
-    console.print(_groups_table(dependencies))
-    counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in frozen_axes(dependencies).items())
+    _print_groups(axis_map(dependencies), groups)
+    counts = Counter(f"frozen {starred(axis)}: {freeze.reason}" for axis, freeze in frozen.items())
     print_lines(line if n == 1 else f"{line} ({n:,} axes)" for line, n in counts.items())
 
 
@@ -80,10 +76,8 @@ def explain(
     """Print the chain of ops that ties an axis to the trigger of its group, or a group with all its axes."""
     check_model(model, gguf_file)
     dependencies = _dependencies(model, gguf_file, norm or "masked")
-    if "/" in name:
-        print_lines([*_group_lines(dependencies, name)])
-    else:
-        print_lines([*_axis_lines(dependencies, name, axis, group)])
+    found = _group_lines(dependencies, name) if "/" in name else _axis_lines(dependencies, name, axis, group)
+    print_lines([*found])
 
 
 def _dependencies(model: str, gguf_file: str | None, norm: str) -> Any:
@@ -93,52 +87,41 @@ def _dependencies(model: str, gguf_file: str | None, norm: str) -> Any:
     return fxprune.dependency_graph(fxprune.trace(empty, dynamic=False), norm)
 
 
-def _groups_table(dependencies: Any) -> Table:
-    """A row for the groups that are alike in every block, with ``*`` for the number of the block."""
+def _print_groups(axes: Any, groups: Sequence[fxprune.Group]) -> None:
+    """Print a row for the groups that are alike in every block, with ``*`` for the number of the block."""
+    from fxprune.discovery.explain import exactness
     from fxprune.draw.view import REMOVAL
     from fxprune.graph.tensors import starred
 
     counts: Counter[tuple[str, ...]] = Counter()
-    for group in fxprune.find_groups(dependencies):
+    for group in groups:
         members = dict.fromkeys(".".join(starred(str(m)).split(".")[-2:]) for m in group.members)
         held = "all parameters" if group.factor is None else ", ".join(members)
-        counts[starred(group.name), f"{group.size:,}", REMOVAL[_exactness(dependencies, group)], held] += 1
+        counts[starred(group.name), f"{group.size:,}", REMOVAL[exactness(axes, group)], held] += 1
     first, last = Column("group (where/kind)", no_wrap=True), Column("members", overflow="fold")
-    table = Table(first, "count", "units", "removal", last)
-    for (name, units, removal, held), count in counts.items():
-        table.add_row(name, f"{count:,}", units, removal, held, end_section=True)
-    return table
+    rows = ((name, f"{count:,}", *more) for (name, *more), count in counts.items())
+    print_table((first, "count", "units", "removal", last), rows, lined=True)
 
 
-def _exactness(dependencies: Any, group: fxprune.Group) -> str:
-    from fxprune.discovery.dependency import axis_map
+def _as_data(axes: Any, groups: Sequence[fxprune.Group], frozen: Mapping[str, Any]) -> dict[str, Any]:
     from fxprune.discovery.explain import exactness
 
-    return exactness(axis_map(dependencies), group)
-
-
-def _as_data(dependencies: Any) -> dict[str, Any]:
-    from fxprune.discovery.dependency import axis_map
-    from fxprune.discovery.explain import frozen_axes
-
-    axes = axis_map(dependencies)
-    groups = [
+    rows = [
         {
             "name": group.name,
             "kind": group.kind,
             "units": group.size,
             "least": group.least,
             "block": group.block,
-            "removal": _exactness(dependencies, group),
+            "removal": exactness(axes, group),
             "renormalised_by": list(group.renormalised),
             "trigger": None if group.trigger is None else f"{group.trigger.tensor}[{group.trigger.dim}]",
             "members": [str(m) if group.factor else m.name for m in group.members],
         }
-        for group in fxprune.find_groups(dependencies)
+        for group in groups
     ]
-    found = frozen_axes(dependencies).items()
-    frozen = [{"axis": axis, "reason": freeze.reason, "node": freeze.node} for axis, freeze in found]
-    return {"norm": axes.norm, "blocks": list(axes.blocks), "groups": groups, "frozen": frozen}
+    kept = [{"axis": axis, "reason": freeze.reason, "node": freeze.node} for axis, freeze in frozen.items()]
+    return {"norm": axes.norm, "blocks": list(axes.blocks), "groups": rows, "frozen": kept}
 
 
 def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | None) -> Iterator[str]:
@@ -151,8 +134,7 @@ def _axis_lines(dependencies: Any, name: str, dim: int | None, wanted: str | Non
     steps = fxprune.explain(dependencies, axis, group)
     assert group is not None  # explain refuses an axis that is in none
     yield f"{axis.tensor}[{axis.dim}] is in {_describe(dependencies, group)}"
-    others = [other.name for other in found if other != group]
-    if others:
+    if others := [other.name for other in found if other != group]:
         yield f"and in {', '.join(others)}: select one with --group"
     if not steps:
         yield f"{axis.tensor}[{axis.dim}] is the trigger of its group"
@@ -175,22 +157,21 @@ def _group_lines(dependencies: Any, name: str) -> Iterator[str]:
     yield f"    {group.trigger.tensor}[{group.trigger.dim}]  the trigger"
     for member in group.members:
         steps = fxprune.explain(dependencies, (member.name, member.axis), group)
-        ops = [step.op for step in steps if not moves_values(step.op)]
-        if ops:
+        if ops := [step.op for step in steps if not moves_values(step.op)]:
             yield f"    {member}  by {', '.join(ops)}"
 
 
 def _describe(dependencies: Any, group: fxprune.Group) -> str:
     """Describe a group: its kind, its units, and whether their removal is exact."""
     from fxprune.discovery.dependency import axis_map
+    from fxprune.discovery.explain import exactness
 
     axes = axis_map(dependencies)
     if group.renormalised:
         nodes = group.renormalised[:3]
-        reasons = dict.fromkeys(axes.unkept[node] for node in nodes if node in axes.unkept)
         effect = f"renormalised: {', '.join(nodes)} take a statistic over the units, then over those that stay"
-        removal = "; ".join((effect, *reasons))
-    elif _exactness(dependencies, group) == "masked":
+        removal = "; ".join((effect, *dict.fromkeys(axes.unkept[node] for node in nodes if node in axes.unkept)))
+    elif exactness(axes, group) == "masked":
         removal = "exact: norms over the units are kept as with these masked"
     else:
         removal = "exact: the same as masking"

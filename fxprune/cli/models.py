@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,27 +40,25 @@ def check_model(
 ) -> None:
     """Refuse a model that does not exist, lacks weights that are needed, or is no language model unless any will do."""
     path = Path(model).expanduser()
-    if not model:
-        raise FxpruneError("no such folder or file", where="MODEL", remedy=_REMEDY)
     if model == DEMO or path.is_file():
         if gguf_file is not None:
             remedy = f"Leave it out with {model}"
             raise FxpruneError("it names a file inside a folder", where="--gguf-file", remedy=remedy)
         demo_gguf() if model == DEMO else _check_file(path)
-    elif path.is_dir() and gguf_file is not None:
+    elif not model or not path.is_dir():
+        if path.exists() and model:
+            raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
+        if path.is_symlink() or _is_path(model):
+            raise FxpruneError("no such folder or file", where=model or "MODEL", remedy=_REMEDY)
+        check_hub(model)
+    elif gguf_file is not None:
         if not (path / gguf_file).is_file():
             raise FxpruneError(f"there is no {gguf_file} in it", where=str(path), remedy=_advice(path))
         _check_file(path / gguf_file)
-    elif path.is_dir():
-        _check_task(path, _config(path), any_class=any_class)
+    else:
+        _check_folder(path, any_class=any_class)
         if with_weights and not _has_weights(path):
             raise FxpruneError("there is a config, but no file of weights", where=str(path), remedy=_REMEDY)
-    elif path.exists():
-        raise FxpruneError("it is neither a folder nor a file", where=model, remedy=_REMEDY)
-    elif path.is_symlink() or _is_path(model):
-        raise FxpruneError("no such folder or file", where=model, remedy=_REMEDY)
-    else:
-        check_hub(model)
 
 
 def check_models(models: Sequence[str], *, any_class: bool = False) -> dict[str, str]:
@@ -94,9 +92,9 @@ def load(
 
     as_device(device)
     hide_bars()
+    named = None if dtype is None else getattr(torch, dtype)
     bars = silence_stderr() if notes.quiet else contextlib.nullcontext()  # of the conversion of GGUF tensors
     with working(f"loading {model}"), bars:
-        named = None if dtype is None else getattr(torch, dtype)
         return load_model(locate_model(model), gguf_file, dtype=named, device=device, sharded=sharded)
 
 
@@ -124,7 +122,7 @@ def model_class(model: str) -> Any:
     if model == DEMO or Path(model).expanduser().is_file():
         return None
     config = attempt(_read_config, model)
-    found = AutoModelForCausalLM if isinstance(config, Refusal) else class_of(config)
+    found = None if isinstance(config, Refusal) else class_of(config)
     return None if found is AutoModelForCausalLM else found
 
 
@@ -139,17 +137,15 @@ def load_samples(source: str, model: str, most: int | None = None) -> tuple[list
 
 
 def _read_config(model: str) -> dict[str, Any]:
-    """The config of a model in a folder or on the hub, as transformers reads it."""
     from transformers import PreTrainedConfig
 
     path = Path(model).expanduser()
-    config: dict[str, Any] = PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else model)[0]
-    return config
+    return dict(PreTrainedConfig.get_config_dict(str(path) if path.is_dir() else model)[0])
 
 
 def load_pair(model: str, *, needed: bool = True, **options: Any) -> tuple[Any, Any]:
     """Load a model and its tokenizer."""
-    tokenizer = load_words(model, needed=needed)
+    tokenizer = load_words(model, needed=needed)  # refused before the model is loaded
     return load(model, **options), tokenizer
 
 
@@ -176,10 +172,8 @@ def check_hub(model: str) -> None:
     except RepositoryNotFoundError as error:  # or it is gated
         reason = str(error).strip().splitlines()[-1]
         raise FxpruneError(f"{constants.ENDPOINT} refuses it: {reason}", where=model, remedy=remedy) from error
-    except HfHubHTTPError:
-        return
     except Exception as error:  # connection errors are those of the client: httpx, or another
-        if "ReadTimeout" in type(error).__name__:
+        if isinstance(error, HfHubHTTPError) or "ReadTimeout" in type(error).__name__:
             return
         what = f"{missing}, and {constants.ENDPOINT} cannot be reached: {error}"
         raise FxpruneError(what, where=model, remedy=remedy) from error
@@ -223,8 +217,18 @@ def _check_file(path: Path) -> None:
         raise UnsupportedModelError(f"it is {what}, which transformers cannot read", where=str(path), remedy=remedy)
 
 
-def _check_task(folder: Path, config: Mapping[str, Any], *, any_class: bool) -> None:
-    """Refuse a model that does not predict the next token unless any will do, and name the commands that take it."""
+def _check_folder(folder: Path, *, any_class: bool) -> None:
+    """Refuse a folder without a config, and a model that does not predict the next token unless any will do."""
+    file = folder / "config.json"
+    if not file.is_file():
+        what = "cannot be loaded: there is no config.json in it"
+        raise FxpruneError(what, where=str(folder), remedy=_advice(folder))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FxpruneError(f"it is not JSON: {error}", where=str(file), remedy=_REMEDY) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise FxpruneError("it names no 'model_type'", where=str(file), remedy=_REMEDY)
     named = config.get("architectures")
     classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -238,24 +242,8 @@ def _check_task(folder: Path, config: Mapping[str, Any], *, any_class: bool) -> 
     raise UnsupportedModelError(what, where=str(folder), remedy=remedy)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        what = "cannot be loaded: there is no config.json in it"
-        raise FxpruneError(what, where=str(folder), remedy=_advice(folder))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FxpruneError(f"it is not JSON: {error}", where=str(file), remedy=_REMEDY) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise FxpruneError("it names no 'model_type'", where=str(file), remedy=_REMEDY)
-    return config
-
-
 def _advice(folder: Path) -> str:
-    """The remedy for a folder without a model of transformers."""
-    found = sorted(path.name for path in folder.glob("*.gguf"))
-    if found:
+    if found := sorted(path.name for path in folder.glob("*.gguf")):
         return f"Name the file: {folder / found[0]}"
     if (folder / "adapter_config.json").is_file():
         from fxprune.checkpoint.read import merge_advice

@@ -14,10 +14,11 @@ import typer
 from fxprune.cli.config import parse_number, read_config
 from fxprune.cli.console import option_name
 from fxprune.errors import PassError
-from fxprune.pipeline.arguments import Argument
+from fxprune.pipeline.arguments import Argument, read_spelling
 from fxprune.recipes.options import DATA, MACHINE, OUTPUT, WHAT_GOES, option_table
 from fxprune.recovery.settings import TRAINING
 
+what_goes: Callable[..., Any] = partial(typer.Option, rich_help_panel=WHAT_GOES)
 _data: Callable[..., Any] = partial(typer.Option, rich_help_panel=DATA)
 _output: Callable[..., Any] = partial(typer.Option, rich_help_panel=OUTPUT)
 _machine: Callable[..., Any] = partial(typer.Option, rich_help_panel=MACHINE)
@@ -37,37 +38,28 @@ Quiet = Annotated[bool, _output("--quiet", "-q", help="Print only errors.")]
 QuietButResult = Annotated[bool, _output("--quiet", "-q", help="Print only the result and errors.")]
 Verbose = Annotated[bool, _output("--verbose", "-v", help="Print each pass with its time as it runs.")]
 Json = Annotated[bool, _output("--json", help="Print one JSON document, nothing else.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    _machine(help="Dtype of the weights (default: that of the files)."),
-]
+_DTYPE = "Dtype of the weights (default: that of the files)."
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"] | None, _machine(help=_DTYPE)]
 Device = Annotated[str | None, _machine(help="Device to compute on: cpu (the default), cuda, cuda:1, mps.")]
 Out = Annotated[Path | None, _output(callback=expanded, help="Folder to write to, or a .gguf, .pt2 or .onnx file.")]
 _CONFIG = "A run.yaml with any of the arguments; those on the command line win."
-Config = Annotated[
-    Path | None, typer.Option(callback=read_config, is_eager=True, help=_CONFIG, rich_help_panel=WHAT_GOES)
-]
+Config = Annotated[Path | None, what_goes(callback=read_config, is_eager=True, help=_CONFIG)]
 DryRun = Annotated[bool, _output("--dry-run", help="Print what to expect, from the config alone, and write nothing.")]
 GroupRatio = Annotated[float | None, typer.Option(hidden=True)]
 Taylor = Annotated[str | None, typer.Option(hidden=True)]
-Calibration = Annotated[
-    str | None,
-    _data(
-        help="Text to calibrate on: a text file, rows in .json, .jsonl or .parquet, or a data set: wikitext2, c4, ptb, "
-        "OWNER/NAME (default: built-in text); or a folder of images or .wav files, or rows in .jsonl that name some.",
-    ),
-]
+_CALIBRATION = (
+    "Text to calibrate on: a text file, rows in .json, .jsonl or .parquet, or a data set: wikitext2, c4, ptb, "
+    "OWNER/NAME (default: built-in text); or a folder of images or .wav files, or rows in .jsonl that name some."
+)
+Calibration = Annotated[str | None, _data(help=_CALIBRATION)]
 Samples = Annotated[int | None, _data(min=1, help="Number of calibration samples (default: chosen by the recipe).")]
 Tokens = Annotated[int | None, _data(min=2, help="Tokens of a calibration sample (default: 128).")]
 PushToHub = Annotated[str | None, _output(metavar="OWNER/NAME", help="Upload the folder to a repository of the hub.")]
 LowMemory = Annotated[bool, _machine("--low-memory", help="Keep weights on disk; resume an interrupted run.")]
-Quantization = Annotated[
-    str | None,
-    _output(
-        help="Type of a .gguf file: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ... (default: that of the GGUF file read, "
-        "or f16).",
-    ),
-]
+_TYPES = (
+    "Type of a .gguf file: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, ... (default: that of the GGUF file read, or f16)."
+)
+Quantization = Annotated[str | None, _output(help=_TYPES)]
 
 
 def library_options(declaration: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -79,18 +71,14 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-        table = {
-            name: (hint, declared)
-            for name, (hint, declared) in option_table(declaration).items()
-            if declared.panel and name not in signature.parameters
-        }
+        every = option_table(declaration).items()
+        table = {name: one for name, one in every if one[1].panel and name not in signature.parameters}
 
         @wraps(function)
         def command(**values: Any) -> None:
             for name, (hint, declared) in table.items():
                 value = values.pop(name)
-                given = value is not None and value != "None"
-                if given and (value is not False or declared.default is True):
+                if value not in (None, "None") and (value is not False or declared.default is True):
                     values[name] = _parse(hint, value)
             function(**values)
 
@@ -105,16 +93,18 @@ def library_options(declaration: type) -> Callable[[Callable[..., None]], Callab
 
 def _panel(parameter: inspect.Parameter) -> int:
     """The place of a parameter in the help: arguments first, then the panels in order."""
-    options = [one for one in getattr(parameter.annotation, "__metadata__", ()) if hasattr(one, "rich_help_panel")]
-    panels = (None, TRAINING, WHAT_GOES, DATA, OUTPUT, MACHINE)
-    return panels.index(options[0].rich_help_panel) if options else 0
+    metadata = getattr(parameter.annotation, "__metadata__", ())
+    panel = next((one.rich_help_panel for one in metadata if hasattr(one, "rich_help_panel")), None)
+    return (None, TRAINING, WHAT_GOES, DATA, OUTPUT, MACHINE).index(panel)
 
 
 def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
     """The parameter of a command for an option: words are choices, and anything but flags and words is text."""
-    kinds = _kinds(hint)
+    kinds, spelled, text = _kinds(hint), option_name(name), declared.doc.replace("`", "")
     shell_type: Any = str | None
-    if bool in kinds:
+    if declared.default is True:  # what is asked for is to leave it out
+        shell_type, spelled = bool | None, f"{spelled}/{spelled.replace('--', '--no-')}"
+    elif bool in kinds:
         shell_type = bool
     elif kinds in ({int}, {float}):
         shell_type = kinds.pop() | None
@@ -122,13 +112,9 @@ def _parameter(name: str, hint: Any, declared: Argument) -> inspect.Parameter:
         shell_type = tuple[str, str] | None
     elif Literal in kinds:
         shell_type = hint
-    text, metavar = declared.doc.replace("`", ""), _METAVARS.get(name)
     if not isinstance(declared.default, bool | None):
         text = f"{text.removesuffix('.')} (default: {declared.default})."
-    spelled = option_name(name)
-    if declared.default is True:  # what is asked for is to leave it out
-        shell_type, spelled = bool | None, f"{spelled}/{spelled.replace('--', '--no-')}"
-    option = typer.Option(spelled, help=text, rich_help_panel=declared.panel, metavar=metavar)
+    option = typer.Option(spelled, help=text, rich_help_panel=declared.panel, metavar=_METAVARS.get(name))
     default, hint = False if shell_type is bool else None, Annotated[shell_type, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
@@ -146,8 +132,6 @@ def _parse(hint: Any, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if kinds & {Mapping, Sequence} and value[:1] in ("(", "[", "{"):
-        from fxprune.pipeline.arguments import read_spelling
-
         with suppress(PassError):
             return read_spelling(f"option{{{value=!s}}}")[1]["value"]
     if Mapping in kinds and "=" in value:
@@ -155,6 +139,4 @@ def _parse(hint: Any, value: Any) -> Any:
         return {kind.strip(): parse_number(number) for kind, _, number in pairs}
     if Mapping in kinds:
         return parse_number(value)
-    if Sequence in kinds:
-        return [kind.strip() for kind in value.split(",")]
-    return value
+    return [kind.strip() for kind in value.split(",")] if Sequence in kinds else value

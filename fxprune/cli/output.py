@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune.cli.config import run_file
-from fxprune.cli.console import console, notes, print_json, print_lines, warnings_as_notes, working
+from fxprune.cli.config import is_file, run_file
+from fxprune.cli.console import console, is_first, notes, print_json, print_lines, warnings_as_notes, working
 from fxprune.cli.demo import uniform_price
 from fxprune.cli.models import is_gguf
 from fxprune.errors import ArgumentError, CheckpointError, ExportError, FxpruneError, UnknownNameError
@@ -26,16 +26,10 @@ _FILES = (".bin", ".ckpt", ".h5", ".json", ".pt", ".pth", ".safetensors", ".tar"
 """Suffixes of files that this package does not write; names of folders may have dots in them."""
 
 
-def is_file(out: Path) -> bool:
-    """Whether a name means a file rather than a folder."""
-    return out.suffix in SUFFIXES
-
-
 def check_output(out: Path, model: str, *, force: bool) -> None:
     """Refuse an output that is not writable, is the model itself or, without ``force``, holds other files."""
-    known = (*SUFFIXES, *_FILES)
     near = out.suffix[1:].isalpha() and difflib.get_close_matches(out.suffix.lower(), SUFFIXES, cutoff=0.7)
-    if out.suffix not in SUFFIXES and (out.suffix.lower() in known or near):
+    if not is_file(out) and (out.suffix.lower() in (*SUFFIXES, *_FILES) or near):
         raise UnknownNameError("suffix", out.suffix, SUFFIXES)
     _check_name(out)
     if out.exists() and Path(model).exists() and out.samefile(Path(model)):
@@ -45,10 +39,13 @@ def check_output(out: Path, model: str, *, force: bool) -> None:
         raise CheckpointError(f"{parent} is a file", where=str(out), remedy="Choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{parent} is not writable", where=str(out), remedy="Choose another folder")
-    if is_file(out):
-        _check_file(out, force=force)
-    else:
+    if not is_file(out):
         _check_folder(out, force=force)
+    elif out.is_dir():
+        raise CheckpointError("it is a folder", where=str(out), remedy="Name a file in it")
+    elif out.exists() and not run_file(out).exists() and not force:
+        what = "the file is there, without a run of this command beside it"
+        raise CheckpointError(what, where=str(out), remedy="Choose another name, or replace it with --force")
 
 
 def _check_name(out: Path) -> None:
@@ -67,23 +64,14 @@ def _check_name(out: Path) -> None:
         raise CheckpointError("it is neither a folder nor a file", where=str(out), remedy="Choose another place")
 
 
-def _check_file(out: Path, *, force: bool) -> None:
-    if out.is_dir():
-        raise CheckpointError("it is a folder", where=str(out), remedy="Name a file in it")
-    if out.exists() and not run_file(out, is_file=True).exists() and not force:
-        what, remedy = "the file is there, without a run of this command beside it", "replace it with --force"
-        raise CheckpointError(what, where=str(out), remedy=f"Choose another name, or {remedy}")
-
-
 def _check_folder(out: Path, *, force: bool) -> None:
     if out.is_file():
         raise CheckpointError("is a file", where=str(out), remedy="Choose a folder, or a name that ends in .gguf")
-    is_run = (out / MANIFEST).is_file() or run_file(out, is_file=False).is_file()
     if (out / MANIFEST).is_file() and not force:
         from fxprune.checkpoint.write import check_place
 
         check_place(out)
-    if not out.is_dir() or is_run or not any(out.iterdir()):
+    if not out.is_dir() or (out / MANIFEST).is_file() or run_file(out).is_file() or not any(out.iterdir()):
         return
     if not force:
         remedy = "Choose a new folder, or write into this one with --force"
@@ -107,24 +95,18 @@ def check_quantization(quantization: str | None, out: Path | None) -> None:
 
 def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[str, Any]:
     """Options for writing a GGUF file: like the one that the model was read from, if it was."""
-    quantization = gguf_quantization(source, quantization)
-    if not is_gguf(source):
-        return {"tokenizer": tokenizer, "quantization": quantization}
-    return {"like": source, "quantization": quantization}
-
-
-def gguf_quantization(source: str, quantization: str | None) -> str:
-    """The quantisation of a GGUF file to write: the one given, or that of the GGUF file read, or ``f16``."""
     from fxprune.export.gguf.write import most_common_type
 
-    return quantization or (most_common_type(source) if is_gguf(source) else "f16")
+    if is_gguf(source):
+        return {"like": source, "quantization": quantization or most_common_type(source)}
+    return {"tokenizer": tokenizer, "quantization": quantization or "f16"}
 
 
 def gguf_multiple(source: str, quantization: str | None) -> int:
-    """The multiple that widths should be rounded to for a GGUF file of :func:`gguf_quantization`."""
+    """The multiple that widths should be rounded to for a GGUF file of :func:`gguf_options`."""
     from fxprune.export.gguf.quantization import row_multiple
 
-    return row_multiple(gguf_quantization(source, quantization))
+    return row_multiple(gguf_options(source, None, quantization)["quantization"])
 
 
 def runners(out: Path) -> str:
@@ -186,7 +168,6 @@ def check_push(repository: str, out: Path | None) -> None:
 def push(folder: Path, repository: str) -> None:
     """Upload a folder to a repository, and print its address."""
     from fxprune.checkpoint.write import push_folder
-    from fxprune.offload.ranks import is_first
 
     if is_first():
         with working(f"uploading to {repository}"):

@@ -12,8 +12,8 @@ import typer
 from rich.table import Column, Table
 
 from fxprune.cli import options as flags
-from fxprune.cli.console import QuickCommand, app, console, print_json, print_lines
-from fxprune.cli.output import is_file
+from fxprune.cli.config import is_file
+from fxprune.cli.console import QuickCommand, app, console, print_json, print_lines, print_table
 from fxprune.errors import CheckpointError, PlanError
 from fxprune.pipeline.arguments import MANIFEST
 
@@ -31,12 +31,7 @@ Source = Annotated[Path, typer.Argument(help="A plan.json, a folder that has one
 
 @dataclass(frozen=True)
 class WrittenPlan:
-    """A plan that a prune wrote, and of the report beside it, if there is one, the widths and numbers of parameters.
-
-    Args:
-        widths: units before and after by group, as in the report.
-        parameters: before and after; None without a report.
-    """
+    """A plan that a prune wrote, and of the report beside it, if any, widths and parameters before and after."""
 
     plan: Plan
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -49,23 +44,21 @@ def show(plan: Source, as_json: flags.Json = False) -> None:
     from fxprune.removal.plan import Plan, differences
 
     written = read_plan(plan)
-    axes = differences(written.plan, Plan())
-    widths = written.widths
-    blocks, norm = list(written.plan.removed_blocks), written.plan.norm
+    axes, widths = differences(written.plan, Plan()), written.widths
+    blocks, norm, tokens = list(written.plan.removed_blocks), written.plan.norm, list(written.plan.vocabulary)
     if as_json:
         cut = [{"block": one.block, "axes": one.axes, "size": one.size, "removed": one.first} for one in axes]
-        tokens = list(written.plan.vocabulary)
         print_json({"norm": norm, "removed_blocks": blocks, "widths": widths, "axes": cut, "vocabulary": tokens})
         return
     lines = [f"layer removed: {block}" for block in blocks]
     if widths:
         console.print(_widths_table(widths))
     elif axes:
-        console.print(_axes_table(axes, ("removed", "first")))
+        _print_axes(axes, ("removed", "first"))
         lines.append("note: there is no report.json beside the plan, so these are axes of parameters")
-    if written.plan.vocabulary:
-        lines.append(f"tokens that stay: {len(written.plan.vocabulary):,}")
-    if not axes and not blocks and not written.plan.vocabulary:
+    if tokens:
+        lines.append(f"tokens that stay: {len(tokens):,}")
+    if not (axes or blocks or tokens):
         lines.append("the plan removes nothing")
     if written.parameters:
         dense, slim = written.parameters
@@ -85,13 +78,11 @@ def diff(first: Source, second: Source, as_json: flags.Json = False) -> None:
     tokens = {name: len({*a.vocabulary} - {*b.vocabulary}) for name, (a, b) in sides.items()}
     same = not axes and not any(blocks.values()) and (one.norm, one.vocabulary) == (other.norm, other.vocabulary)
     if as_json:
-        cut = [each.to_dict() for each in axes]
-        print_json(
-            {"same": same, "axes": cut, "removed_blocks": blocks, "norm": [one.norm, other.norm], "tokens": tokens}
-        )
+        norms, cut = [one.norm, other.norm], [each.to_dict() for each in axes]
+        print_json({"same": same, "axes": cut, "removed_blocks": blocks, "norm": norms, "tokens": tokens})
         raise typer.Exit(int(not same))
     if axes:
-        console.print(_axes_table(axes, ("only first", "first"), ("only second", "second"), ("both", "both")))
+        _print_axes(axes, ("only first", "first"), ("only second", "second"), ("both", "both"))
     lines = ["the plans remove the same"] if same else []
     for plan, alone in blocks.items():
         lines += [f"layer removed only by the {plan}: {block}" for block in alone]
@@ -168,10 +159,10 @@ def _widths_table(widths: Mapping[str, tuple[int, int]]) -> Table:
     return table
 
 
-def _axes_table(axes: tuple[Difference, ...], *counts: tuple[str, str]) -> Table:
-    table = Table("block", Column("parameters", overflow="fold"), "size", *(title for title, _ in counts))
+def _print_axes(axes: tuple[Difference, ...], *counts: tuple[str, str]) -> None:
+    rows = []
     for one in axes:
-        numbers = (f"{getattr(one, field):,}" for _, field in counts)
         more = f" and {len(one.axes) - 1} more" if len(one.axes) > 1 else ""
-        table.add_row(one.block, f"{one.axes[0]}{more}", f"{one.size:,}", *numbers)
-    return table
+        numbers = (f"{getattr(one, field):,}" for _, field in counts)
+        rows.append((one.block, f"{one.axes[0]}{more}", f"{one.size:,}", *numbers))
+    print_table(("block", Column("parameters", overflow="fold"), "size", *(title for title, _ in counts)), rows)

@@ -18,9 +18,9 @@ from fxprune.errors import ArgumentError
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The calibration text of a command; None for built-in text and for the defaults of the recipe.
+    """The calibration text of a command, for a model of ``model_class`` where it is no causal language model.
 
-    ``model_class`` is that of a model that is no causal language model.
+    None stands for built-in text and for the defaults of the recipe.
     """
 
     source: str | None
@@ -94,8 +94,13 @@ def prepare(
             raise ArgumentError(f"it has no pass of the stage {stage}", where="--recipe", remedy=remedy)
     built_in = reader_of(bare) is None and any(map(needs_samples, bare))
     kind = text.model_class
-    if text.needs_processor:
-        return _prepare_processed(model, text, options)
+    if text.needs_processor:  # a fifth of ten samples or more are held out
+        assert text.source is not None
+        passes = fxprune.prune_pipeline((), **options).passes
+        most = text.samples or getattr(reader_of(passes), "samples", None)
+        every, processor = load_samples(text.source, model, None if most is None else most * 5 // 4)
+        pruned_on, apart = _held_out(every)
+        return Prepared(passes, None, pruned_on, processor, tuple(apart))
     if kind is not None and kind.main_input_name != "input_ids" and (built_in or text.source is not None):
         what = f"{kind.__name__} reads {kind.main_input_name}, and there are no samples of that"
         remedy = "Give --calibration with a folder of images or sounds, or rows in .jsonl; or --recipe llm-pruner"
@@ -106,11 +111,10 @@ def prepare(
     tokenizer = load_words(model, gguf_file, needed=needed, instead=instead)
     stand_in = tokenizer or (len if wanted else None)  # any callable: it is not called
     data = None if text.source is None else ()  # passes with data are not told apart by their samples
-    passes = tuple(fxprune.prune_pipeline(data, tokenizer=stand_in, **options).passes)
+    passes = fxprune.prune_pipeline(data, tokenizer=stand_in, **options).passes
     reader = reader_of(passes)
-    samples = None
-    if tokenizer is not None:
-        samples = text.read(tokenizer, getattr(reader, "samples", None) or getattr(reader, "built_in", None))
+    most = getattr(reader, "samples", None) or getattr(reader, "built_in", None)
+    samples = None if tokenizer is None else text.read(tokenizer, most)
     for step in passes:
         if step is not reader or data is None:
             step.check_arguments()
@@ -125,24 +129,9 @@ def prepare(
     return Prepared(passes, tokenizer, kept, processor, tuple({"input_ids": row[None]} for row in apart))
 
 
-def _prepare_processed(model: str, text: CalibrationText, options: Mapping[str, Any]) -> Prepared:
-    """The same with samples that the processor of the model makes: a fifth of ten or more are held out."""
-    assert text.source is not None
-    passes = tuple(fxprune.prune_pipeline((), **options).passes)
-    reader = reader_of(passes)
-    most = text.samples or getattr(reader, "samples", None)
-    every, processor = load_samples(text.source, model, None if most is None else most * 5 // 4)
-    samples, apart = _held_out(every)
-    return Prepared(passes, None, samples, processor, tuple(apart))
-
-
-_FEWEST = 10
-"""Samples of which some are held out."""
-
-
 def _held_out(samples: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The samples to prune on, and those held out: every fifth if there are enough."""
-    if len(samples) < _FEWEST:
+    if len(samples) < 10:
         return list(samples), []
     return [one for i, one in enumerate(samples) if i % 5], list(samples[::5])
 

@@ -9,30 +9,18 @@ from typing import Any
 import typer
 
 import fxprune
+from fxprune.cli import console, output
 from fxprune.cli import options as flags
-from fxprune.cli.config import format_run, run_file
-from fxprune.cli.console import Command, app, is_given, keep_freed, notes, option_name, run_progress, working
+from fxprune.cli.config import format_run, is_file, run_file
+from fxprune.cli.console import ONE_OF_TWO, option_name, run_progress, working
 from fxprune.cli.models import check_model, hide_bars, is_gguf, load, locate_model, model_class
-from fxprune.cli.output import (
-    OURS,
-    check_output,
-    check_push,
-    check_quantization,
-    gguf_multiple,
-    gguf_options,
-    is_file,
-    print_result,
-    push,
-    write_result,
-    write_run,
-)
 from fxprune.cli.preparation import CalibrationText, Prepared, prepare
 from fxprune.errors import ArgumentError
 from fxprune.pipeline.arguments import has_vocab
 from fxprune.recipes.options import Options
 
 
-@app.command(cls=Command)
+@console.app.command(cls=console.Command)
 @flags.library_options(Options)
 def prune(
     call: typer.Context,
@@ -60,21 +48,20 @@ def prune(
     """Prune MODEL and write a checkpoint, its plan, report and run.yaml to OUT; or one file, and these beside it."""
     from fxprune.offload.prefetch import as_device
 
-    _check_places(out, dry_run=dry_run, low_memory=low_memory)
-    _check_exclusive(call)
+    _check_options(call, out, dry_run=dry_run, low_memory=low_memory)
     _replace_deprecated(options, taylor, group_ratio)
     to_gguf = out is not None and out.suffix == ".gguf"
     if to_gguf:
         quantization = _quantization(options.get("target"), quantization)
     check_model(model, gguf_file, with_weights=not dry_run, any_class=True)
     text = CalibrationText(calibration, samples, tokens, None if gguf_file is not None else model_class(model))
-    check_quantization(quantization, out)
+    output.check_quantization(quantization, out)
     if to_gguf:  # one epsilon for all norms, and rows of whole blocks
-        options = {"norm": "sliced", "round_to": {"mlp": gguf_multiple(model, quantization)}, **options}
+        options = {"norm": "sliced", "round_to": {"mlp": output.gguf_multiple(model, quantization)}, **options}
     if push_to_hub is not None:
-        check_push(push_to_hub, out)
+        output.check_push(push_to_hub, out)
     if out is not None:
-        check_output(out, model, force=force)
+        output.check_output(out, model, force=force)
     text.check()
     as_device(device)
     if low_memory:
@@ -92,33 +79,25 @@ def prune(
         return
     assert out is not None
     run = format_run(call)
-    force = force or run_file(out, is_file=is_file(out)).is_file()
+    force = force or run_file(out).is_file()
     if low_memory:
         source = locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file
-        result, loading = _prune_on_disk(source, out, prepared, run, force=force, device=device, **options), OURS
+        hide_bars()
+        with run_progress("pruning from disk") as shown:
+            options |= {"tokenizer": prepared.tokenizer, "force": force, "device": device, **shown}
+            options["also"] = lambda _, folder: output.write_run(run, folder / "run.yaml")
+            result, loading = fxprune.prune_checkpoint(source, out, prepared.samples, **options), output.OURS
     else:
-        keep_freed()
+        console.keep_freed()
         dense = load(model, gguf_file, dtype=dtype, device=device)
-        export = gguf_options(model, prepared.tokenizer, quantization) if to_gguf else {}
+        export = output.gguf_options(model, prepared.tokenizer, quantization) if to_gguf else {}
         result = _prune_in_memory(dense, prepared, export, options)
         words = prepared.processor or prepared.tokenizer
         with working(f"writing {out}"):
-            loading = write_result(result, out, words, export, run=run, force=force)
-    print_result(result, out, loading, as_json=as_json)
+            loading = output.write_result(result, out, words, export, run=run, force=force)
+    output.print_result(result, out, loading, as_json=as_json)
     if push_to_hub is not None:
-        push(out, push_to_hub)
-
-
-def _prune_on_disk(source: Any, out: Path, prepared: Prepared, run: str, **options: Any) -> fxprune.Result:
-    """Prune a model whose weights stay on disk, from its files to a folder."""
-
-    def write_beside(_: Any, folder: Path) -> None:
-        write_run(run, run_file(folder, is_file=False))
-
-    hide_bars()
-    with run_progress("pruning from disk") as shown:
-        inputs = {"tokenizer": prepared.tokenizer, "also": write_beside, **shown}
-        return fxprune.prune_checkpoint(source, out, prepared.samples, **inputs, **options)
+        output.push(out, push_to_hub)
 
 
 def _prune_in_memory(dense: Any, prepared: Prepared, export: dict[str, Any], options: dict[str, Any]) -> fxprune.Result:
@@ -151,38 +130,34 @@ def _quantization(target: str | None, given: str | None) -> str | None:
     return given or counted
 
 
-def _check_places(out: Path | None, *, dry_run: bool, low_memory: bool) -> None:
-    """Refuse a missing output, and a file where only a folder can be written."""
+def _check_options(context: typer.Context, out: Path | None, *, dry_run: bool, low_memory: bool) -> None:
+    """Refuse a missing output, a file where only a folder can be written, and options that exclude each other."""
     if out is None and not dry_run:
         raise ArgumentError("no output is given", where="--out", remedy="Give --out, or --dry-run to look")
     if low_memory and out is not None and is_file(out):
         remedy = "Prune to a folder, and make the file of it with `fxprune export`"
         raise ArgumentError(f"it writes a folder, and {out} is a file", where="--low-memory", remedy=remedy)
-
-
-def _check_exclusive(context: typer.Context) -> None:
     for one, other, why in (
         ("ratio", "group_ratio", "both name the fraction to remove"),
         ("select", "group_ratio", "both choose the selection"),
         ("low_memory", "inplace", "weights on disk are not changed in place"),
         ("low_memory", "dtype", "weights on disk are used in the dtype of their files"),
     ):
-        if is_given(context, one) and is_given(context, other):
+        if console.is_given(context, one) and console.is_given(context, other):
             what = f"cannot be given with {option_name(other)}: {why}"
-            raise ArgumentError(what, where=option_name(one), remedy="Leave one of the two out")
+            raise ArgumentError(what, where=option_name(one), remedy=ONE_OF_TWO)
 
 
 def _replace_deprecated(options: dict[str, Any], taylor: str | None, group_ratio: float | None) -> None:
     """Replace deprecated options by spellings of passes, with a warning for each."""
-    replaced = {}
-    if taylor is not None:
-        spelled = f"taylor{{order={taylor}}}"
-        replaced["--taylor"] = ("importance", spelled)
-        if options.get("importance", "taylor") not in ("taylor", spelled):
-            remedy = f"Leave --taylor out: write --importance '{spelled}'"
-            raise ArgumentError("cannot be given with another --importance", where="--taylor", remedy=remedy)
-    if group_ratio is not None:
-        replaced["--group-ratio"] = ("select", f"select-by-group-ratio{{group_ratio={group_ratio}}}")
-    for old, (stage, choice) in replaced.items():
+    for old, value, stage, choice in (
+        ("--taylor", taylor, "importance", f"taylor{{order={taylor}}}"),
+        ("--group-ratio", group_ratio, "select", f"select-by-group-ratio{{group_ratio={group_ratio}}}"),
+    ):
+        if value is None:
+            continue
+        if stage == "importance" and options.get(stage, "taylor") not in ("taylor", choice):
+            remedy = f"Leave --taylor out: write --importance '{choice}'"
+            raise ArgumentError("cannot be given with another --importance", where=old, remedy=remedy)
         options[stage] = choice
-        notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'")
+        console.notes.print(f"warning: {old} is deprecated: write --{stage} '{choice}'")

@@ -8,9 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +23,10 @@ from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_quantization, gguf_options
 from fxprune.errors import ArgumentError, FxpruneError
 
+_DRAFT = (
+    "Smaller model with the same tokens, such as MODEL pruned, for speculative decoding; the answers stay the same."
+)
+
 
 @app.command(cls=Command)
 def serve(
@@ -32,13 +34,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     context: Annotated[int, typer.Option(min=16, help="Tokens of a request and its answer together.")] = 4096,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Smaller model with the same tokens, such as MODEL pruned, for speculative decoding; the answers stay "
-            "the same."
-        ),
-    ] = None,
+    draft: Annotated[str | None, typer.Option(help=_DRAFT)] = None,
     quantization: flags.Quantization = None,
     quiet: flags.Quiet = False,
 ) -> None:
@@ -57,37 +53,30 @@ def serve(
         if not is_gguf(one):
             check_model(one, with_weights=True)
             check_quantization(quantization, Path("served.gguf"))
-    with _exit_at_once(), tempfile.TemporaryDirectory() as folder:
-        paths = [
-            Path(one).expanduser() if is_gguf(one) else _exported(one, Path(folder, role), quantization)
-            for role, one in zip(("model", "draft"), given, strict=False)
-        ]
-        with working(f"starting {engine['name']}"):
-            start = partial(start_server, engine["server"], *paths, host=host, port=port, context=context)
-            server = ThreadPoolExecutor(1).submit(start).result()  # in a thread, so that signals are heard meanwhile
-        print_lines([f"serving {model} at {server.listening_address}/v1; stop it with Ctrl-C"])
-        wait()
-
-
-@contextmanager
-def _exit_at_once() -> Iterator[None]:
-    """End the process on a signal without waiting for threads of the engine, which may still be loading a file."""
     try:
-        yield
-    except SystemExit as stopped:
+        with tempfile.TemporaryDirectory() as folder:
+            places = (Path(folder, role) for role in ("model", "draft"))
+            paths = [_as_gguf(one, place, quantization) for one, place in zip(given, places, strict=False)]
+            with working(f"starting {engine['name']}"):
+                start = partial(start_server, engine["server"], *paths, host=host, port=port, context=context)
+                server = ThreadPoolExecutor(1).submit(start).result()  # in a thread: signals are heard meanwhile
+            print_lines([f"serving {model} at {server.listening_address}/v1; stop it with Ctrl-C"])
+            wait()
+    except SystemExit as stopped:  # at once, without waiting for threads of the engine, which may be loading a file
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(str(stopped.code)))
 
 
-def _exported(model: str, folder: Path, quantization: str | None) -> Path:
-    """A model written into a new folder as a GGUF file of its name, to serve."""
+def _as_gguf(model: str, folder: Path, quantization: str | None) -> Path:
+    """The GGUF file of a model, of its name: itself, or written into a new folder."""
+    if is_gguf(model):
+        return Path(model).expanduser()
     folder.mkdir()
-    tokenizer = load_words(model)
+    options = gguf_options(model, load_words(model), quantization)
     loaded = load(model)
     with working("writing a GGUF file"), warnings_as_notes():
-        path = folder / f"{Path(model).name}.gguf"
-        return fxprune.export_model(loaded, path, **gguf_options(model, tokenizer, quantization))
+        return fxprune.export_model(loaded, folder / f"{Path(model).name}.gguf", **options)
 
 
 def start_server(package: str, path: Path, draft: Path | None = None, *, host: str, port: int, context: int) -> Any:

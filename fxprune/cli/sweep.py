@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,10 +14,11 @@ from fxprune.cli.console import MeasuringCommand, app, console, keep_freed, prin
 from fxprune.cli.models import check_model, load
 from fxprune.cli.preparation import CalibrationText, prepare
 from fxprune.errors import ArgumentError
-from fxprune.recipes.options import WHAT_GOES, Options
+from fxprune.recipes.options import Options
 
-if TYPE_CHECKING:
-    from fxprune.sweep import Sweep
+_RATIO = "Fractions of the parameters to remove."
+_KEEP = "Models to keep: all, those that nothing else beats, or none."
+_AT_MOST = "Recommend the smallest model whose perplexity is at most this many times that of MODEL: 1.3x."
 
 
 @app.command(cls=MeasuringCommand)
@@ -25,23 +26,11 @@ if TYPE_CHECKING:
 def sweep(
     model: flags.Folder,
     out: Annotated[Path, typer.Option(callback=flags.expanded, help="Folder for the table, the picture and models.")],
-    ratio: Annotated[
-        str, typer.Option(metavar="N,...", help="Fractions of the parameters to remove.", rich_help_panel=WHAT_GOES)
-    ] = "0.1,0.2,0.35",
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Recipes, by name or as files.", rich_help_panel=WHAT_GOES)
-    ] = "fast,balanced",
-    keep: Annotated[
-        Literal["all", "best", "none"],
-        typer.Option(help="Models to keep: all, those that nothing else beats, or none."),
-    ] = "best",
+    ratio: Annotated[str, flags.what_goes(metavar="N,...", help=_RATIO)] = "0.1,0.2,0.35",
+    recipe: Annotated[str, flags.what_goes(metavar="NAME,...", help="Recipes, by name or as files.")] = "fast,balanced",
+    keep: Annotated[Literal["all", "best", "none"], typer.Option(help=_KEEP)] = "best",
     bench: Annotated[bool, typer.Option("--bench", help="Measure the time of a generated token as well.")] = False,
-    at_most: Annotated[
-        str | None,
-        typer.Option(
-            help="Recommend the smallest model whose perplexity is at most this many times that of MODEL: 1.3x."
-        ),
-    ] = None,
+    at_most: Annotated[str | None, typer.Option(help=_AT_MOST)] = None,
     calibration: flags.Calibration = None,
     samples: flags.Samples = None,
     tokens: flags.Tokens = None,
@@ -57,7 +46,9 @@ def sweep(
     """Prune MODEL by several recipes and ratios, and compare size and quality; resumes an interrupted sweep."""
     from fxprune.sweep.run import check_sweep
 
-    most = None if at_most is None else _times(at_most)
+    most = None if at_most is None else parse_number(at_most.removesuffix("x"))
+    if isinstance(most, str) or not (most is None or most > 0):
+        raise ArgumentError(f"{at_most!r} is not a multiple", where="--at-most", remedy="Give a number, as in 1.3x")
     ratios = [parse_number(part.strip()) for part in ratio.split(",")]
     recipes = [part.strip() for part in recipe.split(",")]
     asked = check_sweep(ratios, recipes, keep, options)
@@ -66,10 +57,8 @@ def sweep(
     text.check()
     if calibration is not None:
         options = {"eval_text": calibration, **options}
-    prepared = [
-        prepare(model, gguf_file, text, {**options, **own}, needs_tokenizer=True, dry_run=False)
-        for own in asked.values()
-    ]
+    every = ({**options, **own} for own in asked.values())
+    prepared = [prepare(model, gguf_file, text, each, needs_tokenizer=True, dry_run=False) for each in every]
     given = [one.samples for one in prepared if one.samples is not None]
     keep_freed()
     found = fxprune.sweep(
@@ -85,11 +74,6 @@ def sweep(
         track=progress,
         **options,
     )
-    _print_sweep(found, most, as_json=as_json)
-
-
-def _print_sweep(found: Sweep, most: float | None, *, as_json: bool) -> None:
-    """Print the table, and the model to recommend if a limit ``most`` of the perplexity was given."""
     best = None if most is None else found.recommend(most)
     if as_json:
         print_json({**found.to_dict(), "recommended": None if best is None else best.name})
@@ -99,11 +83,3 @@ def _print_sweep(found: Sweep, most: float | None, *, as_json: bool) -> None:
     if most is not None:
         none = "none of them; smaller ratios or the recipe `best` may be"
         print_lines([f"perplexity at most {most:g} x: {none if best is None else best.name}"])
-
-
-def _times(text: str) -> float:
-    """The number in ``1.3x``."""
-    value = parse_number(text.removesuffix("x"))
-    if isinstance(value, str) or not value > 0:
-        raise ArgumentError(f"{text!r} is not a multiple", where="--at-most", remedy="Give a number, as in 1.3x")
-    return float(value)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import fxprune
+from fxprune.cli.config import is_file
 from fxprune.cli.options import expanded
-from fxprune.cli.output import check_output, is_file
+from fxprune.cli.output import check_output
 from fxprune.errors import CheckpointError, FxpruneError
 from tests.models import tiny
 
