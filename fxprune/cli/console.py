@@ -187,6 +187,8 @@ class Command(TyperCommand):
                 return option_name(name) if name in options or name == "offload" else name
 
             raise typer.Exit(_report(error.render(spell))) from error
+        except OSError as error:  # before the base class takes a broken pipe for the end of the output
+            raise typer.Exit(_report(_describe(error))) from error
 
 
 class MeasuringCommand(Command):
@@ -221,8 +223,7 @@ class _Commands(TyperGroup):
         except FxpruneError as error:  # of a run.yaml, which is read with the arguments
             code = _report(str(error))
         except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            code = _report(f"{place}{error.strerror or error}")
+            code = _report(_describe(error))
         raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -246,6 +247,11 @@ def options(context: typer.Context, version: _Version = False) -> None:
     set_output()
     if context.invoked_subcommand is None:
         console.print(context.get_help(), end="")
+
+
+def _describe(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
 
 
 def _report(text: str) -> int:

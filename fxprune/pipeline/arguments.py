@@ -197,7 +197,8 @@ def number(name: str, value: Any, *, error: type[FxpruneError] = ArgumentError, 
     found, accepted = _scalar(value), Limits(**limits)
     if isinstance(found, int | float | Fraction) and not isinstance(found, bool) and accepted.hold(found):
         with suppress(OverflowError):
-            if math.isfinite(as_float := float(found)):
+            as_float = float(found)
+            if math.isfinite(as_float):
                 return as_float
     wanted = f"a number{accepted}"
     if 1 in (accepted.below, accepted.most) and isinstance(found, int | float) and 1 < found <= 100:

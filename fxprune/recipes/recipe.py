@@ -71,7 +71,8 @@ class Recipe(UserDict[str, tuple[Pass, ...]]):
         given: Any = (choice,) if isinstance(choice, str | Pass) or choice is None else choice
         if not isinstance(given, Sequence):
             raise refuse(stage, given, "a pass, its spelling, several of these, or None")
-        self.data[stage] = tuple(step for one in given if (step := made_for(stage, one)) is not None)
+        made = [made_for(stage, one) for one in given]
+        self.data[stage] = tuple(step for step in made if step is not None)
         self._changed = True
 
     def __delitem__(self, stage: str) -> None:
@@ -133,7 +134,8 @@ class Recipe(UserDict[str, tuple[Pass, ...]]):
             defaults, own = _arguments(type(one)()), _arguments(one)
             return changed(one, {key: value for key, value in arguments.items() if own.get(key) == defaults.get(key)})
 
-        if made is not None and isinstance(choice, str) and (changes := _inside(made, inherit)):
+        changes = _inside(made, inherit) if made is not None and isinstance(choice, str) else {}
+        if made is not None and changes:
             made = type(made)(**_arguments(made) | changes)
         self[stage] = made
 
