@@ -24,10 +24,12 @@ from fxprune.pipeline.arguments import (
 )
 from fxprune.pipeline.contract import STAGES, Pass
 
+_GROUP = "fxprune.passes"
+
 
 @cache
 def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group="fxprune.passes")}
+    return {entry.name: entry for entry in entry_points(group=_GROUP)}
 
 
 def pass_names(stage: str | None = None) -> tuple[str, ...]:
