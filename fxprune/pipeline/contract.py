@@ -285,16 +285,16 @@ def _watch(graph_module: fx.GraphModule, *, hold: bool) -> Callable[[fx.GraphMod
     def spelled(node: fx.Node, target: Any, args: Any, kwargs: Any) -> tuple[object, ...]:
         return node.name, node.op, target, comparable(args), comparable(kwargs)
 
+    def reference(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        return (lambda: tensor) if hold else weakref.ref(tensor)
+
     nodes = nodes_of(graph_module)
-    tensors: dict[str, tuple[Callable[[], torch.Tensor | None], int, torch.Size]] = {
-        name: ((lambda held=tensor: held) if hold else weakref.ref(tensor), version_of(tensor), tensor.shape)
-        for name, tensor in weights(graph_module)
-    }
+    tensors = {name: (reference(one), version_of(one), one.shape) for name, one in weights(graph_module)}
 
     def differs(name: str, after: torch.Tensor) -> bool:
         """Whether a tensor holds other values, as far as is known: a copy does not."""
-        reference, version, shape = tensors[name]
-        before = reference()
+        known, version, shape = tensors[name]
+        before = known()
         if before is after or shape != after.shape:
             return shape != after.shape or version != version_of(after)
         if before is None or version != version_of(before):
