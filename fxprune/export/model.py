@@ -21,15 +21,13 @@ from fxprune.errors import ExportError, UnknownNameError
 from fxprune.export.gguf.quantization import quantization_named
 from fxprune.export.gguf.write import export_gguf
 from fxprune.export.program import (
-    can_run_in_onnxruntime,
+    can_check,
     export_graph,
-    plain_tensor,
-    require_close,
-    run_onnx,
-    save_program,
+    plain_tensors,
+    program_path,
     strip_metadata,
     wrap_export_errors,
-    write_onnx,
+    write_program,
 )
 from fxprune.graph.context import Refusal, attempt, eval_mode, quiet
 from fxprune.pipeline.arguments import SUFFIXES, as_path
@@ -57,13 +55,23 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
             is complete.
         verify: run the exported file, with an empty past and with a longer one, and compare.
     """
-    path = Path(as_path("path", path, error=ExportError))
-    writers = {".pt2": _write_program, ".onnx": _write_onnx}
-    if path.suffix not in writers:
-        raise UnknownNameError("suffix", path.suffix, writers)
+    path = program_path(path)
     with eval_mode(model):
         step = _Step(model)
-        writers[path.suffix](step, _export_step(step), path, verify)
+        program = _export_step(step)
+        pairs = [f"{number}.{part}" for number in range(len(step.blocks)) for part in ("key", "value")]
+        axes: list[dict[int, str]] = [{0: "batch", 1: "sequence"}, *({0: "batch", 2: "past"} for _ in pairs)]
+        calls = _calls(step) if verify and can_check(step, path) else []
+        with wrap_export_errors(path.name):
+            write_program(
+                program,
+                path,
+                step,
+                calls,
+                inputs=["input_ids", *(f"past_key_values.{pair}" for pair in pairs)],
+                outputs=["logits", *(f"present.{pair}" for pair in pairs)],
+                axes=axes,
+            )
     return path
 
 
@@ -123,52 +131,16 @@ def _export_step(step: _Step) -> torch.export.ExportedProgram:
             program = export(*(torch.export.Dim(name, min=least) for name, least in sizes.items()))
         except Exception:  # torch may raise anything for a model that bounds these sizes, or that it cannot export
             program = export(*[torch.export.Dim.AUTO] * 3)
-    plain: dict[int, torch.Tensor] = {}
-    for name, tensor in list(program.state_dict.items()):
-        plain.setdefault(id(tensor), plain_tensor(tensor))
-        program.state_dict[name] = plain[id(tensor)]
+    program.state_dict.update(plain_tensors(program.state_dict.items()))
     strip_metadata(program)
     return program
 
 
-def _calls(step: _Step) -> list[tuple[torch.Tensor, Past, list[torch.Tensor]]]:
-    """Calls to verify with: tokens, past and expected outputs; the second continues the first."""
-    made, past = [], step.empty
+def _calls(step: _Step) -> list[dict[str, Any]]:
+    """Inputs to verify with; those of the second call continue the first."""
     with torch.no_grad(), quiet(logging.ERROR):
-        for tokens in (step.ids[:, :4], step.ids[:, 4:5]):
-            out = step(tokens, past)
-            made.append((tokens, past, [out["logits"], *_flat(out["present"])]))
-            past = out["present"]
-    return made
-
-
-def _flat(past: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    return [tensor for pair in past for tensor in pair]
-
-
-def _write_program(step: _Step, program: torch.export.ExportedProgram, path: Path, verify: bool) -> None:
-    for tokens, past, want in _calls(step) if verify else ():
-        with torch.no_grad(), wrap_export_errors(path):
-            out = program.module()(input_ids=tokens, past=past)
-        require_close(want, [out["logits"], *_flat(out["present"])], path)
-    save_program(program, path)
-
-
-def _write_onnx(step: _Step, program: torch.export.ExportedProgram, path: Path, verify: bool) -> None:
-    def check(written: Path) -> None:
-        for tokens, past, want in _calls(step):
-            require_close(want, run_onnx(written, [tokens, *_flat(past)]), path)
-
-    pairs = [f"{number}.{part}" for number in range(len(step.blocks)) for part in ("key", "value")]
-    axes: list[dict[int, str]] = [{0: "batch", 1: "sequence"}, *({0: "batch", 2: "past"} for _ in pairs)]
-    write_onnx(
-        program,
-        path,
-        inputs=["input_ids", *(f"past_key_values.{pair}" for pair in pairs)],
-        outputs=["logits", *(f"present.{pair}" for pair in pairs)],
-        axes=axes,
-        check=check if verify and can_run_in_onnxruntime(step) else None,
-    )
+        past = step(step.ids[:, :4], step.empty)["present"]
+    return [{"input_ids": step.ids[:, :4], "past": step.empty}, {"input_ids": step.ids[:, 4:5], "past": past}]
 
 
 def export_model(

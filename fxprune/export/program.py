@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from torch import fx, nn
 
 from fxprune.data.calibration import VerificationInputs, check_names, make_inputs
 from fxprune.errors import ExportError, FxpruneError, UnknownNameError, VerificationError
-from fxprune.graph.compat import is_free, is_impure, size_hint, tree_leaves, tree_map, tree_unflatten
+from fxprune.graph.compat import is_free, is_impure, size_hint, tree_map, tree_unflatten
 from fxprune.graph.context import default_modes, quiet, wrap_errors
 from fxprune.graph.facts import facts_of, fork
-from fxprune.graph.tensors import as_parameter, device_of, set_tensor, weights
+from fxprune.graph.tensors import as_parameter, device_of, set_tensor, tensors_of, weights
 from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.atomic import atomic_path
@@ -38,15 +38,8 @@ COMPANIONS = (".data",)
 """Endings of files beside an ONNX model, named after it: weights over 2 GB."""
 
 
-def require_packages(*names: str) -> None:
-    """Raise ExportError if packages that ONNX needs are missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}", where="packages", remedy="pip install 'fxprune[onnx]'")
-
-
 @contextmanager
-def wrap_export_errors(path: Path | None = None) -> Iterator[None]:
+def wrap_export_errors(where: str = "graph_module") -> Iterator[None]:
     """Turn exceptions of torch and onnxruntime into an ExportError of one line, except for out-of-memory errors."""
     try:
         yield
@@ -54,41 +47,59 @@ def wrap_export_errors(path: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # torch and onnxruntime raise many types, some of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = path.name if path is not None else "graph_module"
         raise ExportError(f"cannot be exported: {reason}", where=where, remedy="The cause has the details") from error
 
 
-def write_onnx(
+def write_program(
     program: torch.export.ExportedProgram,
     path: Path,
+    module: nn.Module,
+    calls: Sequence[Mapping[str, Any]],
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
     axes: Sequence[dict[int, str]],
-    check: Callable[[Path], None] | None,
 ) -> None:
-    """Write a program as an ONNX model.
+    """Write a program in the format of its suffix, once it gives the outputs of a module for ``calls``, by keyword.
 
-    ``axes`` names the dynamic axes of each input tensor. ``check`` is called with the path of the model before it is
-    moved into place, and raises if the model is wrong.
+    ``inputs`` and ``outputs`` name those of an ONNX model, and ``axes`` the dynamic axes of each of its inputs.
     """
-    require_packages("onnx", "onnxscript", *(["onnxruntime"] if check is not None else []))
-    spec = program.call_spec.in_spec
-    assert spec is not None
+
+    def check(run: Callable[[Mapping[str, Any]], Any]) -> None:
+        for given in calls:
+            got = output_tensors(run(given))
+            with torch.no_grad(), quiet(logging.ERROR):
+                want = output_tensors(module(**given))
+            _require_close(want, got, path)
+
+    if path.suffix == ".pt2":
+        if calls:
+            with torch.no_grad():
+                exported = program.module()
+                check(lambda given: exported(**given))
+        _save_program(program, path)
+        return
+    needed = ["onnx", "onnxscript", *(["onnxruntime"] if calls else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {', '.join(missing)}", where="packages", remedy="pip install 'fxprune[onnx]'")
     nodes, left = {node.name for node in program.graph.nodes}, iter(axes)
     # inputs that are not tensors are listed by value instead of the name of a node, and have no axes
     leaves = [next(left) if isinstance(i, str) and i in nodes else None for i in program.graph_signature.user_inputs]
-    dims: Any = tree_unflatten(leaves, spec)[1]
+    assert program.call_spec.in_spec is not None
+    dims: Any = tree_unflatten(leaves, program.call_spec.in_spec)[1]
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs), "dynamic_shapes": dims}
-    with quiet(logging.WARNING), wrap_export_errors(path):
+    with quiet(logging.WARNING), wrap_export_errors(path.name):
         model = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **names)
         assert model is not None
         _simplify(model.model)
-    with wrap_export_errors(path), atomic_path(path, ExportError, parents=True, companions=COMPANIONS) as unfinished:
+    with (
+        wrap_export_errors(path.name),
+        atomic_path(path, ExportError, parents=True, companions=COMPANIONS) as unfinished,
+    ):
         model.save(unfinished)
         _require_whole(unfinished)
-        if check is not None:
-            check(unfinished)
+        check(lambda given: run_onnx(unfinished, tensors_of(given)))
 
 
 def _require_whole(path: Path) -> None:
@@ -129,13 +140,10 @@ def run_onnx(path: Path, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs of an ONNX model for ``inputs``, in the order in which the model takes them, on a CPU."""
     import onnxruntime
 
-    with wrap_export_errors(path):
+    with wrap_export_errors(path.name):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feeds = {entry.name: value.cpu().numpy() for entry, value in zip(session.get_inputs(), inputs, strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, feeds)]
-
-
-Inputs = Mapping[str, Any]
 
 
 @default_modes()
@@ -171,58 +179,46 @@ def export_graph(
     instance(
         "graph_module", graph_module, fx.GraphModule, "fxprune.trace(model).graph_module, or a result's", ExportError
     )
-    path, verify = Path(as_path("path", path, error=ExportError)), flag("verify", verify)
+    path, verify = program_path(path), flag("verify", verify)
     check_names(example_inputs, on_meta=False)
     known = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     for name in example_inputs or ():
         one_of("input of the graph", name, known)
-    writers = {".pt2": _write_program, ".onnx": _write_onnx}
-    if path.suffix not in writers:
-        raise UnknownNameError("suffix", path.suffix, writers)
     meta = next((name for name, tensor in weights(graph_module) if tensor.is_meta), None)
     if meta is not None:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
     verified = facts_of(graph_module).get(VerificationInputs)
     given = example_inputs if example_inputs is not None or verified is None else verified.values
-    writers[path.suffix](graph_module, path, make_inputs(graph_module, given, seed=0), verify)
+    inputs = make_inputs(graph_module, given, seed=0)
+    program, values = _export(graph_module, inputs)
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    named = enumerate(zip(("batch", "sequence"), values[0].shape if values else (), strict=False))
+    dynamic = {axis: name for axis, (name, size) in named if is_free(size)}  # all inputs share those of the first
+    write_program(
+        program,
+        path,
+        graph_module,
+        [inputs] if verify and can_check(graph_module, path) else [],
+        inputs=_leaf_names(inputs, ""),
+        outputs=_leaf_names(tree_unflatten(range(spec.num_leaves), spec), ""),
+        axes=[{} if i else dynamic for i in range(len(values))],
+    )
     return path
 
 
-def _write_program(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
-    program = _export(graph_module, inputs)
-    if verify:
-        with torch.no_grad():
-            got = output_tensors(program.module()(**inputs))
-        require_close(_expected(graph_module, inputs), got, path)
-    save_program(program, path)
+def program_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a program to write, ``.pt2`` or ``.onnx``; other suffixes are refused."""
+    found = Path(as_path("path", path, error=ExportError))
+    if found.suffix not in (".pt2", ".onnx"):
+        raise UnknownNameError("suffix", found.suffix, (".pt2", ".onnx"))
+    return found
 
 
-def _write_onnx(graph_module: fx.GraphModule, path: Path, inputs: Inputs, verify: bool) -> None:
-    program = _export(graph_module, inputs)
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-
-    def check(written: Path) -> None:
-        require_close(_expected(graph_module, inputs), output_tensors(run_onnx(written, tensors)), path)
-
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    # all inputs share the dynamic axes of the first
-    shapes = [value.shape for value in _input_tensors(program).values()]
-    named = zip(("batch", "sequence"), shapes[0], strict=False)
-    dynamic = {axis: name for axis, (name, size) in enumerate(named) if is_free(size)}
-
-    write_onnx(
-        program,
-        path,
-        inputs=_leaf_names(dict(inputs), ""),
-        outputs=_leaf_names(tree_unflatten(range(spec.num_leaves), spec), ""),
-        axes=[{} if i else dynamic for i in range(len(shapes))],
-        check=check if verify and can_run_in_onnxruntime(graph_module) else None,
-    )
-
-
-def _export(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.ExportedProgram:
-    """Export a graph, with a warning for each input axis that is unexpectedly fixed."""
+def _export(
+    graph_module: fx.GraphModule, inputs: Mapping[str, Any]
+) -> tuple[torch.export.ExportedProgram, list[torch.Tensor]]:
+    """The program of a graph and its input tensors, with a warning for each axis that is unexpectedly fixed."""
     work = _for_inference(graph_module)
     device = device_of(work)
 
@@ -238,26 +234,27 @@ def _export(graph_module: fx.GraphModule, inputs: Inputs) -> torch.export.Export
         return {axis: torch.export.Dim.AUTO if is_free(size) else None for axis, size in enumerate(value.shape)}
 
     traced, dims = {}, {}
-    for node in (node for node in work.graph.nodes if node.op == "placeholder"):
+    for node in work.graph.find_nodes(op="placeholder"):
         name, value = str(node.target), node.meta["val"]
         traced[name] = tree_map(example, value, inputs[name])
         dims[name] = tree_map(dynamic_axes, value)
     with quiet(logging.WARNING), wrap_export_errors():
         program = torch.export.export(work, (), traced, dynamic_shapes=dims, strict=False)
     strip_metadata(program)
-    values = _input_tensors(program)
+    taken = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    values = {node.name: node.meta["val"] for node in taken if isinstance(node.meta.get("val"), torch.Tensor)}
     for name, axes in dynamic_dims(values).items():
-        for axis in axes or ():
+        for axis in axes:
             size = values[name].shape[axis]
             if not is_free(size):
                 warnings.warn(f"{name}: axis {axis} is fixed; the program runs only at {size}", stacklevel=5)
-    return program
+    return program, list(values.values())
 
 
-def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a program as a ``.pt2`` file."""
     with (
-        wrap_export_errors(path),
+        wrap_export_errors(path.name),
         atomic_path(path, ExportError, parents=True) as unfinished,
         _Archive(unfinished.open("wb", buffering=0)) as file,
     ):
@@ -296,11 +293,8 @@ def strip_metadata(program: torch.export.ExportedProgram) -> None:
 def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A graph over the same tensors, without gradients, that returns plain containers."""
     work = fork(graph_module).eval()
-    plain: dict[int, torch.Tensor] = {}
-    for name, tensor in weights(graph_module):
-        if id(tensor) not in plain:
-            plain[id(tensor)] = plain_tensor(tensor)
-        set_tensor(work, name, plain[id(tensor)])
+    for name, tensor in plain_tensors(weights(graph_module)).items():
+        set_tensor(work, name, tensor)
     output = work.graph.output_node()
     output.args = fx.map_arg(output.args, _plain_output)
     work.graph.eliminate_dead_code(is_impure)
@@ -308,12 +302,18 @@ def _for_inference(graph_module: fx.GraphModule) -> fx.GraphModule:
     return work
 
 
-def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without gradient; a copy if it is part of a larger storage, which would be saved whole."""
-    value = tensor.detach()
-    if value.untyped_storage().nbytes() != value.nbytes:
-        value = value.clone(memory_format=torch.contiguous_format)
-    return as_parameter(value, tensor).requires_grad_(False)
+def plain_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors by name without gradients; copies of those in a larger storage, which would be saved whole."""
+    made: dict[str, torch.Tensor] = {}
+    by_identity: dict[int, torch.Tensor] = {}
+    for name, tensor in named:
+        if id(tensor) not in by_identity:  # tied ones stay tied
+            value = tensor.detach()
+            if value.untyped_storage().nbytes() != value.nbytes:
+                value = value.clone(memory_format=torch.contiguous_format)
+            by_identity[id(tensor)] = as_parameter(value, tensor).requires_grad_(False)
+        made[name] = by_identity[id(tensor)]
+    return made
 
 
 def _plain_output(value: fx.Node) -> Any:
@@ -332,22 +332,7 @@ def _leaf_names(structure: Any, name: str) -> list[str]:
     return [leaf for key, part in parts for leaf in _leaf_names(part, f"{name}_{key}" if name else f"{key}")]
 
 
-def _input_tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """Fake value of each input tensor, by name."""
-    taken = program.graph_signature.user_inputs
-    return {
-        node.name: node.meta["val"]
-        for node in program.graph.nodes
-        if node.name in taken and isinstance(node.meta.get("val"), torch.Tensor)
-    }
-
-
-def _expected(graph_module: fx.GraphModule, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    with torch.no_grad():
-        return output_tensors(graph_module(**inputs))
-
-
-def require_close(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], path: Path) -> None:
+def _require_close(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], path: Path) -> None:
     """Refuse a program whose outputs differ from the expected ones by more than the tolerance of their dtype."""
     tolerance = TOLERANCE if want[0].element_size() >= 4 else LOW_PRECISION_TOLERANCE
     error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
@@ -357,9 +342,9 @@ def require_close(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], pat
         raise VerificationError(what, where=path.name, remedy=remedy)
 
 
-def can_run_in_onnxruntime(module: nn.Module) -> bool:
-    """Whether onnxruntime can run a module on a CPU: it has few kernels for bfloat16. Warns if not."""
-    if not any(tensor.dtype == torch.bfloat16 for tensor in module.parameters()):
+def can_check(module: nn.Module, path: Path) -> bool:
+    """Whether a file can be compared with its module here; warns for bfloat16, which onnxruntime lacks on a CPU."""
+    if path.suffix != ".onnx" or not any(tensor.dtype == torch.bfloat16 for tensor in module.parameters()):
         return True
     warnings.warn(
         "not checked: onnxruntime does not run bfloat16 on a CPU; call float() first to have it checked", stacklevel=4

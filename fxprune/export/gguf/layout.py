@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ _REMEDY = "GGUF files hold decoders whose blocks differ only in widths; export a
 class Rotary:
     """Rotary embedding of queries and keys.
 
-    ``frequencies`` are radians per position, one for each pair of channels; ``base`` is their nominal base, and
-    ``factors`` holds the deviation from it. ``scaling`` multiplies sines and cosines.
+    ``frequencies`` are radians per position, one for each pair of channels, and ``base`` is their nominal base.
+    ``scaling`` multiplies sines and cosines.
     """
 
     frequencies: torch.Tensor
@@ -38,13 +38,6 @@ class Rotary:
     def dims(self) -> int:
         """Number of rotated channels of a head."""
         return 2 * len(self.frequencies)
-
-    @property
-    def factors(self) -> torch.Tensor | None:
-        """Divisors of the frequencies that the base gives; None if all are 1."""
-        exponents = torch.arange(0, self.dims, 2, dtype=torch.float64) / self.dims
-        factors = self.base**-exponents / self.frequencies.double()
-        return None if bool(((factors - 1).abs() < 1e-5).all()) else factors.float()
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,11 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     if meta is not None:
         raise ExportError("has no values to export", where=meta, remedy="Give the model real weights instead of meta")
     config = model.config.get_text_config(decoder=True)
+    # modules that store columns first are transposed; a tied tensor is there once
+    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, transformers.Conv1D)}
+    names: dict[torch.Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(tensor, name)
     embedding: Any = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(embedding.weight), (1, _TOKENS), generator=generator).to(model.device)
@@ -87,7 +85,7 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
     windowed = kinds is None or any(kind != "full_attention" for kind in kinds)
     return Decoder(
         config=config,
-        tensors=_parameters(model),
+        tensors={name: t.detach().T if name in transposed else t.detach() for t, name in names.items()},
         cached=_cache_sizes(output),
         rotary=_rotary(model, config),
         epsilon=_epsilon(model),
@@ -100,18 +98,6 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
 
 _TOKENS = 12
 """Enough for rotations and masks to matter, and cheap."""
-
-
-def _parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, tied ones once; those of modules that store columns first are transposed."""
-    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, transformers.Conv1D)}
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach().T if name in transposed else tensor.detach()
-    return found
 
 
 def _cache_sizes(output: Any) -> dict[int, tuple[int, int, int]]:
@@ -129,22 +115,20 @@ def _cache_sizes(output: Any) -> dict[int, tuple[int, int, int]]:
     return found
 
 
-def _rotary(model: nn.Module, config: Any) -> Rotary | None:
-    buffers = {path: module._buffers.get("inv_freq") for path, module in model.named_modules()}
-    found: dict[str, Any] = {
-        path: model.get_submodule(path) for path, held in buffers.items() if isinstance(held, torch.Tensor)
-    }
-    if not found:
-        return None
+def _rotary(model: Any, config: Any) -> Rotary | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     base = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
-    made = [
-        Rotary(module.inv_freq.detach().float().cpu(), base, float(getattr(module, "attention_scaling", 1.0)))
-        for module in found.values()
-    ]
-    if any(not torch.equal(one.frequencies, made[0].frequencies) or one.scaling != made[0].scaling for one in made):
-        raise ExportError("rotates keys in several ways; the format has one", where=next(iter(found)), remedy=_REMEDY)
-    return made[0]
+    made = {
+        path: Rotary(module.inv_freq.detach().float().cpu(), base, float(getattr(module, "attention_scaling", 1.0)))
+        for path, module in model.named_modules()
+        if isinstance(module._buffers.get("inv_freq"), torch.Tensor)
+    }
+    if not made:
+        return None
+    (where, first), *others = made.items()
+    if any(not torch.equal(o.frequencies, first.frequencies) or o.scaling != first.scaling for _, o in others):
+        raise ExportError("rotates keys in several ways; the format has one", where=where, remedy=_REMEDY)
+    return first
 
 
 def _epsilon(model: nn.Module) -> float:
@@ -215,22 +199,25 @@ def lay_out(decoder: Decoder, arch: Arch, layout: TensorLayout) -> Contents:
     for block in blocks:
         _split_tensors(block, layout)
     blocks = [block for block in blocks if block.sizes is not None or block.width]
-    key, value = _head_sizes(decoder, blocks)
+    found = {block.sizes[1:] for block in blocks if block.sizes is not None}
+    if len(found) != 1:
+        sizes = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
+        raise InexpressibleError(
+            f"the format has one size of keys and one of values, and this model has {sizes}. "
+            "Leave the kind head_dim out of what is pruned"
+        )
+    key, value = found.pop()
     for block in blocks:
         _fill_in(block, arch, (key, value), whole["token_embd.weight"], block is blocks[0])
         _check_tensors(block, arch)
-    _check_equal(blocks, arch)
+    keys = _keys(decoder, arch, blocks, whole, (key, value))
     tensors = dict(whole)
+    rotated = 0 if decoder.rotary is None or arch.rotary == layout.rotary else decoder.rotary.dims
     for number, block in enumerate(blocks):
-        if decoder.rotary is not None and block.sizes is not None and arch.rotary != layout.rotary:
-            for name in _ROTATED:
-                if name in block.parts:
-                    block.parts[name] = _reorder(block.parts[name], block.sizes[1], decoder.rotary.dims, arch.rotary)
-        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _join_tensors(block, arch).items()}
+        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _arranged(block, arch, rotated).items()}
     if arch.offset:
         tensors |= {name: t.float() + arch.offset for name, t in tensors.items() if name.endswith("norm.weight")}
-    tensors |= _frequency_factors(decoder, arch, key)
-    return Contents(arch, tensors, _keys(decoder, arch, blocks, whole, (key, value)))
+    return Contents(arch, tensors | _frequency_factors(decoder.rotary, arch, key), keys)
 
 
 def _rename(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]:
@@ -255,44 +242,26 @@ def _split_tensors(block: _BlockTensors, layout: TensorLayout) -> None:
     """Split the fused tensors of a block, and set its number of heads and its width."""
     parts = block.parts
     if block.sizes is not None:
+        pairs, key, value = block.sizes
+        whole, *names = joined_names("attention")
         for leaf in ("weight", "bias"):
-            whole, *names = (f"{name}.{leaf}" for name in joined_names("attention"))
-            fused = parts.pop(whole, None)
+            fused = parts.pop(f"{whole}.{leaf}", None)
             if fused is not None:
-                parts |= dict(zip(names, _split_attention(fused, block.sizes, layout), strict=True))
+                heads = (len(fused) - pairs * (key + value)) // key
+                # with groups, each group is split alike; with parts, there is one group
+                groups = pairs if layout.fused == "groups" else 1
+                each = [size // groups for size in (heads * key, pairs * key, pairs * value)]
+                pieces = (piece.flatten(0, 1) for piece in fused.unflatten(0, (groups, -1)).split(each, dim=1))
+                parts |= dict(zip((f"{name}.{leaf}" for name in names), pieces, strict=True))
         if "attn_q.weight" not in parts:
             raise InexpressibleError(f"block {block.number} has attention of a kind that the format does not know")
-        block.heads = len(parts["attn_q.weight"]) // block.sizes[1]
+        block.heads = len(parts["attn_q.weight"]) // key
     if "ffn_down.weight" in parts:
         block.width = parts["ffn_down.weight"].shape[1]
         for leaf in ("weight", "bias"):
             both = parts.get(f"ffn_up.{leaf}")
             if both is not None and len(both) == 2 * block.width:
                 parts[f"ffn_gate.{leaf}"], parts[f"ffn_up.{leaf}"] = both.chunk(2)
-
-
-def _split_attention(fused: torch.Tensor, sizes: tuple[int, int, int], layout: TensorLayout) -> Iterator[torch.Tensor]:
-    """Yield the rows of queries, of keys and of values."""
-    pairs, key, value = sizes
-    heads = (len(fused) - pairs * (key + value)) // key
-    each = [heads * key, pairs * key, pairs * value]
-    if layout.fused == "parts":
-        yield from fused.split(each)
-        return
-    for part in fused.unflatten(0, (pairs, -1)).split([size // pairs for size in each], dim=1):
-        yield part.flatten(0, 1)
-
-
-def _head_sizes(decoder: Decoder, blocks: list[_BlockTensors]) -> tuple[int, int]:
-    """Size of a key and size of a value, which the format has only once."""
-    found = {block.sizes[1:] for block in blocks if block.sizes is not None}
-    if len(found) != 1:
-        sizes = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
-        raise InexpressibleError(
-            f"the format has one size of keys and one of values, and this model has {sizes}. "
-            "Leave the kind head_dim out of what is pruned"
-        )
-    return next(iter(found))
 
 
 def _fill_in(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
@@ -337,32 +306,19 @@ def _check_tensors(block: _BlockTensors, arch: Arch) -> None:
         raise InexpressibleError(f"{where}: architecture {arch.name} needs {lacking[0]}, which this model lacks")
 
 
-def _check_equal(blocks: list[_BlockTensors], arch: Arch) -> None:
-    """Refuse blocks that differ, unless an architecture has numbers for each block."""
-    counts = {"heads": [b.heads for b in blocks], "key/value heads": [b.sizes[0] if b.sizes else 0 for b in blocks]}
-    counts["MLP widths"] = [block.width for block in blocks]
-    for what, numbers in counts.items():
-        if len(set(numbers)) > 1 and not arch.arrays:
-            why = f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}"
-            raise InexpressibleError(why)
-
-
 _ROTATED = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias", "attn_q_norm.weight", "attn_k_norm.weight")
 """Tensors of a block whose rows are the channels of queries or keys."""
 
 
-def _reorder(rows: torch.Tensor, size: int, rotated: int, order: str) -> torch.Tensor:
-    """Reorder the rotated channels of each head from halves to pairs, or from pairs to halves."""
-    heads = rows.unflatten(0, (-1, size))
-    first, rest = heads[:, :rotated], heads[:, rotated:]
-    shape = (2, rotated // 2) if order == "pairs" else (rotated // 2, 2)
-    first = first.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
-    return torch.cat([first, rest], 1).flatten(0, 1)
-
-
-def _join_tensors(block: _BlockTensors, arch: Arch) -> Tensors:
-    """The tensors of a block, fused where the architecture fuses them."""
+def _arranged(block: _BlockTensors, arch: Arch, rotated: int) -> Tensors:
+    """The tensors of a block in the order of an architecture, which may rotate other channels and fuse tensors."""
     parts = dict(block.parts)
+    for name in _ROTATED if rotated and block.sizes is not None else ():
+        if name in parts:  # from halves to pairs, or from pairs to halves
+            heads = parts[name].unflatten(0, (-1, block.sizes[1]))
+            shape = (2, rotated // 2) if arch.rotary == "pairs" else (rotated // 2, 2)
+            first = heads[:, :rotated].unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+            parts[name] = torch.cat([first, heads[:, rotated:]], 1).flatten(0, 1)
     for part, wanted in (("attention", arch.fused), ("mlp", arch.stacked)):
         whole, *pieces = joined_names(part)
         for leaf in ("weight", "bias") if wanted else ():
@@ -371,9 +327,8 @@ def _join_tensors(block: _BlockTensors, arch: Arch) -> Tensors:
     return parts
 
 
-def _frequency_factors(decoder: Decoder, arch: Arch, size: int) -> Tensors:
-    """The tensor that divides the frequencies of the rotation, if one is needed."""
-    rotary = decoder.rotary
+def _frequency_factors(rotary: Rotary | None, arch: Arch, size: int) -> Tensors:
+    """The tensor that divides the frequencies that the base gives, if they are not the model's."""
     if rotary is None:
         return {}
     if rotary.dims < size and not arch.partial:
@@ -381,19 +336,31 @@ def _frequency_factors(decoder: Decoder, arch: Arch, size: int) -> Tensors:
         raise InexpressibleError(why)
     if rotary.scaling != 1:
         raise InexpressibleError("scales its rotary embedding, which is not supported")
-    factors = rotary.factors
-    if factors is None:
+    exponents = torch.arange(0, rotary.dims, 2, dtype=torch.float64) / rotary.dims
+    factors = rotary.base**-exponents / rotary.frequencies.double()
+    if bool(((factors - 1).abs() < 1e-5).all()):
         return {}
     if not arch.factors:
         raise InexpressibleError(
             f"architecture {arch.name} has only the frequencies of its base, and this model others"
         )
-    return {"rope_freqs.weight": factors}
+    return {"rope_freqs.weight": factors.float()}
 
 
 def _keys(
     decoder: Decoder, arch: Arch, blocks: list[_BlockTensors], whole: Tensors, sizes: tuple[int, int]
 ) -> dict[str, Any]:
+    def for_all(what: str, numbers: list[int]) -> int | list[int]:
+        """One number if it is that of all blocks; else all, if the architecture has one for each block."""
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        if not arch.arrays:
+            why = f"architecture {arch.name} has one number of {what} for all blocks, and here are {numbers}"
+            raise InexpressibleError(why)
+        return numbers
+
+    heads = for_all("heads", [block.heads for block in blocks])
+    pairs = for_all("key/value heads", [block.sizes[0] if block.sizes else 0 for block in blocks])
     epsilon = "layer_norm_rms_epsilon" if arch.norm == "rms" else "layer_norm_epsilon"
     rows, hidden = whole["token_embd.weight"].shape
     kinds = list(getattr(decoder.config, "layer_types", None) or ())
@@ -406,9 +373,9 @@ def _keys(
         "context_length": context,
         "embedding_length": hidden,
         "block_count": len(blocks),
-        "feed_forward_length": _one_or_all([block.width for block in blocks]),
-        "attention.head_count": _one_or_all([block.heads for block in blocks]),
-        "attention.head_count_kv": _one_or_all([block.sizes[0] if block.sizes else 0 for block in blocks]),
+        "feed_forward_length": for_all("MLP widths", [block.width for block in blocks]),
+        "attention.head_count": heads,
+        "attention.head_count_kv": pairs,
         "attention.key_length": sizes[0],
         "attention.value_length": sizes[1],
         f"attention.{epsilon}": decoder.epsilon,
@@ -420,7 +387,3 @@ def _keys(
         if value is not None:
             keys[key] = value
     return keys
-
-
-def _one_or_all(numbers: list[int]) -> int | list[int]:
-    return numbers[0] if len(set(numbers)) == 1 else numbers

@@ -161,12 +161,6 @@ class Quantization:
             f"({listed}), and are of a type with blocks of 32 instead: {instead}"
         )
 
-    @property
-    def file_type(self) -> int:
-        """The number of the quantisation in the format."""
-        numbers: dict[str, int] = load_data("archs")["file_types"]
-        return numbers.get(self.name, numbers["other"])
-
 
 def quantization_named(name: str) -> Quantization:
     """A quantisation by its name, in any case.

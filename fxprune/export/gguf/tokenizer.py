@@ -72,15 +72,24 @@ def describe_tokenizer(tokenizer: Any, rows: int) -> list[Entry]:
     made |= {"tokens": tokens, "token_type": types}
     if "scores" in made:
         made["scores"] = [made["scores"].get(token, -1e6) for token in tokens]
-    made |= _special(tokenizer)
-    entries = [_entry(f"{_PREFIX}ggml.{name}", value) for name, value in made.items()]
+    theirs = ("bos", "eos", "unknown", "seperator", "padding", "mask")  # codespell:ignore
+    for their, our in zip(theirs, ("bos", "eos", "unk", "sep", "pad", "mask"), strict=True):
+        number = getattr(tokenizer, f"{our}_token_id", None)
+        made |= {} if number is None else {f"{their}_token_id": number}
+    ids = tokenizer("a")["input_ids"]
+    made |= {
+        "add_bos_token": ids[:1] == [tokenizer.bos_token_id],
+        "add_eos_token": ids[-1:] == [tokenizer.eos_token_id],
+    }
+    entries = [entry_of(f"{_PREFIX}ggml.{name}", value) for name, value in made.items()]
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
         template = template.get("default")
-    return [*entries, _entry(f"{_PREFIX}chat_template", template)] if template else entries
+    return [*entries, entry_of(f"{_PREFIX}chat_template", template)] if template else entries
 
 
-def _entry(key: str, value: Any) -> Entry:
+def entry_of(key: str, value: Any) -> Entry:
+    """An entry of the type that a value has in the format."""
     kind = gguf.GGUFValueType.get_type(value)
     if kind == gguf.GGUFValueType.INT32:
         kind = gguf.GGUFValueType.UINT32
@@ -179,13 +188,3 @@ def _tokens(tokenizer: Any, spec: Mapping[str, Any], rows: int) -> tuple[list[st
         types[tokenizer.unk_token_id] = kinds.UNKNOWN
     texts = [by_number.get(number, f"[PAD{number}]") for number in range(rows)]
     return texts, [int(types.get(number, kinds.UNUSED)) for number in range(rows)]
-
-
-def _special(tokenizer: Any) -> dict[str, Any]:
-    """Ids of special tokens, and whether a text starts or ends with one."""
-    theirs = ("bos", "eos", "unknown", "seperator", "padding", "mask")  # codespell:ignore
-    names = zip(theirs, ("bos", "eos", "unk", "sep", "pad", "mask"), strict=True)
-    found = {f"{name}_token_id": getattr(tokenizer, f"{ours}_token_id", None) for name, ours in names}
-    ids = tokenizer("a")["input_ids"]
-    adds = {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
-    return {name: value for name, value in found.items() if value is not None} | adds

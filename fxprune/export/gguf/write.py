@@ -6,9 +6,8 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from fxprune.export.gguf.format import Type, load_data
 from fxprune.export.gguf.layout import Contents, read_decoder
 from fxprune.export.gguf.quantization import Quantization, needs_importance, quantization_named, quantize
 from fxprune.export.gguf.reference import find_contents, input_importance
-from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
+from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer, entry_of
 from fxprune.export.program import LOW_PRECISION_TOLERANCE, wrap_export_errors
 from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.atomic import atomic_path
@@ -46,85 +45,66 @@ def most_common_type(path: str | os.PathLike[str]) -> str:
     return "q8_0"
 
 
-def check_row_sizes(contents: Contents, types: Mapping[str, Type], quantization: Quantization) -> None:
+def _check_row_sizes(contents: Contents, types: Mapping[str, Type], quantization: Quantization) -> None:
     """Refuse rows that are not a multiple of the block size of their type, with the ``round_to`` that avoids them."""
-    misfits: dict[str, tuple[str, int, int]] = {}
+    misfits: dict[str, str] = {}
+    sizes = []
     for name, tensor in contents.tensors.items():
-        size = gguf.GGML_QUANT_SIZES[types[name]][0]
-        row = tensor.shape[-1]
-        if row % size:
-            step, kind_of_units = size, "mlp" if ".ffn_down." in name else "channel"
-            if ".attn_output." in name:
-                step, kind_of_units = size // math.gcd(size, contents.keys["attention.value_length"]), "head"
-            misfits.setdefault(kind_of_units, (name, row, step))
+        size, row = gguf.GGML_QUANT_SIZES[types[name]][0], tensor.shape[-1]
+        if row % size == 0:
+            continue
+        step, kind_of_units, hint = size, "mlp" if ".ffn_down." in name else "channel", ""
+        if ".attn_output." in name:
+            step, kind_of_units = size // math.gcd(size, contents.keys["attention.value_length"]), "head"
+            hint = " (in query heads; with several per key/value head, less may do)"
+        if kind_of_units not in misfits:
+            would = f"round_to={step} for the kind {kind_of_units} would do{hint}"
+            misfits[kind_of_units] = f"{name} has rows of {row:,}: {would}"
+            sizes.append(size)
     if not misfits:
         return
-    found = []
-    for kind_of_units, (name, row, step) in misfits.items():
-        found.append(f"{name} has rows of {row:,}: round_to={step} for the kind {kind_of_units} would do")
-        if kind_of_units == "head":
-            found[-1] += " (in query heads; with several per key/value head, less may do)"
-    size = min(gguf.GGML_QUANT_SIZES[types[name]][0] for name, _, _ in misfits.values())
-    what = f"{quantization.name} stores blocks of {size} values along a row. {'; '.join(found)}"
+    what = f"{quantization.name} stores blocks of {min(sizes)} values along a row. {'; '.join(misfits.values())}"
     raise ExportError(what, where="quantization", remedy="Or choose f16")
 
 
-@dataclass(frozen=True)
-class Storage:
-    """How tensors are stored: the quantisation, the type of each tensor, and importances of inputs by tensor."""
-
-    quantization: Quantization
-    types: Mapping[str, Type]
-    importance: Mapping[str, torch.Tensor]
-
-    def pack(self, name: str, tensor: torch.Tensor) -> Any:
-        """Bytes of a tensor."""
-        values, kind = tensor.detach().float().cpu().contiguous().numpy(), self.types[name]
-        if not self.quantization.by_engine or kind is Type.F32:
-            return gguf.quants.quantize(values, kind)
-        weights = self.importance.get(name)
-        return quantize(values, kind, None if weights is None else weights.numpy())
-
-
-def write_gguf(contents: Contents, tokenizer: Iterable[Entry], path: Path, storage: Storage, name: str) -> None:
-    """Write a file, with a human-readable ``name`` of the model."""
+def _write_gguf(
+    contents: Contents,
+    tokenizer: Iterable[Entry],
+    path: Path,
+    quantization: Quantization,
+    types: Mapping[str, Type],
+    importance: Mapping[str, torch.Tensor],
+    name: str,
+) -> None:
+    """Write a file, with the type of each tensor and a human-readable ``name`` of the model."""
     writer = gguf.GGUFWriter(path, contents.arch.name)
-    adders: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    try:
+    numbers: dict[str, int] = load_data("archs")["file_types"]
+    entries = [entry_of(f"{contents.arch.name}.{key}", value) for key, value in contents.keys.items()]
+    with closing(writer):
         writer.add_name(name)
-        writer.add_file_type(storage.quantization.file_type)
+        writer.add_file_type(numbers.get(quantization.name, numbers["other"]))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in contents.keys.items():
-            adders[type(value)](f"{contents.arch.name}.{key}", value)
-        for entry in tokenizer:
+        for entry in (*entries, *tokenizer):
             writer.add_key_value(entry.key, entry.value, entry.kind, entry.inner)
-        _write_tensors(writer, contents, storage)
-    finally:
-        writer.close()
-
-
-def _write_tensors(writer: gguf.GGUFWriter, contents: Contents, storage: Storage) -> None:
-    for name, tensor in contents.tensors.items():
-        kind = storage.types[name]
-        size, stored = gguf.GGML_QUANT_SIZES[kind]
-        bytes_ = tensor.numel() // size * stored
-        writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), bytes_, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    (file,) = writer.fout
-    for name, tensor in contents.tensors.items():
-        values = storage.pack(name, tensor)
-        writer.write_padding(file, file.tell())
-        file.write(np.ascontiguousarray(values).data)  # the writer's own way loses the error of a disk full at the end
-        writer.write_padding(file, values.nbytes)
+        for part, tensor in contents.tensors.items():
+            size, stored = gguf.GGML_QUANT_SIZES[types[part]]
+            bytes_ = tensor.numel() // size * stored
+            writer.add_tensor_info(part, list(tensor.shape), np.dtype(np.float32), bytes_, types[part])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        for part, tensor in contents.tensors.items():
+            values, kind = tensor.detach().float().cpu().contiguous().numpy(), types[part]
+            if quantization.by_engine and kind is not Type.F32:
+                weights = importance.get(part)
+                packed = quantize(values, kind, None if weights is None else weights.numpy())
+            else:
+                packed = gguf.quants.quantize(values, kind)
+            writer.write_padding(file, file.tell())
+            file.write(np.ascontiguousarray(packed).data)  # the writer's own way loses the error of a full disk
+            writer.write_padding(file, packed.nbytes)
 
 
 def export_gguf(
@@ -157,29 +137,22 @@ def export_gguf(
         what = "a GGUF file holds its tokenizer, and none is given"
         raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
     contents, entries = _collect(model, tokenizer, like)
-    storage = _storage_of(contents, kind, samples)
-    with wrap_export_errors(path), atomic_path(path, ExportError, parents=True) as unfinished:
-        write_gguf(contents, entries, unfinished, storage, path.stem)
-    return path
-
-
-def _storage_of(contents: Contents, quantization: Quantization, samples: Iterable[torch.Tensor]) -> Storage:
-    """Types and importances for the contents of a file, refused if they do not go together."""
     shapes = {name: tuple(tensor.shape) for name, tensor in contents.tensors.items()}
-    blocks = contents.keys["block_count"]
-    types = quantization.types(shapes, blocks)
-    check_row_sizes(contents, types, quantization)
-    if not quantization.by_engine:
-        return Storage(quantization, types, {})
-    fallbacks = quantization.describe_fallbacks(shapes, types, blocks)
-    if fallbacks:
-        warnings.warn(f"{quantization.name}: {fallbacks}", stacklevel=4)
-    importance = input_importance(contents, samples)
-    lacking = {types[name].name.lower() for name in types if name not in importance and needs_importance(types[name])}
-    if lacking:
-        what = f"{', '.join(sorted(lacking))} can be written only with an importance of each input"
-        raise ExportError(what, where="quantization", remedy="Pass calibration samples, or choose q4_k_m")
-    return Storage(quantization, types, importance)
+    types = kind.types(shapes, contents.keys["block_count"])
+    _check_row_sizes(contents, types, kind)
+    importance: Mapping[str, torch.Tensor] = {}
+    if kind.by_engine:
+        fallbacks = kind.describe_fallbacks(shapes, types, contents.keys["block_count"])
+        if fallbacks:
+            warnings.warn(f"{kind.name}: {fallbacks}", stacklevel=3)
+        importance = input_importance(contents, samples)
+        lacking = {t.name.lower() for name, t in types.items() if name not in importance and needs_importance(t)}
+        if lacking:
+            what = f"{', '.join(sorted(lacking))} can be written only with an importance of each input"
+            raise ExportError(what, where="quantization", remedy="Pass calibration samples, or choose q4_k_m")
+    with wrap_export_errors(path.name), atomic_path(path, ExportError, parents=True) as unfinished:
+        _write_gguf(contents, entries, unfinished, kind, types, importance, path.stem)
+    return path
 
 
 def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None) -> None:
