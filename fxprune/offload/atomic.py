@@ -21,21 +21,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from fxprune.errors import FxpruneError
 
-_RENAME_EXCHANGE = 2
-"""Flag of Linux's ``renameat2``."""
-_AT_FDCWD = -100
-"""Paths are relative to the working directory of the process."""
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
-"""Errors of kernels and file systems that cannot exchange names."""
-_ATTEMPTS = 100
-"""Other processes may write to the same target; an attempt only fails if another process succeeded."""
 _OLD = ".old"
-_LONGEST = 100
-"""Bytes of a name that the temporary one repeats; file systems allow some 255."""
 
 
 def write_file(
@@ -187,14 +178,14 @@ def replace_folder(work: Path, target: Path) -> None:
 
     If the system refuses (``OSError``), ``target`` is unchanged.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(100):  # an attempt only fails if another process that writes to the same target succeeded
         try:
             os.rename(work, target)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        try:
+        with suppress(FileNotFoundError):  # another process has just moved the old one away
             if not _exchanged(work, target):  # the system cannot: by two renames
                 old = work.with_name(work.name + _OLD)
                 os.rename(target, old)
@@ -205,8 +196,6 @@ def replace_folder(work: Path, target: Path) -> None:
                     raise
                 os.rename(old, work)
             return
-        except FileNotFoundError:
-            continue  # another process has just moved the old one away
     raise OSError(errno.EBUSY, "other processes keep replacing it", str(target))
 
 
@@ -239,11 +228,9 @@ def restore_replaced(target: Path) -> None:
         return
     for path in _abandoned(target):
         if path.name.endswith(_OLD):
-            try:
+            with suppress(OSError):  # another process was faster
                 os.rename(path, target)
-            except OSError:  # another process was faster
-                continue
-            return
+                return
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -251,21 +238,21 @@ def _exchanged(a: Path, b: Path) -> bool:
     call = _renameat2()
     if call is None:
         return False
-    if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+    here, exchange = -100, 2  # paths relative to the working directory; the flag of Linux's renameat2
+    if call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
         return True
     code = ctypes.get_errno()
-    if code in _UNSUPPORTED:
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):  # of kernels and file systems without this
         return False
     raise OSError(code, os.strerror(code), str(b))
 
 
 @cache
 def _renameat2() -> Callable[..., int] | None:
-    try:
+    with suppress(OSError, AttributeError, TypeError):  # no C library of this kind, or one without that call
         call: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):  # no C library of this kind, or one without that call
-        return None
-    return call
+        return call
+    return None
 
 
 def _temporary_beside(target: Path) -> Path:
@@ -274,8 +261,8 @@ def _temporary_beside(target: Path) -> Path:
 
 
 def _prefix(target: Path) -> str:
-    name = os.fsencode(target.name)
-    return f".{target.name if len(name) <= _LONGEST else hashlib.sha256(name).hexdigest()}."
+    name = os.fsencode(target.name)  # file systems allow some 255 bytes
+    return f".{target.name if len(name) <= 100 else hashlib.sha256(name).hexdigest()}."
 
 
 def _abandoned(target: Path) -> list[Path]:
@@ -285,18 +272,10 @@ def _abandoned(target: Path) -> list[Path]:
         found = sorted(path for path in target.parent.iterdir() if path.name.startswith(prefix))
     except OSError:
         return []
-    return [path for path in found if not _may_be_running(path.name.removeprefix(prefix).removesuffix(_OLD))]
-
-
-def _may_be_running(name: str) -> bool:
-    """Whether the process in a name ``<host>.<pid>.<random>`` may still run; that of another host always may."""
-    host, _, pid = name.rpartition(".")[0].rpartition(".")
-    if host != socket.gethostname() or not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it runs and belongs to another user
-        return True
-    return True
+    left = []
+    for path in found:
+        name = path.name.removeprefix(prefix).removesuffix(_OLD)  # <host>.<pid>.<random>
+        host, _, pid = name.rpartition(".")[0].rpartition(".")
+        if host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            left.append(path)
+    return left

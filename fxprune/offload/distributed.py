@@ -18,11 +18,6 @@ from fxprune.offload.ranks import hooks_of_accelerate, is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
-_ACCELERATE = ("_hf_hook", "_old_forward", "hf_device_map", "forward", "to", "cuda")
-"""Attributes that accelerate sets on a module that it dispatches."""
-
-_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
-
 
 def is_distributed(model: nn.Module) -> bool:
     """Whether weights are sharded over processes (DTensors), or a ``device_map`` spreads them or offloads some."""
@@ -30,9 +25,7 @@ def is_distributed(model: nn.Module) -> bool:
         return False
     places = {parameter.device for parameter in model.parameters()}
     dispatched = len(places) > 1 or any(place.type == "meta" for place in places)
-    return is_sharded(model) or (
-        dispatched and any(True for module in model.modules() for _ in hooks_of_accelerate(module))
-    )
+    return is_sharded(model) or (dispatched and any(hooks_of_accelerate(model.modules())))
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -90,13 +83,18 @@ def whole_copy(model: M) -> M:
     return whole  # type: ignore[no-any-return]
 
 
-def distribute_like(slim: nn.Module, dense: nn.Module) -> None:
+def distribute_like(slim: Any, dense: Any) -> None:
     """Distribute a slim model, in place, like the dense one that it was made from; modules are found by path.
 
     Weights that a ``device_map`` keeps on disk are kept in host memory.
     """
     if not is_sharded(dense):
-        _dispatch(slim, dense)
+        if hasattr(dense, "hf_device_map"):  # else hooks offload it as a whole: the slim model stays in host memory
+            from accelerate import dispatch_model
+
+            found = {name for name, _ in slim.named_modules()}
+            places = {path: place for path, place in dense.hf_device_map.items() if path in found}
+            dispatch_model(slim, device_map={path: "cpu" if p == "disk" else p for path, p in places.items()})
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -118,8 +116,9 @@ def _copy(module: Any, memo: dict[int, Any], *, dispatched: bool) -> Any:
     new = memo[id(module)] = kind.__new__(kind)
     own = {name: value for name, value in vars(module).items() if not str(name).startswith("__composable_api")}
     if "_hf_hook" in own or "hf_device_map" in own:
-        own = {name: value for name, value in own.items() if name not in _ACCELERATE}
-    for table in _TABLES:
+        set_by_accelerate = ("_hf_hook", "_old_forward", "hf_device_map", "forward", "to", "cuda")
+        own = {name: value for name, value in own.items() if name not in set_by_accelerate}
+    for table in ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
         kept = [(key, hook) for key, hook in own[table].items() if not _distributes(hook)]
         own[table] = type(own[table])(kept)
     for table in ("_parameters", "_buffers"):
@@ -143,9 +142,8 @@ def _meshes(module: nn.Module) -> list[Any]:
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before FSDP2 put one of its own above it."""
-    bases = type(module).__bases__
-    sharding = next((base for base in bases if base.__name__ == "FSDPModule"), None)
-    return type(module) if sharding is None else next(base for base in bases if base is not sharding)
+    first, *others = type(module).__bases__
+    return others[0] if first.__name__ == "FSDPModule" else type(module)
 
 
 def _whole(module: nn.Module, name: str, value: Any, dispatched: bool) -> torch.Tensor:
@@ -153,7 +151,7 @@ def _whole(module: nn.Module, name: str, value: Any, dispatched: bool) -> torch.
     if hasattr(value, "full_tensor"):
         whole = whole.full_tensor()  # type: ignore[attr-defined]
     elif whole.is_meta:
-        maps = (getattr(hook, "weights_map", None) for hook in hooks_of_accelerate(module))
+        maps = (getattr(hook, "weights_map", None) for hook in hooks_of_accelerate([module]))
         whole = next((found[name].detach() for found in maps if found is not None and name in found), whole)
     whole = whole.cpu() if dispatched and not whole.is_meta else whole
     return nn.Parameter(whole, value.requires_grad) if isinstance(value, nn.Parameter) else whole
@@ -191,13 +189,3 @@ def _fsdp_arguments(module: Any) -> Mapping[str, Any]:
         if not state._auto_reshard_after_forward:
             arguments["reshard_after_forward"] = group.post_forward_mesh_info is not None
     return arguments
-
-
-def _dispatch(slim: Any, dense: Any) -> None:
-    from accelerate import dispatch_model
-
-    if not hasattr(dense, "hf_device_map"):  # offloaded as a whole, by hooks: the slim model stays in host memory
-        return
-    found = {name for name, _ in slim.named_modules()}
-    places = {path: "cpu" if place == "disk" else place for path, place in dense.hf_device_map.items() if path in found}
-    dispatch_model(slim, device_map=places)

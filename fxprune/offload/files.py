@@ -10,11 +10,11 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,11 @@ def offloaded(tensor: torch.Tensor, own: slice | None = None) -> torch.Tensor:
     folder = _folder.get()
     if folder is None or tensor.nbytes < SMALLEST or tensor.device.type != "cpu":
         return tensor
+
+    def write_and_close() -> None:
+        with open(handle, "rb") as file:
+            os.fsync(file.fileno())
+
     handle, name = tempfile.mkstemp(dir=folder)
     try:
         os.truncate(handle, tensor.nbytes)
@@ -158,14 +163,11 @@ def offloaded(tensor: torch.Tensor, own: slice | None = None) -> torch.Tensor:
         raise
     finally:
         os.unlink(name)
-    _writes.append((_writers(os.getpid()).submit(_write_and_close, handle), tensor.nbytes))
-    _wait_for_writes(_UNWRITTEN)
+    _begin_write(write_and_close, tensor.nbytes)
     return mapped.view(tensor.shape)
 
 
-class OffloadLarge(TorchDispatchMode):
-    """Moves tensors of more than ``most`` bytes to files as ops make them, inside :func:`offload_to`; views stay."""
-
+class _OffloadLarge(TorchDispatchMode):
     def __init__(self, most: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = most
@@ -180,8 +182,8 @@ class OffloadLarge(TorchDispatchMode):
 
 
 def offload_large(most: float = SMALLEST) -> AbstractContextManager[object]:
-    """Move tensors of more than ``most`` bytes to files as ops make them, inside :func:`offload_to`."""
-    return OffloadLarge(most) if is_offloading() else nullcontext()
+    """Move tensors of more than ``most`` bytes to files as ops make them, inside :func:`offload_to`; views stay."""
+    return _OffloadLarge(most) if is_offloading() else nullcontext()
 
 
 def write_back(tensor: torch.Tensor) -> None:
@@ -191,19 +193,15 @@ def write_back(tensor: torch.Tensor) -> None:
     """
     if not is_offloading() or tensor.nbytes < SMALLEST or tensor.device.type != "cpu" or os.name != "posix":
         return
-    _writes.append((_writers(os.getpid()).submit(_sync_pages, tensor), tensor.nbytes))
-    _wait_for_writes(_UNWRITTEN)
-
-
-_MS_SYNC = 0x0010 if sys.platform == "darwin" else 4
-"""The flag of ``msync`` that waits for the disk."""
+    _begin_write(partial(_sync_pages, tensor), tensor.nbytes)
 
 
 def _sync_pages(tensor: torch.Tensor) -> None:
     begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.nbytes - begin
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.msync(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MS_SYNC):
+    wait_for_disk = 0x0010 if sys.platform == "darwin" else 4  # the flag MS_SYNC
+    if libc.msync(ctypes.c_void_p(begin), ctypes.c_size_t(length), wait_for_disk):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -214,11 +212,9 @@ def free_disk() -> int:
     return 0 if folder is None else shutil.disk_usage(folder).free
 
 
-def _write_and_close(handle: int) -> None:
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _begin_write(write: Callable[[], None], size: int) -> None:
+    _writes.append((_writers(os.getpid()).submit(write), size))
+    _wait_for_writes(_UNWRITTEN)
 
 
 def _wait_for_writes(size: int) -> None:
@@ -228,11 +224,7 @@ def _wait_for_writes(size: int) -> None:
 
 
 def finish_writes() -> None:
-    """Wait until the tensors in files are on the disk.
-
-    Raises:
-        FxpruneError: one could not be written.
-    """
+    """Wait until the tensors in files are on the disk; raises FxpruneError if one could not be written."""
     with wrap_disk_errors(_folder.get() or "", FxpruneError):
         _wait_for_writes(0)
 
@@ -247,26 +239,25 @@ def sync_writes(folder: Path) -> Iterator[None]:
     if not is_offloading():
         yield
         return
-    done = threading.Event()
-    flusher = threading.Thread(target=_sync_until, args=(folder, done), daemon=True)
+    done, sizes = threading.Event(), dict[Path, int]()
+
+    def sync() -> None:
+        while not done.wait(0.05):
+            with suppress(OSError):  # a file that is gone meanwhile, or cannot be synced: the next round looks again
+                for path in folder.rglob("*"):
+                    size = path.stat().st_size if path.is_file() else 0
+                    if size > sizes.get(path, 0):
+                        with path.open("rb") as file:
+                            os.fsync(file.fileno())
+                        sizes[path] = size
+
+    flusher = threading.Thread(target=sync, daemon=True)
     flusher.start()
     try:
         yield
     finally:
         done.set()
         flusher.join()
-
-
-def _sync_until(folder: Path, done: threading.Event) -> None:
-    sizes: dict[Path, int] = {}
-    while not done.wait(0.05):
-        with suppress(OSError):  # a file that is gone meanwhile, or cannot be synced: the next round looks again
-            for path in folder.rglob("*"):
-                size = path.stat().st_size if path.is_file() else 0
-                if size > sizes.get(path, 0):
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-                    sizes[path] = size
 
 
 def write_values(graph_module: fx.GraphModule, name: str, value: torch.Tensor) -> None:

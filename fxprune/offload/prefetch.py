@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -23,11 +23,9 @@ from fxprune.offload.ranks import broadcast_object, start_gather, world_size
 _offered: ContextVar[Prefetcher | None] = ContextVar("offered", default=None)
 _used: ContextVar[Prefetcher | None] = ContextVar("used", default=None)
 
-_Key = tuple[int, int]
-"""The identity of a tensor, and its version: one that was written to is copied again."""
 
-
-def _key(tensor: torch.Tensor) -> _Key:
+def _key(tensor: torch.Tensor) -> tuple[int, int]:
+    """The identity of a tensor, and its version: one that was written to is copied again."""
     return id(tensor), version_of(tensor)
 
 
@@ -42,8 +40,8 @@ class Prefetcher:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._ahead: dict[_Key, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {}
-        self._last: tuple[_Key, torch.Tensor, torch.Tensor] | None = None
+        self._ahead: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {}
+        self._last: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
 
     def prefetch(self, tensors: Iterable[torch.Tensor]) -> None:
         """Start copying the tensors needed next; drop earlier copies made ahead that are not among them."""
@@ -55,18 +53,16 @@ class Prefetcher:
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies on the device; a tensor listed twice has one copy."""
-        found: dict[_Key, torch.Tensor] = {}
+        found: dict[tuple[int, int], torch.Tensor] = {}
         for tensor in tensors:
             key = _key(tensor)
             if key in found:
                 continue
-            if self._last is not None and self._last[0] == key:
-                found[key] = self._last[2]
-                continue
-            self._last = None  # free it before the next copy takes memory
-            begun = self._ahead.pop(key, None)
-            found[key] = begun[1]() if begun is not None else self.start_copy(tensor.detach())()
-            self._last = key, tensor, found[key]
+            if self._last is None or self._last[0] != key:
+                self._last = None  # free it before the next copy takes memory
+                _, finish = self._ahead.pop(key, None) or (tensor, self.start_copy(tensor.detach()))
+                self._last = key, tensor, finish()
+            found[key] = self._last[2]
         return [found[_key(tensor)] for tensor in tensors]
 
     def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -147,9 +143,8 @@ def as_device(device: Any) -> torch.device | None:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ArgumentError(
-            f"device {device} cannot be used: {reason}", where="device", remedy="Leave it out to compute on the CPU"
-        ) from error
+        what, remedy = f"device {device} cannot be used: {reason}", "Leave it out to compute on the CPU"
+        raise ArgumentError(what, where="device", remedy=remedy) from error
     if found.type == "meta":
         raise ArgumentError("nothing can be computed on meta", where="device", remedy="Name a device that computes")
     return found
@@ -212,14 +207,6 @@ def free_bytes(device: torch.device) -> float:
     return min(psutil.virtual_memory().available, _cgroup_free())
 
 
-_CGROUPS = (
-    ("0::", "", "memory.max", "anon "),
-    (":memory:", "memory", "memory.limit_in_bytes", "total_rss "),
-)
-"""Cgroups v2 and v1: line mark in ``/proc/self/cgroup``, folder of the controller, file with the limit, and field of
-``memory.stat`` with the anonymous memory in use."""
-
-
 def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
     """The bytes that the cgroups of this process, such as that of a container, let it take; infinite without a limit.
 
@@ -227,16 +214,17 @@ def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
     """
     found = math.inf
     lines = own.read_text().splitlines() if own.is_file() else []
-    for mark, folder, limit, used in _CGROUPS:
+    # of cgroups v2 and v1: the mark of a line in /proc/self/cgroup, the folder of the controller, the file with the
+    # limit, and the field of memory.stat with the anonymous memory in use
+    versions = (("0::", "", "memory.max", "anon "), (":memory:", "memory", "memory.limit_in_bytes", "total_rss "))
+    for mark, folder, limit, used in versions:
         path = next((PurePosixPath(line.partition(mark)[2]) for line in lines if mark in line), None)
         for group in () if path is None else (path, *path.parents):
             place = root / folder / str(group).lstrip("/")
-            try:
+            with suppress(OSError, ValueError, StopIteration):  # "max", no such file, or one of another form
                 allowed = int((place / limit).read_text())
                 stat = (place / "memory.stat").read_text().splitlines()
                 found = min(found, allowed - next(int(line[len(used) :]) for line in stat if line.startswith(used)))
-            except (OSError, ValueError, StopIteration):  # "max", no such file, or one of another form
-                continue
     return max(0.0, found)
 
 
@@ -274,9 +262,8 @@ def use_bf16(precision: str, graph_module: fx.GraphModule, trial: Callable[[], t
         raise
     except RuntimeError as error:  # an op that takes tensors of one dtype, only one of which was cast
         if precision != "auto":
-            raise PassError(
-                f"an op refuses bfloat16: {error}", where=where, remedy="Leave precision out, or pass float32"
-            ) from error
+            what, remedy = f"an op refuses bfloat16: {error}", "Leave precision out, or pass float32"
+            raise PassError(what, where=where, remedy=remedy) from error
         finite = False
     return broadcast_object(finite)  # processes try it on samples of their own
 

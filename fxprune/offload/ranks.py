@@ -6,7 +6,6 @@ Sharded and offloaded models are recognised by the marks that torch and accelera
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import weakref
@@ -46,12 +45,9 @@ def check_unsharded(model: nn.Module, remedy: str = _FOLDER) -> None:
             raise UnsupportedModelError(what, where=name, remedy=remedy)
     for path, module in model.named_modules():
         empty = next((name for name, value in module.named_parameters(recurse=False) if value.is_meta), None)
-        if empty is not None and any(getattr(hook, "offload", False) for hook in hooks_of_accelerate(module)):
-            raise UnsupportedModelError(
-                "a device_map has offloaded it, and it is there only while its layer runs",
-                where=f"{path}.{empty}" if path else empty,
-                remedy=remedy,
-            )
+        if empty is not None and any(getattr(hook, "offload", False) for hook in hooks_of_accelerate([module])):
+            what, where = "a device_map has offloaded it, and it is there only while its layer runs", f"{path}.{empty}"
+            raise UnsupportedModelError(what, where=where.removeprefix("."), remedy=remedy)
 
 
 def check_trainable(model: nn.Module, where: str) -> None:
@@ -65,15 +61,13 @@ def check_one_device(model: nn.Module) -> None:
     """Refuse a model whose weights are on several devices; the error names the parameter."""
     named = list(model.named_parameters())
     first, device = named[0][0], named[0][1].device
-    mapped = any(True for module in model.modules() for _ in hooks_of_accelerate(module))
+    mapped = any(hooks_of_accelerate(model.modules()))
     for name, parameter in named:
         if parameter.device != device:
-            raise UnsupportedModelError(
-                f"is on {parameter.device} while {first} is on {device}",
-                where=name,
-                # accelerate refuses model.to for a model that it has dispatched
-                remedy=_FOLDER if mapped else f"Move the whole model to one device, as in model.to({str(device)!r})",
-            )
+            # accelerate refuses model.to for a model that it has dispatched
+            remedy = _FOLDER if mapped else f"Move the whole model to one device, as in model.to({str(device)!r})"
+            what = f"is on {parameter.device} while {first} is on {device}"
+            raise UnsupportedModelError(what, where=name, remedy=remedy)
 
 
 def input_device(model: nn.Module) -> torch.device | None:
@@ -81,29 +75,23 @@ def input_device(model: nn.Module) -> torch.device | None:
     first = next(model.parameters(), None)
     if first is None or not first.is_meta:
         return None if first is None else first.device
-    places = (
-        getattr(hook, "execution_device", None) for module in model.modules() for hook in hooks_of_accelerate(module)
-    )
+    places = (getattr(hook, "execution_device", None) for hook in hooks_of_accelerate(model.modules()))
     place = next((place for place in places if isinstance(place, str | int | torch.device)), None)
     return first.device if place is None else torch.device(place)
 
 
-def hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
-    """The hooks that accelerate has put on a module, including those in sequences."""
-    pending = [getattr(module, "_hf_hook", None)]
-    while pending:
-        hook = pending.pop(0)
-        if hook is not None:
-            yield hook
-        pending.extend(getattr(hook, "hooks", ()))
+def hooks_of_accelerate(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """The hooks that accelerate has put on modules, including those in sequences."""
+    for module in modules:
+        pending = [getattr(module, "_hf_hook", None)]
+        while pending:
+            hook = pending.pop(0)
+            if hook is not None:
+                yield hook
+            pending.extend(getattr(hook, "hooks", ()))
 
 
 T = TypeVar("T")
-
-_NONE: Any = object()
-
-_LONGEST_WAIT = timedelta(days=7)
-"""Time that processes wait for the first to write: unlike a collective, that takes as long as the disk takes."""
 
 _BUCKET = 1 << 25
 """Bytes below which tensors are all-reduced together: a call costs as much as some megabytes on the link."""
@@ -112,24 +100,19 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 """Whether this process does something that the others wait for, and that they take no part in."""
 
 
-_LOST = re.compile("gloo|nccl|connection (closed|reset)|peer", re.IGNORECASE)
-"""Words in errors of collectives whose other side is gone."""
-
-
 @contextmanager
 def _together() -> Iterator[None]:
     """Raise a :class:`~fxprune.errors.PassError` that says so where a collective fails because a process is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+        lost = re.search("gloo|nccl|connection (closed|reset)|peer", str(error), re.IGNORECASE)
+        if not (isinstance(error, dist.DistError) or lost):
             raise
-        raise PassError(
-            "another process has ended, or cannot be reached",
-            where=f"process {dist.get_rank()}",
-            remedy="Its own message tells why, or the system's if it ran out of memory; repeat the command, which "
-            "resumes if weights are on disk",
-        ) from error
+        why = "Its own message tells why, or the system's if it ran out of memory"
+        remedy = f"{why}; repeat the command, which resumes if weights are on disk"
+        what = "another process has ended, or cannot be reached"
+        raise PassError(what, where=f"process {dist.get_rank()}", remedy=remedy) from error
 
 
 def _is_distributed() -> bool:
@@ -154,19 +137,13 @@ def is_first() -> bool:
 def check_enough(samples: Sequence[Any]) -> None:
     """Raise :class:`~fxprune.errors.CalibrationError` if there are fewer samples than processes."""
     if len(samples) < world_size():
-        raise CalibrationError(
-            f"{len(samples)} samples for {world_size()} processes",
-            where="calibration",
-            remedy="Pass at least one sample for each process, or start fewer",
-        )
+        what = f"{len(samples)} samples for {world_size()} processes"
+        remedy = "Pass at least one sample for each process, or start fewer"
+        raise CalibrationError(what, where="calibration", remedy=remedy)
 
 
 def shard(samples: Sequence[T]) -> tuple[T, ...]:
-    """Return this process's share of the samples.
-
-    Raises:
-        CalibrationError: there are fewer samples than processes.
-    """
+    """Return this process's share of the samples; raises CalibrationError if there are fewer than processes."""
     check_enough(samples)
     return deal(samples)
 
@@ -183,7 +160,7 @@ def gathered(mine: Sequence[T]) -> list[T]:
         return list(mine)
     held: list[Sequence[T]] = [()] * world_size()
     dist.all_gather_object(held, mine)
-    return [one for row in itertools.zip_longest(*held, fillvalue=_NONE) for one in row if one is not _NONE]
+    return [held[i % len(held)][i // len(held)] for i in range(sum(map(len, held)))]
 
 
 @_together()
@@ -207,9 +184,7 @@ def shard_indices(count: int) -> range:
     A model sharded over processes runs in all of them or in none. An index past the end stands for piece
     ``index % count``, whose result is dropped.
     """
-    if not _is_distributed():
-        return range(count)
-    processes = dist.get_world_size()
+    processes = world_size()
     return range(rank(), -(-count // processes) * processes, processes)
 
 
@@ -323,11 +298,9 @@ def check_same(find: Callable[[], Mapping[str, Any]], where: str) -> None:
     for number, digests in enumerate(held):
         names = [name for name in held[0] | digests if digests.get(name) != held[0].get(name)]
         if names:
-            raise PassError(
-                f"process {number} and the first process differ in {', '.join(names)}",
-                where=where,
-                remedy="Start all processes with the same command, model and data, and folders that all of them share",
-            )
+            what = f"process {number} and the first process differ in {', '.join(names)}"
+            remedy = "Start all processes with the same command, model and data, and folders that all of them share"
+            raise PassError(what, where=where, remedy=remedy)
 
 
 @_together()
@@ -363,22 +336,20 @@ def run_on_first(work: Callable[[], T], refusal: type[Exception]) -> T | None:
         return work()
     group = _waiting_group()
     failed = ["the first process was stopped"]
-    if not is_first():
-        with _together():
-            dist.broadcast_object_list(failed, group=group)
-        if failed[0]:
-            raise refusal(failed[0])
-        return None
+    found: T | None = None
     try:
-        with setting(_alone, True):
-            found = work()
-        failed = [""]
+        if is_first():
+            with setting(_alone, True):
+                found = work()
+            failed = [""]
     except Exception as error:  # whatever it is, the others must not wait for ever
         failed = [f"the first process: {error}"]
         raise
     finally:
         with _together():
             dist.broadcast_object_list(failed, group=group)
+    if failed[0]:
+        raise refusal(failed[0])
     return found
 
 
@@ -388,15 +359,14 @@ def decide_on_first(decide: Callable[[], T], refusal: type[Exception]) -> T:
 
 
 _waiting: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
-"""By the group of all processes, the one in which they wait."""
 
 
 def _waiting_group() -> dist.ProcessGroup:
-    """All processes, with :data:`_LONGEST_WAIT` as timeout."""
+    """All processes, which wait for the first to write: unlike a collective, that takes as long as the disk takes."""
     world = dist.group.WORLD
     assert world is not None
     if world not in _waiting:
-        _waiting[world] = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        _waiting[world] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return _waiting[world]
 
 
