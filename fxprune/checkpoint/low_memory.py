@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from logging import WARNING
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fxprune.checkpoint.read import (
@@ -37,15 +37,6 @@ from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import barrier, check_same, is_first, run_on_first
 from fxprune.report.report import package_versions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_BLOCK = "blk."
-"""Prefix of the names of a block's tensors, followed by its number."""
-
-_WORDS = "tokenizer."
-"""Prefix of the keys of the vocabulary: long, and not needed to load tensors."""
-
 
 def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     """Write the model in a GGUF file as a folder that transformers loads, the tensors of a block at a time.
@@ -60,10 +51,17 @@ def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     reader = gguf.GGUFReader(path)
+    # the vocabulary is long, and not needed to load tensors
+    fields = {key: value for key, value in reader.fields.items() if not key.startswith("tokenizer.")}
+    parts: dict[str, list[Any]] = {}
+    for tensor in reader.tensors:
+        block = tensor.name.split(".")[:2] if tensor.name.startswith("blk.") else [tensor.name]
+        parts.setdefault(".".join(block), []).append(tensor)
     places, size = dict[str, str](), 0
     with sync_writes(folder):
-        for number, tensors in enumerate(_by_block(reader.tensors)):
-            with _reader_of(reader, tensors), silence_stderr():
+        for number, tensors in enumerate(parts.values()):
+            view = SimpleNamespace(fields=fields, tensors=tensors)
+            with replaced(gguf, GGUFReader=lambda *_, view=view: view), silence_stderr():
                 found: dict[str, torch.Tensor] = load_gguf_checkpoint(str(path), True, model)["tensors"]
             if found:
                 name = f"model-{number:05d}.safetensors"
@@ -78,37 +76,7 @@ def unpack_gguf(file: str | os.PathLike[str], folder: Path) -> None:
     write_file(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index), CheckpointError)
 
 
-def _by_block(tensors: Sequence[Any]) -> Iterator[list[Any]]:
-    """Yield the tensors of each block together, and each of the others alone."""
-    parts: dict[str, list[Any]] = {}
-    for tensor in tensors:
-        name = str(tensor.name)
-        parts.setdefault(".".join(name.split(".")[:2]) if name.startswith(_BLOCK) else name, []).append(tensor)
-    yield from parts.values()
-
-
-def _reader_of(reader: Any, tensors: Sequence[Any]) -> AbstractContextManager[None]:
-    """Let ``gguf.GGUFReader``, which transformers calls, read these tensors only."""
-    fields = {key: value for key, value in reader.fields.items() if not key.startswith(_WORDS)}
-    view = SimpleNamespace(fields=fields, tensors=tensors)
-    return replaced(gguf, GGUFReader=lambda *_: view)
-
-
-_REQUEST = "request.json"
-"""The request of the run in a folder: a run with the same request resumes it."""
-
-
-def _begin(work: Path, request: str | None) -> None:
-    """Create the folder of a run; files of an earlier run stay if its request was the same."""
-    file = work / _REQUEST
-    if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        file.write_text(json.dumps(request), encoding="utf-8")
-
-
 _FILES = "the files of the model"
-"""The part of a request with name, size, time and digest of each file."""
 
 
 def _parts(request: str | None) -> dict[str, Any]:
@@ -124,22 +92,25 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
     """Offload tensors to a folder ``<out>.unfinished`` beside ``out`` and yield it; it is deleted at the end.
 
     All processes share it. The first one says what an earlier run has done, and that run may have had another number of
-    processes.
-
-    Args:
-        out: where the result goes.
-        request: identifies the run: a killed run is resumed by one of the same request; None to start from scratch.
-        force: whether ``out`` may hold something else.
+    processes. A killed run is resumed by one of the same ``request``; None starts from scratch. With ``force``, ``out``
+    may hold something else.
     """
     target = check_place(out, force=force)
     work = target.with_name(f"{target.name}.unfinished")
-    file = work / _REQUEST
+    file = work / "request.json"  # a run with the same request resumes the one in the folder
+
+    def begin() -> None:
+        if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            file.write_text(json.dumps(request), encoding="utf-8")
+
     with ExitStack() as stack:
         try:
             with wrap_disk_errors(work, CheckpointError):
                 if is_first():
                     stack.enter_context(made_folder(work.parent))
-                run_on_first(lambda: _begin(work, request), CheckpointError)
+                run_on_first(begin, CheckpointError)
                 there = file.read_text("utf-8", "replace") if file.is_file() else ""
                 check_same(lambda: {**_parts(request), "the files in it that they see": there}, where=str(work))
             with offload_to(work, work if request is not None else None):
@@ -161,19 +132,14 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
     a file, such as those of experts stored one by one, are written to files of their own, one at a time. A GGUF file is
     first unpacked into such files in float32, in a folder in ``work``, unless a run that was killed did so. Processes
     share ``work``, and the first unpacks.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
     """
     if (slim := slim_folder(source)) is not None:
         return from_pretrained(slim)
     loaded = attempt(_load, source, work / "dense")
     if isinstance(loaded, Refusal):
-        raise CheckpointError(
-            f"cannot be loaded: {loaded}",
-            where=os.fspath(source),
-            remedy="Pass a folder that save_pretrained wrote, or a GGUF file that transformers loads",
-        ) from loaded.error
+        remedy = "Pass a folder that save_pretrained wrote, or a GGUF file that transformers loads"
+        what = f"cannot be loaded: {loaded}"
+        raise CheckpointError(what, where=os.fspath(source), remedy=remedy) from loaded.error
     model, info = loaded
     require_all_weights(source, info, model)
     model.config._name_or_path = os.fspath(source)
@@ -181,27 +147,26 @@ def load_mapped(source: str | os.PathLike[str], work: Path) -> PreTrainedModel:
 
 
 def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    if not Path(source).is_file():
+    def unpack() -> None:
+        if (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            return
         check_sizes(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        kind = class_of(config.to_dict())
-        with quiet(WARNING), offloading_parameters():  # missing weights are refused by the caller
-            model, info = kind.from_pretrained(source, dtype="auto", trust_remote_code=False, **LOADING)
-        return model, info
-    run_on_first(lambda: _unpack_once(source, unpacked), CheckpointError)
-    return _load(unpacked, unpacked)
+        unpacked.mkdir(exist_ok=True)
+        try:
+            unpack_gguf(source, unpacked)
+        except BaseException:  # whatever was raised, it will be unpacked anew
+            shutil.rmtree(unpacked, ignore_errors=True)
+            raise
 
-
-def _unpack_once(source: str | os.PathLike[str], unpacked: Path) -> None:
-    if (unpacked / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return
+    if Path(source).is_file():
+        run_on_first(unpack, CheckpointError)
+        source = unpacked
     check_sizes(source)
-    unpacked.mkdir(exist_ok=True)
-    try:
-        unpack_gguf(source, unpacked)
-    except BaseException:  # whatever was raised, it will be unpacked anew
-        shutil.rmtree(unpacked, ignore_errors=True)
-        raise
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with quiet(WARNING), offloading_parameters():  # missing weights are refused by the caller
+        kind = class_of(config.to_dict())
+        model, info = kind.from_pretrained(source, dtype="auto", trust_remote_code=False, **LOADING)
+    return model, info
 
 
 def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:

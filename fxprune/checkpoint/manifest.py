@@ -6,14 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from fxprune.emit.emitted import outputs_agree
 from fxprune.emit.layout import stock_class
@@ -23,25 +25,15 @@ from fxprune.graph.context import Refusal, attempt, default_modes, eval_mode, pr
 from fxprune.graph.tensors import copy_with_hooks, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.masking.masked_run import output_tensors
-from fxprune.offload.ranks import input_device
+from fxprune.offload.ranks import input_device, is_sharded
 from fxprune.pipeline.arguments import MANIFEST as MANIFEST
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report, package_versions
 from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 T = TypeVar("T")
 
 _SEED, _BATCH, _TOKENS = 0, 2, 6
-_SIDE = 32
-"""Pixels of a side of images whose size the config does not give."""
-_MOST = 8
-"""Rows, and numbers of each, that are recorded: enough to tell models apart, a screenful in the manifest."""
-
-_LARGEST = 2**26
-"""Numbers in recorded inputs: no image or text of a few tokens has more."""
 
 Shapes = Mapping[str, Mapping[str, Any]]
 """Inputs by name: ``shape``, and for token ids ``below``, the size of the vocabulary."""
@@ -63,17 +55,31 @@ class Forward:
 def run_forward(model: PreTrainedModel, inputs: Shapes | None = None) -> Forward | Refusal:
     """Run a copy of a model that shares its parameters and hooks, in evaluation mode, on a few random tokens.
 
-    A model that cannot be copied, such as a sharded one, is run itself.
-
-    Args:
-        inputs: recorded ones; None for the first that the model accepts.
+    A model that cannot be copied, such as a sharded one, is run itself. ``inputs`` are recorded ones; None for the
+    first that the model accepts.
     """
-    found: Forward | Refusal = Refusal(ValueError("inputs for it cannot be guessed"))
+    refusal, device = Refusal(ValueError("inputs for it cannot be guessed")), input_device(model)
+    dispatched = any("_hf_hook" in vars(module) for module in model.modules())  # such hooks hold weights
     for shapes in _candidates(model) if inputs is None else [inputs]:
-        found = _run(model, shapes)
-        if isinstance(found, Forward):
-            break
-    return found
+        generator = torch.Generator().manual_seed(_SEED)
+        given: dict[str, torch.Tensor] = {}
+        for name, entry in shapes.items():
+            if "below" in entry:
+                given[name] = torch.randint(entry["below"], entry["shape"], generator=generator).to(device)
+            else:
+                given[name] = torch.randn(entry["shape"], generator=generator).to(device, model.dtype)
+        parameters = {id(tensor): tensor for tensor in model.parameters()}
+        twin = None if dispatched else attempt(copy_with_hooks, model, parameters)
+        runs = twin if isinstance(twin, type(model)) else model
+        options = without_cache(runs) if runs is twin else {}
+        with default_modes(), preserve_rng(), eval_mode(runs), quiet(), torch.no_grad():
+            torch.manual_seed(_SEED)
+            found = attempt(partial(runs, **given, **options))
+        outputs = () if isinstance(found, Refusal) else output_tensors(found)
+        if outputs and outputs[0].numel():
+            return Forward(shapes, outputs[0].full_tensor() if hasattr(outputs[0], "full_tensor") else outputs[0])
+        refusal = found if isinstance(found, Refusal) else Refusal(ValueError("its outputs are not numbers"))
+    return refusal
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[Shapes]:
@@ -82,39 +88,15 @@ def _candidates(model: PreTrainedModel) -> Iterator[Shapes]:
         rows = getattr(getattr(table, "weight", None), "shape", (0,))[0]
         tokens = {"shape": [_BATCH, _TOKENS], "below": rows}
         yield from ({"input_ids": tokens}, {"input_ids": tokens, "decoder_input_ids": tokens}) if rows else ()
-    size, channels = getattr(model.config, "image_size", _SIDE), getattr(model.config, "num_channels", None)
+    size, channels = getattr(model.config, "image_size", 32), getattr(model.config, "num_channels", None)
     if model.main_input_name == "pixel_values" and type(channels) is int:
         sides = list(size) if isinstance(size, list | tuple) else [size, size]
         yield {"pixel_values": {"shape": [_BATCH, channels, *sides]}}
     made = attempt(default_inputs, model, None, refusals=(TraceError,))
     if not isinstance(made, Refusal):
-        below = getattr(model.config.get_text_config(), "vocab_size", None) or 2
-        whole = {name for name, value in made.items() if not value.is_floating_point()}
-        shapes: dict[str, dict[str, Any]] = {name: {"shape": list(value.shape)} for name, value in made.items()}
-        yield {name: {**entry, **({"below": below} if name in whole else {})} for name, entry in shapes.items()}
-
-
-def _run(model: PreTrainedModel, shapes: Shapes) -> Forward | Refusal:
-    generator, device = torch.Generator().manual_seed(_SEED), input_device(model)
-    inputs: dict[str, torch.Tensor] = {}
-    for name, entry in shapes.items():
-        if "below" in entry:
-            inputs[name] = torch.randint(entry["below"], entry["shape"], generator=generator).to(device)
-        else:
-            inputs[name] = torch.randn(entry["shape"], generator=generator).to(device, model.dtype)
-    dispatched = any("_hf_hook" in vars(module) for module in model.modules())  # such hooks hold weights
-    parameters = {id(tensor): tensor for tensor in model.parameters()}
-    twin = None if dispatched else attempt(copy_with_hooks, model, parameters)
-    runs = twin if isinstance(twin, type(model)) else model
-    options = without_cache(runs) if runs is twin else {}
-    with default_modes(), preserve_rng(), eval_mode(runs), quiet(), torch.no_grad():
-        torch.manual_seed(_SEED)
-        found = attempt(partial(runs, **inputs, **options))
-    outputs = () if isinstance(found, Refusal) else output_tensors(found)
-    for output in filter(torch.numel, outputs[:1]):
-        whole = output.full_tensor() if hasattr(output, "full_tensor") else output
-        return Forward(shapes, whole)
-    return found if isinstance(found, Refusal) else Refusal(ValueError("its outputs are not numbers"))
+        rows = getattr(model.config.get_text_config(), "vocab_size", None) or 2
+        below = {name: {} if value.is_floating_point() else {"below": rows} for name, value in made.items()}
+        yield {name: {"shape": list(value.shape), **below[name]} for name, value in made.items()}
 
 
 def _dtype(model: nn.Module) -> str:
@@ -122,25 +104,25 @@ def _dtype(model: nn.Module) -> str:
 
 
 def _sample(output: torch.Tensor) -> torch.Tensor:
-    """Some rows of an output and some numbers of each, evenly spread, in float32 on the CPU."""
+    """Eight rows of an output and eight numbers of each, evenly spread, in float32 on the CPU.
+
+    That is enough to tell models apart, and a screenful in the manifest.
+    """
     rows = output.detach().reshape(-1, output.shape[-1] if output.dim() else 1)
     for axis in (0, 1):
         size = rows.shape[axis]
-        index = torch.linspace(0, size - 1, min(size, _MOST), device=rows.device).long()
+        index = torch.linspace(0, size - 1, min(size, 8), device=rows.device).long()
         rows = rows.index_select(axis, index)
     return rows.float().cpu()
 
 
 def check_loaded(model: PreTrainedModel, record: Mapping[str, Any], where: str) -> None:
-    """Compare the outputs of a loaded model with the record in its manifest, unless it was loaded in another dtype.
-
-    Raises:
-        CheckpointError: it does not run, or computes something else.
-    """
+    """Refuse a loaded model that computes something else than its manifest says, unless it is in another dtype."""
     if "values" not in record or record["dtype"] != _dtype(model) or getattr(model, "hf_quantizer", None) is not None:
         return
     remedy = "Load it with the versions in its manifest, or save the model again"
-    if sum(math.prod(entry["shape"]) for entry in record["inputs"].values()) > _LARGEST:
+    # no image or text of a few tokens has more numbers
+    if sum(math.prod(entry["shape"]) for entry in record["inputs"].values()) > 2**26:
         raise CheckpointError("its manifest asks for a forward pass on larger inputs", where=where, remedy=remedy)
     found = run_forward(model, record["inputs"])
     if isinstance(found, Refusal):
@@ -158,34 +140,40 @@ def check_loaded(model: PreTrainedModel, record: Mapping[str, Any], where: str) 
 
 
 def check_written(model: PreTrainedModel, own: Forward | Refusal, loaded: PreTrainedModel) -> dict[str, Any]:
-    """Compare a model with the one that was loaded from its checkpoint; return the record for the manifest.
+    """Compare a model, by a forward pass of its ``own``, with the one loaded from its checkpoint; return the record.
 
     The loaded one computes on the CPU, or with the parameters of ``model`` on the one other device that they are on.
-
-    Args:
-        own: the forward pass of ``model``.
 
     Raises:
         CheckpointError: they compute something else, or a module is of another class.
     """
     difference, is_class = next(_differences(model, loaded), ("", False))
-    if is_class:
-        raise _changed(difference)
-    devices = {parameter.device for parameter in model.parameters()}
-    sharded = any(hasattr(parameter, "placements") for parameter in model.parameters())
-    for theirs, ours in zip(configs_of(loaded), configs_of(model), strict=False):
-        names = ("_attn_implementation_internal", "_experts_implementation_internal")
-        vars(theirs).update({name: vars(ours)[name] for name in names if name in vars(ours)})
-    if len(devices) == 1 and devices != {torch.device("cpu")} and not sharded:
-        _move(loaded, model, *devices)
-    again = run_forward(loaded, own.inputs if isinstance(own, Forward) else None)
-    if isinstance(own, Refusal) and (sharded or isinstance(again, Refusal)):
-        return {"note": f"not compared with the model: {own}"}
-    fault = _fault(own, again)
-    if fault:
-        raise _changed(f"{fault}; {difference}" if difference else fault)
-    assert isinstance(again, Forward)
-    return again.record(loaded)
+    fault = difference if is_class else ""
+    if not fault:
+        devices = {parameter.device for parameter in model.parameters()}
+        sharded = is_sharded(model)
+        for theirs, ours in zip(configs_of(loaded), configs_of(model), strict=False):
+            names = ("_attn_implementation_internal", "_experts_implementation_internal")
+            vars(theirs).update({name: vars(ours)[name] for name in names if name in vars(ours)})
+        if len(devices) == 1 and devices != {torch.device("cpu")} and not sharded:
+            _move(loaded, model, *devices)
+        again = run_forward(loaded, own.inputs if isinstance(own, Forward) else None)
+        if isinstance(own, Refusal) and (sharded or isinstance(again, Refusal)):
+            return {"note": f"not compared with the model: {own}"}
+        if isinstance(own, Refusal):
+            fault = f"only the loaded one runs: {own}"
+        elif isinstance(again, Refusal):
+            fault = f"the loaded one does not run: {again}"
+        else:
+            want, got = (found.output.cpu().nan_to_num() for found in (own, again))
+            if outputs_agree(want, got):
+                return again.record(loaded)
+            fault = f"its outputs are {list(want.shape)}, those of the loaded one {list(got.shape)}"
+            if want.shape == got.shape:
+                fault = f"outputs differ by up to {float((want - got).abs().max()):.1e}"
+        fault = f"{fault}; {difference}" if difference else fault
+    remedy = "Undo what was changed beside weights and config; save_pretrained(verify=False) saves it without"
+    raise CheckpointError(f"the checkpoint would not be this model: {fault}", where="model", remedy=remedy)
 
 
 def _move(loaded: nn.Module, model: nn.Module, device: torch.device) -> None:
@@ -194,25 +182,6 @@ def _move(loaded: nn.Module, model: nn.Module, device: torch.device) -> None:
         set_tensor(loaded, name, parameter)
     for name, buffer in list(loaded.named_buffers(remove_duplicate=False)):
         set_tensor(loaded, name, buffer.to(device))
-
-
-def _fault(own: Forward | Refusal, again: Forward | Refusal) -> str:
-    if isinstance(own, Refusal):
-        return f"only the loaded one runs: {own}"
-    if isinstance(again, Refusal):
-        return f"the loaded one does not run: {again}"
-    want, got = (found.output.cpu().nan_to_num() for found in (own, again))
-    if want.shape != got.shape:
-        return f"its outputs are {list(want.shape)}, those of the loaded one {list(got.shape)}"
-    return "" if outputs_agree(want, got) else f"outputs differ by up to {float((want - got).abs().max()):.1e}"
-
-
-def _changed(fault: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint would not be this model: {fault}",
-        where="model",
-        remedy="Undo what was changed beside weights and config; save_pretrained(verify=False) saves it without",
-    )
 
 
 def _differences(model: nn.Module, loaded: nn.Module) -> Iterator[tuple[str, bool]]:
@@ -238,12 +207,9 @@ PLAN = "plan.json"
 REPORT = "report.json"
 _FORMAT = 3
 """Counted up when an earlier release could no longer read the file, or would miss something that it must check."""
-_READABLE = (1, 2, _FORMAT)
-"""Format 1 listed the files of weights only, format 2 had no digest of itself."""
 _LOADED_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".py")
 """Endings of files that loaders look for by themselves, and prefer to others."""
 _LOADED_NAMES = ("adapter_config.json", "generation_config.json", "config.json")
-"""Other names that they look for."""
 
 _COPY_AGAIN = "Copy the folder again, or save the model again"
 _SAVE_AGAIN = "Save the model again"
@@ -337,12 +303,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError("missing", where=str(path), remedy=remedy)
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if type(data["format"]) is not int or data["format"] not in _READABLE:
-            raise CheckpointError(
-                f"written in format {data['format']}, this release reads {_FORMAT}",
-                where=str(path),
-                remedy="Load it with the release that wrote it: " + str(data.get("versions", {}).get("fxprune")),
-            )
+        # format 1 listed the files of weights only, format 2 had no digest of itself
+        if type(data["format"]) is not int or not 1 <= data["format"] <= _FORMAT:
+            what = f"written in format {data['format']}, this release reads {_FORMAT}"
+            remedy = f"Load it with the release that wrote it: {data.get('versions', {}).get('fxprune')}"
+            raise CheckpointError(what, where=str(path), remedy=remedy)
         digest = data.pop("digest", None)
         if digest != content_digest(data) and (digest is not None or data["format"] == _FORMAT):
             raise CheckpointError("its content was changed", where=str(path), remedy=_COPY_AGAIN)
@@ -350,12 +315,11 @@ def read_manifest(folder: Path) -> Manifest:
         found = Manifest(weights=weights, **data)
         _check_types(found)
         return found
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"not a manifest: {type(error).__name__}: {error}", where=str(path), remedy=_SAVE_AGAIN
-        ) from error
+        what = f"not a manifest: {type(error).__name__}: {error}"
+        raise CheckpointError(what, where=str(path), remedy=_SAVE_AGAIN) from error
 
 
 def _check_types(manifest: Any) -> None:
@@ -408,12 +372,9 @@ def has_user_card(folder: Path) -> bool:
 
 def _earlier_manifest(folder: Path) -> Manifest | None:
     """The manifest of the checkpoint that a folder holds; None if it has none that can be read."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    try:
+    with suppress(CheckpointError):
         return read_manifest(folder)
-    except CheckpointError:
-        return None
+    return None
 
 
 def _is_loaded(name: str) -> bool:
@@ -473,9 +434,8 @@ def _header(path: Path) -> dict[str, list[int]]:
         with safe_open(path, framework="pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"truncated or not safetensors: {error}", where=str(path), remedy="Copy the folder again"
-        ) from error
+        what = f"truncated or not safetensors: {error}"
+        raise CheckpointError(what, where=str(path), remedy="Copy the folder again") from error
 
 
 def _digest(path: Path) -> str:

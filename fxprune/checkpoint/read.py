@@ -8,11 +8,12 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from logging import WARNING
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import gguf
 import torch
@@ -20,7 +21,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
@@ -47,17 +48,9 @@ from fxprune.offload.files import offloaded
 from fxprune.offload.ranks import world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+_TEXT, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Types of values in the format, as formats of ``struct``."""
-
-_TEXT, _ARRAY = 8, 9
-_MOST_AXES = 4
-
-_Spans = dict[str, tuple[int, int]]
-"""Where the bytes of each tensor begin and end, from the start of the file."""
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -73,9 +66,6 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
     """Refuse a file whose tensors overlap or are cut off, or that holds more blocks than its entries say.
 
     transformers reads such a file to other numbers, or without end.
-
-    Raises:
-        CheckpointError: it is such a file.
     """
     fault = ""
     try:
@@ -95,52 +85,50 @@ def check_gguf(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"cannot be loaded: {fault}", where=where, remedy="Download or export it again")
 
 
-def _read(path: str | os.PathLike[str], *, whole: bool) -> tuple[dict[str, Any], _Spans]:
+def _read(path: str | os.PathLike[str], *, whole: bool) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The entries of a GGUF file, and where the bytes of each tensor begin and end if it is read as a ``whole``."""
     found: dict[str, Any] = {}
-    spans: _Spans = {}
+    spans: dict[str, tuple[int, int]] = {}
     with open(path, "rb") as file:
         try:
-            if _bytes(file, 4) != b"GGUF":
+            if _take(file, "4s") != b"GGUF":
                 raise ValueError("it does not begin as a GGUF file does")
-            if _number(file, "I") not in (2, 3):  # versions with the same header
+            if _take(file, "I") not in (2, 3):  # versions with the same header
                 return {}, {}
-            count = _number(file, "Q")
-            for _ in range(_number(file, "Q")):
+            count = _take(file, "Q")
+            for _ in range(_take(file, "Q")):
                 name = _value(file, _TEXT)
                 if not whole and name.startswith("tokenizer."):  # such entries are long, and not needed
                     return found, {}
-                found[name] = _value(file, _number(file, "I"))
+                found[name] = _value(file, _take(file, "I"))
             for _ in range(count if whole else 0):
                 name = _value(file, _TEXT)
-                axes = [_number(file, "Q") for _ in range(min(_number(file, "I"), _MOST_AXES + 1))]
-                values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(_number(file, "I"))]
-                begin = _number(file, "Q")
+                axes = [_take(file, "Q") for _ in range(min(_take(file, "I"), 5))]  # it has four at most
+                values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(_take(file, "I"))]
+                begin = _take(file, "Q")
                 spans[name] = begin, begin + math.prod(axes) // values * size
             start = -(-file.tell() // (step := found.get("general.alignment", 32))) * step
-        except (EOFError, KeyError, ArithmeticError, UnicodeDecodeError, MemoryError, RecursionError) as error:
+        except (struct.error, EOFError, KeyError, ArithmeticError, UnicodeError, MemoryError, RecursionError) as error:
             raise ValueError("it ends too early, or is damaged") from error
     return found, {name: (start + begin, start + end) for name, (begin, end) in spans.items()}
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
     if kind == _TEXT:
-        return _bytes(file, _number(file, "Q")).decode("utf-8")
+        size = _take(file, "Q")
+        text = file.read(size)
+        if len(text) < size:
+            raise EOFError
+        return text.decode("utf-8")
     if kind == _ARRAY:
-        inner = _number(file, "I")
-        return [_value(file, inner) for _ in range(_number(file, "Q"))]
-    return _number(file, _NUMBERS[kind])
+        inner = _take(file, "I")
+        return [_value(file, inner) for _ in range(_take(file, "Q"))]
+    return _take(file, _NUMBERS[kind])
 
 
-def _number(file: BinaryIO, spelled: str) -> Any:
-    form = "<" + spelled
-    return struct.unpack(form, _bytes(file, struct.calcsize(form)))[0]
-
-
-def _bytes(file: BinaryIO, count: int) -> bytes:
-    found = file.read(count)
-    if len(found) < count:
-        raise EOFError
-    return found
+def _take(file: BinaryIO, form: str) -> Any:
+    """The next value of a file, in a format of ``struct``."""
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))[0]
 
 
 LOADING: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -149,8 +137,8 @@ LOADING: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_si
 
 def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any], model: PreTrainedModel) -> None:
     """Refuse a model in which transformers initialised weights that the files lack, by its loading info."""
-    loaded = {_number_free(name) for name in model.state_dict()}
-    surplus = [name for name in info.get("unexpected_keys") or () if _number_free(name) in loaded]
+    loaded = {_NUMBER.sub(".*", name) for name in model.state_dict()}
+    surplus = [name for name in info.get("unexpected_keys") or () if _NUMBER.sub(".*", name) in loaded]
     fault, remedy = "of another shape than its config says", "Save it again with its config"
     if model.config.to_dict().get("per_layer_config"):  # the stock class does not read it
         fault, remedy = "of another shape than its class builds", UNEVEN
@@ -167,12 +155,7 @@ def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any],
             raise CheckpointError(line, where=os.fspath(source), remedy=remedy)
 
 
-def _number_free(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
-
-
-_ATTEMPTS = 20
-"""An attempt fails only if another process replaces the folder while its files are linked."""
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def from_pretrained(
@@ -201,29 +184,26 @@ def from_pretrained(
     """
     name = as_path("folder", folder, error=CheckpointError)
     verify = None if verify is None else flag("verify", verify)
-    chosen: Any = model_class
-    if chosen is not None and not (isinstance(chosen, type) and issubclass(chosen, transformers.PreTrainedModel)):
+    if model_class is not None and not _is_model_class(model_class):
         raise refuse("model_class", model_class, "a class of models of transformers, or None", CheckpointError)
     with wrap_errors(name, "Check the options, and copy the folder again or save the model again", CheckpointError):
-        path = _local(name, {key: options.pop(key) for key in _OF_HUB if key in options})
+        of_hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        path = _local(name, {key: options.pop(key) for key in of_hub if key in options})
         restore_replaced(path)
         before = folder_identity(path)
         try:
             model = _load(path, verify, model_class, options)
+            if folder_identity(path) == before:
+                return model
         except Exception:  # the files of two checkpoints, read as one, may fail anywhere
             if folder_identity(path) == before:
                 raise
-        else:
-            if folder_identity(path) == before:
+        # other processes replace the folder: load hard links to the files of one of theirs, unless it is replaced again
+        for _ in range(20):
+            with contextlib.suppress(FileNotFoundError), linked_copy(path) as copy:
+                model = _load(copy, verify, model_class, options)
+                vars(model.config)["_name_or_path"] = vars(model)["name_or_path"] = str(path)
                 return model
-        for _ in range(_ATTEMPTS):  # other processes replace the folder: load hard links to the files of one of theirs
-            try:
-                with linked_copy(path) as copy:
-                    model = _load(copy, verify, model_class, options)
-            except FileNotFoundError:
-                continue
-            vars(model.config)["_name_or_path"] = vars(model)["name_or_path"] = str(path)
-            return model
         raise CheckpointError("other processes keep replacing it", where=str(path), remedy="Load it when they are done")
 
 
@@ -244,38 +224,29 @@ def _load(
     return model
 
 
-@contextlib.contextmanager
-def offloading_parameters() -> Iterator[None]:
+def _is_model_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, PreTrainedModel)
+
+
+def offloading_parameters() -> contextlib.AbstractContextManager[object]:
     """Move parameters made in memory into files, inside :func:`~fxprune.offload.files.offload_to`."""
 
     def offload(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.untyped_storage().resizable():  # those of files that are mapped are not
             parameter.data = offloaded(parameter.detach())
 
-    hook = register_module_parameter_registration_hook(offload)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return register_module_parameter_registration_hook(offload)
 
 
 def read_model(
     path: Path, model_class: type[PreTrainedModel] | None = None, options: Mapping[str, Any] = MappingProxyType({})
 ) -> PreTrainedModel:
     """Load the model in a folder by its config and weights alone."""
-    stock, config = _classes(path, model_class)
-    read: Any = pruned_class(stock, type(config)).from_pretrained
+    stock, pruned, config = _classes(path, model_class)
     with offloading_parameters():
-        model, info = read(path, config=config, **LOADING, **options)
+        model, info = pruned.from_pretrained(path, config=config, **LOADING, **options)
     require_all_weights(path, info, model)
     return _as_stock(model, stock)
-
-
-def build_empty(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Build the model of a folder that :func:`~fxprune.save_pretrained` wrote on ``meta``, without its weights."""
-    stock, config = _classes(_local(folder), None)
-    with without_storage():
-        return _as_stock(pruned_class(stock, type(config))(config), stock)
 
 
 def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTrainedModel:
@@ -291,10 +262,6 @@ def _as_stock(model: PreTrainedModel, stock: type[PreTrainedModel]) -> PreTraine
     return model
 
 
-_OF_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Options of ``from_pretrained`` of transformers about a download."""
-
-
 def _local(folder: str | os.PathLike[str], of_hub: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """Path of a folder; one that looks like the id of a repository is downloaded, with these options."""
     name = os.fspath(folder)
@@ -302,11 +269,8 @@ def _local(folder: str | os.PathLike[str], of_hub: Mapping[str, Any] = MappingPr
         return Path(folder).expanduser()
     found = attempt(snapshot_download, name, **of_hub)
     if isinstance(found, Refusal):
-        raise CheckpointError(
-            f"neither a folder nor on the hub: {found}",
-            where=name,
-            remedy="Pass a folder that save_pretrained wrote, or the id of a repository that can be reached",
-        ) from found.error
+        remedy = "Pass a folder that save_pretrained wrote, or the id of a repository that can be reached"
+        raise CheckpointError(f"neither a folder nor on the hub: {found}", where=name, remedy=remedy) from found.error
     return Path(found)
 
 
@@ -315,37 +279,32 @@ def _is_hub_id(source: str | os.PathLike[str]) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(source).exists()
 
 
-def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """Return the stock model class, and the config with all widths allowed."""
+def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[type[PreTrainedModel], Any, Any]:
+    """The stock model class, that of models with blocks of any widths, and the config for these."""
     file = path / "config.json"
     try:
         data = parse_config(file.read_text(encoding="utf-8"))
         name = data.get(SECTION, {}).get("class") or data["architectures"][0]
         stock = stock_class(model_class or getattr(transformers, name))
         own: Any = stock.config_class
-        relaxed: Any = pruned_class(stock, own).config_class
-        config: PreTrainedConfig = relaxed.from_dict(data)
+        pruned: Any = pruned_class(stock, own)
+        config = pruned.config_class.from_dict(data)
         overrides_in(config)
-        return stock, config
+        return stock, pruned, config
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"not a config that can be loaded: {error!r}",
-            where=str(file),
-            remedy="Pass model_class= where the class is not one of transformers' own",
-        ) from error
-
-
-_EDITED = (LookupError, TypeError, ValueError, AttributeError)
-"""Errors of our own code over an edited config: the fault is in the file."""
+        what = f"not a config that can be loaded: {error!r}"
+        remedy = "Pass model_class= where the class is not one of transformers' own"
+        raise CheckpointError(what, where=str(file), remedy=remedy) from error
 
 
 def _check_plan(path: Path, model_class: type[PreTrainedModel] | None, manifest: Manifest) -> None:
-    stock, config = _classes(path, model_class)
+    _, pruned, config = _classes(path, model_class)
     plan = manifest.read_plan(path)
     if plan is None:
         return
+    edited = (LookupError, TypeError, ValueError, AttributeError)  # of our own code: the fault is in the file
     with without_storage():
-        model = attempt(pruned_class(stock, type(config)), config, refusals=_EDITED)
+        model = attempt(pruned, config, refusals=edited)
     if isinstance(model, Refusal):
         where, remedy = str(path / "config.json"), "Save the model again"
         raise CheckpointError(f"no model can be built from it: {model}", where=where, remedy=remedy) from model.error
@@ -364,17 +323,19 @@ def _check_plan(path: Path, model_class: type[PreTrainedModel] | None, manifest:
 
 _REMEDY = "Pass a folder that save_pretrained wrote, a GGUF file, or a hub id that can be reached"
 
-_SAFE: dict[str, Any] = {"trust_remote_code": False}
-"""Without it transformers asks on a terminal, and a "y" on standard input runs the code of the folder."""
-
 
 def locate(source: str | os.PathLike[str], gguf_file: str | None = None) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a folder, a GGUF file, or a hub id."""
+    """Arguments of ``from_pretrained`` for a folder, a GGUF file, or a hub id.
+
+    Without ``trust_remote_code=False`` transformers asks on a terminal, and a "y" on standard input runs the code of
+    the folder.
+    """
     path = Path(as_path("model", source, error=CheckpointError))
-    if path.is_file():
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     name = str(path) if path.exists() else os.fspath(source)
-    return {"pretrained_model_name_or_path": name, **({} if gguf_file is None else {"gguf_file": gguf_file})}
+    if path.is_file():
+        name, gguf_file = str(path.parent), path.name
+    place = {"pretrained_model_name_or_path": name, "trust_remote_code": False}
+    return place if gguf_file is None else {**place, "gguf_file": gguf_file}
 
 
 @default_modes()
@@ -389,17 +350,16 @@ def load_model(
     """Load a model, dense or slim, in evaluation mode: of the class that its config names, or a causal language model.
 
     Args:
-        source: a folder, a GGUF file, or a hub id.
-        gguf_file: the GGUF file inside the folder or repository.
+        source: a folder, a GGUF file, or a hub id; ``gguf_file`` the GGUF file inside the folder or repository.
         dtype: of the weights; None for that of the files.
-        device: where the model is put.
         sharded: shard it over processes by FSDP2, by transformers' own loader: each process reads its shards alone.
 
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing.
     """
     place = Path(as_path("model", source, error=CheckpointError))
-    if (place / _ADAPTER).is_file() and not (place / "config.json").is_file():  # transformers would load both, unmerged
+    # transformers would load an adapter and its model, unmerged
+    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
         raise CheckpointError("cannot be loaded: there is no model in it", where=str(place), remedy=merge_advice(place))
     spread: dict[str, Any] = {}
     if sharded and world_size() > 1:
@@ -411,10 +371,10 @@ def load_model(
             spread["dtype"] = dtype
         slim: Any = from_pretrained(slim_source, **spread)
         return slim if device is None else slim.to(device)  # type: ignore[no-any-return]
-    options = {**LOADING, **_SAFE, **spread, "dtype": "auto" if dtype is None else dtype}
+    options = {**LOADING, **spread, "dtype": "auto" if dtype is None else dtype}
     check_sizes(source, gguf_file)
     with readable(source), quiet(WARNING), _without_bars():  # weights left at random are refused below, in one line
-        config = AutoConfig.from_pretrained(**locate(source, gguf_file), **_SAFE)
+        config = AutoConfig.from_pretrained(**locate(source, gguf_file))
         model, found = class_of(config.to_dict()).from_pretrained(**locate(source, gguf_file), **options)
     require_all_weights(source, found, model)
     return model if device is None else model.to(device)  # type: ignore[no-any-return]
@@ -426,9 +386,8 @@ def class_of(config: Mapping[str, Any]) -> Any:
     names = [section.get("class") if isinstance(section, dict) else None, *(config.get("architectures") or ())]
     name = next((one for one in names if isinstance(one, str)), "")
     named = getattr(transformers, name, None)
-    is_other = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
-    return named if is_other and name != causal else AutoModelForCausalLM
+    return named if _is_model_class(named) and name != causal else AutoModelForCausalLM
 
 
 @contextlib.contextmanager
@@ -441,9 +400,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.logging.enable_progress_bar()
-
-
-_ADAPTER = "adapter_config.json"
 
 
 def merge_advice(folder: Path) -> str:
@@ -459,16 +415,19 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
         CheckpointError: the config is that of a model larger than the files beside it.
     """
     if gguf_file is None and (slim := slim_folder(source)) is not None:
-        return build_empty(slim)
+        stock, pruned, config = _classes(slim, None)
+        with without_storage():
+            return _as_stock(pruned(config), stock)
     with readable(source):
-        config = AutoConfig.from_pretrained(**locate(source, gguf_file), **_SAFE)
+        config = AutoConfig.from_pretrained(**locate(source, gguf_file))
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-        if not 1 <= layers <= _MOST_LAYERS:
+        if not 1 <= layers <= 10_000:  # a damaged config; building them would take hours
             raise _size_error(source, f"of {layers:,} layers")
         with torch.device("meta"):
             kind = class_of(config.to_dict())
-            auto = kind is AutoModelForCausalLM
-            model: PreTrainedModel = kind.from_config(config, **_SAFE) if auto else kind._from_config(config)
+            is_auto = kind is AutoModelForCausalLM
+            build = partial(kind.from_config, trust_remote_code=False) if is_auto else kind._from_config
+            model: PreTrainedModel = build(config)
     place = Path(source).expanduser() / (gguf_file or "")
     files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.bin")]
     size = sum(file.stat().st_size for file in files if file.is_file())
@@ -476,10 +435,6 @@ def load_config_only(source: str | os.PathLike[str], gguf_file: str | None = Non
     if size and count > 8 * size:  # a weight takes a bit at least
         raise _size_error(source, f"of {count:,} parameters, and its files have {size:,} bytes")
     return model
-
-
-_MOST_LAYERS = 10_000
-"""More are a damaged config; building them would take hours."""
 
 
 def check_sizes(source: str | os.PathLike[str], gguf_file: str | None = None) -> None:
@@ -509,12 +464,11 @@ def load_tokenizer(
     Raises:
         CheckpointError: it is needed and cannot be loaded.
     """
-    options = dict(_SAFE)
-    tokenizer = None
+    tokenizer, options = None, dict[str, Any]()
     missing = readable(source, "its tokenizer cannot be read", f"Save its tokenizer beside it{instead}")
     with missing if needed else contextlib.suppress(Exception), quiet(WARNING):
         if not Path(source).expanduser().exists():  # a hub that cannot be reached is asked once
-            AutoConfig.from_pretrained(source, **_SAFE)
+            AutoConfig.from_pretrained(source, trust_remote_code=False)
         if (slim := slim_folder(source)) is not None:  # stock classes refuse the config of some slim models
             options["config"] = PreTrainedConfig.from_pretrained(slim)
         tokenizer = AutoTokenizer.from_pretrained(**locate(source, gguf_file), **options)
@@ -524,7 +478,7 @@ def load_tokenizer(
 def load_processor(source: str | os.PathLike[str]) -> Any:
     """Load the processor of a model, which may be a tokenizer or for images or sounds alone; None if there is none."""
     with quiet(WARNING):
-        found = attempt(AutoProcessor.from_pretrained, **locate(source), **_SAFE)
+        found = attempt(transformers.AutoProcessor.from_pretrained, **locate(source))
     return None if isinstance(found, Refusal) else found
 
 

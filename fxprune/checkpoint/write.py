@@ -11,13 +11,13 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from fxprune.checkpoint.manifest import (
     CARD,
@@ -61,14 +62,8 @@ from fxprune.removal.plan import Plan
 from fxprune.report.report import Report
 from fxprune.trace.inputs import check_merged
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 MODELLING = "modeling_fxprune"
 """Name of the module."""
-
-_SOURCES = (table_rows, blocks, layerwise)
-"""Modules whose text makes up that module, each behind those it imports from."""
 
 
 def write_modelling(model: PreTrainedModel, folder: Path) -> dict[str, str]:
@@ -82,32 +77,28 @@ def write_modelling(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         return {}
     base = type(model.base_model)
     is_known = getattr(transformers, base.__name__, None) is base
-    has_inner = model.base_model is not model and is_known
+    has_inner = is_known and model.base_model is not model
     has_inner = has_inner and getattr(base, "config_class", None) is stock.config_class
     inner = base.__name__ if has_inner else None
     text = _modelling(stock.__name__, config.__name__, inner)
     (folder / f"{MODELLING}.py").write_text(text, encoding="utf-8")
-    classes = {"AutoConfig": config.__name__}  # engines read the first entry
-    classes |= {} if inner is None else {"AutoModel": inner}
-    classes |= dict.fromkeys(_auto_classes(stock), stock.__name__)
-    return {loader: f"{MODELLING}.{name}" for loader, name in classes.items()}
-
-
-def _auto_classes(stock: type[PreTrainedModel]) -> list[str]:
-    """Names of the Auto classes of transformers that load a class, the one for its task last."""
-    found = []
+    loaders = []  # the one for its task last
     for name, auto in vars(transformers.models.auto.modeling_auto).items():
         mapping = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", None)
         if isinstance(auto, type) and isinstance(mapping, dict):  # names, where a lazy mapping would import every class
             named = (names if isinstance(names, tuple | list) else (names,) for names in mapping.values())
-            found += [name] if any(stock.__name__ in names for names in named) else []
-    tasks = [name for name in found if name != "AutoModelForPreTraining"]
-    return tasks or found
+            loaders += [name] if any(stock.__name__ in names for names in named) else []
+    classes = {"AutoConfig": config.__name__}  # engines read the first entry
+    classes |= {} if inner is None else {"AutoModel": inner}
+    tasks = [name for name in loaders if name != "AutoModelForPreTraining"]
+    classes |= dict.fromkeys(tasks or loaders, stock.__name__)
+    return {loader: f"{MODELLING}.{name}" for loader, name in classes.items()}
 
 
 def _modelling(model: str, config: str, base: str | None = None) -> str:
     """Return the text of a modelling file for a stock class, its config class, and the class of the inner model."""
-    source = "\n\n".join(_without_own_imports(module) for module in _SOURCES)
+    # each module behind those it imports from
+    source = "\n\n".join(_without_own_imports(module) for module in (table_rows, blocks, layerwise))
     text = f'''from __future__ import annotations
 
 {source}
@@ -150,27 +141,18 @@ def _without_own_imports(module: ModuleType) -> str:
     return "\n".join(lines)
 
 
-_TEMPLATE = Path(__file__).with_name("card.md")
-
-_ON_A_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-"""Ids of models on a hub."""
-
-_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""Entries of the dense model's card that hold for the slim model too."""
-
-
 def model_card(model: PreTrainedModel, work: Path, folder: Path, manifest: Manifest, report: Report | None) -> str:
-    """Return the text of the model card.
-
-    Args:
-        work: where the files of the slim model were written.
-        folder: the checkpoint as the reader will name it.
-        report: of the prune; None if it is not known.
-    """
+    """Return the text of the model card for files written to ``work``, which the reader will name ``folder``."""
     source = str(getattr(model.config, "_name_or_path", "") or "")
-    base = source if _ON_A_HUB.fullmatch(source) and not os.path.exists(source) else None
-    entries = {"pipeline_tag": _task(model), "datasets": _data_sets(report), **_from_dense(Path(source))}
-    data = ModelCardData(library_name="transformers", base_model=base, tags=["fxprune", "pruned"], **entries)
+    base = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source) else None
+    generates = model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+    data_set = "" if report is None or report.calibration is None else report.calibration.source
+    datasets = None
+    if is_data_set(data_set):
+        datasets = [CORPORA[data_set]["path"] if data_set in CORPORA else data_set.partition(":")[0]]
+    entries = {"pipeline_tag": "text-generation" if generates else None, **_from_dense(Path(source))}
+    tags = ["fxprune", "pruned"]
+    data = ModelCardData(library_name="transformers", base_model=base, tags=tags, datasets=datasets, **entries)
     return _card_text(data, base or Path(source).name, stock_class(model).__name__, work, folder, manifest, report)
 
 
@@ -183,7 +165,7 @@ def _card_text(
     has_tokens = report is not None and report.vocabulary is not None
     card = ModelCard.from_template(
         data,
-        str(_TEMPLATE),
+        str(Path(__file__).with_name("card.md")),
         name=name,
         kind=kind,
         in_python=lambda ending="": json.dumps(folder.name + ending, ensure_ascii=False),
@@ -214,22 +196,20 @@ def replace_report(folder: str | os.PathLike[str], report: Report) -> None:
     target = resolve_target(folder)
     manifest = read_manifest(target)
     check_files(target, manifest)
-    users = has_user_card(target)
-    with wrap_disk_errors(folder, CheckpointError), staging_folder(target) as work:
+    texts = {REPORT: report.to_json(), PAGE: report.to_html()}
+
+    def fill(work: Path) -> None:
         shutil.copytree(target, work, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-        texts = {REPORT: report.to_json(), PAGE: report.to_html()}
-        if not users and (work / CARD).is_file():
+        if not has_user_card(target) and (work / CARD).is_file():
             data, source = ModelCard.load(work / CARD).data, manifest.source
             texts[CARD] = _card_text(data, source["name"], source["class"], work, target, manifest, report)
-        files = {**manifest.files}
-        for name, text in texts.items():
+        digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        changed = replace(manifest, files={**manifest.files, **digests}, report=None)
+        for name, text in (*texts.items(), (MANIFEST, changed.to_json())):
             (work / name).unlink(missing_ok=True)  # a link to the file in use
             (work / name).write_text(text, encoding="utf-8")
-            files[name] = hashlib.sha256(text.encode()).hexdigest()
-        (work / MANIFEST).unlink()
-        (work / MANIFEST).write_text(replace(manifest, files=files, report=None).to_json(), encoding="utf-8")
-        finish_files(work)
-        replace_folder(work, target)
+
+    write_folder(folder, fill, force=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -238,20 +218,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _task(model: PreTrainedModel) -> str | None:
-    """The task of a model in the words of the hub, if it is known: that of decoders, to generate text."""
-    generates = model.can_generate() and not model.config.is_encoder_decoder
-    return "text-generation" if generates and model.main_input_name == "input_ids" else None
-
-
-def _data_sets(report: Report | None) -> list[str] | None:
-    """The data set of the hub that the prune was calibrated on, if it was one."""
-    source = "" if report is None or report.calibration is None else report.calibration.source
-    if not is_data_set(source):
-        return None
-    return [CORPORA[source]["path"] if source in CORPORA else source.partition(":")[0]]
 
 
 def _from_dense(folder: Path) -> dict[str, Any]:
@@ -264,11 +230,8 @@ def _from_dense(folder: Path) -> dict[str, Any]:
     if isinstance(card, Refusal):
         return {}
     data = card.data.to_dict()
-    return {name: data[name] for name in _KEPT if name in data}
-
-
-_SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-"""Sizes as transformers reads them."""
+    kept = ("license", "license_name", "license_link", "language", "pipeline_tag")  # these hold for the slim model too
+    return {name: data[name] for name in kept if name in data}
 
 
 @default_modes()
@@ -321,29 +284,40 @@ def save_pretrained(
     check_place(folder, force=force)
     structure = describe_structure(model)
     forward = run_forward(model) if verify else None
+    save_model = partial(_save_model, model, structure, max_shard_size)
     with _savable(model, structure):
         state = _gathered(model)
 
     def fill(work: Path) -> None:
-        with nullcontext() if place is None else _saving_weights_by(partial(_move_or_save, place)):
-            _save_model(model, work, structure, max_shard_size, state)
+        def move_or_save(tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
+            if place is not None and (place / Path(file).name).is_file():  # another process wrote it
+                os.replace(place / Path(file).name, file)
+            else:
+                save_file(tensors, file, **options)
+
+        save_model(work, move_or_save, state)
         _add_settings(model, work, structure)
         record = None
         if forward is not None:
             record = check_written(model, forward, read_model(work, stock_class(model)))
-        _describe(work, Path(folder), model, structure, tokenizer, plan, report, (digest, record))
+        name = getattr(model.config, "_name_or_path", "")
+        source = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
+        if report is not None:
+            source["parameters"] = report.parameters[0]
+        manifest = Manifest(source, structure.is_stock, weight_files(work), plan_digest=digest, forward=record)
+        _describe(work, Path(folder), model, manifest, tokenizer, plan, report)
         if also is not None:
             also(work)
 
     together = world_size() > 1 and not is_sharded(model)
-    with _written_by_all(model, folder, structure, max_shard_size) if together else nullcontext() as place:
+    with _written_by_all(model, folder, save_model) if together else nullcontext() as place:
         run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
 
 
 @contextmanager
 def _written_by_all(
-    model: PreTrainedModel, folder: str | os.PathLike[str], structure: Structure, max_shard_size: int | str
+    model: PreTrainedModel, folder: str | os.PathLike[str], save_model: Callable[..., None]
 ) -> Iterator[Path]:
     """Write the files of weights, each process its share, and yield the temporary folder with them.
 
@@ -356,7 +330,7 @@ def _written_by_all(
         failed = ""
         try:
             if place.is_dir():
-                _write_share(model, place, structure, max_shard_size)
+                _write_share(model, place, save_model)
         except Exception as error:  # whatever it is, the others must not wait for ever
             failed = str(error)
             raise
@@ -368,47 +342,24 @@ def _written_by_all(
         yield place
 
 
-def _write_share(model: PreTrainedModel, place: Path, structure: Structure, max_shard_size: int | str) -> None:
+def _write_share(model: PreTrainedModel, place: Path, save_model: Callable[..., None]) -> None:
     def save(tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
-        number = _SHARD.search(Path(file).name)
+        number = re.search(r"-(\d+)-of-\d+\.safetensors$", Path(file).name)
         if (int(number[1]) - 1 if number else 0) % world_size() == rank():
             save_file(tensors, place / Path(file).name, **options)
 
-    with (
-        wrap_disk_errors(place, CheckpointError),
-        tempfile.TemporaryDirectory() as rest,
-        sync_writes(place),
-        _saving_weights_by(save),
-    ):
+    with wrap_disk_errors(place, CheckpointError), tempfile.TemporaryDirectory() as rest, sync_writes(place):
         vars(model)["should_save_on_this_rank"] = lambda *_: True  # transformers saves on the first rank alone
         try:
-            _save_model(model, Path(rest), structure, max_shard_size, None)
+            save_model(Path(rest), save)
         finally:
             del vars(model)["should_save_on_this_rank"]
-
-
-_SHARD = re.compile(r"-(\d+)-of-\d+\.safetensors$")
-"""The number of a file of weights."""
-
-
-def _move_or_save(place: Path, tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
-    """Move a file of weights that a process wrote; write one that none did."""
-    written = place / Path(file).name
-    if written.is_file():
-        os.replace(written, file)
-    else:
-        save_file(tensors, file, **options)
-
-
-def _saving_weights_by(save: Callable[..., None]) -> AbstractContextManager[None]:
-    """Let transformers write its files of weights by ``save``, in place of safetensors' function."""
-    return replaced(transformers.modeling_utils, safe_save_file=save)
 
 
 def _check_model(model: PreTrainedModel, plan: Plan | None, report: Report | None) -> str | None:
     """Refuse a model that cannot be saved, and a plan of another one; return the digest of the model's plan."""
     given: Any = model
-    if not isinstance(given, transformers.PreTrainedModel):
+    if not isinstance(given, PreTrainedModel):
         check_merged(given)
         raise refuse("model", given, "a Hugging Face model, as in result.model", CheckpointError)
     if (getattr(model, "_tp_size", None) or 1) > 1 and not is_sharded(model):
@@ -446,13 +397,12 @@ def _describe(
     work: Path,
     target: Path,
     model: PreTrainedModel,
-    structure: Structure,
+    manifest: Manifest,
     tokenizer: Any,
     plan: Plan | None,
     report: Report | None,
-    known: tuple[str | None, Mapping[str, Any] | None],
 ) -> None:
-    """Write everything but the model; ``known`` is the digest of the plan and the record of a forward pass."""
+    """Write everything but the model."""
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     if plan is not None:
@@ -460,11 +410,6 @@ def _describe(
     if report is not None:
         (work / REPORT).write_text(report.to_json(), encoding="utf-8")
         (work / PAGE).write_text(report.to_html(), encoding="utf-8")
-    name = getattr(model.config, "_name_or_path", "")
-    source = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
-    if report is not None:
-        source["parameters"] = report.parameters[0]
-    manifest = Manifest(source, structure.is_stock, weight_files(work), plan_digest=known[0], forward=known[1])
     if not has_user_card(target):
         (work / CARD).write_text(model_card(model, work, target, manifest, report), encoding="utf-8")
     manifest = replace(manifest, files=other_files(work))
@@ -477,7 +422,8 @@ def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> str:
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise refuse("tokenizer", tokenizer, "a tokenizer of transformers, or None", CheckpointError)
     if isinstance(max_shard_size, str):
-        if _SIZE.fullmatch(max_shard_size) is None:
+        # as transformers reads sizes
+        if not re.fullmatch(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
             raise refuse("max_shard_size", max_shard_size, "a number of bytes, or text such as '5GB'", CheckpointError)
     else:
         whole_number("max_shard_size", max_shard_size, least=1, error=CheckpointError)
@@ -488,24 +434,20 @@ def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Resolve the folder of a checkpoint, and check that it may be written; ``force`` allows other contents."""
     with wrap_disk_errors(folder, CheckpointError):
         target = resolve_target(folder)
-        if not force and target.is_dir() and any(target.iterdir()):
-            _check_checkpoint(target)
         if target.exists() and not target.is_dir():
             raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
+        if force or not target.is_dir() or not any(target.iterdir()):
+            return target
+        if not (target / MANIFEST).is_file():
+            remedy = "Choose a new folder, or empty this one"
+            raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
+        try:
+            read_manifest(target)
+        except CheckpointError as error:
+            what = f"holds an earlier checkpoint whose {MANIFEST} cannot be read: {error.what}"
+            remedy = "Choose a new folder, or pass $force to write over this one"
+            raise CheckpointError(what, where=str(target), remedy=remedy) from error
     return target
-
-
-def _check_checkpoint(target: Path) -> None:
-    """Refuse a folder with files that are not known to be ours: those of no checkpoint, or of one that is damaged."""
-    if not (target / MANIFEST).is_file():
-        remedy = "Choose a new folder, or empty this one"
-        raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
-    try:
-        read_manifest(target)
-    except CheckpointError as error:
-        what = f"holds an earlier checkpoint whose {MANIFEST} cannot be read: {error.what}"
-        remedy = "Choose a new folder, or pass $force to write over this one"
-        raise CheckpointError(what, where=str(target), remedy=remedy) from error
 
 
 def _gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
@@ -524,13 +466,15 @@ def _gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
 
 def _save_model(
     model: PreTrainedModel,
-    work: Path,
     structure: Structure,
     max_shard_size: int | str,
-    state: dict[str, torch.Tensor] | None,
+    work: Path,
+    save_weights: Callable[..., None],
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the config and the weights, as transformers does, which copies those of experts to divide them."""
-    with _savable(model, structure), offload_large():
+    """Write the config, and the weights by ``save_weights``, as transformers does, which copies those of experts."""
+    by_ours = replaced(transformers.modeling_utils, safe_save_file=save_weights)
+    with by_ours, _savable(model, structure), offload_large():
         save = partial(stock_class(model).save_pretrained, model, work, max_shard_size=max_shard_size, state_dict=state)
         try:
             save()
@@ -579,10 +523,6 @@ def _savable(model: PreTrainedModel, structure: Structure) -> Iterator[None]:
             owner._non_persistent_buffers_set.add(leaf)
 
 
-_LONGEST = 300
-"""Characters of another package's message that are repeated."""
-
-
 def check_repository(name: str, value: Any) -> str:
     """Return ``value``, the argument ``name``: the id of a repository on a hub, ``owner/name``."""
     remedy = "Give owner/name, in letters, digits, '-', '_' and '.'"
@@ -602,7 +542,6 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     The token is that of ``hf auth login`` or of the environment variable HF_TOKEN; HF_ENDPOINT names another hub.
 
     Args:
-        folder: what was saved.
         repository: ``owner/name``.
         private: whether a new repository is private; None as its owner has it.
 
@@ -615,11 +554,10 @@ def push_folder(folder: str | os.PathLike[str], repository: str, *, private: boo
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=Path(folder), commit_message="Upload a model pruned by fxprune"
-        )
+        message = "Upload a model pruned by fxprune"
+        api.upload_folder(repo_id=repository, folder_path=Path(folder), commit_message=message)
     except Exception as error:  # those of the hub and of the client that connects to it
-        what = f"{api.endpoint} did not take it: {type(error).__name__}: {str(error).strip()[:_LONGEST]}"
+        what = f"{api.endpoint} did not take it: {type(error).__name__}: {str(error).strip()[:300]}"
         remedy = f"The model stays in {folder}; check the name and the connection, and log in with `hf auth login`"
         raise CheckpointError(what, where=repository, remedy=remedy) from error
     return str(address)
