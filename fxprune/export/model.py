@@ -49,11 +49,8 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
     takes and returns pairs, ``past=[(keys, values), ...]``; in an ONNX model these are called
     ``past_key_values.0.key`` and ``present.0.key``, numbered over the blocks with attention.
 
-    Args:
-        model: a decoder-only language model. Sequences of a batch have one length, without padding.
-        path: the file to write, ``.pt2`` or ``.onnx``. Folders are made; an existing file is replaced when the new one
-            is complete.
-        verify: run the exported file, with an empty past and with a longer one, and compare.
+    Sequences of a batch have one length, without padding. With ``verify``, the exported file is run with an empty past
+    and with a longer one, and compared.
     """
     path = program_path(path)
     with eval_mode(model):
@@ -61,7 +58,12 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
         program = _export_step(step)
         pairs = [f"{number}.{part}" for number in range(len(step.blocks)) for part in ("key", "value")]
         axes: list[dict[int, str]] = [{0: "batch", 1: "sequence"}, *({0: "batch", 2: "past"} for _ in pairs)]
-        calls = _calls(step) if verify and can_check(step, path) else []
+        calls: list[dict[str, Any]] = []
+        if verify and can_check(step, path):
+            with torch.no_grad(), quiet(logging.ERROR):
+                past = step(step.ids[:, :4], step.empty)["present"]
+            calls.append({"input_ids": step.ids[:, :4], "past": step.empty})
+            calls.append({"input_ids": step.ids[:, 4:5], "past": past})
         with wrap_export_errors(path.name):
             write_program(
                 program,
@@ -82,9 +84,8 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
         embedding: Any = model.get_input_embeddings()
-        self.ids = torch.randint(len(embedding.weight), (2, 7), generator=torch.Generator().manual_seed(0)).to(
-            model.device
-        )
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(len(embedding.weight), (2, 7), generator=generator).to(model.device)
         remedy = "Export the plain forward, with cache=False"
         cache: Any = transformers.DynamicCache()
         with torch.no_grad(), quiet(logging.ERROR):
@@ -136,13 +137,6 @@ def _export_step(step: _Step) -> torch.export.ExportedProgram:
     return program
 
 
-def _calls(step: _Step) -> list[dict[str, Any]]:
-    """Inputs to verify with; those of the second call continue the first."""
-    with torch.no_grad(), quiet(logging.ERROR):
-        past = step(step.ids[:, :4], step.empty)["present"]
-    return [{"input_ids": step.ids[:, :4], "past": step.empty}, {"input_ids": step.ids[:, 4:5], "past": past}]
-
-
 def export_model(
     model: PreTrainedModel,
     path: str | os.PathLike[str],
@@ -190,27 +184,21 @@ def export_model(
     return export_graph(trace(model).graph_module, path, verify=verify)
 
 
-_SAMPLES = 64
-"""Samples for an importance matrix: it is a mean over thousands of tokens, and each takes a run of the model."""
-
-
 def _importance_samples(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Sequence[torch.Tensor]:
-    """Token ids ``(1, tokens)`` of samples, at most :data:`_SAMPLES`; none without calibration and tokenizer."""
+    """Token ids ``(1, tokens)`` of samples; none without calibration and tokenizer."""
+    # the importance is a mean over all tokens, and each sample takes a run of the model
+    most, tokens = 64, 128
     if is_text(calibration):
         if tokenizer is None:
             what, remedy = "text needs the tokenizer of the model", "Pass $tokenizer, or token ids"
             raise ExportError(what, where="calibration", remedy=remedy)
-        calibration = text_samples(calibration, tokenizer, None, _TOKENS)
+        calibration = text_samples(calibration, tokenizer, None, tokens)
     elif calibration is None and tokenizer is not None:
-        calibration = built_in_samples(tokenizer, _TOKENS, _SAMPLES)
+        calibration = built_in_samples(tokenizer, tokens, most)
     if calibration is None:
         return ()
     embedding: Any = model.get_input_embeddings()
-    return spread(tuple(token_rows(calibration, len(embedding.weight))), _SAMPLES)
-
-
-_TOKENS = 128
-"""Tokens of a sample of text."""
+    return spread(tuple(token_rows(calibration, len(embedding.weight))), most)
 
 
 def check_options(path: Path, *, cache: bool, example_inputs: Any = None, **gguf_options: Any) -> None:

@@ -26,7 +26,7 @@ from fxprune.masking.compare import TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.arguments import as_path, flag, instance, one_of
-from fxprune.trace.inputs import dynamic_dims
+from fxprune.trace.inputs import free_axes
 
 LOW_PRECISION_TOLERANCE = 2e-2
 """Accepted difference of logits with weights narrower than float32: two runtimes round at different places.
@@ -70,7 +70,12 @@ def write_program(
             got = output_tensors(run(given))
             with torch.no_grad(), quiet(logging.ERROR):
                 want = output_tensors(module(**given))
-            _require_close(want, got, path)
+            tolerance = TOLERANCE if want[0].element_size() >= 4 else LOW_PRECISION_TOLERANCE
+            error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
+            if not error <= tolerance:
+                what = f"the exported program differs from the graph by {error:.2e}, more than {tolerance:.0e}"
+                remedy = "Please report the model's config and the versions of torch and onnxruntime"
+                raise VerificationError(what, where=path.name, remedy=remedy)
 
     if path.suffix == ".pt2":
         if calls:
@@ -89,17 +94,15 @@ def write_program(
     assert program.call_spec.in_spec is not None
     dims: Any = tree_unflatten(leaves, program.call_spec.in_spec)[1]
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs), "dynamic_shapes": dims}
-    with quiet(logging.WARNING), wrap_export_errors(path.name):
-        model = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **names)
-        assert model is not None
-        _simplify(model.model)
-    with (
-        wrap_export_errors(path.name),
-        atomic_path(path, ExportError, parents=True, companions=COMPANIONS) as unfinished,
-    ):
-        model.save(unfinished)
-        _require_whole(unfinished)
-        check(lambda given: run_onnx(unfinished, tensors_of(given)))
+    with wrap_export_errors(path.name):
+        with quiet(logging.WARNING):
+            model = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **names)
+            assert model is not None
+            _simplify(model.model)
+        with atomic_path(path, ExportError, parents=True, companions=COMPANIONS) as unfinished:
+            model.save(unfinished)
+            _require_whole(unfinished)
+            check(lambda given: run_onnx(unfinished, tensors_of(given)))
 
 
 def _require_whole(path: Path) -> None:
@@ -176,9 +179,8 @@ def export_graph(
         ExportError: the graph has no weights yet, torch cannot export it, or the packages for ONNX are missing.
         VerificationError: the program computes something else; nothing is written.
     """
-    instance(
-        "graph_module", graph_module, fx.GraphModule, "fxprune.trace(model).graph_module, or a result's", ExportError
-    )
+    wanted = "fxprune.trace(model).graph_module, or a result's"
+    instance("graph_module", graph_module, fx.GraphModule, wanted, ExportError)
     path, verify = program_path(path), flag("verify", verify)
     check_names(example_inputs, on_meta=False)
     known = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -243,9 +245,8 @@ def _export(
     strip_metadata(program)
     taken = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     values = {node.name: node.meta["val"] for node in taken if isinstance(node.meta.get("val"), torch.Tensor)}
-    for name, axes in dynamic_dims(values).items():
-        for axis in axes:
-            size = values[name].shape[axis]
+    for name, value in values.items():
+        for axis, size in enumerate(value.shape[: free_axes(value)]):
             if not is_free(size):
                 warnings.warn(f"{name}: axis {axis} is fixed; the program runs only at {size}", stacklevel=5)
     return program, list(values.values())
@@ -332,21 +333,10 @@ def _leaf_names(structure: Any, name: str) -> list[str]:
     return [leaf for key, part in parts for leaf in _leaf_names(part, f"{name}_{key}" if name else f"{key}")]
 
 
-def _require_close(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], path: Path) -> None:
-    """Refuse a program whose outputs differ from the expected ones by more than the tolerance of their dtype."""
-    tolerance = TOLERANCE if want[0].element_size() >= 4 else LOW_PRECISION_TOLERANCE
-    error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
-    if not error <= tolerance:
-        what = f"the exported program differs from the graph by {error:.2e}, more than {tolerance:.0e}"
-        remedy = "Please report the model's config and the versions of torch and onnxruntime"
-        raise VerificationError(what, where=path.name, remedy=remedy)
-
-
 def can_check(module: nn.Module, path: Path) -> bool:
     """Whether a file can be compared with its module here; warns for bfloat16, which onnxruntime lacks on a CPU."""
     if path.suffix != ".onnx" or not any(tensor.dtype == torch.bfloat16 for tensor in module.parameters()):
         return True
-    warnings.warn(
-        "not checked: onnxruntime does not run bfloat16 on a CPU; call float() first to have it checked", stacklevel=4
-    )
+    what = "not checked: onnxruntime does not run bfloat16 on a CPU; call float() first to have it checked"
+    warnings.warn(what, stacklevel=4)
     return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -42,8 +42,8 @@ class Arch:
     rotary: str = "halves"
     factors: bool = False
     partial: bool = True
-    biases: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
+    biases: Sequence[str] = ()
+    requires: Sequence[str] = ()
     fused: bool = False
     stacked: bool = False
     tied_only: bool = False
@@ -77,15 +77,13 @@ def joined_names(part: str) -> tuple[str, ...]:
 @functools.cache
 def arch_named(name: str) -> Arch:
     """An architecture by its name in the format."""
-    entry: dict[str, Any] = load_data("archs")["archs"][name]
-    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    return Arch(name, **options)
+    return Arch(name, **load_data("archs")["archs"][name])
 
 
 def candidate_archs(model_type: str) -> list[Arch]:
     """Architectures that may express a model: that of its type first, then the general ones."""
     own = load_data("archs")["model_types"].get(model_type)
-    return [arch_named(name) for name in dict.fromkeys([*([own] if own else []), *general_archs()])]
+    return [arch_named(name) for name in dict.fromkeys((own, *general_archs())) if name]
 
 
 def general_archs() -> tuple[str, ...]:
@@ -96,13 +94,12 @@ def general_archs() -> tuple[str, ...]:
 @functools.cache
 def _known_modules() -> dict[str, tuple[gguf.MODEL_TENSOR, ...]]:
     """Tensors of the format by the path of a module, over all models that the package ``gguf`` knows."""
-    found: dict[str, list[gguf.MODEL_TENSOR]] = {}
+    found: dict[str, tuple[gguf.MODEL_TENSOR, ...]] = {}
     tables = gguf.TensorNameMap
-    for table in (tables.mappings_cfg, tables.block_mappings_cfg):
-        for tensor, modules in table.items():
-            for module in modules:
-                found.setdefault(module, []).append(tensor)
-    return {module: tuple(dict.fromkeys(tensors)) for module, tensors in found.items()}
+    for tensor, modules in (*tables.mappings_cfg.items(), *tables.block_mappings_cfg.items()):
+        for module in dict.fromkeys(modules):
+            found[module] = (*found.get(module, ()), tensor)
+    return found
 
 
 def place_of(parameter: str) -> tuple[int | None, str]:
@@ -112,23 +109,14 @@ def place_of(parameter: str) -> tuple[int | None, str]:
     return (None if number is None else int(number[1])), re.sub(r"\.\d+\.", ".{bid}.", f"{module}.", count=1)[:-1]
 
 
-def names_in_format(module: str, arch: Arch) -> tuple[str, ...]:
-    """Names in the format of the tensors of a module, such as ``attn_q``; empty if an architecture has none.
+def names_in_format(module: str, arch: Arch | None = None) -> tuple[str, ...]:
+    """Names in the format of the tensors of a module, such as ``attn_q``; empty if an architecture, or any, has none.
 
     Pieces of its fused tensors, and fused tensors of its pieces, count as well.
     """
-    known = _known_modules().get(module, ())
-    others = set(joined_names("attention"))
-    return tuple(_name(tensor) for tensor in known if tensor in arch.tensors or _name(tensor) in others)
-
-
-def name_elsewhere(module: str) -> str:
-    """Name of a module in any architecture of the format; empty if it is unknown."""
-    return next((_name(tensor) for tensor in _known_modules().get(module, ())), "")
-
-
-def _name(tensor: gguf.MODEL_TENSOR) -> str:
-    return str(gguf.TENSOR_NAMES[tensor]).removeprefix("blk.{bid}.")
+    others = joined_names("attention")
+    names = {t: str(gguf.TENSOR_NAMES[t]).removeprefix("blk.{bid}.") for t in _known_modules().get(module, ())}
+    return tuple(name for t, name in names.items() if arch is None or t in arch.tensors or name in others)
 
 
 def layers_differ(header: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.format import Arch, joined_names, name_elsewhere, names_in_format, place_of
+from fxprune.export.gguf.format import Arch, joined_names, names_in_format, place_of
 from fxprune.graph.compat import cache_of
 from fxprune.graph.context import quiet
 
@@ -77,7 +77,8 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         names.setdefault(tensor, name)
     embedding: Any = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(len(embedding.weight), (1, _TOKENS), generator=generator).to(model.device)
+    # 12 tokens are enough for rotations and masks to matter, and cheap
+    tokens = torch.randint(len(embedding.weight), (1, 12), generator=generator).to(model.device)
     with torch.no_grad(), quiet(logging.ERROR):
         output = model(input_ids=tokens, use_cache=True)
     contexts = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -94,10 +95,6 @@ def read_decoder(model: PreTrainedModel) -> Decoder:
         logits=output.logits.float().cpu(),
         tokens=tokens.cpu(),
     )
-
-
-_TOKENS = 12
-"""Enough for rotations and masks to matter, and cheap."""
 
 
 def _cache_sizes(output: Any) -> dict[int, tuple[int, int, int]]:
@@ -202,19 +199,16 @@ def lay_out(decoder: Decoder, arch: Arch, layout: TensorLayout) -> Contents:
     found = {block.sizes[1:] for block in blocks if block.sizes is not None}
     if len(found) != 1:
         sizes = ", ".join(f"{key} and {value}" for key, value in sorted(found)) or "no attention at all"
-        raise InexpressibleError(
-            f"the format has one size of keys and one of values, and this model has {sizes}. "
-            "Leave the kind head_dim out of what is pruned"
-        )
+        why = f"the format has one size of keys and one of values, and this model has {sizes}"
+        raise InexpressibleError(f"{why}. Leave the kind head_dim out of what is pruned")
     key, value = found.pop()
     for block in blocks:
-        _fill_in(block, arch, (key, value), whole["token_embd.weight"], block is blocks[0])
-        _check_tensors(block, arch)
+        _complete(block, arch, (key, value), whole["token_embd.weight"], block is blocks[0])
     keys = _keys(decoder, arch, blocks, whole, (key, value))
     tensors = dict(whole)
     rotated = 0 if decoder.rotary is None or arch.rotary == layout.rotary else decoder.rotary.dims
     for number, block in enumerate(blocks):
-        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _arranged(block, arch, rotated).items()}
+        tensors |= {f"blk.{number}.{name}": tensor for name, tensor in _arranged(block, arch, key, rotated).items()}
     if arch.offset:
         tensors |= {name: t.float() + arch.offset for name, t in tensors.items() if name.endswith("norm.weight")}
     return Contents(arch, tensors | _frequency_factors(decoder.rotary, arch, key), keys)
@@ -228,8 +222,8 @@ def _rename(decoder: Decoder, arch: Arch) -> tuple[Tensors, list[_BlockTensors]]
         number, module = place_of(parameter)
         names, leaf = names_in_format(module, arch), parameter.rpartition(".")[2]
         if not names:
-            other = name_elsewhere(module)
-            why = f"has no place for {other}" if other else "has no name for such a tensor"
+            others = names_in_format(module)
+            why = f"has no place for {others[0]}" if others else "has no name for such a tensor"
             raise InexpressibleError(f"{parameter}: architecture {arch.name} {why}")
         if number is not None:
             blocks.setdefault(number, _BlockTensors(number, {}, decoder.cached.get(number)))
@@ -264,8 +258,8 @@ def _split_tensors(block: _BlockTensors, layout: TensorLayout) -> None:
                 parts[f"ffn_gate.{leaf}"], parts[f"ffn_up.{leaf}"] = both.chunk(2)
 
 
-def _fill_in(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
-    """Add a small attention or MLP of zeros to a block without one, if the format cannot leave it out.
+def _complete(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
+    """Add a small attention or MLP of zeros to a block without one, if the format cannot leave it out; check the rest.
 
     An architecture reads its sizes from block 0, and one that can leave out attention drops blocks without an MLP.
     """
@@ -284,38 +278,30 @@ def _fill_in(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding
         block.parts["attn_norm.weight"] = zeros(hidden)
         block.parts |= {f"{name}.weight": zeros(key) for name in arch.requires if name.endswith(("q_norm", "k_norm"))}
     if not block.width:
-        block.width = _LEAST
-        block.parts |= {f"ffn_{name}.weight": zeros(_LEAST, hidden) for name in ("gate", "up")}
-        block.parts |= {"ffn_down.weight": zeros(hidden, _LEAST), "ffn_norm.weight": zeros(hidden)}
-
-
-_LEAST = 256
-"""Width of an MLP of zeros: the largest block of any quantised type."""
-
-
-def _check_tensors(block: _BlockTensors, arch: Arch) -> None:
-    """Refuse tensors that an architecture has no place for, and a block without one that it requires."""
-    where = f"block {block.number}"
-    names = {name.rpartition(".")[0] for name in block.parts}
+        block.width = 256  # the largest block of any quantised type
+        block.parts |= {f"ffn_{name}.weight": zeros(block.width, hidden) for name in ("gate", "up")}
+        block.parts |= {"ffn_down.weight": zeros(hidden, block.width), "ffn_norm.weight": zeros(hidden)}
+    where = f"block {block.number}: architecture {arch.name}"
     for name in block.parts:
         tensor, _, leaf = name.rpartition(".")
         if leaf == "bias" and arch.norm == "rms" and tensor not in arch.biases:
-            raise InexpressibleError(f"{where}: architecture {arch.name} has no bias for {tensor}")
+            raise InexpressibleError(f"{where} has no bias for {tensor}")
+    names = {name.rpartition(".")[0] for name in block.parts}
     lacking = [name for name in arch.requires if name not in names and block.sizes is not None]
     if lacking:
-        raise InexpressibleError(f"{where}: architecture {arch.name} needs {lacking[0]}, which this model lacks")
+        raise InexpressibleError(f"{where} needs {lacking[0]}, which this model lacks")
 
 
 _ROTATED = ("attn_q.weight", "attn_q.bias", "attn_k.weight", "attn_k.bias", "attn_q_norm.weight", "attn_k_norm.weight")
 """Tensors of a block whose rows are the channels of queries or keys."""
 
 
-def _arranged(block: _BlockTensors, arch: Arch, rotated: int) -> Tensors:
+def _arranged(block: _BlockTensors, arch: Arch, size: int, rotated: int) -> Tensors:
     """The tensors of a block in the order of an architecture, which may rotate other channels and fuse tensors."""
     parts = dict(block.parts)
     for name in _ROTATED if rotated and block.sizes is not None else ():
         if name in parts:  # from halves to pairs, or from pairs to halves
-            heads = parts[name].unflatten(0, (-1, block.sizes[1]))
+            heads = parts[name].unflatten(0, (-1, size))
             shape = (2, rotated // 2) if arch.rotary == "pairs" else (rotated // 2, 2)
             first = heads[:, :rotated].unflatten(1, shape).transpose(1, 2).flatten(1, 2)
             parts[name] = torch.cat([first, heads[:, rotated:]], 1).flatten(0, 1)
@@ -341,9 +327,8 @@ def _frequency_factors(rotary: Rotary | None, arch: Arch, size: int) -> Tensors:
     if bool(((factors - 1).abs() < 1e-5).all()):
         return {}
     if not arch.factors:
-        raise InexpressibleError(
-            f"architecture {arch.name} has only the frequencies of its base, and this model others"
-        )
+        why = f"architecture {arch.name} has only the frequencies of its base, and this model others"
+        raise InexpressibleError(why)
     return {"rope_freqs.weight": factors.float()}
 
 

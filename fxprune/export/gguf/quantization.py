@@ -75,12 +75,6 @@ def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np
     return made
 
 
-ENGINE_BLOCK = 256
-"""Values in a block of most types that ggml alone can write."""
-
-_COARSE_BITS = 6.5
-"""Types with fewer bits per weight keep embedding and output at 8 bits, which saves much quality at little cost."""
-
 _FALLBACKS = {
     **dict.fromkeys((Type.Q2_K, Type.Q3_K), Type.Q4_0),
     Type.Q4_K: Type.Q5_0,
@@ -157,7 +151,7 @@ class Quantization:
         counts = Counter(types[name].name.lower() for name in changed)
         instead = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         return (
-            f"{len(changed)} of {len(matrices)} matrices have rows that are not a multiple of {ENGINE_BLOCK} "
+            f"{len(changed)} of {len(matrices)} matrices have rows that are not a multiple of 256 "
             f"({listed}), and are of a type with blocks of 32 instead: {instead}"
         )
 
@@ -191,37 +185,32 @@ def row_multiple(name: str) -> int:
 @functools.cache
 def _plain() -> dict[str, Quantization]:
     """The types that the package ``gguf`` can write."""
-    kinds = [kind for kind in Type if kind.name.startswith(("F", "BF", "Q", "TQ", "MX")) and _can_quantize(kind)]
     made = {}
-    for kind in kinds:
+    for kind in Type:
         size, stored = gguf.GGML_QUANT_SIZES[kind]
-        outer = Type.Q8_0 if 8 * stored / size < _COARSE_BITS else kind
+        if not kind.name.startswith(("F", "BF", "Q", "TQ", "MX")):
+            continue
+        try:
+            gguf.quants.quantize(np.zeros((1, size), np.float32), kind)
+        except (NotImplementedError, KeyError):
+            continue
+        # embedding and output at 8 bits save much quality at little cost where the others have fewer than 6.5
+        outer = Type.Q8_0 if 8 * stored / size < 6.5 else kind
         made[kind.name.lower()] = Quantization(kind.name.lower(), kind, outer, outer)
     return made
-
-
-def _can_quantize(kind: Type) -> bool:
-    if kind in (Type.F32, Type.F16):
-        return True
-    try:
-        gguf.quants.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
-    except (NotImplementedError, KeyError):
-        return False
-    return True
 
 
 @functools.cache
 def _mixtures() -> dict[str, Quantization]:
     """K-quants and i-quants, in the mixtures that the engine's own tool makes."""
     table: dict[str, dict[str, Any]] = load_data("quantizations")["mixtures"]
-    kinds = {kind.name: kind for kind in Type}
     return {
         name: Quantization(
             name,
-            kinds[entry["base"]],
-            kinds[entry.get("output", "Q6_K")],
-            kinds[entry.get("embedding", entry["base"])],
-            {reach: {part: kinds[kind] for part, kind in entry[reach].items()} for reach in _REACHES if reach in entry},
+            Type[entry["base"]],
+            Type[entry.get("output", "Q6_K")],
+            Type[entry.get("embedding", entry["base"])],
+            {reach: {part: Type[kind] for part, kind in entry[reach].items()} for reach in _REACHES if reach in entry},
             by_engine=True,
         )
         for name, entry in table.items()

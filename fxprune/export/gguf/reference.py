@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fxprune.errors import ExportError
-from fxprune.export.gguf.format import Arch, candidate_archs, joined_names, names_in_format, place_of
+from fxprune.export.gguf.format import candidate_archs, joined_names, names_in_format, place_of
 from fxprune.export.gguf.layout import LAYOUTS, Contents, Decoder, InexpressibleError, lay_out
 from fxprune.masking.compare import compare
 
@@ -23,10 +23,6 @@ def gguf_logits(contents: Contents, tokens: torch.Tensor) -> torch.Tensor:
     """Float32 logits ``(1, n, vocabulary)`` computed from the contents of a file, for tokens ``(1, n)``."""
     with torch.no_grad():
         return _ReferenceModel(contents).logits(tokens[0])[None]
-
-
-_FLOOR = 1e-6
-"""Least importance of an input, as a fraction of the mean: an input that is always zero has none to divide by."""
 
 
 def input_importance(contents: Contents, samples: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -47,7 +43,8 @@ def input_importance(contents: Contents, samples: Iterable[torch.Tensor]) -> dic
             model.logits(sample[0])
             tokens += sample.shape[1]
     means = {name: total / tokens for name, total in sums.items()}
-    return {name: (mean + _FLOOR * mean.mean()).float() for name, mean in means.items() if mean.any()}
+    # an input that is always zero has some importance, as there is none to divide by
+    return {name: (mean + 1e-6 * mean.mean()).float() for name, mean in means.items() if mean.any()}
 
 
 class _ReferenceModel:
@@ -64,8 +61,7 @@ class _ReferenceModel:
         x = x * self.scale("embedding", x.shape[-1])
         if "position_embd.weight" in self.tensors:
             x = x + self.get("position_embd.weight")[: len(tokens)]
-        if "token_embd_norm.weight" in self.tensors:
-            x = self.norm(x, "token_embd_norm")
+        x = self.norm(x, "token_embd_norm")
         for number in range(self.keys["block_count"]):
             x = self.block(x, number)
         x = self.norm(x, "output_norm")
@@ -183,34 +179,25 @@ def find_contents(decoder: Decoder, tolerance: float) -> Contents:
         ExportError: no architecture can express the model; with the reason of each.
     """
     model_type = str(getattr(decoder.config, "model_type", ""))
+    whole, rotates = joined_names("attention")[0], decoder.rotary is not None
     reasons = []
     for arch in candidate_archs(model_type):
-        found = _try_layouts(decoder, arch, tolerance)
-        if isinstance(found, Contents):
-            return found
-        reasons.append(found)
+        reason = ""
+        fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)
+        for layout in LAYOUTS:
+            # without fused tensors, or without rotation, layouts that differ only in these are the same
+            if (not fused and layout.fused != LAYOUTS[0].fused) or (not rotates and layout.rotary != LAYOUTS[0].rotary):
+                continue
+            try:
+                contents = lay_out(decoder, arch, layout)
+            except InexpressibleError as error:
+                reason = reason or str(error)
+                break
+            difference = compare([decoder.logits], [gguf_logits(contents, decoder.tokens)])
+            if difference <= tolerance:
+                return contents
+            reason = reason or f"architecture {arch.name} computes something else, by {difference:.1e}"
+        reasons.append(reason)
     what = f"the format cannot express this model: {'; '.join(dict.fromkeys(reasons))}"
     remedy = "Prune to equal blocks with uniform=True, or export a .pt2 or .onnx file"
     raise ExportError(what, where=model_type, remedy=remedy)
-
-
-def _try_layouts(decoder: Decoder, arch: Arch, tolerance: float) -> Contents | str:
-    """Contents for one architecture in the first layout with the model's logits, or the reason why there is none."""
-    reason = ""
-    whole = joined_names("attention")[0]
-    fused = any(whole in names_in_format(place_of(name)[1], arch) for name in decoder.tensors)
-    for layout in LAYOUTS:
-        # without fused tensors, or without rotation, layouts that differ only in these are the same
-        if (not fused and layout.fused != LAYOUTS[0].fused) or (
-            decoder.rotary is None and layout.rotary != LAYOUTS[0].rotary
-        ):
-            continue
-        try:
-            contents = lay_out(decoder, arch, layout)
-        except InexpressibleError as error:
-            return reason or str(error)
-        error_of_logits = compare([decoder.logits], [gguf_logits(contents, decoder.tokens)])
-        if error_of_logits <= tolerance:
-            return contents
-        reason = reason or f"architecture {arch.name} computes something else, by {error_of_logits:.1e}"
-    return reason

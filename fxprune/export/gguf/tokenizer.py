@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,13 @@ def describe_tokenizer(tokenizer: Any, rows: int) -> list[Entry]:
     spec = json.loads(backend.to_str())
     if spec["model"]["type"] != "BPE":
         raise ExportError(f"is of the kind {spec['model']['type']}", where="tokenizer", remedy=_REMEDY)
-    if _pre_tokenizers(spec, "ByteLevel"):
-        made = {"model": load_data("tokenizers")["models"]["bytes"], "pre": _pre_name(spec), "merges": _merges(spec)}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    byte_level = next((step for step in _pre_tokenizers(spec) if step["type"] == "ByteLevel"), None)
+    if byte_level is not None:
+        model = load_data("tokenizers")["models"]["bytes"]
+        made = {"model": model, "pre": _pre_name(spec, byte_level), "merges": merges}
     else:
-        made = _with_byte_fallback(spec)
+        made = _with_byte_fallback(spec, merges)
     tokens, types = _tokens(tokenizer, spec, rows)
     made |= {"tokens": tokens, "token_type": types}
     if "scores" in made:
@@ -96,14 +99,10 @@ def entry_of(key: str, value: Any) -> Entry:
     return Entry(key, value, kind)
 
 
-def _pre_tokenizers(spec: Mapping[str, Any], kind: str = "") -> list[Mapping[str, Any]]:
+def _pre_tokenizers(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     step = spec.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers", [step] if step else [])
-    return [one for one in steps if kind in ("", one["type"])]
-
-
-def _merges(spec: Mapping[str, Any]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    steps: list[Mapping[str, Any]] = step.get("pretokenizers", [step] if step else [])
+    return steps
 
 
 def _normalizers(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -111,10 +110,6 @@ def _normalizers(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if step is None or "normalizers" not in step:
         return [] if step is None else [step]
     return [inner for part in step["normalizers"] for inner in _normalizers(part)]
-
-
-_BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-"""The step that engines take for each character to be."""
 
 
 def _check_changes(changes: list[str]) -> None:
@@ -127,9 +122,8 @@ def _check_changes(changes: list[str]) -> None:
         raise ExportError(what, where="tokenizer", remedy=_REMEDY)
 
 
-def _pre_name(spec: Mapping[str, Any]) -> str:
+def _pre_name(spec: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     """Name in the format for the way in which a tokenizer splits text before it merges bytes."""
-    (last, *_) = _pre_tokenizers(spec, "ByteLevel")
     prefix = ["add_prefix_space"] if last.get("add_prefix_space") else []
     _check_changes([*(step["type"] for step in _normalizers(spec.get("normalizer")) if step["type"] != "NFC"), *prefix])
     patterns = []
@@ -153,16 +147,17 @@ def _pre_name(spec: Mapping[str, Any]) -> str:
     raise ExportError(what, where="tokenizer", remedy=_REMEDY)
 
 
-def _with_byte_fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _with_byte_fallback(spec: Mapping[str, Any], merges: Iterable[str]) -> dict[str, Any]:
     """Entries of byte pair encoding over characters; the score of a token is the negative rank of its merge."""
     if not spec["model"].get("byte_fallback"):
         raise ExportError("neither encodes bytes nor falls back to them", where="tokenizer", remedy=_REMEDY)
     scores: dict[str, float] = {}
-    for rank, merge in enumerate(_merges(spec)):
+    for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         scores.setdefault(left + right, -float(rank))
     normalizers = _normalizers(spec.get("normalizer"))
-    _check_changes([s["type"] for s in normalizers if s["type"] not in ("Prepend", "NFC") and s != _BLANK])
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}  # engines take it for each character to be
+    _check_changes([s["type"] for s in normalizers if s["type"] not in ("Prepend", "NFC") and s != blank])
     steps = [*normalizers, *_pre_tokenizers(spec)]
     prepends = [step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps]
     return {
@@ -184,7 +179,7 @@ def _tokens(tokenizer: Any, spec: Mapping[str, Any], rows: int) -> tuple[list[st
         types |= {number: kinds.BYTE for number, text in by_number.items() if re.fullmatch("<0x..>", text)}
     for number, token in tokenizer.added_tokens_decoder.items():
         types[number] = kinds.CONTROL if token.special else kinds.USER_DEFINED
-    if tokenizer.unk_token_id is not None and not _pre_tokenizers(spec, "ByteLevel"):
+    if tokenizer.unk_token_id is not None and all(step["type"] != "ByteLevel" for step in _pre_tokenizers(spec)):
         types[tokenizer.unk_token_id] = kinds.UNKNOWN
     texts = [by_number.get(number, f"[PAD{number}]") for number in range(rows)]
     return texts, [int(types.get(number, kinds.UNUSED)) for number in range(rows)]

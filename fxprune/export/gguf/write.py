@@ -119,11 +119,10 @@ def export_gguf(
     """Write a model as a GGUF file, with its tokenizer and chat template.
 
     Blocks may differ in numbers of heads and in width, and may lack attention or an MLP. The logits of the file in
-    float32 are compared with the model's before anything is written.
+    float32 are compared with the model's before anything is written. Arguments that are not listed here are those of
+    :func:`fxprune.export_model`.
 
     Args:
-        model: a decoder-only language model.
-        path: as for :func:`fxprune.export_model`, as are ``tokenizer``, ``like`` and ``quantization``.
         samples: token ids ``(1, tokens)`` each; K-quants and i-quants weigh the error of a weight by the mean square of
             its input on them.
 
@@ -136,7 +135,7 @@ def export_gguf(
     if like is None and tokenizer is None:
         what = "a GGUF file holds its tokenizer, and none is given"
         raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
-    contents, entries = _collect(model, tokenizer, like)
+    contents, entries = check_gguf(model, tokenizer=tokenizer, like=like)
     shapes = {name: tuple(tensor.shape) for name, tensor in contents.tensors.items()}
     types = kind.types(shapes, contents.keys["block_count"])
     _check_row_sizes(contents, types, kind)
@@ -155,17 +154,13 @@ def export_gguf(
     return path
 
 
-def check_gguf(model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None) -> None:
-    """Refuse a model or a tokenizer that the format cannot express, before the model is pruned for it.
+def check_gguf(
+    model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None
+) -> tuple[Contents, list[Entry]]:
+    """Contents of a file for a model and entries for its tokenizer; what the format cannot express is refused.
 
     The widths and numbers of heads after a prune may still be refused later.
     """
-    _collect(model, tokenizer, like)
-
-
-def _collect(
-    model: PreTrainedModel, tokenizer: Any, like: str | os.PathLike[str] | None
-) -> tuple[Contents, list[Entry]]:
     decoder = read_decoder(model)
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
     contents = find_contents(decoder, LOW_PRECISION_TOLERANCE if narrow else TOLERANCE)
