@@ -173,8 +173,7 @@ def export_model(
     """
     check_merged(model)
     path = Path(as_path("path", path, error=ExportError))
-    given = {"like": like, "quantization": quantization}
-    check_options(path, tokenizer=tokenizer, calibration=calibration, cache=cache, **given)
+    check_options(path, calibration=calibration, cache=cache, like=like, quantization=quantization)
     if path.suffix == ".gguf":
         kind = quantization_named(quantization or "f16")
         samples = _importance_samples(model, calibration, tokenizer) if kind.by_engine else ()
