@@ -60,7 +60,8 @@ class Prefetcher:
                 continue
             if self._last is None or self._last[0] != key:
                 self._last = None  # free it before the next copy takes memory
-                _, finish = self._ahead.pop(key, None) or (tensor, self.start_copy(tensor.detach()))
+                begun = self._ahead.pop(key, None)
+                finish = self.start_copy(tensor.detach()) if begun is None else begun[1]
                 self._last = key, tensor, finish()
             found[key] = self._last[2]
         return [found[_key(tensor)] for tensor in tensors]

@@ -204,13 +204,14 @@ def _plain() -> dict[str, Quantization]:
 def _mixtures() -> dict[str, Quantization]:
     """K-quants and i-quants, in the mixtures that the engine's own tool makes."""
     table: dict[str, dict[str, Any]] = load_data("quantizations")["mixtures"]
+    kinds = {kind.name: kind for kind in Type}
     return {
         name: Quantization(
             name,
-            Type[entry["base"]],
-            Type[entry.get("output", "Q6_K")],
-            Type[entry.get("embedding", entry["base"])],
-            {reach: {part: Type[kind] for part, kind in entry[reach].items()} for reach in _REACHES if reach in entry},
+            kinds[entry["base"]],
+            kinds[entry.get("output", "Q6_K")],
+            kinds[entry.get("embedding", entry["base"])],
+            {reach: {part: kinds[kind] for part, kind in entry[reach].items()} for reach in _REACHES if reach in entry},
             by_engine=True,
         )
         for name, entry in table.items()
