@@ -122,7 +122,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Replace the value of each argument by its validated form, or raise the class of errors that it names."""
-        for name, check in _checks(type(self)).items():
+        kind: Any = type(self)
+        for name, check in _checks(kind).items():
             value = getattr(self, name)
             checked = check(name, value)
             if checked is not value:

@@ -137,7 +137,7 @@ class Sweep:
 
 def row_of(data: Mapping[str, Any]) -> SweepRow:
     """A row from plain data, as JSON has it."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     return SweepRow(**{name: value for name, value in values.items() if name != "best"})
 
 
