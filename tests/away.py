@@ -28,7 +28,6 @@ class Away(torch.Tensor):
         self.inner = inner
 
     def tolist(self) -> Any:
-        """The numbers: torch tells those of its own tensors alone."""
         return self.inner.tolist()
 
     @classmethod
@@ -37,7 +36,6 @@ class Away(torch.Tensor):
 
 
 def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an op on the tensors inside."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     there = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, Away)}
     here = [tensor for tensor in tensors if not isinstance(tensor, Away) and tensor.dim()]
@@ -63,7 +61,6 @@ class Backend(_DummyBackendModule):
     """What torch asks of a device."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """The dtypes that products may be computed in."""
         return [torch.bfloat16]
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from tests.zoo import NO_ATTENTION
 from tests.zoo_classes import auto_classes
 
 Row = Mapping[str, Any]
+TEMPLATE = Path(__file__).with_name("coverage.md.jinja")
 
 KINDS = ("mlp", "head", "channel", "head_dim", "expert", "layer")
 _EXPECTED = ("rows are looked up by number", "an output of the model", "looked up by number")
 """Reasons that hold for every model: vocabularies and positions."""
+
+_TYPES = ("type", "nodes", "exact", "masked", "renormalised", "frozen, most common reasons", "emitted")
+_CLASSES = ("class", "tried", "run", "traced", "MLP", "heads", "both", "whole", "one", "loaded", "own inputs")
 
 _FINE = ("exact", "inert", "nothing can go")
 _ENDED = ("build", "run", "export")
@@ -22,87 +29,30 @@ _ENDED = ("build", "run", "export")
 def page(data: Mapping[str, Any], others: Mapping[str, Any]) -> str:
     """The page as Markdown: counts, one line a type, and the types that did not come so far; then the ``others``."""
     rows: list[Row] = data["rows"]
-    traced = [row for row in rows if row["stage"] not in _ENDED]
-    parts = [
-        _HEAD,
-        _summary(rows),
-        _ran_on(data),
-        "## By type\n",
-        _table(map(_line, traced)),
-    ]
-    failing = [row for row in rows if row["stage"] in _ENDED]
-    if failing:
-        parts += [_FAILING, _failures(failing)]
+    traced, failing = ([row for row in rows if (row["stage"] in _ENDED) is ended] for ended in (False, True))
+    failures = [(f"`{row['type']}`", row["stage"], _cell(row["error"], 240)) for row in failing]
     wrong = [(row, group) for row in traced for group in row["groups"] if group["removal"] not in _FINE]
-    if wrong:
-        parts += [_WRONG, _bullets(f"`{r['type']}`, {g['name']}: {_cell(g['removal'])}" for r, g in wrong)]
-    short = [row for row in traced if not is_complete(row)]
-    parts += [_SHORT, _rows(("type", "kind", "why it does not go exactly"), [r for row in short for r in _why(row)])]
-    parts += [_GAPS, _gaps(traced)]
-    return "\n".join([*parts, *_classes(others["rows"])])
-
-
-_HEAD = """# Coverage
-
-Every model type that transformers can make a causal language model of, at tiny sizes and with random weights: made by
-`make coverage`. For each kind of unit found, one random unit of every group of that kind is removed, and what the slim
-graph computes is compared with the dense graph in which the same units are zeroed (below 1e-4 of the largest output).
-*Exact*: the two agree. *Masked*: they agree as well, and a norm that runs over the units is kept as masking has it.
-*Renormalised*: a norm takes a statistic over the axis; they agree once it is taken over the units that stay. Groups
-that no longer have a unit to lose at these sizes are left out. Norms are as all recipes but the paper's have them,
-masked where that is possible; counts of what is exact have these in.
-
-[Other classes](#other-classes) are encoders, encoder-decoders, and models for images and sound.
-"""
-
-_FAILING = """## Types that cannot be built, run or exported
-
-With what was raised first, by the type's own code or by `torch.export`.
-"""
-
-_WRONG = """## Removals that fail
-
-Nothing may be listed here for long: `prune` verifies each plan and refuses such a removal.
-"""
-
-_SHORT = """## Types where `mlp` or `head` is not exact
-"""
-
-_GAPS = """## Why parameter axes are frozen
-
-Number of types, besides vocabularies, positions and outputs, which are frozen in all of them.
-"""
-
-
-_OTHERS = """## Other classes
-
-Types of the other Auto classes are tried on inputs of their own, by `make coverage ARGS="--classes"`, or
-`ARGS="--classes AutoModelForMaskedLM"` for one class. All outputs are compared. *Both*: there is a slim model of the
-type's own class, in which every MLP and every attention that goes exactly lost a unit; *whole*: of these types, those
-where some groups cannot be expressed by the class and stay whole. *One*: those, and types where only MLPs or only heads
-lost units. *Loaded*: by the Auto class, with `trust_remote_code=True`, computing the same. *Own inputs*: without
-`example_inputs`. A class with fewer types tried than it has was not tried in full.
-"""
-
-_OTHERS_SHORT = """### By type, where something is missing
-"""
-
-
-def _classes(rows: Sequence[Row]) -> Iterator[str]:
-    """The part of the page about other classes: one line a class, and one a type that is short of something."""
+    short = [line for row in traced if not is_complete(row) for line in _why(row)]
     by_class: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in others["rows"]:
         by_class.setdefault(row["type"].partition("/")[0], []).append(row)
-    heading = ("class", "tried", "run", "traced", "MLP", "heads", "both", "whole", "one", "loaded", "own inputs")
-    yield _OTHERS
     known = {name: len(types) for name, types in auto_classes().items()}
     lines = [_counts(f"`{name}`", found, known.get(name, 0)) for name, found in by_class.items()]
-    total = _counts("**all**", rows, sum(known.values()))
-    yield _rows(heading, [*lines, total])
-    yield _rows(("all classes", "types", "share", "aim"), list(_aims(len(rows), total)))
-    yield _OTHERS_SHORT
-    short = [(f"`{row['type'].removeprefix('AutoModelFor')}`", _shortage(row)) for row in rows]
-    yield _rows(("type", "what is missing"), [(name, _cell(text, 240)) for name, text in short if text])
+    total = _counts("**all**", others["rows"], sum(known.values()))
+    lacking = [(f"`{row['type'].removeprefix('AutoModelFor')}`", _shortage(row)) for row in others["rows"]]
+    environment = Environment(trim_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        ran=data["environment"],
+        summary=_summary(rows),
+        types=_rows(_TYPES, [_line(row) for row in traced]),
+        failing=_rows(("type", "stage", "raised"), failures) if failing else "",
+        wrong=[f"`{row['type']}`, {group['name']}: {_cell(group['removal'])}" for row, group in wrong],
+        short=_rows(("type", "kind", "why it does not go exactly"), short),
+        gaps=_gaps(traced),
+        classes=_rows(_CLASSES, [*lines, total]),
+        aims=_rows(("all classes", "types", "share", "aim"), list(_aims(len(others["rows"]), total))),
+        missing=_rows(("type", "what is missing"), [(name, _cell(text, 240)) for name, text in lacking if text]),
+    )
 
 
 def _counts(name: str, rows: Sequence[Row], of: int) -> tuple[str, ...]:
@@ -231,10 +181,6 @@ def _emitted(row: Row) -> str:
     return next((f"yes; not {step}: {_cell(text)}" for step, text in troubles if text != "yes"), "yes")
 
 
-def _failures(rows: Iterable[Row]) -> str:
-    return _rows(("type", "stage", "raised"), [(f"`{r['type']}`", r["stage"], _cell(r["error"], 240)) for r in rows])
-
-
 def _why(row: Row) -> Iterator[tuple[str, str, str]]:
     """For each kind that is short, the reason."""
     for kind in ("mlp",) if row["type"] in NO_ATTENTION else ("mlp", "head"):
@@ -263,24 +209,9 @@ def _gaps(rows: Sequence[Row]) -> str:
     return _rows(("reason", "types", "such as"), lines)
 
 
-def _ran_on(data: Mapping[str, Any]) -> str:
-    ran = data["environment"]
-    return f"torch {ran['torch']}, transformers {ran['transformers']}, Python {ran['python']}.\n"
-
-
-def _table(lines: Iterable[tuple[str, ...]]) -> str:
-    return _rows(
-        ("type", "nodes", "exact", "masked", "renormalised", "frozen, most common reasons", "emitted"), list(lines)
-    )
-
-
 def _rows(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     text = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
     return "\n".join([*text, *("| " + " | ".join(line) + " |" for line in lines)]) + "\n"
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def _cell(text: str, most: int = 110) -> str:

@@ -91,7 +91,6 @@ class Block:
 
 @cache
 def text_of(page: str) -> str:
-    """A page."""
     return (ROOT / page).read_text(encoding="utf-8")
 
 

@@ -63,7 +63,6 @@ PROJECTIONS = "[a-z]+_proj\\b|c_attn|c_fc|qkv|query_key|lm_head|self_attn|embed_
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("fxprune", *parts) if parts[0] == "passes" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -37,7 +37,6 @@ print("pruned")
 
 
 def call(*command: object, **options: object) -> str:
-    """What a command prints."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
     return str(done.stdout)

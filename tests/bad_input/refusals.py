@@ -50,13 +50,11 @@ class Net(nn.Module):
         self.head = nn.Linear(6, VOCABULARY)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits ``(samples, tokens, vocabulary)``."""
         x = self.embed(input_ids)
         return self.head(x + self.down(self.up(x).relu()))
 
 
 def net() -> tuple[Net, dict[str, torch.Tensor]]:
-    """A model and its inputs, for :mod:`tests.remembered`."""
     return Net(), INPUTS
 
 
@@ -119,7 +117,6 @@ def check_clear(
 
 
 def fingerprint(model: nn.Module) -> list[Any]:
-    """All of a model that can be compared."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     values = [
         (name, id(t), t.dtype, t.device, _shape(t), t.requires_grad, t.grad is None, _values(t)) for name, t in tensors
@@ -139,6 +136,5 @@ def _values(tensor: torch.Tensor) -> Any:
 
 
 def facts_left(graph_module: torch.fx.GraphModule) -> list[str]:
-    """Names of the facts about a graph."""
     facts: Facts = fxprune.facts_of(graph_module)
     return sorted(type(fact).__name__ for fact in facts)

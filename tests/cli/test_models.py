@@ -1,4 +1,4 @@
-"""Models as a user names them: the demo model, folders, files and hub ids; and how a hub is asked."""
+"""Models as a user names them, how a hub is asked, and where a result goes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from huggingface_hub import constants
 
 import fxprune
 from fxprune.cli import models as found
+from fxprune.cli.config import is_file
 from fxprune.cli.console import set_output
-from fxprune.cli.demo import demo_gguf, demo_name
-from fxprune.errors import FxpruneError
+from fxprune.cli.options import expanded
+from fxprune.cli.output import check_output
+from fxprune.errors import CheckpointError, FxpruneError
+from fxprune.pipeline.arguments import as_path
 from tests.cli.folders import save_tiny
 from tests.export.small import tokenizer
 from tests.models import tiny
@@ -33,12 +36,6 @@ def test_paths_never_go_to_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(FxpruneError, match="no such folder or file"):
             found.check_model(name)
     assert asked == ["owner/name", "name"]
-
-
-def test_demo_is_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(found, "demo_checkpoint", lambda: tmp_path)
-    assert found.locate_model("demo") == str(tmp_path) and found.locate_model("other") == "other"
-    assert demo_name().endswith("135M-Instruct") and demo_gguf().suffix == ".gguf"
 
 
 def test_models_are_named_by_their_folders_unless_these_are_called_alike(tmp_path: Path) -> None:
@@ -73,7 +70,6 @@ class _Hub(BaseHTTPRequestHandler):
     """A hub that has one model, and is slow, busy or closed for others."""
 
     def do_HEAD(self) -> None:
-        """Answer."""
         owner = self.path.split("/")[1]
         if owner == "slow":
             time.sleep(1)
@@ -140,3 +136,52 @@ def test_a_model_in_the_cache_needs_no_hub(hub: str, tmp_path: Path, monkeypatch
     (folder / "snapshots" / commit).mkdir(parents=True)
     (folder / "snapshots" / commit / "config.json").write_text("{}")
     found.check_hub("no/model")
+
+
+def test_a_tilde_is_the_folder_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it in `--out=~/slim`, and a file was then written into a folder called so."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded(Path("~/slim.gguf")) == Path("/home/me/slim.gguf") and expanded(None) is None
+    assert as_path("file", "~/a") == "/home/me/a"
+
+
+@pytest.mark.parametrize("name", ["slim", "slim-0.2", "model-3.2-1b", "v1.0", "slim.gguf", "new/slim", "new/a/b.pt2"])
+def test_new_places_are_fine(tmp_path: Path, name: str) -> None:
+    check_output(tmp_path / name, "owner/model", force=False)
+    assert list(tmp_path.iterdir()) == []
+    assert is_file(Path(name)) == (Path(name).suffix in (".gguf", ".pt2"))
+
+
+@pytest.mark.parametrize("mark", ["fxprune.json", "run.yaml"])
+def test_a_folder_of_an_earlier_run_is_fine(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "slim").mkdir()
+    check_output(tmp_path / "slim", "model", force=False)
+    (tmp_path / "slim/notes").write_text("mine")
+    with pytest.raises(CheckpointError, match="no earlier run wrote"):
+        check_output(tmp_path / "slim", "model", force=False)
+    check_output(tmp_path / "slim", "model", force=True)
+    if mark == "fxprune.json":
+        (tmp_path / "slim" / mark).write_text("")
+        with pytest.raises(CheckpointError, match=r"an earlier checkpoint whose fxprune\.json cannot be read"):
+            check_output(tmp_path / "slim", "model", force=False)
+        fxprune.save_pretrained(tiny("llama", num_hidden_layers=1), tmp_path / "slim", force=True)
+    else:
+        (tmp_path / "slim" / mark).write_text("")
+    check_output(tmp_path / "slim", "model", force=False)
+
+
+def test_a_file_of_an_earlier_run_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "slim.gguf").write_text("mine")
+    with pytest.raises(CheckpointError, match="--force"):
+        check_output(tmp_path / "slim.gguf", "model", force=False)
+    check_output(tmp_path / "slim.gguf", "model", force=True)
+    (tmp_path / "slim.run.yaml").write_text("")
+    check_output(tmp_path / "slim.gguf", "model", force=False)
+
+
+def test_the_model_itself_is_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for out in (Path("model"), Path("./model/"), tmp_path / "model"):
+        with pytest.raises(FxpruneError, match="the model itself"):
+            check_output(out, "model", force=True)

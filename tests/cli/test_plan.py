@@ -1,4 +1,4 @@
-"""Plans shown and compared."""
+"""Plans shown, compared and applied."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
 import fxprune
 import fxprune.cli.console
 from fxprune.cli.plan import read_plan
 from fxprune.report.report import Report
 from tests.checkpoint.small import sealed
 from tests.cli.running import refused, run
+from tests.models import token_ids
 
 NAME = "model.layers.{}.mlp.{}.weight"
 
@@ -87,11 +92,6 @@ def test_json_has_all_axes(tmp_path: Path) -> None:
     assert json.loads(output) == {"norm": "masked", "removed_blocks": [], "widths": {}, "axes": axes, "vocabulary": []}
 
 
-def test_equal_plans_are_reported(models: Path, tmp_path: Path) -> None:
-    path = written(tmp_path / "again.json", read_plan(models / "slim").plan)
-    assert run("plan", "diff", models / "slim", path) == (0, "the plans remove the same", "")
-
-
 def test_plans_that_differ_end_in_1(tmp_path: Path) -> None:
     one = written(tmp_path / "a.json", plan(0, 1, removed=("model.layers.3",)))
     other = written(tmp_path / "b.json", plan(1, 2, kept=6, norm="masked"))
@@ -123,3 +123,50 @@ def test_tokens_that_stay_are_shown_and_compared(tmp_path: Path) -> None:
     other = written(tmp_path / "other.json", fxprune.Plan())
     code, output, _ = run("plan", "diff", path, other)
     assert code == 1 and "tokens that stay: 3 in the first, all in the second" in output
+
+
+def test_a_plan_makes_the_same_model_again(models: Path, tmp_path: Path) -> None:
+    code, output, _ = run("apply", models / "dense", models / "slim", "--out", tmp_path / "out")
+    assert code == 0 and f"model, plan and report written to {tmp_path / 'out'}" in output
+    assert run("plan", "diff", models / "slim", tmp_path / "out") == (0, "the plans remove the same", "")
+    with torch.no_grad():
+        again, slim = (
+            fxprune.from_pretrained(folder)(token_ids()).logits for folder in (tmp_path / "out", models / "slim")
+        )
+    assert torch.equal(again, slim)
+
+
+@pytest.mark.slow
+def test_a_sibling_loses_the_same_structures_and_keeps_its_own_numbers(models: Path, tmp_path: Path) -> None:
+    sibling = AutoModelForCausalLM.from_pretrained(models / "dense")
+    with torch.no_grad():
+        sibling.lm_head.weight.mul_(2)
+    sibling.save_pretrained(tmp_path / "tuned")
+    code, _, line = run("apply", tmp_path / "tuned", models / "slim/plan.json", "--out", tmp_path / "slim.pt2")
+    assert code == 0, line
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("tuned", "slim.pt2", "slim.plan.json", "slim.report.json", "slim.report.html")
+    }
+    assert run("plan", "diff", models / "slim", tmp_path / "slim.pt2")[0] == 0
+    program = torch.export.load(tmp_path / "slim.pt2").module()
+    with torch.no_grad():
+        want = 2 * fxprune.from_pretrained(models / "slim")(token_ids()).logits
+        torch.testing.assert_close(program(input_ids=token_ids())["logits"], want, atol=1e-4, rtol=1e-4)
+
+
+def test_options_are_passed_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def apply(model: object, plan: object, data: dict[str, torch.Tensor], **options: object) -> None:
+        seen.update(options, shape=tuple(data["input_ids"].shape))
+        raise fxprune.FxpruneError("seen")
+
+    monkeypatch.setattr(fxprune, "apply", apply)
+    (tmp_path / "text.txt").write_text("some words " * 40)
+    options = ("--compensate", "least-squares", "--tune", "tune{epochs=1}", "--calibration", tmp_path / "text.txt")
+    more = ("--samples", 3, "--tokens", 16, "--norm", "masked", "--in-place")
+    line = refused("apply", models / "dense", models / "slim", "--out", tmp_path / "out", *options, *more)
+    assert line == "seen"
+    assert callable(seen.pop("track")) and callable(seen.pop("tokenizer"))
+    wanted = {"compensate": "least-squares", "tune": "tune{epochs=1}", "norm": "masked", "inplace": True}
+    assert seen == {**wanted, "shape": (3, 16)}

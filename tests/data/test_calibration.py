@@ -1,14 +1,38 @@
-"""Calibration samples, the loss on them, and samples with replaced tokens."""
+"""Calibration samples: of every form, of images and sounds, and those that a model writes."""
 
 from __future__ import annotations
 
+import json
 import math
+import wave
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import fx, nn
 
+from fxprune.data import built_in
+from fxprune.data.built_in import (
+    _Draw,
+    built_in_samples,
+    built_in_text,
+    can_generate,
+    chat_start,
+    general_chats,
+    general_text,
+    generate_samples,
+    generated_samples,
+    offline_docstrings,
+    offline_text,
+    opening_rows,
+    opening_texts,
+    program_texts,
+    rows_at_once,
+)
 from fxprune.data.calibration import (
     IGNORED,
     Sample,
@@ -20,10 +44,13 @@ from fxprune.data.calibration import (
     stacked,
     token_input,
 )
+from fxprune.data.processed import needs_processor, processed_samples
 from fxprune.data.samples import read_calibration
+from fxprune.data.text import token_windows
 from fxprune.errors import CalibrationError
 from fxprune.trace.capture import trace
 from tests import remembered
+from tests.models import tiny, token_ids
 from tests.oracle import Net
 from tests.tokens import character_tokenizer
 
@@ -209,3 +236,259 @@ def test_the_callers_inputs_are_taken_and_fixed_sizes_kept() -> None:
     assert make_inputs(graph_module, {"x": given, "other": 1}, seed=0)["x"] is given
     made = make_inputs(graph_module, {"other": 1}, seed=0)["x"]
     assert made.shape == (2, 16, 4) and made.dtype == torch.float32 and made.std() > 0.5
+
+
+Made = dict[str, torch.Tensor]
+
+
+def write_image(path: Path, shade: int = 9) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3), (shade, 0, 0)).save(path)
+
+
+def write_sound(path: Path, width: int = 2) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(width)
+        file.setframerate(8000)
+        file.writeframes(np.array([[2**14, 0], [-(2**14), 0]], dtype=f"<i{width}").tobytes())
+
+
+def see(image: Any, return_tensors: str) -> Made:
+    return {"pixel_values": torch.tensor(np.asarray(image))[None].float()}
+
+
+def hear(sound: Any, return_tensors: str, sampling_rate: int) -> Made:
+    return {"input_values": torch.tensor(sound)[None] * sampling_rate}
+
+
+class Both:
+    attributes = ("image_processor", "tokenizer")
+    image_token = "<image>"
+
+    def __call__(self, images: Any, text: str, return_tensors: str) -> Made:
+        ids = torch.tensor([[len(text)]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **see(images, return_tensors)}
+
+    def tokenizer(self, text_target: str, return_tensors: str) -> Any:
+        return type("Encoding", (), {"input_ids": torch.tensor([[len(text_target)]])})
+
+
+def test_a_folder_gives_images_with_the_classes_that_folders_name(tmp_path: Path) -> None:
+    for i, name in enumerate(("dog/a.png", "cat/b.JPG", "c.png", "others/d.png")):
+        write_image(tmp_path / name, shade=i)
+    (tmp_path / "notes").write_text("")
+    found = processed_samples(str(tmp_path), see, {"cat": 0, "dog": 1})
+    assert [one.get("labels", torch.tensor([-1])).item() for one in found] == [-1, 0, 1, -1]
+    assert all(one["pixel_values"].shape == (1, 3, 4, 3) for one in found)
+    assert len(processed_samples(str(tmp_path), see, {}, most=2)) == 2
+
+
+def test_sounds_are_read_from_minus_one_to_one(tmp_path: Path) -> None:
+    write_sound(tmp_path / "a.wav")
+    (found,) = processed_samples(str(tmp_path), hear, {})
+    assert found["input_values"].tolist() == [[4000.0, -4000.0]]
+    write_sound(tmp_path / "b.wav", width=4)
+    with pytest.raises(CalibrationError, match=r"b\.wav: ValueError: it has 32 bits a sample"):
+        processed_samples(str(tmp_path), hear, {})
+
+
+def test_rows_name_what_a_processor_reads_or_hold_what_a_model_takes(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [{"image": "a.png", "text": "what", "target": "red"}, {"image": "a.png", "text": "<image>", "label": "cat"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    first, second = processed_samples(str(file), Both(), {"cat": 5})
+    assert first["input_ids"].item() == len("<image>what") and second["input_ids"].item() == len("<image>")
+    assert first["labels"].tolist() == [[3]] and second["labels"].tolist() == [5]
+    assert "attention_mask" not in first, "it has nothing to say"
+    file.write_text('{"input_ids": [3, 4], "start_positions": 1}')
+    (plain,) = processed_samples(str(file), None, {})
+    assert plain["input_ids"].tolist() == [[3, 4]] and plain["start_positions"].tolist() == [1]
+
+
+def test_text_alone_needs_no_processor(tmp_path: Path) -> None:
+    texts = ['{"text": "red"}', '{"messages": []}', '{"instruction": "a", "output": "b"}']
+    others = ['{"image": "a.png"}', '{"text": "a", "label": 1}', '{"input_ids": [1]}']
+    for lines, wanted in ((texts, False), (others, True)):
+        for i, line in enumerate(lines):
+            (tmp_path / f"{i}.jsonl").write_text(line)
+            assert needs_processor(str(tmp_path / f"{i}.jsonl")) == wanted, line
+    assert needs_processor(str(tmp_path)) and not needs_processor(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", '{"image": "none.png"}', "line 1: FileNotFoundError"),
+        ("rows.jsonl", '{"label": "cow"}', "line 1: KeyError: 'cow'"),
+        ("rows.jsonl", "[1]", "line 1 is no object"),
+        ("empty/notes", "", "it holds no samples"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match=words):
+        processed_samples(str(path if path.suffix else path.parent), see, {"cat": 0})
+
+
+TOKENS = 600
+
+
+@pytest.mark.slow
+def test_texts_are_long_and_repeat_no_paragraph() -> None:
+    parts: list[str] = []
+    for text, least in ((general_text, 120_000), (offline_text, 300_000), (offline_docstrings, 100_000)):
+        first = text()
+        assert len(first) > least and text() == first == first.strip()
+        parts += first.split("\n\n")
+    assert len(set(parts)) == len(parts)
+
+
+@pytest.mark.slow
+def test_samples_are_of_general_text_as_far_as_it_goes() -> None:
+    tokenizer = character_tokenizer()
+    general, windows = (token_windows(tokenizer, text, TOKENS) for text in (general_text(), built_in_text()))
+    rest = windows[len(general) :]
+    few = built_in_samples(tokenizer, TOKENS, 4)
+    assert torch.equal(few, general[[i * len(general) // 4 for i in range(4)]])
+    more = built_in_samples(tokenizer, TOKENS, len(general) + 2)
+    assert torch.equal(more, torch.cat([general, rest[[0, len(rest) // 2]]]))
+    assert torch.equal(built_in_samples(tokenizer, TOKENS), windows)
+    assert built_in_samples(tokenizer, TOKENS, 0).shape == (0, TOKENS)
+    assert torch.equal(built_in_samples(tokenizer, TOKENS, 10**9), windows)
+    assert torch.equal(built_in_samples(tokenizer, TOKENS, 10**9, beyond=False), general)
+
+
+def test_a_model_that_chats_gets_chats_in_its_own_template() -> None:
+    tokenizer = character_tokenizer(chat=True)
+    chats = general_chats(tokenizer)
+    first = [{"role": "user", "content": "What is the largest planet in the solar system?"}]
+    assert chats.startswith(tokenizer.apply_chat_template(first, tokenize=False)) and len(chats) > 50_000
+    assert chats == general_chats(tokenizer) and general_chats(character_tokenizer()) == ""
+    plain, more = (built_in_samples(character_tokenizer(chat), TOKENS, 10**9, beyond=False) for chat in (False, True))
+    ids = tokenizer(f"{general_text()}\n\n{chats}", add_special_tokens=False)["input_ids"]
+    assert torch.equal(more[: len(plain)], plain) and len(more) == len(ids) // TOKENS > len(plain) + 100
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert general_chats(tokenizer) == "", "samples are there all the same"
+
+
+STARTS = token_ids(3, 2)
+
+
+def test_generated_samples_depend_on_starts_and_seed_alone() -> None:
+    """Not on the model's own settings, which transformers applies to every option that a call leaves open."""
+    model = tiny("llama").train()
+    state = torch.random.get_rng_state()
+    written, again, other = (generate_samples(model, STARTS, 5, 7, seed) for seed in (0, 0, 1))
+    assert written.shape == (5, 7) and written.dtype == torch.int64
+    assert torch.equal(written[:, :2], STARTS[[0, 1, 2, 0, 1]])
+    assert torch.equal(written, again) and not torch.equal(written, other)
+    assert torch.equal(state, torch.random.get_rng_state()) and all(module.training for module in model.modules())
+    own = model.generation_config
+    own.update(return_dict_in_generate=True, num_return_sequences=2, max_time=0.0, num_beams=2, suppress_tokens=[3])
+    assert torch.equal(generate_samples(model, STARTS, 5, 7, 0), written)
+    assert torch.equal(generate_samples(model, STARTS, 5, 7, 0, rows=2), written), "fewer at once, and less cache"
+    each = 3 * 2 * 4 * 24  # three layers, keys and values, float32, three heads of 8
+    fitting = [rows_at_once(model, STARTS[:1], 7, most) for most in (0, 7 * each * 3, 7 * each * 3 - 1, 1e9)]
+    assert fitting == [1, 3, 2, 64]
+    assert model.generation_config is own and own.num_beams == 2
+
+
+def test_tokens_are_drawn_by_what_the_model_says() -> None:
+    """With a readout of zeros all tokens are as likely."""
+    model = tiny("llama", tie_word_embeddings=False)
+    readout = model.get_output_embeddings().weight
+    with torch.no_grad():
+        readout.zero_()
+    written = generate_samples(model, STARTS, 64, 34, 0)[:, 2:]
+    assert len(written.unique()) > len(readout) // 2
+
+
+def test_tokens_are_drawn_by_their_probabilities_and_no_text_ends() -> None:
+    """At a temperature of 0.8; the last token ends a text."""
+    said = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.9]).log()
+    wanted = (said[:4] / 0.8).softmax(-1)
+    numbers = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0))
+    chosen = _Draw([4], numbers)(torch.zeros(20_000, 1, dtype=torch.long), said.repeat(20_000, 1)).argmax(-1)
+    found = chosen.bincount(minlength=5) / len(chosen)
+    assert found[3] == found[4] == 0 and (found[:4] - wanted).abs().max() < 4 * (0.25 / 20_000) ** 0.5
+
+
+def test_only_what_continues_token_ids_can_write() -> None:
+    assert can_generate(tiny("llama"))
+    assert not can_generate(nn.Linear(2, 2))
+    encodes = tiny("llama")
+    encodes.config.is_encoder_decoder = True
+    assert not can_generate(encodes)
+
+
+def test_a_chat_begins_with_what_stands_before_the_user() -> None:
+    chats = character_tokenizer(chat=True)
+    assert chats.decode(chat_start(chats)) == "<u>"
+    assert chat_start(character_tokenizer()) == chat_start(None) == []
+    chats.chat_template = "{{ raise_exception('no') }}"
+    assert chat_start(chats) == []
+    chats.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    assert chat_start(chats) == [], "it leaves out what the user says"
+
+
+def _own(
+    tokenizer: Any, samples: int = 8, tokens: int = 16, seed: int = 0, programs: float = 0.0
+) -> tuple[torch.Tensor, list[str]]:
+    shown: list[str] = []
+
+    def track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        shown.append(f"{what} {total}")
+        return items
+
+    model, words = tiny("llama"), torch.tensor([7, 9])
+    return generated_samples(model, tokenizer, words, samples, tokens, seed, track, programs=programs), shown
+
+
+def test_without_a_chat_each_sample_begins_with_a_token_of_the_vocabulary() -> None:
+    written, shown = _own(None)
+    assert written.shape == (8, 16) and set(written[:, 0].tolist()) == {7, 9} and shown == ["the model writes 1"]
+    assert torch.equal(written, _own(None)[0]) and not torch.equal(written, _own(None, seed=1)[0])
+
+
+def test_one_sample_in_four_begins_with_a_language_that_the_tokenizer_can_write() -> None:
+    tokenizer = character_tokenizer()
+    assert len(opening_texts()) == len(set(opening_texts())) == 30 and min(map(len, opening_texts())) > 50
+    rows = opening_rows(tokenizer, 4, opening_texts())
+    assert 0 < len(rows) < 30 and rows.shape[1] == 4 and tokenizer.unk_token_id not in rows
+    assert {tokenizer.decode(row) for row in rows} <= {text[:4] for text in opening_texts()}
+    assert opening_rows(None, 4, opening_texts()).numel() == opening_rows(tokenizer, 0, opening_texts()).numel() == 0
+    written, shown = _own(tokenizer)
+    begun = [any(torch.equal(sample[:4], row) for row in rows) for sample in written]
+    assert sum(begun) == 2 and shown == ["the model writes 1", "the model writes in other languages 1"]
+
+
+def test_a_fraction_of_the_samples_begins_as_programs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is shared among the other kinds as without them."""
+    texts = program_texts()
+    assert len(set(texts)) == 10 and min(map(len, texts)) > 100 and all(text.endswith("\n") for text in texts)
+    chats = character_tokenizer(chat=True)
+    monkeypatch.setattr(built_in, "program_texts", lambda: ("dcdcdc", "ddcc", "\u2603 unknown"))
+    written, shown = _own(chats, samples=16, programs=0.25)
+    begun = [any(chats.decode(sample[:4]) == start for start in ("dcdc", "ddcc")) for sample in written]
+    assert sum(begun) == 4 and shown[-2:] == ["the model writes programs 1", "the model chats 1"]
+    start = torch.tensor(chat_start(chats))
+    assert int((written[:, : len(start)] == start).all(-1).sum()) == 6
+    assert torch.equal(_own(None, programs=0.5)[0], _own(None)[0]), "a tokenizer that can write none"
+
+
+def test_half_of_the_samples_of_a_model_that_chats_are_chats() -> None:
+    chats = character_tokenizer(chat=True)
+    start = torch.tensor(chat_start(chats))
+    written, shown = _own(chats)
+    begun = (written[:, : len(start)] == start).all(-1)
+    assert int(begun.sum()) == 4 and sum(first in (7, 9) for first in written[~begun, 0].tolist()) == 3
+    assert not bool(begun[:4].all()) and not bool(begun[4:].all()), "they take turns, so that a part has both"
+    assert shown == [f"the model {what} 1" for what in ("writes", "writes in other languages", "chats")]
+    short, _ = _own(chats, samples=3, tokens=4)
+    assert short.shape == (3, 4) and int((short[:, 0] == start[-1]).sum()) == 1, "a long start loses its own"
+    assert _own(chats, samples=1)[1] == ["the model writes 1"]

@@ -1,26 +1,37 @@
-"""Groups of units that are removed together, and the products that read them."""
+"""Dependencies, groups and their explanation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import networkx as nx
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import fxprune
+from fxprune.axes import Factor, Freeze, new_factor
+from fxprune.discovery.dependency import dependency_graph, find_bypasses, resolve_experts
+from fxprune.discovery.explain import explain, find_axis, find_group
 from fxprune.discovery.groups import (
     DEFAULT_KINDS,
     as_kinds,
     bare_kind,
     consumers_of,
     find_consumers,
+    find_groups,
     read_weight,
     units_at,
 )
-from fxprune.errors import FxpruneError
+from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Scores
-from tests.oracle import Net, axes_of, discover, groups_of
+from fxprune.rules.statements import AtLeast, Competition, Role, Statements
+from fxprune.trace import trace
+from tests.oracle import Net, axes_of, check_removes_exactly, discover, groups_of
 
 
 def test_kinds_are_checked_and_one_may_stand_alone() -> None:
@@ -86,3 +97,151 @@ def test_units_inside_outer_ones_count_through() -> None:
     (consumer,) = consumers_of(inner, found)
     assert consumer.name == "o.weight"
     assert units_at(inner, consumer, axes_of(dense)).tolist() == [unit for unit in range(6) for _ in range(4)]
+
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+rand = torch.rand
+
+
+# name: output of a block from its input and its branch, and whether it can be bypassed
+STEPS: dict[str, tuple[Step, bool]] = {
+    "sum": (lambda x, y: x + y, True),
+    "sums-of-sums": (lambda x, y: (x + y) + y.cos(), True),
+    "in-place": (lambda x, y: y.add_(x), True),
+    "no-sum": (lambda x, y: y, False),
+    "scaled": (lambda x, y: torch.add(y, x, alpha=2), False),
+    "product": (lambda x, y: x * y, False),
+    "twice-the-input": (lambda x, y: x + y + x, False),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_block_that_only_adds_can_be_bypassed(name: str) -> None:
+    step, residual = STEPS[name]
+    blocks = nn.Sequential(*(Net(lambda m, x: step(x, m.inner(x).relu()), inner=nn.Linear(6, 6)) for _ in range(2)))
+    ends = {"first": nn.Linear(5, 6), "last": nn.Linear(6, 3)}
+    model = Net(lambda m, x: m.last(m.blocks(m.first(x))), blocks=blocks, **ends).eval()
+    graph = fxprune.trace(model, {"x": torch.randn(2, 5)}).graph_module.graph
+    found = find_bypasses(graph, ("blocks.0", "blocks.1"))
+    assert sorted(found) == (["blocks.0", "blocks.1"] if residual else [])
+    if residual:
+        assert found["blocks.0"].source == "linear"
+        assert found["blocks.0"].target == found["blocks.1"].source
+
+
+def stated_over(*roles: Role) -> tuple[Statements, Factor]:
+    """A factor of six with roles, over which a softmax runs."""
+    stated, factor = Statements(), new_factor(6)
+    assert isinstance(factor, Factor)
+    for role in roles:
+        stated.solver.tag(factor, role)
+    stated.competitions.append(Competition(factor, Freeze("a softmax runs over this axis", "softmax")))
+    return stated, factor
+
+
+def test_as_many_units_stay_as_are_picked() -> None:
+    stated, factor = stated_over(Role.EXPERT)
+    stated.at_least.append(AtLeast(factor, 4))
+    assert resolve_experts(stated) == {factor: 4}
+    stated, factor = stated_over(Role.EXPERT)
+    stated.at_least.append(AtLeast(factor, 6))
+    resolve_experts(stated)
+    assert "all 6 units are needed" in stated.solver.frozen_factors()[factor].reason
+
+
+def test_the_axes_of_data_that_no_parameter_produces_are_no_units() -> None:
+    """Swin v2 lost one of two coordinates, exactly; a table that weights give units to loses its own with them."""
+    coordinates = Net(lambda m, x: x * m.b(m.a(m.at).relu()).T, a=nn.Linear(2, 12), b=nn.Linear(12, 3), at=rand(5, 2))
+    check_removes_exactly(coordinates, {"x": rand(3, 5)}, [12])
+    scaled = Net(lambda m, x: m.b(m.a(x) * m.by), a=nn.Linear(5, 8), b=nn.Linear(8, 3), by=rand(8))
+    check_removes_exactly(scaled, {"x": rand(2, 5)}, [8])
+
+
+def test_a_parameter_whose_values_are_not_read_keeps_its_units() -> None:
+    """That of a tower that sees no image lost the class token of each later image."""
+    parts = {"kind": nn.Parameter(rand(7)), "first": nn.Linear(5, 6), "last": nn.Linear(6, 3)}
+    typed = Net(lambda m, x: m.last(m.first(x).float().relu().to(m.kind.dtype)), **parts)
+    dense = discover(typed, {"x": rand(2, 5)})
+    found = {member.name for group in groups_of(dense) for member in group.members}
+    assert found == {"first.weight", "first.bias", "last.weight"}
+
+
+def test_standardised_weights_are_under_a_statistic() -> None:
+    """BiT's convolutions normalise their weights by a batch norm of them: removal was taken for exact."""
+
+    def body(m: Net, x: torch.Tensor) -> torch.Tensor:
+        weight = m.b.weight
+        flat = nn.functional.batch_norm(weight.reshape(1, 5, -1), None, None, training=True)
+        return nn.functional.conv2d(m.a(x).relu(), flat.reshape_as(weight))
+
+    net = Net(body, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 5, 2, bias=False))
+    found = {group.size: bool(group.renormalised) for group in groups_of(discover(net, {"x": rand(2, 3, 4, 4)}))}
+    assert found == {6: True}
+
+
+def test_each_step_has_the_rule_of_its_op_also_in_pictures(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    graph = dependency_graph(trace(net, {"input": torch.randn(2, 7, 5)}))
+    linear = "linear  input[b, s, i], weight[o, i], bias[o] -> out[b, s, o]  sums i"
+    steps = [("linear", linear), ("relu", "relu  self[a, b, c] -> out[a, b, c]"), ("linear_1", linear)]
+    assert [(step.node, step.rule) for step in explain(graph, ("2.weight", 1))] == steps
+    assert graph.graph["axes"].rules == dict(steps)
+    fxprune.write_dot(graph, tmp_path / "net.dot", everything=True)
+    assert "relu  self[a, b, c] → out[a, b, c]" in (tmp_path / "net.dot").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def lookup() -> nx.Graph:
+    layers = (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6)) for _ in range(2))
+    net = nn.ModuleDict({"layers": nn.Sequential(*layers), "end": nn.Linear(6, 3, bias=False)})
+    model = nn.Sequential()
+    model.add_module("model", nn.Sequential(net["layers"]))
+    model.add_module("end", net["end"])
+    return dependency_graph(trace(model.eval(), {"input": torch.randn(2, 6)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "found"),
+    [
+        ("model.0.1.2.weight", 1, ("model.0.1.2.weight", 1)),
+        ("1.2.weight", 0, ("model.0.1.2.weight", 0)),
+        ("1.2", 1, ("model.0.1.2.weight", 1)),
+        ("1.2.bias", None, ("model.0.1.2.bias", 0)),
+        ("1.2.weight[1]", None, ("model.0.1.2.weight", 1)),
+        ("end[0]", 0, ("end.weight", 0)),
+        ("relu", 1, ("relu", 1)),
+    ],
+)
+def test_short_names_are_found(lookup: nx.Graph, name: str, dim: int | None, found: tuple[str, int]) -> None:
+    assert find_axis(lookup, name, dim) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "error", "says"),
+    [
+        ("end", None, ArgumentError, r"end\.weight: has 2 axes, 0 and 1\. Name one, as in end\[0\]"),
+        ("end.weight", 2, ArgumentError, r"end\.weight: there is no axis 2: it has 2 axes, 0 and 1"),
+        ("end.weight[-1]", None, ArgumentError, "there is no axis -1"),
+        ("1.2.bias", 3, ArgumentError, "it has 1 axis, 0"),
+        ("end[0]", 1, ArgumentError, "axis 0 and axis 1 are requested"),
+        ("2.weight", 0, ArgumentError, r"ambiguous: it may be model\.0\.0\.2\.weight, model\.0\.1\.2\.weight"),
+        ("0.*.2", 0, ArgumentError, "the name is ambiguous"),
+        ("ned.weight", 0, UnknownNameError, r"Did you mean 'end\.weight'"),
+        ("ed", 0, UnknownNameError, "Did you mean 'end'"),
+        ("", 0, UnknownNameError, "unknown parameter or buffer"),
+    ],
+)
+def test_a_wrong_axis_or_name_is_refused(
+    lookup: nx.Graph, name: str, dim: int | None, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        find_axis(lookup, name, dim)
+
+
+def test_explain_takes_short_names_and_groups_are_found_by_the_end_of_theirs(lookup: nx.Graph) -> None:
+    assert explain(lookup, ("1.2", 1)) == explain(lookup, ("model.0.1.2.weight", 1)) != []
+    groups = find_groups(lookup)
+    names = [group.name for group in groups]
+    assert find_group(groups, names[0]).name == names[0]
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        find_group(groups, names[0][:-1] + "x")

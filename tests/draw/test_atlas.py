@@ -1,8 +1,10 @@
-"""Test the indexed dependency graph and the folding of equal blocks."""
+"""Folding of equal blocks, the part of a graph that a picture shows, and Graphviz text."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import pydot
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.discovery.dependency import dependency_graph
 from fxprune.draw.atlas import Atlas, block_ranges, find_folds
+from fxprune.draw.graphviz import Legend, _quoted, draw, hue_of
+from fxprune.draw.view import Labels, View, _Web, contracted
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
@@ -78,7 +85,6 @@ def block(width: int, act: Callable[[torch.Tensor], torch.Tensor] = torch.relu) 
 
 
 def stacked(*blocks: Net) -> nx.Graph:
-    """The dependency graph of a few blocks."""
     model = Net(lambda m, x: m.layers(x), layers=nn.Sequential(*blocks)).eval()
     return dependency_graph(trace(model, {"x": torch.randn(2, 6)}))
 
@@ -99,3 +105,55 @@ def test_blocks_are_named_as_ranges() -> None:
     assert block_ranges(["model.layers.0", "model.layers.1", "model.layers.4"], among) == "model.layers.0 to 1, 4"
     assert block_ranges(among[11:], among) == "model.layers.11, other.0 to 1"
     assert block_ranges(["front"], ["front", "back"]) == "front"
+
+
+def legend(atlas: Atlas, view: View) -> str:
+    return Legend(atlas, view, Labels(atlas, view.folds), lambda factor: "#123456").table()
+
+
+@pytest.mark.parametrize(("widths", "cells"), [((5, 5), []), ((5, 10, 8), ["50", "100", "80"])])
+def test_uneven_widths_have_a_cell_for_each_block(widths: tuple[int, ...], cells: list[str]) -> None:
+    graph = stacked(*map(block, widths))
+    atlas = Atlas(graph)
+    folds = find_folds(atlas)
+    view = View("title", tuple(graph.nodes), (), folds=folds)
+    text = legend(atlas, view)
+    assert re.findall(r">(\d+)</TD>", text.partition("of the widest block")[2].partition(">mlp</TD>")[2]) == cells
+    assert ("of the widest block" in text) == bool(cells)
+    assert "thick frame" in text and hue_of("channel", strong=True) in text
+
+
+def test_every_axis_is_a_box_and_every_coupling_a_line(small: nx.Graph) -> None:
+    atlas = Atlas(small)
+    view = contracted(
+        atlas, 'a "title"', [axis for axis, data in small.nodes(data=True) if data["role"] == "parameter"]
+    )
+    dot = draw(atlas, view)
+    text = dot.to_string()
+    assert all(f'"{axis.tensor}[{axis.dim}]" [' in text for axis in view.axes)
+    lines = [edge for edge in dot.get_edges() if edge.get("arrowhead") != "none"]
+    assert len(lines) == len(view.couplings)
+    (whole,) = dot.get_subgraphs()
+    assert {cluster.get_label() for cluster in whole.get_subgraphs()} == {'"a"', '"b"'}
+    (read,) = pydot.graph_from_dot_data(text)
+    assert read.get_subgraphs()[0].get_label() == _quoted('a "title"')
+    assert read.get_label().startswith("<<TABLE") and read.get_labelloc() == "b"
+
+
+@given(st.integers(3, 9), st.sets(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=20), st.data())
+def test_neighbours_hold_a_minimum_spanning_tree(size: int, pairs: set[tuple[int, int]], data: st.DataObject) -> None:
+    """The pairs that are kept have the same minimum spanning forest as all pairs (Mehlhorn 1988)."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(size))
+    graph.add_edges_from((a, b) for a, b in pairs if a != b and a < size and b < size)
+    ends = data.draw(st.lists(st.integers(0, size - 1), min_size=2, max_size=size, unique=True))
+    full, few = nx.Graph(), nx.Graph()
+    for a, b in itertools.combinations(ends, 2):
+        if nx.has_path(graph, a, b):
+            full.add_edge(a, b, weight=nx.shortest_path_length(graph, a, b))
+    for (a, b), path in _Web(graph, ends).neighbours().items():
+        assert path[0] == a and path[-1] == b and nx.is_path(graph, path)
+        few.add_edge(a, b, weight=len(path) - 1)
+    total = [nx.minimum_spanning_tree(g).size("weight") for g in (full, few)]
+    assert total[0] == total[1]
+    assert set(map(frozenset, nx.connected_components(full))) == set(map(frozenset, nx.connected_components(few)))

@@ -140,7 +140,6 @@ def deep() -> nx.Graph:
 
 @pytest.fixture(scope="module")
 def first(llama: nx.Graph, tmp_path_factory: pytest.TempPathFactory) -> Picture:
-    """The first block."""
     return Picture(tmp_path_factory.mktemp("first"), llama, layer=0)
 
 
@@ -176,17 +175,6 @@ def inner_clusters(graph: pydot.Graph) -> Iterator[pydot.Graph]:
     for inner in graph.get_subgraphs():
         yield inner
         yield from inner_clusters(inner)
-
-
-def test_clusters_nest_as_modules_do(llama: nx.Graph, tmp_path: Path) -> None:
-    picture = Picture(tmp_path, llama, layer=2)
-    block = picture.clusters["cluster_model.layers.2"]
-    attention = picture.clusters["cluster_model.layers.2.self_attn"]
-    assert plain(attention.get_name()) in {plain(c.get_name()) for c in block.get_subgraphs()}
-    inside = picture.clusters["cluster_model.layers.2.self_attn.q_proj"]
-    names = {f"model.layers.2.self_attn.q_proj.weight[{i}]" for i in (0, 1)}
-    assert {plain(n.get_name()) for n in inside.get_nodes()} == names
-    assert plain(attention.get("label")) == "self_attn"
 
 
 def test_default_is_the_middle_block_with_tens_of_nodes(deep: nx.Graph, tmp_path: Path) -> None:
@@ -358,14 +346,6 @@ def test_a_tied_embedding_leaves_the_stream_between_the_sums(
 def tied() -> nx.Graph:
     """Two layers whose embedding and head share a weight."""
     return graph_of(tiny("llama", num_hidden_layers=2, tie_word_embeddings=True))
-
-
-def test_one_hue_for_each_kind_in_every_picture(llama: nx.Graph, first: Picture, tmp_path: Path) -> None:
-    whole = Picture(tmp_path, llama, everything=True)
-    for name in ("mlp.down_proj.weight[1]", "mlp.down_proj.weight[0]", "self_attn.q_proj.weight[0]"):
-        assert first.colours(f"model.layers.0.{name}") == whole.colours(f"model.layers.0.{name}")
-    assert whole.colours("model.layers.0.mlp.down_proj.weight[1]") == [hue_of("mlp")]
-    assert whole.colours("lm_head.weight[1]") == [hue_of("channel")]
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,6 @@ class SmallBlock(nn.Module):
 
 
 class SmallModel(PreTrainedModel):
-    """Embeddings, blocks, a norm and a head."""
-
     config_class = SmallConfig
 
     def __init__(self, config: SmallConfig) -> None:
@@ -64,7 +62,6 @@ class SmallModel(PreTrainedModel):
 
 
 def small(**fields: Any) -> SmallModel:
-    """A random model in evaluation mode."""
     return SmallModel(SmallConfig(**fields)).eval()
 
 

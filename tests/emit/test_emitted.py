@@ -274,7 +274,6 @@ class Attending(nn.Module):
         self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual sums of ``(samples, tokens, 12)``."""
         heads = 3 if self.fixed == "heads" else self.into.weight.shape[0] // 12
         apart = self.into(x).view(*x.shape[:2], 3, heads, -1) if self.fixed != "width" else self._by_width(x)
         q, k, v = (part.transpose(1, 2) for part in apart.unbind(2))

@@ -1,4 +1,4 @@
-"""A real model, pruned by a fifth, is saved and loaded in a fresh process, and says the same there."""
+"""The demo model: read once, pruned by a fifth, and the same in a fresh process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fxprune
 from benchmarks.common import load_demo_model
+from fxprune.cli import demo as demo_files
+from fxprune.errors import FxpruneError
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +37,11 @@ print(model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist())
 
 
 def told(model: torch.nn.Module, tokenizer: object) -> str:
-    """The tokens that ``model`` goes on with."""
     ids = tokenizer(PROMPT, return_tensors="pt")
     return str(model.generate(**ids, max_new_tokens=12, do_sample=False)[0].tolist())
 
 
 def told_elsewhere(folder: Path, loader: str) -> str:
-    """The same, in a fresh process."""
     command = [sys.executable, "-c", TELL, str(folder), loader, PROMPT]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -68,3 +69,31 @@ def test_the_demo_model_is_saved_and_loaded(uniform: bool, demo: tuple[fxprune.T
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert size == pytest.approx(parameters * 4, rel=0.02)
     assert told_elsewhere(folder, "stock" if uniform else "ours") == told(result.model, tokenizer)
+
+
+def test_the_demo_model_is_read_once_as_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its package first, then from the checkpoint made of it; it knows English, and trains."""
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
+    original, seen = demo_files.load_gguf, list[Any]()
+    monkeypatch.setattr(demo_files, "load_gguf", lambda path: seen.append(original(path)) or seen[-1])
+    loaded = [load_demo_model() for _ in range(2)]
+    ((of_file, tokenizer),) = seen
+    assert [path.name for path in demo_files.demo_checkpoint().parent.iterdir()] == [demo_files.demo_checkpoint().name]
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    expected = of_file(input_ids=ids).logits
+    assert tokenizer.decode([int(expected[0, -1].argmax())]).strip() == "Paris"
+    for model, words in loaded:
+        assert torch.equal(words(PROMPT, return_tensors="pt")["input_ids"], ids)
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(input_ids=ids).logits, expected)
+    again(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
+    assert not getattr(again, "is_quantized", False) and not hasattr(again.config, "quantization_config")
+
+
+def test_a_missing_demo_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_files, "find_spec", lambda name: None)
+    with pytest.raises(FxpruneError, match=r"not installed\. Install it: pip install"):
+        load_demo_model()

@@ -37,7 +37,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
 
 
 def made(name: str, **more: Any) -> PreTrainedModel:
-    """The dense model of a case."""
     kind, changes, _, _ = CASES[name]
     if kind != "deepseek_v3":
         return tiny(kind, **{"num_hidden_layers": 2, **changes, **more})
@@ -57,7 +56,6 @@ def prune(model: Any, kind: str, data: Any = None, **options: Any) -> fxprune.Re
 
 @cache
 def slim(name: str) -> fxprune.Result:
-    """The case, pruned."""
     return prune(made(name), CASES[name][2])
 
 

@@ -1,20 +1,26 @@
-"""The public surface on a small model: what a user relies on."""
+"""What a user relies on: the public surface on a small model, and recipes from the call to the slim model."""
 
 from __future__ import annotations
 
 import copy
-import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.fx import GraphModule
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fxprune
-from fxprune.graph.tensors import weights
-from fxprune.recipes import Options, option_table
-from tests.models import VOCABULARY, tiny, token_ids
+from fxprune.recipes import read_recipe
+from tests.models import tiny, token_ids
 from tests.remembered import pruned
+from tests.tiers import tiers
+from tests.tokens import character_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -25,39 +31,6 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def result(model: PreTrainedModel) -> fxprune.Result:
     return fxprune.prune(model, token_ids(4, 12), recipe="llm-pruner", protect=())
-
-
-def test_signature_is_as_promised() -> None:
-    promised = {
-        "recipe": None, "ratio": None, "kinds": None, "importance": None, "reduction": None, "ranking": None,
-        "protect": None, "round_to": 1, "compensate": None, "tune": None, "tokenizer": None, "seed": 0, "verify": True,
-        "inplace": False, "example_inputs": None,
-    }  # fmt: skip
-    defaults = {name: declared.default for name, (_, declared) in option_table(Options).items()}
-    assert promised.items() <= defaults.items()
-    assert list(inspect.signature(fxprune.prune).parameters) == ["model", "calibration", "options"]
-
-
-def test_result_runs_at_any_batch_and_length(result: fxprune.Result) -> None:
-    assert isinstance(result.graph_module, GraphModule)
-    for batch, tokens in ((1, 1), (1, 7), (5, 3), (2, 33)):
-        logits = result(input_ids=token_ids(batch, tokens)).logits
-        assert logits.shape == (batch, tokens, VOCABULARY)
-        with torch.no_grad():
-            assert torch.allclose(logits, result.model(token_ids(batch, tokens)).logits, atol=1e-4)
-
-
-def test_model_is_bit_identical_and_shares_nothing(model: PreTrainedModel) -> None:
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    config = copy.deepcopy(model.config.to_dict())
-    slim = fxprune.prune(model, token_ids(4, 12), recipe="llm-pruner", protect=())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert flags == {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    assert model.config.to_dict() == config
-    dense_storage = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    assert dense_storage.isdisjoint(t.untyped_storage().data_ptr() for _, t in weights(slim.graph_module))
-    assert dense_storage.isdisjoint(p.untyped_storage().data_ptr() for p in slim.model.parameters())
 
 
 def test_inplace_depth_pruning(model: PreTrainedModel) -> None:
@@ -118,3 +91,184 @@ def test_paper_table_for_the_7b_shape() -> None:
         assert result.report.parameters[1] / 1e9 == pytest.approx(billions, abs=0.005)
         assert result.report.macs[0] / 1e9 == pytest.approx(424, abs=0.5)
         assert result.report.macs[1] / 1e9 == pytest.approx(giga, abs=0.6)
+
+
+SMALL = {
+    r"^calibrate.*$": "calibrate{tokens=16, samples=24, written=24}",
+    r"record-teacher.*$": "record-teacher{samples=16}",
+    r"epochs=[12]": "epochs=4",
+}
+
+
+def small(name: str) -> str:
+    """An installed recipe with fewer and shorter samples."""
+    text = str(read_recipe(name))
+    for old, new in SMALL.items():
+        text = re.sub(old, new, text, count=1, flags=re.MULTILINE)
+    return text
+
+
+@pytest.mark.slow
+def test_the_default_recipe_needs_a_tokenizer_alone(model: PreTrainedModel) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = fxprune.prune(model, tokenizer=character_tokenizer(), recipe=small("balanced"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert abs(result.report.achieved - 0.2) < 0.005
+    assert result.report.verification_error is not None and result.report.verification_error < 1e-4
+    notes = "\n".join(result.report.notes)
+    assert (
+        "calibrated on 8 samples that the model generated, and 16 of built-in text" in notes
+        and "passed as calibration, do better" in notes
+    )
+    assert "weights were fitted by least squares" in notes and "on built-in text of another kind" in notes
+    assert {name.rpartition("/")[2] for name in result.report.widths} == {"mlp"}, "MLP channels go before heads"
+    with torch.no_grad():
+        ids = token_ids(2, 9)
+        assert torch.allclose(result.graph_module(ids).logits, result.model(ids).logits, atol=1e-4)
+
+
+def test_a_model_without_mlp_channels_loses_heads(model: PreTrainedModel) -> None:
+    """The kinds that come first are no more than that."""
+    result = fxprune.prune(model, token_ids(6, 12), recipe=small("balanced"), kinds="head", ratio=0.05)
+    assert {name.rpartition("/")[2] for name in result.report.widths} == {"head"}
+
+
+def test_an_importance_without_data_fits_nothing_and_with_data_what_the_recipe_fits(model: PreTrainedModel) -> None:
+    plain = fxprune.prune(model, importance="l2")
+    whole = model.state_dict()
+    for name, value in plain.model.state_dict().items():
+        kept = whole[name]
+        for axis, units in plain.plan.kept.get(name, {}).items():
+            kept = kept.index_select(axis, torch.tensor(units))
+        assert torch.equal(value, kept)
+    fitted = fxprune.prune(model, importance="l2", tokenizer=character_tokenizer(), recipe=small("fast"))
+    found = [any("fitted" in note for note in result.report.notes) for result in (plain, fitted)]
+    assert found == [False, True]
+
+
+STEPS = """
+calibrate{{file='{rows}'}}
+find-groups
+{importance}
+select-by-ratio{{ratio=0.25, protect=[]}}
+{compensate}
+shrink{{verify}}
+emit-model
+make-report
+"""
+
+
+class Plain(nn.Module):
+    """A language model that is not one of transformers': an embedding, two networks and a readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(131, 12), nn.Linear(12, 131)
+        self.body = nn.ModuleList(nn.Sequential(nn.Linear(12, 30), nn.GELU(), nn.Linear(30, 12)) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for part in self.body:
+            x = x + part(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def model_and_inputs(family: str) -> tuple[Any, dict[str, torch.Tensor] | None]:
+    torch.manual_seed(0)
+    return (Plain().eval(), {"ids": token_ids()}) if family == "plain" else (tiny(family), None)
+
+
+SCORED, FITTED = ("taylor{order=second}", ""), ("l2", "least-squares")
+
+
+CASES = [(family, *steps) for family in ("llama", "gpt2", "mixtral", "plain") for steps in (SCORED, FITTED)]
+
+
+@pytest.mark.parametrize("case", tiers(CASES, ("gpt2", *SCORED), ("plain", *FITTED)), ids="-".join)
+def test_a_pipeline_of_names_equals_prune(case: tuple[str, str, str], tmp_path: Path) -> None:
+    family, importance, compensate = case
+    model, inputs = model_and_inputs(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = token_ids(4, 12)
+    rows = tmp_path / "rows.jsonl"
+    name = "input_ids" if inputs is None else "ids"
+    rows.write_text("\n".join(json.dumps({name: row}) for row in ids.tolist()))
+    text = STEPS.format(rows=rows, importance=importance, compensate=compensate)
+    if family != "plain":
+        text += f"save-checkpoint{{folder='{tmp_path / 'by_name'}'}}"
+    pipeline = fxprune.Pipeline(text)
+    assert str(fxprune.Pipeline(str(pipeline))) == str(pipeline)
+    slim = pipeline(fxprune.trace(model, inputs).graph_module).graph_module
+    facts = fxprune.facts_of(slim)
+    options: dict[str, Any] = {"compensate": compensate} if compensate else {}
+    options |= {
+        "recipe": "llm-pruner",
+        "importance": importance,
+        "ratio": 0.25,
+        "protect": (),
+        "example_inputs": inputs,
+    }
+    result = fxprune.prune(model, ids, **options)
+    assert str(slim.graph) == str(result.graph_module.graph) and slim.code == result.graph_module.code
+    assert same(dict(slim.state_dict()), dict(result.graph_module.state_dict()))
+    assert facts[fxprune.Removed].removal.plan == result.plan
+    assert without_source(facts[fxprune.Report]) == without_source(result.report)
+    assert result.report.verification_error is not None
+    assert same(before, model.state_dict())
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert own.isdisjoint(id(tensor) for tensor in (*slim.parameters(), *slim.buffers()))
+    emitted = facts[fxprune.Emitted].model
+    if family == "plain":
+        assert emitted is None and result.model is None
+        return
+    assert emitted is not None and same(emitted.state_dict(), result.model.state_dict())
+    assert own.isdisjoint(id(tensor) for tensor in (*emitted.parameters(), *emitted.buffers()))
+    result.save_pretrained(tmp_path / "by_call")
+    assert saved(tmp_path / "by_call") == saved(tmp_path / "by_name")
+
+
+def without_source(report: fxprune.Report) -> fxprune.Report:
+    """A report without the source of the samples and the quality, which a pipeline does not measure."""
+    assert report.calibration is not None
+    return replace(report, calibration=replace(report.calibration, source=""), quality=None, unmeasured="")
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """The files of a checkpoint, without the seconds that passes took, how these were spelled, and the quality."""
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(files.pop("fxprune.json"))
+    assert manifest.pop("digest")
+    report = json.loads(files["report.json"])
+    assert report["calibration"].pop("source")
+    assert {report.pop("quality"), report.pop("unmeasured")} <= {None, "", "there was no tokenizer"}
+    assert {stage for stage, *_ in report.pop("passes")} > {"discover", "select"}
+    for name in ("README.md", "report.html", "report.json"):
+        assert files.pop(name) and manifest["files"].pop(name)
+    return {**files, "fxprune.json": manifest, "report.json": report}
+
+
+@pytest.mark.parametrize("inplace", tiers([False, True], True))
+def test_prune_runs_the_pipeline_it_prints(inplace: bool) -> None:
+    options: dict[str, Any] = {"recipe": "llm-pruner", "importance": "l1{reduction=max}", "inplace": inplace}
+    options |= {"ratio": 0.3, "protect": (1, 0)}
+    pipeline = fxprune.prune_pipeline(**options)
+    assert str(pipeline).splitlines() == [
+        "find-groups",
+        "l1{reduction=max}",
+        "select-by-ratio{protect=[1, 0], ratio=0.3}",
+        "shrink{verify}",
+        "emit-model",
+        "make-report",
+    ]
+    read = fxprune.Pipeline(str(pipeline))
+    mine, theirs = tiny("llama"), tiny("llama")
+    slim = read(fxprune.trace(mine).graph_module, inplace=inplace).graph_module
+    result = fxprune.prune(theirs, **options)
+    assert same(dict(slim.state_dict()), dict(result.graph_module.state_dict()))
+    assert fxprune.facts_of(slim)[fxprune.Report] == replace(result.report, unmeasured="")
+    assert (result.model is theirs) is inplace
+    assert (fxprune.facts_of(slim)[fxprune.Emitted].model is mine) is inplace

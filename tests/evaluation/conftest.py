@@ -17,5 +17,4 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="package")
 def slim() -> fxprune.Result:
-    """``model``, pruned."""
     return remembered.pruned("llama", importance="l2", protect=())

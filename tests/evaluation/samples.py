@@ -20,6 +20,5 @@ SCHEMAS = [
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    """Put rows into a file of JSON lines."""
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path

@@ -31,7 +31,6 @@ def uneven(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def even(family: str, **changes: Any) -> PreTrainedModel:
-    """A model whose blocks are alike."""
     sizes = {} if family in MORE_FAMILIES else {**PLAIN, "max_position_embeddings": 256, "num_hidden_layers": 2}
     return fill(tiny(family, **{**sizes, **changes}))
 

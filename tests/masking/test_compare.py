@@ -141,7 +141,6 @@ def decided(dense: fx.GraphModule, *kinds: str) -> fx.GraphModule:
 
 
 def damage(slim: fx.GraphModule, name: str) -> None:
-    """Change a weight a little."""
     with torch.no_grad():
         dict(slim.named_parameters())[name].mul_(1.01)
 

@@ -1,22 +1,45 @@
-"""The loss of a sample where a model predicts no next tokens: its own on labels, or the divergence."""
+"""Runs with masked units, what is minimised there, and logits of a teacher."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
-from fxprune.data.calibration import IGNORED, Sample
+import fxprune
+from fxprune.axes import Keep
+from fxprune.data.calibration import IGNORED, Sample, next_token_loss
 from fxprune.data.samples import read_calibration
+from fxprune.discovery.groups import consumers_of, find_consumers, units_at
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.facts import facts_of
+from fxprune.graph.facts import facts_of, fork
+from fxprune.graph.tensors import weights
+from fxprune.masking import teacher as masking_teacher
+from fxprune.masking.compare import compare, masked_outputs
+from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, UntouchedRun, spread_gates
 from fxprune.masking.objective import Objective, drawn_divergence, gives_classes, own_loss, predicts_next, sample_loss
+from fxprune.masking.teacher import (
+    TeacherBatch,
+    TeacherBatches,
+    divergence,
+    record_teacher_logits,
+    rejection,
+    run_logits,
+)
+from fxprune.offload.files import offload_to
+from fxprune.pipeline.pipeline import Pipeline
+from fxprune.rules import picked
 from fxprune.trace import trace
 from tests.architectures.library import LIBRARY, stirred
-from tests.models import tiny
+from tests.models import tiny, token_ids
+from tests.oracle import Net, axes_of, decide, discover, groups_of, removal_of
 from tests.remembered import grouped
+from tests.zoo import tiny_model
 
 IDS = torch.randint(3, 31, (2, 6), generator=torch.Generator().manual_seed(1))
 
@@ -93,3 +116,196 @@ def test_squared_gradients_are_the_curvature_of_the_divergence(classes: bool) ->
 def test_a_graph_without_a_float_output_has_no_divergence() -> None:
     with pytest.raises(PassError, match="no float tensor"):
         drawn_divergence(torch.ones(2, dtype=torch.long), True, 0, "taylor")
+
+
+UNITS = np.array([True, False, True, True, False, True])
+
+
+def test_narrow_weights_are_run_in_float32() -> None:
+    net = Net(lambda net, x: net.a(x), a=nn.Linear(3, 4))
+    graph_module = discover(net, {"x": torch.randn(2, 3)}).bfloat16()
+    x = torch.randn(2, 3)
+    found = PreciseRun(graph_module).run(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, F.linear(x, net.a.weight.float(), net.a.bias.float()))
+    assert graph_module.a.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_matrices_of_experts_are_not_copied_for_each_row(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values and gradients are those of products with copies; GPT-OSS's weights are the second factor."""
+    dense, runs = discover(tiny_model(family), {"input_ids": token_ids(2, 5)}), []
+    weight = next(tensor for name, tensor in weights(dense) if name.endswith("experts.down_proj"))
+    for least, count in ((1 << 40, 0), (0, 4)):
+        monkeypatch.setattr(picked, "_LARGE", least)
+        run, values = UntouchedRun(dense), []
+        value = run.run_nodes((token_ids(3, 7),), lambda _, value, kept=values: (kept.append(value), value)[1])
+        (found,) = torch.autograd.grad(value.logits.square().sum(), weight)
+        runs.append((value.logits, found))
+        assert sum(isinstance(value, tuple) and picks_size(value) for value in values) == count
+    for plain, other in zip(*runs, strict=True):
+        assert compare([plain], [other]) < 1e-5
+
+
+def picks_size(value: tuple[Any, ...]) -> bool:
+    return len(value) == 2 and all(isinstance(one, torch.Tensor) for one in value) and value[0].dim() == 3
+
+
+def test_a_statistic_is_taken_at_other_sizes_than_the_traced_ones() -> None:
+    """A mean over tokens and units joined to one axis was taken over the units of as many tokens as were traced."""
+    net = Net(lambda m, x: m.b(m.a(x).flatten(1).mean(1, keepdim=True).exp()), a=nn.Linear(3, 6), b=nn.Linear(1, 2))
+    dense = discover(net, {"x": torch.randn(2, 5, 3)})
+    (group,) = (group for group in groups_of(dense) if group.size == 6)
+    assert group.factor is not None and group.renormalised
+    x = torch.randn(3, 4, 3)
+    by_hand = net.b(net.a(x)[..., torch.from_numpy(UNITS)].mean((1, 2))[:, None].exp())
+    found = MaskedRun(dense, removal_of(dense, Keep({group.factor: UNITS}))).run(x)
+    assert torch.allclose(found, by_hand, atol=1e-6)
+
+
+def test_an_axis_of_which_code_took_the_first_entries_has_the_size_of_the_run() -> None:
+    """The tokens were one and a rest of unknown size; more of them were taken for units than there are."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.a(x)
+        first, second = h[..., :3], h[..., 3:]
+        both = torch.cat((second, first), -1).flatten(1).std(1, keepdim=True)
+        return m.b(both.exp()) + h[:, :1].mean() + m.c(second).mean()
+
+    net = Net(body, a=nn.Linear(3, 6), b=nn.Linear(1, 2), c=nn.Linear(3, 2))
+    dense = discover(net, {"x": torch.randn(2, 3, 3)})
+    halves = [group for group in groups_of(dense) if group.size == 3 and group.renormalised]
+    for group in halves:
+        assert group.factor is not None
+        keep = Keep({group.factor: np.array([True, True, False])})
+        x = torch.randn(3, 4, 3)
+        work = fork(dense)
+        decide(work, keep)
+        slim = Pipeline("shrink")(work).graph_module
+        assert torch.allclose(MaskedRun(dense, removal_of(dense, keep)).run(x), slim(x), atol=1e-6)
+    assert halves
+
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_gates_mask_units_and_take_the_gradients() -> None:
+    net = Net(lambda m, x: m.b(m.a(x).relu()) + m.c(m.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    net.c = nn.Linear(4, 2)
+    dense = discover(net, {"x": X})
+    (group,) = groups_of(dense)
+    assert group.factor is not None
+    consumers = consumers_of(group, find_consumers(dense.graph, axes_of(dense)))
+    assert [c.name for c in consumers] == ["b.weight", "c.weight"]
+    units = np.array([True, False, True, False])
+    gates = torch.from_numpy(units).float().requires_grad_()
+    spread = {c: spread_gates(gates, units_at(group, c, axes_of(dense))) for c in consumers}
+    found = GatedRun(dense, spread).run(X)
+    assert compare(masked_outputs(dense, removal_of(dense, Keep({group.factor: units})), {"x": X}), [found]) < 1e-6
+    found.sum().backward()
+    hidden = net.a(X).relu()
+    slope = (hidden * (net.b.weight.sum(0) + net.c.weight.sum(0))).sum(0)
+    torch.testing.assert_close(gates.grad, slope.detach())
+    assert all(p.grad is None for p in net.parameters())
+    ones = {c: torch.ones(4) for c in consumers}
+    assert torch.equal(GatedRun(dense, ones).run(X), net(X))
+    spread = spread_gates(torch.tensor([0.5, 0.25]), np.array([1, -1, 0, 0]))
+    assert spread.tolist() == [0.25, 1, 0.5, 0.5]
+
+
+SAMPLES = [Sample({"x": torch.randn(1, n, 3)}, torch.zeros(1, n)) for n in (4, 5, 4)]
+
+
+def test_all_classes_kept_give_the_divergence_and_few_give_less() -> None:
+    net = Net(lambda m, x: m.a(x), a=nn.Linear(3, 9))
+    dense = discover(net, {"x": torch.randn(2, 4, 3)})
+    other = nn.Linear(3, 9)
+    found = []
+    for kept in (9, 3):
+        teacher = record_teacher_logits(dense, SAMPLES, kept, 2, lambda batches, _: batches)
+        assert [one.sample for one in teacher] == SAMPLES
+        total = sum(
+            float(divergence(other(batch.inputs["x"]), batch)) * batch.classes.shape[0] * batch.classes.shape[1]
+            for batch in TeacherBatches(teacher, dense, 2)
+        )
+        found.append(total / 13)
+    x = torch.cat([sample.inputs["x"][0] for sample in SAMPLES])
+    said, wanted = other(x).log_softmax(-1), net.a(x).log_softmax(-1)
+    whole = float((wanted.exp() * (wanted - said)).sum(-1).mean())
+    assert found[0] == pytest.approx(whole, rel=0.01)
+    assert 0 < found[1] < whole
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.3])
+@pytest.mark.parametrize("sure", [False, True])
+def test_the_gradient_is_that_of_the_formula(sure: bool, truth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all probability is on kept classes, so that what is left for the others counts as the least."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(masking_teacher, "_CHUNK", 4 * 9)  # the six rows in two chunks
+    wanted = torch.randn(2, 3, 9, dtype=torch.float64).log_softmax(-1)
+    likely, classes = wanted.topk(4, dim=-1)
+    likelihoods = torch.cat((likely, (1 - likely.exp().sum(-1, keepdim=True)).log()), dim=-1)
+    logits = torch.randn(2, 3, 9)
+    if sure:
+        logits.scatter_add_(-1, classes, torch.full(classes.shape, 40.0))
+    logits.requires_grad_()
+    labels = torch.tensor([[1, 2, 8], [0, IGNORED, 4]])
+    batch = TeacherBatch({}, classes, likelihoods.float(), labels)
+    found = divergence(logits, batch, truth)
+    (gradient,) = torch.autograd.grad(3 * found, logits)
+
+    said = logits.log_softmax(-1).gather(-1, classes)
+    others = (1 - said.exp().sum(-1, keepdim=True)).clamp_min(1e-7).log()
+    by_formula = (batch.likelihoods.exp() * (batch.likelihoods - torch.cat((said, others), dim=-1))).sum(-1).mean()
+    by_formula = by_formula + truth * next_token_loss(logits, labels)
+    torch.testing.assert_close(found, by_formula)
+    wanted_gradient = torch.autograd.grad(3 * by_formula, logits)[0]
+    torch.testing.assert_close(gradient, wanted_gradient)
+    narrow = logits.detach().bfloat16().requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence(narrow, batch, truth), narrow)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(3 * gradient.float(), wanted_gradient, atol=0.02, rtol=0.05)
+
+
+def test_rejection_is_what_two_distributions_do_not_share() -> None:
+    """All classes kept, it is half of the sum of absolute differences; few kept, it is less."""
+    torch.manual_seed(0)
+    wanted, logits = torch.randn(2, 3, 9).log_softmax(-1), torch.randn(2, 3, 9)
+    found = []
+    for kept in (9, 3):
+        likely, classes = wanted.topk(kept, dim=-1)
+        others = (1 - likely.exp().sum(-1, keepdim=True)).clamp_min(0).log()
+        batch = TeacherBatch({}, classes, torch.cat((likely, others), dim=-1), classes[..., 0])
+        assert rejection(wanted, batch) == pytest.approx(0, abs=1e-6)
+        found.append(float(rejection(logits, batch)))
+    apart = (wanted.exp() - logits.softmax(-1)).abs().sum(-1).mean() / 2
+    assert found[0] == pytest.approx(float(apart), rel=1e-5)
+    assert 0 < found[1] < found[0]
+
+
+def test_outputs_that_are_no_classes_draft_nothing() -> None:
+    batch = TeacherBatch({}, torch.empty(2, 1, 0, dtype=torch.long), torch.randn(2, 1, 4), torch.zeros(2, 1))
+    with pytest.raises(PassError, match="drafts no tokens"):
+        rejection(torch.randn(2, 1, 4), batch)
+
+
+def test_a_model_without_logits_for_each_position_is_refused() -> None:
+    dense = discover(Net(lambda m, x: m.a(x).sum(), a=nn.Linear(3, 2)), {"x": torch.randn(2, 3)})
+    with pytest.raises(PassError, match="no logits to learn from"):
+        run_logits(UntouchedRun(dense), {"x": torch.randn(2, 3)})
+
+
+def test_few_logits_at_once_where_weights_are_in_files(tmp_path: Path) -> None:
+    """Those in a named output were not counted, and samples ran four at a time."""
+    model = tiny("llama")
+    dense = fxprune.trace(model).graph_module
+    samples = [Sample({"input_ids": token_ids(1, 8)}, token_ids(1, 8)) for _ in range(4)]
+    logits = 4 * 8 * model.config.vocab_size
+    for share, size in ((2.5, 2), (0.5, 1), (99.0, 4)):
+        monkeypatch = pytest.MonkeyPatch()
+        whole = sum(tensor.nbytes for _, tensor in weights(dense))
+        monkeypatch.setattr(masking_teacher, "_LARGEST_LOGITS", share * logits / whole)
+        with offload_to(tmp_path):
+            assert masking_teacher.batch_size(dense, samples, 4) == size
+        monkeypatch.undo()
+    assert masking_teacher.batch_size(dense, samples, 4) == 4, "in memory"

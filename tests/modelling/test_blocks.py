@@ -1,14 +1,24 @@
-"""Blocks built one by one."""
+"""Blocks of individual widths: built, overridden, kept in configs; and a source that stands alone."""
 
 from __future__ import annotations
 
+import ast
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from fxprune.modelling.blocks import BUILT_AT, builder_of, names_index
+import fxprune.modelling
+from fxprune.modelling.blocks import BUILT_AT, CannotBuildError, block_config, builder_of, names_index
+from fxprune.modelling.layerwise import SECTION, Overrides, amend_config, apply_overrides, build_blocks, overrides_in
+from fxprune.modelling.table_rows import INPUTS, select_inputs
 
 
 class Numbered(nn.Module):
@@ -98,3 +108,155 @@ def test_a_kind_is_built_where_its_class_builds_it() -> None:
     assert held[BUILT_AT] == {"index": 2, "fields": {"depth": 3}}
     again = builder_of(block, held[BUILT_AT])
     assert again is not None and isinstance(again(given, 0).inner, nn.Linear)
+
+
+WHERE = {"class": "Stock", "blocks": "model.layers", "part": ""}
+OVERRIDES = Overrides(
+    block_fields={"model.layers.1": {"intermediate_size": 24}},
+    attributes={"model.norm": {"note": 3}},
+    written_afterwards={"pad_token_id": 5},
+)
+
+
+def config_with(section: Any) -> PreTrainedConfig:
+    config = AutoConfig.for_model("llama")
+    vars(config)[SECTION] = section
+    return config
+
+
+def test_sections_of_the_first_releases_are_read() -> None:
+    place = {"index": 3, "fields": {"num_hidden_layers": 4}}
+    earlier = {**WHERE, "layers": {"0": {}}, "places": {"2": place}, "holds": {"n": 1}, "built_with": {"n": 2}}
+    assert overrides_in(config_with(earlier)) == Overrides(
+        block_fields={"model.layers.0": {}},
+        built_at={"model.layers.2": place},
+        written_afterwards={"n": 1},
+        built_with={"n": 2},
+    )
+
+
+@pytest.mark.parametrize("section", [{"layers": []}, {"attributes": 3}, {"layers": {"first": {}}}])
+def test_what_is_no_section_is_refused(section: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"fxprune|first"):
+        overrides_in(config_with(section))
+
+
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_fields_of_blocks_are_kept_apart_where_stock_code_would_read_them(part: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"text_config": {"n": 1}} if part else {"per_layer_config": {"0": {}}}))
+    amend_config(tmp_path, OVERRIDES, {**WHERE, "part": part})
+    told = json.loads(file.read_text())
+    assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}}
+    assert told.get("per_layer_config") == (None if part else {"0": {}})
+
+
+def test_fields_of_blocks_are_kept_apart_where_the_config_counts_no_layers(tmp_path: Path) -> None:
+    """HGNet and PVT have lists of depths in place of ``num_hidden_layers``: their configs could not be loaded."""
+    (tmp_path / "config.json").write_text("{}")
+    amend_config(tmp_path, OVERRIDES, WHERE, None)
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}} and "per_layer_config" not in told
+
+
+class Block(nn.Module):
+    def __init__(self, two_fields: Any, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.layer_idx, self.more = layer_idx, getattr(two_fields, "more", None)
+        self.up = nn.Linear(2, two_fields.width)
+
+
+def two_fields() -> PreTrainedConfig:
+    made = PreTrainedConfig()
+    vars(made).update(width=4, more=1)
+    return made
+
+
+def model() -> nn.Module:
+    made = nn.Module()
+    made.blocks = nn.ModuleList(Block(two_fields(), index) for index in range(3))
+    return made
+
+
+def test_a_block_that_cannot_be_built_is_named() -> None:
+    made = model()
+    made.blocks[0] = nn.Linear(2, 2)
+    with pytest.raises(CannotBuildError, match=r"blocks\.0"):
+        build_blocks(made, lambda _: two_fields(), Overrides(block_fields={"blocks.0": {}}))
+
+
+def test_attributes_shapes_and_inputs_are_set() -> None:
+    made = nn.Module()
+    made.norm, made.block = nn.LayerNorm(4), model().blocks[0]
+    made.norm.register_buffer("table", torch.zeros(4), persistent=False)
+    made.norm.weight.requires_grad_(False)
+    inputs = {"block": {"x": {"axis": 0, "of": 2, "kept": [1]}}}
+    overrides = Overrides(
+        attributes={"norm": {"normalized_shape": [3], "eps": 0.1}},
+        shapes={"norm.weight": [3]},
+        buffers={"norm.table": [5]},
+        inputs=inputs,
+    )
+    apply_overrides(made, overrides)
+    assert made.norm.normalized_shape == (3,) and made.norm.eps == 0.1
+    assert made.norm.weight.shape == (3,) and not made.norm.weight.requires_grad
+    assert made.norm.table.shape == (5,) and "norm.table" in made.state_dict()
+    assert vars(made.block)[INPUTS] == inputs["block"]
+
+
+FOLDER = Path(fxprune.modelling.__file__).parent
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_module_imports_torch_transformers_and_its_like(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            for name in names:
+                known = name.startswith("fxprune.modelling.") or name.partition(".")[0] in sys.stdlib_module_names
+                assert known or name.partition(".")[0] in ("torch", "transformers"), name
+
+
+def test_no_name_is_defined_twice() -> None:
+    names: list[str] = []
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.append(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names += [target.id for target in targets if isinstance(target, ast.Name) and target.id != "__all__"]
+    assert sorted(names) == sorted(set(names)) and len(names) > 20
+
+
+class Add(nn.Module):
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return x if bias is None else x + bias
+
+
+def test_what_is_no_table_goes_in_as_it_is() -> None:
+    module = Add()
+    select_inputs(module, {"bias": {"axis": 1, "of": 4, "kept": [0]}, "x": {"axis": 3, "of": 2, "kept": [0]}})
+    x = torch.ones(2, 3)
+    assert torch.equal(module(x), x), "no bias, and an input with fewer axes"
+    assert torch.equal(module(x, torch.ones(1, 1)), x + 1), "one row for all"
+
+
+def test_the_choice_of_kernels_is_the_models() -> None:
+    config = AutoConfig.for_model("llama")
+    own = block_config(config, {})
+    config._attn_implementation = "eager"
+    assert own._attn_implementation == "eager"
+    own._attn_implementation = "sdpa"
+    assert own._attn_implementation == config._attn_implementation == "eager"
+
+
+def test_copies_of_it_still_follow() -> None:
+    config = AutoConfig.for_model("llama")
+    config._attn_implementation = "eager"
+    own = block_config(config, {"intermediate_size": 24})
+    for again in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert type(again) is type(own) and again.intermediate_size == 24
+        assert again._attn_implementation == "eager"
+    assert type(block_config(config, {})) is type(own), "one class for all"

@@ -72,7 +72,6 @@ def start(act: Callable[[], object]) -> int:
 
 
 def succeeded(child: int) -> bool:
-    """Whether a child came to its end; False if it was killed on the way."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

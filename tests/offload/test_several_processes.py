@@ -1,29 +1,48 @@
-"""Collectives of two and three processes: one decision, one error, and waiting for the first to write."""
+"""Several processes, and models on several devices."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 import fxprune
-from fxprune.errors import FxpruneError
+from fxprune.errors import ArgumentError, FxpruneError, PassError, UnsupportedModelError
+from fxprune.evaluation import perplexity
 from fxprune.offload import ranks
 from fxprune.offload.files import cached, caching, offload_to, uncache
 from fxprune.offload.ranks import (
     all_reduce,
     barrier,
+    broadcast,
+    broadcast_object,
+    check_one_device,
     check_same,
+    check_trainable,
+    check_unsharded,
     decide_on_first,
+    input_device,
+    is_first,
+    is_sharded,
     own_elements,
+    process_group,
+    rank,
     reduce_to_own,
     run_on_first,
+    shard,
+    shard_indices,
     start_gather,
 )
 from tests.forked import in_processes
-from tests.models import tiny
+from tests.models import tiny, token_ids
 
 
 def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -> None:
@@ -119,3 +138,112 @@ def test_processes_that_end_with_other_weights_all_raise_it(tmp_path: Path) -> N
 
     said = in_processes(work, 2, tmp_path)
     assert said[0] == said[1] and "process 1 and the first process differ in the slim weights" in said[0]
+
+
+OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "ratio": 0.2, "protect": ()}
+PLACES = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "dense"
+    tiny("llama", num_hidden_layers=2).save_pretrained(path)
+    return path
+
+
+def mapped(folder: Path, device_map: dict[str, str], tmp_path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offloaded")
+
+
+@pytest.mark.slow
+def test_a_device_map_to_one_device_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    plain = fxprune.prune(AutoModelForCausalLM.from_pretrained(folder), token_ids(4), **OPTIONS)
+    model = dispatch_model(mapped(folder, dict.fromkeys(PLACES, "cpu"), tmp_path), {"": "cpu"}, force_hooks=True)
+    assert hasattr(model, "_hf_hook"), "as when something else was on another device"
+    found = fxprune.prune(model, token_ids(4), **OPTIONS)
+    assert found.plan == plain.plan and found.report.verification_error is not None
+    found.save_pretrained(tmp_path / "slim")
+    ids = token_ids(2)
+    loaded = fxprune.from_pretrained(tmp_path / "slim")
+    torch.testing.assert_close(loaded(ids).logits, plain.model(ids).logits)
+
+
+@pytest.mark.parametrize("disk", [("model.layers.1",), PLACES], ids=["a layer", "all"])
+def test_an_offloaded_model_is_not_traced_or_trained_and_can_be_measured(
+    folder: Path, disk: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Where all was offloaded, it was traced on meta and failed inside accelerate; measuring it failed as well."""
+    model = mapped(folder, {place: "disk" if place in disk else "cpu" for place in PLACES}, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"device_map has offloaded it.*prune_checkpoint"):
+        fxprune.trace(model)
+    with pytest.raises(UnsupportedModelError, match=r"offloaded it.*fsdp"):
+        check_trainable(model, "pruned")
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    assert float(perplexity(model, token_ids(4))) == pytest.approx(float(perplexity(whole, token_ids(4))), rel=1e-6)
+    with pytest.raises(UnsupportedModelError, match="offloaded"):
+        fxprune.trace(cpu_offload(whole))
+
+
+def test_several_devices_are_refused_by_what_put_them_there() -> None:
+    """The remedy was model.to, which accelerate refuses for a model that it has put on several devices."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    check_unsharded(model)
+    with pytest.raises(UnsupportedModelError, match=r"is on meta while 0\.weight is on cpu.*model\.to\('cpu'\)"):
+        check_one_device(model)
+    add_hook_to_module(model[0], SequentialHook(AlignDevicesHook(execution_device="cpu")))
+    with pytest.raises(UnsupportedModelError, match="prune_checkpoint"):
+        check_one_device(model)
+
+
+def test_inputs_go_to_the_first_parameter_or_to_where_it_will_be() -> None:
+    assert input_device(nn.ReLU()) is None
+    assert input_device(nn.Linear(2, 2)) == torch.device("cpu")
+    model = nn.Linear(2, 2, device="meta")
+    assert input_device(model) == torch.device("meta")
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", offload=True, weights_map={}))
+    assert input_device(model) == torch.device("cpu")
+
+
+def test_a_plain_model_is_neither_sharded_nor_refused() -> None:
+    model = tiny("llama")
+    check_unsharded(model)
+    check_one_device(model)
+    check_trainable(model, "pruned")
+    assert not is_sharded(model)
+    with pytest.raises(UnsupportedModelError, match="weights are on meta"):
+        check_trainable(nn.Linear(2, 2, device="meta"), "pruned")
+
+
+def test_one_process_does_everything() -> None:
+    sums = torch.tensor([1.0, 2.0])
+    all_reduce([sums])
+    broadcast([sums])
+    with process_group():
+        assert shard([3, 4, 5]) == (3, 4, 5) and rank() == 0 and is_first() and broadcast_object("x") == "x"
+    assert sums.tolist() == [1.0, 2.0] and list(shard_indices(3)) == [0, 1, 2]
+    assert run_on_first(lambda: 7, FxpruneError) == 7
+    with pytest.raises(KeyError):
+        run_on_first(lambda: {}["missing"], FxpruneError)
+
+
+def test_a_collective_whose_other_side_is_gone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told as a failure of the user's model."""
+    monkeypatch.setattr(ranks, "_is_distributed", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    raised = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]: Connection reset by peer")
+    monkeypatch.setattr(ranks.dist, "all_reduce", Mock(side_effect=[raised, RuntimeError("out of memory")]))
+    with pytest.raises(PassError, match="another process has ended"):
+        all_reduce([torch.ones(2)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        all_reduce([torch.ones(2)])
+
+
+def test_a_model_that_hooks_offload_is_pruned() -> None:
+    """It has no device map, and its slim model was dispatched by one at the end."""
+    model = cpu_offload(tiny("llama"), execution_device="cpu")
+    options: dict[str, Any] = {"importance": "l2", "recipe": "llm-pruner", "protect": (), "ratio": 0.2}
+    result = fxprune.prune(model, **options)
+    assert result.plan == fxprune.prune(tiny("llama"), **options).plan
+    assert all(parameter.device.type == "cpu" for parameter in result.model.parameters())
+    with pytest.raises(ArgumentError, match="inplace: the weights of a distributed model are gathered in a copy"):
+        fxprune.prune(model, inplace=True, **options)

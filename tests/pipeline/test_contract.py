@@ -44,7 +44,6 @@ def small() -> fx.GraphModule:
 
 
 def llama() -> fx.GraphModule:
-    """The graph of a tiny model."""
     return remembered.traced("llama", num_hidden_layers=2)
 
 
@@ -352,7 +351,6 @@ class PlainPass(Pass):
     limit: float = argument(4.0, "A limit.")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Do nothing."""
         return PassResult(graph_module, False)
 
 

@@ -1,22 +1,29 @@
-"""A pipeline notes which passes ran and how long they took."""
+"""Pipelines: what they note, show in notebooks, and tell of their progress."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import inspect
+import io
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import fx, nn
 
+import fxprune
 from fxprune.errors import PassError
 from fxprune.graph.facts import facts_of
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.pipeline.pipeline import Pipeline, Ran
+from fxprune.pipeline.pipeline import Pipeline, Ran, html_table
+from fxprune.pipeline.progress import RunBar, run_bar
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
+from tests.models import tiny
 from tests.oracle import Net
 
 
@@ -66,8 +73,6 @@ def test_the_code_of_a_graph_is_written_when_it_is_read_and_is_that_of_the_slim_
 
 
 class Stop(Pass):
-    """A pass that raises."""
-
     name = "stop"
     stage = "shrink"
     changes = "nothing"
@@ -105,3 +110,70 @@ def test_garbage_of_a_graph_without_weights_is_looked_for_when_all_is_done(devic
         assert not gc.isenabled(), "a collector switched off by the user stays off"
     finally:
         gc.enable() if before else gc.disable()
+
+
+def test_texts_and_tables_of_objects_are_short() -> None:
+    traced = fxprune.trace(tiny("llama"))
+    groups = fxprune.find_groups(fxprune.dependency_graph(traced))
+    pipeline = fxprune.prune_pipeline(importance="l2", kinds=["mlp", "layer"], ratio=0.3)
+    result = fxprune.Result.of(pipeline(traced.graph_module).graph_module)
+    wide = next(group for group in groups if group.kind == "channel")
+    things: list[tuple[Any, tuple[str, ...]]] = [
+        (traced, ("LlamaForCausalLM", "71,664", "input_ids")),
+        (wide, ("model/channel", "48 units", "self_attn.q_proj.weight[1]", "3")),
+        (pipeline, ("l2", "select-by-ratio", "ratio=0.3")),
+        (result, ("LlamaForCausalLM", "71,664", "parameters")),
+        (result.plan, ("tensors shrink", "norms masked")),
+    ]
+    for thing, words in things:
+        assert "\n" not in repr(thing) and len(repr(thing)) < 400 and str(thing).count("\n") < 30
+        assert words[0] in repr(thing) and all(word in str(thing) and word in thing._repr_html_() for word in words)
+    assert str(Pipeline(str(pipeline))) == str(eval(repr(pipeline))) == str(pipeline)
+    text = html_table("<title>", [("a & b", 1)], ("what", "<b>"))
+    assert "&lt;title&gt;" in text and "a &amp; b" in text and "&lt;b&gt;" in text and text.count("<tr>") == 2
+
+
+def test_a_plan_folds_alike_blocks() -> None:
+    plan = fxprune.Plan({f"b.{i}.w": {0: list(range(i + 1))} for i in range(3)}, ("b.3",), {"b.0.w": {0: 9}})
+    assert str(plan).splitlines() == [
+        "3 tensors shrink, 1 block removed, norms sliced",
+        "  b.3: 0 kept",
+        "  b.*.w[0]: 1 to 3 of 9 kept",
+    ]
+
+
+def test_the_bar_goes_over_steps_by_their_work_and_never_back() -> None:
+    progress = Progress(console=Console(file=io.StringIO(), force_terminal=True), auto_refresh=False)
+    bar = RunBar(["calibrate", "find-groups", "l2"], [8.0, 1.0, 1.0], progress)
+    (task,) = progress.tasks
+    bar.begin("find-groups")
+    bar.begin("calibrate")
+    assert (task.total, task.completed, task.description) == (10, 1, "step 2 of 3: calibrate")
+    seen = []
+    for _ in bar.track(range(4), "writing samples", 4):
+        seen.append(task.completed)
+        assert list(bar.track("ab", "words", 2)) == ["a", "b"]
+    assert seen == [1, 3, 5, 7] and task.description == "step 2 of 3: writing samples"
+    for _ in bar.track(range(2), "checking them", 2):
+        assert task.completed == 7
+    bar.begin("unheard-of")
+    bar.begin("l2")
+    assert (task.completed, task.description) == (9, "step 3 of 3: l2")
+
+
+def test_there_is_no_bar_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with run_bar([]) as bar:
+        assert bar is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_prune_shows_its_bar_in_a_terminal_unless_told_not_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    options: dict[str, Any] = {"importance": "l2", "recipe": "llm-pruner", "verify": False}
+    fxprune.prune(tiny("llama"), **options, progress=False)
+    assert capsys.readouterr().err == ""
+    fxprune.prune(tiny("llama"), **options)
+    assert " of 7: " in capsys.readouterr().err  # quick steps may pass between two frames

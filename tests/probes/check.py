@@ -17,7 +17,7 @@ from fxprune.graph.facts import facts_of, fork, unshare
 from fxprune.masking.compare import compare
 from fxprune.pipeline.registry import load_pass
 from fxprune.trace.fidelity import Fidelity, tolerance
-from tests.oracle import axes_of, copy_of, decide, groups_of, keeps, slim_graph, zeroed
+from tests.oracle import Net, axes_of, copy_of, decide, groups_of, keeps, slim_graph, zeroed
 
 Inputs = Mapping[str, Any]
 Middle = Callable[[Any, torch.Tensor], Any]
@@ -25,28 +25,16 @@ Middle = Callable[[Any, torch.Tensor], Any]
 WIDTH = 6
 
 
-class Between(nn.Module):
+class Between(Net):
     """Two linear layers with something between them; units of the first may go where all else allows it."""
 
     def __init__(self, middle: Middle, out: int = WIDTH, **parts: Any) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.middle = middle
-        self.a = nn.Linear(4, WIDTH)
-        self.b = nn.Linear(out, 3)
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (batch, tokens, 3) for (batch, tokens, 4)."""
-        return self.b(self.middle(self, self.a(x)))  # type: ignore[no-any-return]
+        ends = {"a": nn.Linear(4, WIDTH), "b": nn.Linear(out, 3)}
+        super().__init__(lambda m, x: m.b(middle(m, m.a(x))), **ends, **parts)
 
 
 def numbers(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return the same random numbers for the same sizes."""
     return torch.randn(sizes, generator=torch.Generator().manual_seed(sum(sizes))).to(dtype)
 
 
@@ -120,7 +108,6 @@ def is_random(module: nn.Module, inputs: Inputs) -> bool:
 
 
 def run(module: nn.Module, inputs: Inputs, seed: int = 0) -> Sequence[torch.Tensor] | Exception:
-    """Return all tensors that come out, or what was raised."""
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -175,12 +162,10 @@ def state_of(module: nn.Module) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of inputs."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two structures hold the same values, bit for bit."""
     pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y or x == y for x, y in pairs)
 

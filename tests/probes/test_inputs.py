@@ -217,14 +217,11 @@ TABLES: dict[str, Row] = {
 
 
 class Complex(nn.Module):
-    """A linear layer of complex numbers."""
-
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.complex(numbers(out, width), numbers(out, width).cos()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return complex numbers (.., out)."""
         return x @ self.weight.mT
 
 

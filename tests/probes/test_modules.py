@@ -23,12 +23,10 @@ OTHERS = ({"x": numbers(3, 8, 4)},)
 
 
 def linear(*names: str, width: int = WIDTH, out: int = WIDTH, bias: bool = True) -> Parts:
-    """Linear layers by name."""
     return lambda: {name: nn.Linear(width, out, bias) for name in names}
 
 
 def weight(*shape: int) -> Parts:
-    """A parameter ``p``."""
     return lambda: {"p": nn.Parameter(numbers(*shape))}
 
 

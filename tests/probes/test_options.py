@@ -26,8 +26,6 @@ IDS = token_ids(2, 8)
 
 
 class Skipped(nn.Module):
-    """A block that is left out."""
-
     def forward(self, h: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return h
 

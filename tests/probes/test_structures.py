@@ -49,7 +49,6 @@ class Stack(nn.Module):
         self.head = nn.Linear(D, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (batch, tokens, 7)."""
         h = self.embed(x)
         for block in self.blocks:
             h = block(h)
@@ -334,10 +333,6 @@ def reversible(m: Any, h: torch.Tensor) -> Any:
     return torch.cat((a, b + m.g(a).relu()), -1)
 
 
-def shuffled_stream(m: Any, h: torch.Tensor) -> Any:
-    return plain_mlp(m, h.unflatten(-1, (3, 4)).mT.flatten(-2))
-
-
 def grouped_mlp(m: Any, h: torch.Tensor) -> Any:
     x = h.unflatten(-1, (3, 4))
     return h + torch.einsum("btgf,gfd->btgd", torch.einsum("btgd,gdf->btgf", x, m.up).relu(), m.down).flatten(-2)
@@ -414,7 +409,7 @@ STRUCTURES: dict[str, Sequence[tuple[Body, Sizes]]] = {
     "pooled tokens": [(pooled_tokens, MLP)],
     "unequal parts": [(unequal_parts, {"pa": (D, 4), "pb": (D, 8)}), (plain_mlp, MLP)],
     "reversible": [(reversible, {"f": (6, 6), "g": (6, 6)})] * 2,
-    "shuffled stream": [(shuffled_stream, MLP)] * 2,
+    "shuffled stream": [(lambda m, h: plain_mlp(m, h.unflatten(-1, (3, 4)).mT.flatten(-2)), MLP)] * 2,
     "grouped weights": [(grouped_mlp, {"up": (3, 4, 8), "down": (3, 8, 4)})],
 }  # fmt: skip
 
@@ -442,7 +437,6 @@ class Together(Stack):
             self.embed = nn.Linear(5, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (batch, tokens, 7)."""
         h = F.linear(x, self.head.weight.T) if self.how == "tied head" else self.embed(x)
         first, second, third, fourth = self.blocks
         if self.how == "shared values":

@@ -1,9 +1,9 @@
-"""Options of a prune: validated once, and applied to the recipe stage by stage."""
+"""Recipes, and options of a prune, applied to them stage by stage."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,13 +12,13 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 import fxprune
 from fxprune.api import prune_pipeline
-from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
-from fxprune.pipeline.contract import Pass
-from fxprune.pipeline.registry import parse_pass
-from fxprune.recipes import ApplyOptions, Options, option_table, read_recipe, resolve
-from fxprune.recipes.recipe import changed
+from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
+from fxprune.pipeline.contract import STAGES, Pass
+from fxprune.pipeline.registry import load_pass, parse_pass
+from fxprune.recipes import read_recipe, resolve
+from fxprune.recipes.recipe import Recipe, as_recipe, changed, made_for
 from fxprune.removal.plan import Plan
-from tests.models import token_ids
+from tests.models import tiny, token_ids
 
 IDS = token_ids(4, 12)
 
@@ -30,16 +30,12 @@ class DoesNothing(Pass):
 
 @dataclass(frozen=True, eq=False)
 class MySelection(DoesNothing):
-    """A selection without arguments."""
-
     name: ClassVar[str] = "mine"
     stage: ClassVar[str] = "select"
 
 
 @dataclass(frozen=True, eq=False)
 class MyTuning(DoesNothing):
-    """Tuning without a teacher."""
-
     name: ClassVar[str] = "my-tuning"
     stage: ClassVar[str] = "tune"
 
@@ -50,14 +46,6 @@ def lines(**options: Any) -> list[str]:
 
 def names(**options: Any) -> list[str]:
     return [step.name for step in prune_pipeline(**options).passes]
-
-
-def test_each_option_is_documented_and_has_a_default() -> None:
-    doc = inspect.getdoc(fxprune.prune) or ""
-    for name, (_, declared) in option_table(Options).items():
-        assert len(declared.doc) > 20 and f"{name}: " in doc
-    assert set(option_table(ApplyOptions)) < set(option_table(Options))
-    assert resolve({})["ratio"] is None and resolve({})["round_to"] == 1
 
 
 @pytest.mark.parametrize(
@@ -139,7 +127,16 @@ def test_options_win_over_the_recipe() -> None:
     group = lines(recipe=own, select="select-by-group-ratio{group_ratio=0.5}")[2]
     assert group.startswith("select-by-group-ratio{protect=[1, 0], group_ratio=0.5")
     assert "kinds=[mlp]" in lines(recipe=own, ratio={"mlp": 0.1})[1]
-    assert "memory=low" in lines(calibration=IDS, importance="taylor", inplace=True)[2]
+    paper = {"recipe": "llm-pruner", "calibration": IDS}
+    for more, spelled in (
+        ({"inplace": True}, "taylor{memory=low}"),
+        ({"inplace": True, "memory": "fast"}, "taylor{memory=fast}"),
+        ({"inplace": True, "importance": "taylor{memory=0.5}"}, "taylor{memory=0.5}"),
+        ({"importance": "random", "seed": 3}, "random{seed=3}"),
+        ({"select": "select-by-ratio{ratio=0.1}", "ratio": 0.5}, "select-by-ratio{ratio=0.1}"),
+        ({"importance": load_pass("l2", kinds=("mlp",))}, "l2{kinds=[mlp]}"),
+    ):
+        assert spelled in lines(**paper, **more)
     assert "shrink{verify, by_block}" in lines(calibration=IDS, memory="low")
 
 
@@ -205,3 +202,84 @@ def test_contradictions_are_refused() -> None:
         prune_pipeline(ratio=0.5, group_ratio=0.2, importance="l2")
     with pytest.raises(UnknownNameError, match=r"unknown argument 'ration'\. Did you mean 'ratio'"):
         prune_pipeline(IDS, ration=0.2)  # type: ignore[call-arg]
+
+
+def test_replacing_a_stage_is_an_assignment() -> None:
+    recipe = read_recipe("balanced")
+    recipe["importance"] = "taylor{order=second}"
+    recipe["tune"] = None
+    del recipe["teach"]
+    recipe["compensate"] = load_pass("rotation")
+    expected = "calibrate{written=384, added=192, programs=0.125}\nfind-groups{norm=masked}\ntaylor{order=second}\n"
+    expected += "select-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}\nrotation\nshrink{verify}\n"
+    expected += "emit-model\nmake-report"
+    assert str(recipe) == str(recipe.pipeline) == expected
+    assert "wanda" in str(read_recipe("balanced")), "the installed one stays as it is"
+    with pytest.raises(UnknownNameError, match=r"unknown stage 'import'.*Did you mean 'importance'"):
+        recipe["import"] = "taylor"
+    recipe["compensate"] = ["least-squares{samples=3}", load_pass("rotation")]  # refused, with advice to pass several
+    assert [str(step) for step in recipe["compensate"]] == ["least-squares{samples=3}", "rotation"]
+    with pytest.raises(ArgumentError, match="compensate is the pass l2, of the stage 'importance'"):
+        recipe["compensate"] = ["rotation", load_pass("l2")]
+    with pytest.raises(ArgumentError, match="compensate is 3"):
+        recipe["compensate"] = [3]
+    assert len(recipe["compensate"]) == 2
+
+
+def test_a_recipe_is_a_file_or_a_text(tmp_path: Path) -> None:
+    text = "# Mine, for\n# a test.\n# Costs: nothing.\nfind-groups\n(l2{kinds=[mlp]}, select-by-ratio)\n"
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    for value in (path, str(path)):
+        recipe = as_recipe(value)
+        assert (recipe.name, recipe.summary, recipe.costs) == ("mine", "Mine, for a test.", "nothing.")
+        assert [str(step) for step in recipe.passes] == ["find-groups", "l2{kinds=[mlp]}", "select-by-ratio"]
+        assert str(recipe) == text
+    copy = as_recipe(recipe)
+    copy["importance"] = "l1"
+    assert recipe["importance"][0].name == "l2"
+    assert str(as_recipe("find-groups, l2")) == "find-groups, l2" and not as_recipe("find-groups, l2").costs
+    assert list(recipe) == list(STAGES) and len(recipe) == len(STAGES)
+
+
+def test_invalid_recipes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown recipe 'balance'. Did you mean 'balanced'"):
+        as_recipe("balance")
+    with pytest.raises(FxpruneError, match=r"cannot be read.*Pass the name of a recipe"):
+        as_recipe(tmp_path / "none.txt")
+    with pytest.raises(FxpruneError, match="recipe is 3"):
+        as_recipe(3)
+    with pytest.raises(PassError, match=r"pass l2: stands behind select-by-ratio.*Order the passes by stage"):
+        Recipe("mine", "find-groups, select-by-ratio, l2")
+
+
+def test_a_spelling_wins_over_arguments_and_these_over_the_replaced_pass() -> None:
+    recipe = Recipe("", "find-groups, taylor{kinds=[layer], samples=3}, select-by-ratio")
+    recipe.replace_stage("importance", "taylor{kinds=[mlp]}", {"kinds": ("head",), "reduction": "max"})
+    assert str(recipe["importance"][0]) == "taylor{kinds=[mlp], reduction=max, samples=3}"
+    mine = load_pass("l1")
+    recipe.replace_stage("importance", mine, {"reduction": "max"})
+    assert recipe["importance"] == (mine,)
+
+
+def test_a_combinator_runs_the_pass_whose_place_it_takes() -> None:
+    recipe = Recipe("", "find-groups, taylor{order=second}, select-by-ratio")
+    recipe.replace_stage("importance", "score-in-steps{steps=3}", {})
+    recipe.set_arguments("importance", {"reduction": "max"})
+    assert str(recipe["importance"][0]) == "score-in-steps{importance=taylor{reduction=max, order=second}, steps=3}"
+
+
+def test_a_prune_makes_a_report_though_its_recipe_leaves_it_out() -> None:
+    """It was missed after all the work."""
+    result = fxprune.prune(tiny("llama"), recipe="find-groups\nl2\nselect-by-ratio\nshrink", protect=(), ratio=0.2)
+    assert result.report.achieved == pytest.approx(0.2, abs=0.01)
+    with pytest.raises(ArgumentError, match=r"importance is 5.*a pass, its spelling, several of these, or None"):
+        read_recipe("balanced")["importance"] = 5  # type: ignore[assignment]
+
+
+def test_only_optional_stages_can_be_left_out() -> None:
+    assert made_for("compensate", "none") is made_for("tune", None) is None
+    with pytest.raises(UnknownNameError, match="unknown importance 'none'"):
+        made_for("importance", "none")
+    with pytest.raises(ArgumentError, match="importance is the pass shrink, of the stage 'shrink'"):
+        made_for("importance", load_pass("shrink"))

@@ -65,7 +65,6 @@ def losses_of(recovery: Recovery) -> list[float]:
 
 
 def slim_copy(pruned: fxprune.Result) -> fxprune.Result:
-    """The same plan on a model of its own."""
     return fxprune.apply(tiny("llama"), pruned.plan)
 
 

@@ -1,21 +1,39 @@
-"""The plan as data, and the difference of two plans."""
+"""Scores, removals and plans."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import fx, nn
 
 from fxprune.axes import Keep
-from fxprune.errors import PlanError
+from fxprune.discovery.groups import Group
+from fxprune.errors import PlanError, UnknownNameError
 from fxprune.graph.facts import Notes, facts_of
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Difference, Plan, differences, keep_of, plan_of
+from fxprune.removal.removal import (
+    REDUCTIONS,
+    Removal,
+    RescaledNumber,
+    Scaling,
+    Scores,
+    kept_norm_modules,
+    scaled_numbers,
+    scaled_weights,
+    score_groups,
+    unit_scores,
+    unkept_norm_reasons,
+)
 from tests.oracle import Net, axes_of, discover, groups_of
 
 X = {"x": torch.randn(2, 3)}
@@ -66,7 +84,6 @@ def test_a_plan_of_a_model_of_other_widths_or_of_too_few_units_is_refused(dense:
 
 
 def stack(depth: int) -> fx.GraphModule:
-    """Pairs of linear maps with four units between each two."""
     pairs = nn.ModuleList(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)) for _ in range(depth))
     return discover(Net(lambda net, x: [x := x + pair(x) for pair in net.pairs][-1], pairs=pairs), X)
 
@@ -107,3 +124,135 @@ def test_axes_that_lose_the_same_are_one_also_in_all_blocks() -> None:
     assert differences(plan(a=[0, 2]), plan(a=[0, 2])) == () == differences(Plan(), Plan())
     with pytest.raises(PlanError, match="does not record the size"):
         differences(Plan({"a": {0: [1]}}), Plan())
+
+
+def root_mean_square(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    return w * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.0, 1e-6, 0.1, 3.0]), st.sampled_from([0.0, 1.0]))
+def test_the_norm_over_fewer_units_is_the_one_over_all_with_zeros(k: int, gone: int, eps: float, offset: float) -> None:
+    """`w sqrt(n / k) x / sqrt(mean over k + e n / k)` is `w x / sqrt(mean over n + e)`, with `1 + w` as well."""
+    n = k + gone
+    x, w = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).unbind()
+    x = x.where(torch.arange(n) < k, torch.zeros(1, dtype=torch.float64))
+    masked = root_mean_square(x, w + offset, eps)[:k]
+    slim = Scaling((n / k) ** 0.5, offset).of(w[:k]) + offset
+    torch.testing.assert_close(root_mean_square(x[:k], slim, eps * n / k), masked)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_in_half_precision_the_weight_before_scaling_is_recovered(offset: float) -> None:
+    w, scaling = torch.randn(50).to(torch.bfloat16), Scaling(1.25**0.5, offset)
+    assert scaling.of(w).dtype == torch.bfloat16 and scaling.rounded(w).dtype == torch.float32
+    again = (scaling.rounded(w) + offset) * scaling.factor - offset
+    torch.testing.assert_close(again, scaling.of(w).float(), atol=1e-6, rtol=1e-6)
+    assert float((scaling.rounded(w) - w.float()).abs().max()) < 0.02
+
+
+def normed(norm: str) -> Any:
+    """Two norms in a row, one of which has no weight."""
+
+    def body(n: Any, x: torch.Tensor) -> Any:
+        h = n.inner(x)
+        return n.outer(root_mean_square(h, n.w, 0.5)), n.other(root_mean_square(n.more(x), 1.0, 0.5))  # type: ignore[arg-type]
+
+    linears = {"inner": (6, 12), "more": (6, 8)}
+    parts: dict[str, Any] = {name: nn.Linear(*sizes, bias=False) for name, sizes in linears.items()}
+    parts |= {"outer": nn.Linear(12, 5), "other": nn.Linear(8, 5), "w": nn.Parameter(torch.rand(12))}
+    return discover(Net(body, **parts), {"x": torch.randn(3, 6)}, norm=norm)
+
+
+def test_numbers_and_weights_of_a_removal_and_the_reason_why_a_norm_is_not_rescaled() -> None:
+    graph = normed("masked")
+    axes, groups = axes_of(graph), {group.size: group for group in groups_of(graph)}
+    for size in (12, 8):
+        assert bool(groups[size].renormalised) is (size == 8)
+    keep = Keep({groups[12].factor: np.arange(12) < 9, groups[8].factor: np.arange(8) < 4})  # type: ignore[dict-item]
+    (change,) = scaled_numbers(axes, keep).values()
+    assert change == RescaledNumber(0.5, 0.5 * 12 / 9)
+    ((name, scaling),) = scaled_weights(axes, keep).items()
+    assert name == "w" and scaling.offset == 0 and abs(scaling.factor - (12 / 9) ** 0.5) < 1e-12
+    assert scaled_numbers(axes, Keep()) == scaled_weights(axes, Keep()) == {}
+    assert len(kept_norm_modules(axes, keep)) == 1 and kept_norm_modules(axes, Keep()) == ()
+    (line,) = unkept_norm_reasons(axes, groups[8].renormalised)
+    assert "is taken over the kept units" in line and "before a weight has been multiplied" in line
+    sliced = normed("sliced")
+    assert unkept_norm_reasons(axes_of(sliced), [node for g in groups_of(sliced) for node in g.renormalised]) == ()
+
+
+def test_kept_units_that_are_no_masks_are_refused() -> None:
+    """A selection of the user's own ended in an AttributeError of numpy, or could leave no unit of a group."""
+    graph = discover(
+        Net(lambda n, x: n.b(n.a(x).relu()), a=nn.Linear(4, 12), b=nn.Linear(12, 5)), {"x": torch.ones(2, 4)}
+    )
+    axes, groups = axes_of(graph), groups_of(graph)
+    (group,) = groups
+    whole = np.ones(12, dtype=bool)
+    for mask in (whole.tolist(), torch.ones(12).bool(), np.arange(6), whole.astype(int), whole[:-1], whole[None], None):
+        with pytest.raises(PlanError, match=f"{group.name}: its kept units are .* an array of bools for each factor"):
+            Removal(axes, groups, Keep({group.factor: mask}))  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=f"{group.name}: 0 of 12 units stay. Keep at least 1"):
+        Removal(axes, groups, Keep({group.factor: ~whole}))  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=f"{group.name}: its kept units are"):
+        Removal(axes, groups, Keep({group.name: whole}))  # type: ignore[dict-item]
+    with pytest.raises(PlanError, match=r"removal: keep is \{\}"):
+        Removal(axes, groups, {})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def group() -> Group:
+    """Three units of two positions each, in two members."""
+
+    def body(net: Net, x: torch.Tensor) -> torch.Tensor:
+        hidden = net.a(x).view(2, 3, 2).mean(dim=-1, keepdim=True).expand(2, 3, 2)
+        return net.b(hidden.reshape(2, 6))
+
+    dense = discover(Net(body, a=nn.Linear(5, 6, bias=False), b=nn.Linear(6, 4)), {"x": torch.randn(2, 5)})
+    (found,) = (group for group in groups_of(dense) if group.size == 3)
+    return found
+
+
+def positions(group: Group) -> dict[tuple[str, int], torch.Tensor]:
+    """Positions of each member scored 1, 2, ..; those of the second ten times as much."""
+    return {(m.name, m.axis): torch.arange(1.0, 7) * 10**i for i, m in enumerate(group.parameters)}
+
+
+def test_positions_of_a_unit_are_added_up_and_members_reduced(group: Group) -> None:
+    first, second = group.parameters
+    assert (first.name, second.name) == ("a.weight", "b.weight")
+    assert unit_scores(group, first, positions(group)).tolist() == [3, 7, 11]
+    assert unit_scores(group, second, positions(group)).tolist() == [30, 70, 110]
+    wanted = {"sum": 33, "prod": 90, "max": 30, "mean": 16.5, "first": 3, "last": 30}
+    assert list(REDUCTIONS) == list(wanted)
+    for reduction, unit in wanted.items():
+        scores = score_groups([group], positions(group), reduction).units[group.name]
+        assert scores.shape == (3,) and scores[0] == unit
+    with pytest.raises(UnknownNameError, match="'mean'"):
+        score_groups([group], positions(group), "means")
+
+
+def test_scores_are_kept_bit_by_bit(group: Group, tmp_path: Path) -> None:
+    scores = Scores({group.name: np.array([0.1, 1e-300, 7.0]), "other": np.ones((2, 3))}, "l2{reduction=max}")
+    scores.save(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors")
+    assert again.source == "l2{reduction=max}" and set(again.units) == set(scores.units)
+    assert all((again.units[name] == row).all() and row.dtype == np.float64 for name, row in scores.units.items())
+    assert again == scores and again != Scores(scores.units, "l1") and again != Scores({}, again.source)
+    assert again != Scores({**scores.units, "other": np.zeros((2, 3))}, again.source) and again != 3
+
+
+def test_a_file_that_holds_no_scores_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"w": torch.ones(2)}, file)
+    with pytest.raises(PlanError, match="no scores of version 1"):
+        Scores.load(file)
+
+
+@pytest.mark.parametrize("row", [np.ones(4), np.ones((1, 3)), np.array([1, np.nan, 2])])
+def test_scores_of_another_model_are_refused(group: Group, row: np.ndarray) -> None:
+    Scores({group.name: np.ones(3)}).check([group])
+    with pytest.raises(PlanError, match=f"{group.name}: its (units|scores) .*Use scores of this model"):
+        Scores({group.name: row}).check([group])
+    with pytest.raises(PlanError, match="stranger: no such group"):
+        Scores({"stranger": np.ones(3)}).check([group])

@@ -134,11 +134,6 @@ def test_one_that_compares_positions() -> None:
     check_removes_exactly(Mixture(compared), {"x": torch.randn(11, 5)})
 
 
-def test_a_decorated_object_stays_the_same() -> None:
-    marked = object()
-    assert fxprune.rule("foreign::blank", notation="x[*a] -> out[*a]", values="shape")(marked) is marked
-
-
 @torch.library.custom_op("foreign::halves", mutates_args=())
 def halves(x: torch.Tensor, count: int) -> torch.Tensor:
     """The values of each of `count` parts of the last axis in the other order."""

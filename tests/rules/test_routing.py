@@ -65,7 +65,6 @@ class Mixture(nn.Module):
         self.register_buffer("correction", torch.rand(EXPERTS) * 0.3)
 
     def forward(self, x: torch.Tensor) -> Any:
-        """``x`` is ``(tokens, 5)``."""
         hidden = self.first(x)
         out = self.route(self, hidden)
         return (self.last(hidden + out[0]), *out[1:]) if isinstance(out, tuple) else self.last(hidden + out)

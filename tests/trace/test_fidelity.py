@@ -1,4 +1,4 @@
-"""Comparison of a graph with its module, by outputs and gradients."""
+"""Models that cannot be traced, inputs that keep their values, and graphs compared with their modules."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune.errors import PassError
+from fxprune.errors import GraphInputError, PassError, TraceError, UnsupportedModelError
 from fxprune.graph.facts import facts_of
 from fxprune.trace.fidelity import _TOLERANCE, Fidelity, SideBySide, compare_with_module, require_gradients, tolerance
+from fxprune.trace.inputs import check_model, clear_quantisation_marks, is_marked_quantised, model_dtype
 from tests.models import tiny
 from tests.oracle import Net
 
@@ -51,7 +52,6 @@ X = {"x": torch.randn(2, 5, 3)}
 
 
 def two() -> Net:
-    """Two layers."""
     return Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
 
 
@@ -116,3 +116,126 @@ def test_a_graph_that_fails_is_infinitely_far_and_a_module_that_fails_says_nothi
     assert pair.error({"x": torch.randn(2, 5, 9)}) is None
     broken = SideBySide(changed(model, torch.ops.aten.relu.default, torch.ops.aten.numpy_T.default), model, X)
     assert broken.error(broken.inputs) == float("inf")
+
+
+class Sub(nn.Parameter):
+    """A subclass of Parameter."""
+
+
+def quantised(**tensors: torch.Tensor) -> nn.Module:
+    """A layer that is marked as quantised, with some tensors of its own."""
+    module = nn.Linear(2, 2)
+    module.is_quantized = True  # type: ignore[assignment]
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor) if name == "packed" else setattr(module, name, tensor)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (quantised(packed=torch.zeros(2, 2, dtype=torch.int32)), "packed: torch.int32 of shape"),
+        (quantised(weight=Sub(torch.ones(2, 2))), "weight: a Sub is a quantised weight"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_is_refused(model: nn.Module, says: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        check_model(model)
+
+
+def test_a_weight_of_no_tokens_is_no_shard() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat((m.first, m.none, m.a(x)[None]), 1)
+        return m.b(tokens.relu())  # type: ignore[no-any-return]
+
+    parts: dict[str, Any] = {"first": nn.Parameter(torch.ones(1, 1, 6)), "none": nn.Parameter(torch.ones(1, 0, 6))}
+    net = Net(body, a=nn.Linear(3, 6), b=nn.Linear(6, 2), **parts)
+    found = fxprune.prune(net, ratio=0.1, importance="l2", kinds=("mlp",), example_inputs={"x": torch.ones(4, 3)})
+    assert found.graph_module.get_parameter("none").shape == (1, 0, 5)
+
+
+def test_a_mark_alone_does_not_make_a_model_quantised() -> None:
+    """A model read from a GGUF file is plain floats, and was once refused for its mark."""
+    model = tiny("llama", num_hidden_layers=1)
+    model.is_quantized, model.hf_quantizer = True, object()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    check_model(model)
+    assert is_marked_quantised(model)
+    slim = fxprune.prune(model, importance="l2", protect=()).model
+    assert not is_marked_quantised(slim) and "quantization_config" not in slim.config.to_dict()
+    assert is_marked_quantised(model) and model.config.quantization_config
+    clear_quantisation_marks(model)
+    assert not is_marked_quantised(model)
+
+
+def test_the_dtype_of_a_model_is_that_of_most_elements() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8), nn.LayerNorm(8))
+    check_model(model)
+    assert model_dtype(model) == torch.bfloat16
+
+
+class GridNet(nn.Module):
+    """Pools as many patches of an image as a grid says, through an MLP, and adds tokens."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(11, 6), nn.Linear(4, 8), nn.Linear(8, 6)
+
+    def forward(self, input_ids: torch.Tensor, patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Tokens ``(samples, tokens)``, patches ``(patches, 4)`` and rows and columns ``(samples, 2)``."""
+        places = (torch.arange(int(grid.prod(-1).sum())) * 0.5).to(patches.dtype)  # a cast to the weights' dtype
+        hidden = self.down(self.up(patches + places[:, None]).relu())
+        images = torch.stack([part.mean(0) for part in torch.split(hidden, grid.prod(-1).tolist())])
+        return self.table(input_ids) + images[:, None]
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    ids, patches = torch.randint(11, (2, 3), generator=draw), torch.randn(6, 4, generator=draw)
+    return {"input_ids": ids, "patches": patches, "grid": torch.tensor([[2, 2], [1, 2]])}
+
+
+def test_a_grid_keeps_its_values_and_the_graph_refuses_others() -> None:
+    """``grid.tolist()`` was refused: vision-language models of many families read their grids so."""
+    net = GridNet().eval()
+    traced = fxprune.trace(net, inputs())
+    assert "runs at the values of grid that it was traced with" in traced.notes
+    torch.testing.assert_close(traced.graph_module(**inputs()), net(**inputs()))
+    with pytest.raises(GraphInputError, match="with the values of grid in its example"):
+        traced.graph_module(**inputs() | {"grid": torch.tensor([[1, 2], [2, 2]])})
+
+
+def test_a_model_with_a_grid_is_pruned() -> None:
+    result = fxprune.prune(
+        GridNet().eval(), example_inputs=inputs(), importance="l2", recipe="llm-pruner", ratio=0.1, protect=()
+    )
+    assert result.graph_module.get_parameter("up.weight").shape[0] < 8
+    assert result.graph_module(**inputs()).shape == (2, 3, 6)
+
+
+def test_a_graph_with_a_grid_is_cast() -> None:
+    """What the grid gives was cast to the dtype of the trace for good, if it was computed outside of the graph."""
+    traced = fxprune.trace(GridNet().eval(), inputs()).graph_module
+    given = inputs() | {"patches": inputs()["patches"].double()}
+    assert traced.double()(**given).dtype == torch.float64
+
+
+class ListNet(nn.Module):
+    """Looks its tokens up by a list of them."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList(torch.randn(6) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.rows[token] for token in input_ids[0].tolist()])
+
+
+def test_tokens_never_keep_their_values() -> None:
+    """A graph that holds for one text alone is of no use."""
+    with pytest.raises(TraceError):
+        fxprune.trace(ListNet().eval(), {"input_ids": torch.tensor([[1, 2, 3]])})

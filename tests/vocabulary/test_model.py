@@ -1,17 +1,32 @@
-"""Models with fewer rows compute what they did for the tokens that stay, and are stock models."""
+"""A model with fewer tokens, compared with others on the same text, and in the engine."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+import fxprune
+from benchmarks.engines.llama_cpp import LlamaServer
+from fxprune.data.text import opening_tokens
 from fxprune.emit.structure import describe_structure
-from fxprune.errors import PlanError, UnsupportedModelError
+from fxprune.errors import EvaluationError, PlanError, RecoveryError, UnsupportedModelError
+from fxprune.evaluation.comparison import BUILT_IN, Reference, evaluate
+from fxprune.evaluation.perplexity import text_perplexity
+from fxprune.recovery import Distillation
+from fxprune.recovery.data import Example, collate
+from fxprune.vocabulary.alignment import align, common_ids, retokenised
 from fxprune.vocabulary.model import find_rows, ids_in_settings, trimmed_model
+from fxprune.vocabulary.prune import DenseTeacher, measure_use, size_after, trim
 from tests.models import VOCABULARY, tiny
+from tests.tiers import tiers
+from tests.vocabulary.small import ENGLISH, lines, tokenizer
+from tests.vocabulary.test_prune import TEXT, model_for
 
 KEPT = (0, 1, 2, *range(5, 94, 2), 111, 130)
 _WIDTHS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 111}
@@ -109,3 +124,136 @@ def test_another_axis_as_long_as_the_vocabulary_stays(family: str, size: str, na
     slim = trimmed_model(model, KEPT)
     assert slim.get_parameter(name).shape == model.get_parameter(name).shape
     assert find_rows(slim).size == len(KEPT) and describe_structure(slim).is_stock
+
+
+def test_places_are_those_where_both_end_a_token() -> None:
+    """Tokens that are bytes of a character are at its place, also those of two characters."""
+    ours, theirs = [(0, 2), (2, 3), (2, 3), (3, 5), (5, 9)], [(0, 3), (3, 4), (3, 5), (5, 9)]
+    found = align(ours, theirs)
+    assert found.ours.tolist() == [0, 3, 4, 5] and found.theirs.tolist() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
+def test_a_text_is_written_in_other_tokens(kind: str) -> None:
+    model, words = model_for(kind), tokenizer(kind)
+    _, fewer, _ = fxprune.prune_vocabulary(model, words, [TEXT], ratio=0.25)
+    for line in lines(30):
+        ids, wanted = (each(line, add_special_tokens=False)["input_ids"] for each in (fewer, words))
+        found = retokenised(ids, fewer, words)
+        assert found is not None and found[0].tolist() == wanted
+        for ours, theirs in zip(found[1].ours.tolist(), found[1].theirs.tolist(), strict=True):
+            assert fewer.decode(ids[:ours]) == words.decode(wanted[:theirs])
+
+
+def test_models_with_other_tokens_are_compared_on_the_same_text() -> None:
+    """Each token is predicted once by each model; with all tokens that the text needs, they differ by the others."""
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    text = " ".join(lines(20))
+    options: dict[str, Any] = {"window": 24, "batch": 3}
+    for ratio in (None, 0.25):
+        slim, fewer, _ = fxprune.prune_vocabulary(model, words, [text], ratio=ratio)
+        found = text_perplexity(slim, fewer, text, reference=model, reference_tokenizer=words, **options)
+        alone, dense = text_perplexity(slim, fewer, text, **options), text_perplexity(model, words, text, **options)
+        apart = found.divergence
+        assert apart is not None
+        assert found.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=0.1)
+        if ratio is None:
+            assert found.predicted == dense.predicted and apart.mean < 1e-6 and apart.agreement == 1
+            assert apart.ratio == pytest.approx(found.value / dense.value, rel=1e-4) and apart.ratio < 1
+        else:
+            assert apart.mean > 0 and found.predicted < alone.predicted
+
+
+def test_losses_over_other_tokens_are_those_of_a_brute_force_computation() -> None:
+    model, words = model_for("llama"), tokenizer("llama")
+    slim, fewer, _ = fxprune.prune_vocabulary(model, words, [TEXT], ratio=0.25)
+    line = lines(1, seed=3)[0]
+    size = len(opening_tokens(fewer)) + len(fewer(line, add_special_tokens=False)["input_ids"])
+    found = text_perplexity(slim, fewer, line, window=size, reference=model, reference_tokenizer=words)
+    sums = []
+    for each, names in ((slim, fewer), (model, words)):
+        ids = torch.tensor([*opening_tokens(names), *names(line, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            logits = each(input_ids=ids[None]).logits[0].log_softmax(-1)
+        begin = max(1, len(opening_tokens(names)))
+        sums.append(-float(logits[begin - 1 : -1].gather(1, ids[begin:, None]).sum()))
+    assert found.losses[0] == pytest.approx(sums[0], rel=1e-4)
+    assert found.bits_per_byte == pytest.approx(sums[0] / math.log(2) / len(line.encode()), rel=1e-4)
+    assert found.divergence is not None
+    assert found.divergence.ratio == pytest.approx(math.exp((sums[0] - sums[1]) / found.predicted), rel=1e-4)
+
+
+def test_answers_in_other_tokens_are_compared_as_text() -> None:
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    slim, fewer, _ = fxprune.prune_vocabulary(model, words, [TEXT])
+    found = evaluate(slim, fewer, texts=(), generate=True, reference=Reference(model, tokenizer=words)).generation
+    assert found is not None and found.same_start is not None
+
+
+def test_tokenizers_without_a_common_token_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="no token in common"):
+        common_ids(*(SimpleNamespace(get_vocab=lambda text=text: {text: 0}) for text in "ab"))
+
+
+def test_the_dense_model_teaches_in_the_tokens_that_stay() -> None:
+    """The probability of a token that went is that of the first token which writes it; inside it the next is known."""
+    model, words = model_for("llama"), tokenizer("llama")
+    use = measure_use(model, [words(TEXT, add_special_tokens=False)["input_ids"]])
+    found = trim(model, words, use, size_after(model, 0.25))
+    ids = found.tokenizer(lines(1)[0])["input_ids"]
+    logarithms = DenseTeacher.of(model, words, found).log_probabilities(torch.tensor(ids))
+    assert logarithms is not None
+    likely, (theirs, places) = logarithms.exp(), retokenised(ids, found.tokenizer, words) or (None, None)
+    assert theirs is not None and places is not None and len(theirs) < len(ids)
+    with torch.no_grad():
+        wanted = model(input_ids=theirs[None]).logits[0].softmax(-1)
+    moved = torch.zeros(len(theirs), len(found.report.kept))
+    for number in words.get_vocab().values():
+        moved[:, found.rewritten([[number]])[0][0]] += wanted[:, number]
+    both = places.ours > 0
+    torch.testing.assert_close(likely[places.ours[both] - 1], moved[places.theirs[both] - 1])
+    total = torch.ones(len(ids))  # less what the dense model gives to rows without a token
+    total[places.ours[both] - 1] = wanted[:, [*words.get_vocab().values()]].sum(-1)[places.theirs[both] - 1]
+    torch.testing.assert_close(likely.sum(-1)[:-1], total[:-1])
+    inside = sorted({*range(len(ids) - 1)} - {place - 1 for place in places.ours.tolist()})
+    assert inside and likely[inside].argmax(-1).tolist() == [ids[place + 1] for place in inside]
+
+
+def test_a_vocabulary_is_tuned_with_the_dense_model_as_teacher(tmp_path: Path) -> None:
+    """Its quality is measured on other text than that which was counted."""
+    model, words, file = model_for("gpt2"), tokenizer("gpt2"), tmp_path / "text.txt"
+    file.write_text(" ".join(lines(60)), encoding="utf-8")
+    options: dict[str, Any] = {"kinds": "vocab", "ratio": 0.25, "tokenizer": words, "eval_text": str(file)}
+    result = fxprune.prune(model, str(file), tune="tune{epochs=4}", **options)
+    assert result.report.quality is not None and result.report.quality.texts[0].text == BUILT_IN
+    tuned = next(note for note in result.report.notes if note.startswith("tuned:"))
+    assert "divergence from the dense model from" in tuned
+    assert result.model is not None and result.model.config.vocab_size == len(result.tokenizer)
+
+
+def test_a_teacher_with_other_tokens_teaches_those_that_both_have() -> None:
+    model, words = model_for("gpt2"), tokenizer("gpt2")
+    slim, fewer, report = fxprune.prune_vocabulary(model, words, [TEXT])
+    teacher = Distillation(model, tokenizer=words).check(slim, fewer)
+    with pytest.raises(RecoveryError, match="tokenizer="):
+        Distillation(model).check(slim, fewer)
+    rows = [fewer(line)["input_ids"] for line in (TEXT, " ".join(ENGLISH[:9]))]
+    inputs = collate([Example(tuple(row), tuple(row)) for row in rows], fewer.pad_token_id)
+    with torch.no_grad():
+        logits = slim(input_ids=inputs["input_ids"]).logits
+    assert report.tokens[0] == report.tokens[1] and float(teacher.divergence_sum(inputs, logits)) < 1e-4
+    assert float(teacher.divergence_sum(inputs, logits + torch.randn_like(logits))) > 1
+
+
+@pytest.mark.parametrize("kind", tiers(["gpt2", "qwen", "llama", "gemma"], "qwen", "gemma"))
+def test_the_engine_writes_texts_as_the_folder_does(kind: str, tmp_path: Path) -> None:
+    words = tokenizer(kind)
+    model, fewer, _ = fxprune.prune_vocabulary(model_for(kind), words, [TEXT], size=len(words) - 90)
+    path = fxprune.export_model(model, tmp_path / "slim.gguf", tokenizer=fewer, quantization="f32")
+    server = LlamaServer(path, flash=False)
+    for line in lines(60):
+        assert server.tokenize(line) == fewer(line)["input_ids"], line
+    ids = torch.tensor([fewer(TEXT)["input_ids"][:20]])
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+    assert (server.log_probabilities(ids[0].tolist(), len(fewer)) - want).abs().max() < 1e-3

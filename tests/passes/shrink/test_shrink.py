@@ -328,7 +328,6 @@ class HalveBiasPass(Pass):
     changes: ClassVar[Change] = "weights"
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Halve it."""
         get_tensor(graph_module, "b.bias").data.mul_(0.5)
         return PassResult(graph_module, True)
 
