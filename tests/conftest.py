@@ -1,7 +1,5 @@
 """Loads :mod:`tests.session` into the processes that run tests: the one that shares them out needs no torch."""
 
-from __future__ import annotations
-
 import pytest
 
 

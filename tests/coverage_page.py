@@ -1,7 +1,5 @@
 """The page about every model type, made from what the runs over them left."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ writes `benchmarks/results/coverage_classes.json`; a type of another class is na
 `AutoModelForMaskedLM/bert`.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """What becomes of one model type: traced, grouped, each kind removed and compared with masking, emitted, reloaded."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 import traceback

@@ -1,7 +1,5 @@
 """Slim models of every family, made once for all tests that ask about them, and what can be asked of each."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import dataclass
 from functools import cache

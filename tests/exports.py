@@ -10,8 +10,6 @@ lowering only reads programs, and a program about whose sizes something was foun
 of a trace holds the values of the weights as well, and what is known is bound to the weights of the model at hand.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Write docs/families.md: `make families`. What it says of each family is measured by what the tests use."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Faults on demand: events of a run are counted, and then one of them fails, or the disk is full from one on."""
 
-from __future__ import annotations
-
 import builtins
 import errno
 import functools

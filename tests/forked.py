@@ -1,7 +1,5 @@
 """Several processes of one test, in a group of their own."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable
 from datetime import timedelta

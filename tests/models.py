@@ -1,7 +1,5 @@
 """Tiny random models of the families the tests run on: odd, distinct sizes, so that no two match by chance."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 

@@ -1,7 +1,5 @@
 """The check that matters for a rule: what it lets go can go, and the rest computes what zeroing would."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

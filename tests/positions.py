@@ -1,7 +1,5 @@
 """Axis expressions by brute force: an axis is a list of positions, a position the units it belongs to."""
 
-from __future__ import annotations
-
 import itertools
 
 from hypothesis import strategies as st

@@ -7,8 +7,6 @@ made and compiled to a ``forward``; a failing one prints as a module that can be
 two sizes of batch and tokens, and is left out where it runs at one alone.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

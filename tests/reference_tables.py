@@ -1,7 +1,5 @@
 """Write docs/options.md and the tables of docs/passes.md from the declarations: `python -m tests.reference_tables`."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@
 for the same model. Instead of a family, each takes a function that returns a module, or a module and its inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any

@@ -5,8 +5,6 @@ starts from :mod:`tests.remembered`: ``grouped("llama")`` is a fork of a graph w
 ``pruned("llama", data, ratio=0.3)`` prunes such a fork. What takes long carries the marker ``slow``: ``make test-all``.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import random

@@ -1,7 +1,5 @@
 """The axis algebra: expressions, their unification, and the positions that a removal keeps."""
 
-from __future__ import annotations
-
 import itertools
 from math import prod
 

@@ -1,7 +1,5 @@
 """The documentation against the code: its snippets run, its tables are what is registered, its commands exist."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json

@@ -1,7 +1,5 @@
 """The memory of traces: models that are the same share one, a difference in anything that counts does not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """The rules of the house, checked on the source: imports run downhill, no architecture, no pickle, all documented."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The package as a command, its face, and its errors."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Wheel and source archive, each built and installed in an environment of its own; `make package` asks for it."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

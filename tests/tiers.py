@@ -1,7 +1,5 @@
 """Which rows of a table run in the first tier of the tests, and which are left to `make test-all`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A tokenizer of one token a character, small enough for the tiny models."""
 
-from __future__ import annotations
-
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 

@@ -5,8 +5,6 @@ of each kind, and configs inside configs get the same. What a class demands beyo
 sizes differ wherever the class lets them, so that no two axes match by chance.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect

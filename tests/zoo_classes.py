@@ -4,8 +4,6 @@ Configs are made as those of causal language models are, with further sizes for 
 that a class's ``forward`` names; where a text must hold a token for each feature of an image, the model says how many.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping

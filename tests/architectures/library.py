@@ -1,7 +1,5 @@
 """Tiny random models of transformers that are no causal language models: encoders, encoder-decoders, images, sound."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

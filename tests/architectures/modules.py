@@ -1,7 +1,5 @@
 """Networks from scratch: of torch's own transformer modules, with rotary angles in two dimensions, memories, images."""
 
-from __future__ import annotations
-
 import math
 
 import torch

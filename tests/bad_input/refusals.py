@@ -1,7 +1,5 @@
 """What a clear refusal is, and the small models that bad calls are made with."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator

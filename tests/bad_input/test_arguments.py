@@ -1,7 +1,5 @@
 """Arguments and calibration data of every wrong type, shape or range are refused before any work."""
 
-from __future__ import annotations
-
 import array
 from collections.abc import Callable, Iterator
 from pathlib import Path

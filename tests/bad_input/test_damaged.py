@@ -1,7 +1,5 @@
 """Damaged files as sources: an error that says which file, or exactly the numbers of the undamaged one."""
 
-from __future__ import annotations
-
 import json
 import random
 import resource

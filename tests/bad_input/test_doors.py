@@ -1,7 +1,5 @@
 """Each public function refuses at its door what it cannot work with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

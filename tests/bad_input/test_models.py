@@ -1,7 +1,5 @@
 """Models that cannot be pruned, and inputs that a model does not take, are refused before anything is done to them."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Run the command line of a benchmark in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import typer

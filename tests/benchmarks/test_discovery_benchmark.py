@@ -1,7 +1,5 @@
 """Test the discovery benchmark: counts of both tools, summaries and the command; no times are asserted."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The benchmarks of engines, drafts and quantised files."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Test that what is counted on meta is what real processes give to collectives, in one order, and ops by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Test the smaller benchmarks, each on tiny models, and the pages of all results."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Test the quality benchmark: its entries, resumed runs, questions and the page."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

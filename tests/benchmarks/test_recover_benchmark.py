@@ -1,7 +1,5 @@
 """Test the recovery benchmark: its rows, texts and questions, and whole runs on a tiny model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

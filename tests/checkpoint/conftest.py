@@ -1,7 +1,5 @@
 """Slim models, and one of them saved."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

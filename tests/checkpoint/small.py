@@ -1,7 +1,5 @@
 """Slim models made without pruning, and what tests do with checkpoints."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

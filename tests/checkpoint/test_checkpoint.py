@@ -1,7 +1,5 @@
 """Slim models on disk: saved, loaded by fxprune and by stock transformers, and refused if damaged."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

@@ -1,7 +1,5 @@
 """A model and its checkpoint compute the same, or the difference is named: when it is saved, and when it is loaded."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable

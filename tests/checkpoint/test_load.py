@@ -1,7 +1,5 @@
 """Models loaded by folder: what is refused, and that no code of a folder is run."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

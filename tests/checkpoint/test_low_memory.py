@@ -1,7 +1,5 @@
 """Prunes from folder to folder with weights on disk."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator

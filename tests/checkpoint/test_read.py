@@ -1,7 +1,5 @@
 """Checkpoints read from folders and hubs, and their manifests."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Checkpoints on disk: files, cards, and a source that stands alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

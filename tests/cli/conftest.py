@@ -1,7 +1,5 @@
 """Folders that the tests of commands read: a dense model, and what prunes of it wrote."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small folders of models for tests of the command line, and folders and files that are something else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Output of commands: what goes where, progress, lists, what `--quiet` leaves, and commands that are stopped."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

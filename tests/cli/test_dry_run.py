@@ -1,7 +1,5 @@
 """What a dry run finds out about a prune before any weight is read."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

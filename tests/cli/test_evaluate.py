@@ -1,7 +1,5 @@
 """Saved models measured, timed, swept and trained from the command line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The commands that look at groups, and GGUF files that go in and come out."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

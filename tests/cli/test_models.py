@@ -1,7 +1,5 @@
 """Models as a user names them, how a hub is asked, and where a result goes."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

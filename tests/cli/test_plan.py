@@ -1,7 +1,5 @@
 """Plans shown, compared and applied."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The prune command on a small model folder, and runs that repeat from their `run.yaml`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

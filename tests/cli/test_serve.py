@@ -1,7 +1,5 @@
 """Text from saved models: generated, served by the OpenAI API, and in chats."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Wrong uses of the command line, from the table in `wrong_uses.txt`: one line, exit code 2, and nothing written."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

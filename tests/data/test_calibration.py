@@ -1,7 +1,5 @@
 """Calibration samples: of every form, of images and sounds, and those that a model writes."""
 
-from __future__ import annotations
-
 import json
 import math
 import wave

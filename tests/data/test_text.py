@@ -1,7 +1,5 @@
 """Text and rows, from files, built in and by name: what is read of each form, windows of tokens, and refusals."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Dependencies, groups and their explanation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

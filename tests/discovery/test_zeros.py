@@ -1,7 +1,5 @@
 """What masked units hold, and norms over them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

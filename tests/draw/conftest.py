@@ -1,7 +1,5 @@
 """A dependency graph small enough to check by hand."""
 
-from __future__ import annotations
-
 import networkx as nx
 import pytest
 import torch

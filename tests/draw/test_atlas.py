@@ -1,7 +1,5 @@
 """Folding of equal blocks, the part of a graph that a picture shows, and Graphviz text."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

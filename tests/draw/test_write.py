@@ -177,6 +177,17 @@ def inner_clusters(graph: pydot.Graph) -> Iterator[pydot.Graph]:
         yield from inner_clusters(inner)
 
 
+def test_clusters_nest_as_modules_do(llama: nx.Graph, tmp_path: Path) -> None:
+    picture = Picture(tmp_path, llama, layer=2)
+    block = picture.clusters["cluster_model.layers.2"]
+    attention = picture.clusters["cluster_model.layers.2.self_attn"]
+    assert plain(attention.get_name()) in {plain(c.get_name()) for c in block.get_subgraphs()}
+    inside = picture.clusters["cluster_model.layers.2.self_attn.q_proj"]
+    names = {f"model.layers.2.self_attn.q_proj.weight[{i}]" for i in (0, 1)}
+    assert {plain(n.get_name()) for n in inside.get_nodes()} == names
+    assert plain(attention.get("label")) == "self_attn"
+
+
 def test_default_is_the_middle_block_with_tens_of_nodes(deep: nx.Graph, tmp_path: Path) -> None:
     picture = Picture(tmp_path, deep)
     assert 10 < len(picture.nodes) < 60 and len(picture.lines) < len(picture.nodes) * 1.5

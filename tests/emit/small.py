@@ -1,7 +1,5 @@
 """A model of a few lines, whose widths follow from its config in the ways that matter to emission."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The slim Hugging Face model of a slim graph, compared with the graph."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Emission from tensors cut by hand, whole blocks that go, and refusals with their reasons."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterable, Mapping

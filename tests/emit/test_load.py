@@ -1,7 +1,5 @@
 """Assignment of tensors, and forward passes under each attention implementation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Layouts, snapshots, patches, and the search for config fields."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How a model differs from what its class builds from its config, and norm epsilons."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

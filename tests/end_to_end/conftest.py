@@ -1,7 +1,5 @@
 """After the random networks: how many used each op, and how many lost units that run through it."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from _pytest.terminal import TerminalReporter

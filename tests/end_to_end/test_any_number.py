@@ -1,7 +1,5 @@
 """One to four processes make the same plan and the same weights: recipes, criteria, selections, unequal memory."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Pruned with weights carried to another device: a second one is made up, in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What holds on a CPU holds on a GPU: slim graphs and models, half precision, scores and plans."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

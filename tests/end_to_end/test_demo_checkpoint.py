@@ -1,7 +1,5 @@
 """The demo model: read once, pruned by a fifth, and the same in a fresh process."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Slim models of every family: right, the same from disk, generating under every cache and kernel, and trained."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every kind of unit of each family, of other models, and of plain modules: removing it equals masking it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 

@@ -1,7 +1,5 @@
 """Whatever fails on the way, the user's model and files are as they were, or the new files are whole."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gc

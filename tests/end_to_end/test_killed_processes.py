@@ -3,8 +3,6 @@
 ``python -m tests.end_to_end.test_killed_processes --kills 20`` kills as often as is said.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import tempfile

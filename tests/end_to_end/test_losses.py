@@ -1,7 +1,5 @@
 """Models of many classes, trained briefly on made data: what data tell about them beats what weights do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole prunes with norms kept as masking has them: exact, emitted, saved and loaded, and exported where one can be."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several processes come to the plan of one, of whole, sharded and offloaded models, and one of them writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

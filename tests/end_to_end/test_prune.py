@@ -1,7 +1,5 @@
 """What a user relies on: the public surface on a small model, and recipes from the call to the slim model."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -17,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fxprune
 from fxprune.recipes import read_recipe
+from tests.faults import Snapshot
 from tests.models import tiny, token_ids
 from tests.remembered import pruned
 from tests.tiers import tiers
@@ -192,8 +191,7 @@ CASES = [(family, *steps) for family in ("llama", "gpt2", "mixtral", "plain") fo
 def test_a_pipeline_of_names_equals_prune(case: tuple[str, str, str], tmp_path: Path) -> None:
     family, importance, compensate = case
     model, inputs = model_and_inputs(family)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ids = token_ids(4, 12)
+    before, ids = Snapshot(model), token_ids(4, 12)
     rows = tmp_path / "rows.jsonl"
     name = "input_ids" if inputs is None else "ids"
     rows.write_text("\n".join(json.dumps({name: row}) for row in ids.tolist()))
@@ -218,7 +216,7 @@ def test_a_pipeline_of_names_equals_prune(case: tuple[str, str, str], tmp_path: 
     assert facts[fxprune.Removed].removal.plan == result.plan
     assert without_source(facts[fxprune.Report]) == without_source(result.report)
     assert result.report.verification_error is not None
-    assert same(before, model.state_dict())
+    before.check()
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     assert own.isdisjoint(id(tensor) for tensor in (*slim.parameters(), *slim.buffers()))
     emitted = facts[fxprune.Emitted].model

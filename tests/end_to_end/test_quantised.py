@@ -3,8 +3,6 @@
 Neither is an extra of this package; where they are installed, these tests run.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whatever is discovered in a random network is removed exactly, and nothing crashes."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter

@@ -3,8 +3,6 @@
 Each removal equals masking; what cannot go is frozen, so the groups that are left are listed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pruning reads the model and inputs and writes to neither, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import collections
 import gc
 import os

@@ -1,7 +1,5 @@
 """The zoo holds what it says, and what the coverage table says of a diverse part of it holds at every run."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The models that the tests of evaluation measure."""
 
-from __future__ import annotations
-
 import pytest
 from transformers import PreTrainedModel
 

@@ -1,7 +1,5 @@
 """What the tests of evaluation measure on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

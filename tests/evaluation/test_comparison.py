@@ -1,7 +1,5 @@
 """Models side by side, on texts, tasks and samples of any kind."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Perplexity on windows of tokens, and greedy answers."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

@@ -1,7 +1,5 @@
 """Quality of a slim model beside the dense one, on text that the prune did not use."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Calls timed side by side, generation speed, and the speed of aligned widths."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

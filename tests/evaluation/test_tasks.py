@@ -1,7 +1,5 @@
 """Accuracy on multiple-choice tasks, by lm-evaluation-harness."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Test that the examples run and print the expected lines."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

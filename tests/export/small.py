@@ -1,7 +1,5 @@
 """Tiny models whose blocks differ in every way, and a tokenizer for them."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any

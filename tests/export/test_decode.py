@@ -1,7 +1,5 @@
 """Programs with a cache generate, token by token, what their models generate."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

@@ -2,8 +2,6 @@
 
 # ruff: noqa: RUF001 (words of other scripts are the point)
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """GGUF files give the same logits in the engine as their models in transformers, whatever their blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

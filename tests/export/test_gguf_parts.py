@@ -1,7 +1,5 @@
 """Contents of GGUF files: architectures, layouts, tokenizers, types and quantisation; refusals with reasons."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exported programs compute the same without this package; one file by its suffix."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Contexts around foreign code: output silenced, torch state restored, errors classified."""
 
-from __future__ import annotations
-
 import copy
 import os
 import random

@@ -1,7 +1,5 @@
 """Shapes of values: metadata, size checks, and the cache of ops on ``meta``."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tensors, facts, counts of work, and private names of torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Comparison of masking and shrinking: whole outputs, or block by block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

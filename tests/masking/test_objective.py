@@ -1,7 +1,5 @@
 """Runs with masked units, what is minimised there, and logits of a teacher."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

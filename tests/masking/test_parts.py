@@ -1,7 +1,5 @@
 """A graph cut into parts that run one after the other for all samples."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable, Iterable

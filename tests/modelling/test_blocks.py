@@ -1,7 +1,5 @@
 """Blocks of individual widths: built, overridden, kept in configs; and a source that stands alone."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import json

@@ -1,7 +1,5 @@
 """Atomic replacement: a reader sees the old file or folder or the new one, whatever happens to the writer."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

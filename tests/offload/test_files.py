@@ -1,7 +1,5 @@
 """Tensors in memory-mapped files."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import deque

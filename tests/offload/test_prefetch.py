@@ -1,7 +1,5 @@
 """Weights moved to a compute device part by part, and precision there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

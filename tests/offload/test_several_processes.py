@@ -1,7 +1,5 @@
 """Several processes, and models on several devices."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The passes that read samples, and those that emit models, reports and checkpoints."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The pass contract: facts needed and given, changes declared and checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pipelines: what they note, show in notebooks, and tell of their progress."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import inspect

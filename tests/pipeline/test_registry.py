@@ -1,7 +1,5 @@
 """Passes by name and as text, and their arguments."""
 
-from __future__ import annotations
-
 import sys
 from collections import OrderedDict
 from importlib.metadata import EntryPoint

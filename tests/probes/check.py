@@ -1,7 +1,5 @@
 """What must hold of every probe: each graph computes what its module does, or refuses and says why."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice

@@ -1,7 +1,5 @@
 """Images, token ids and weights of unusual kinds: convolutions in two directions, tables, complex numbers, strides."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +237,10 @@ def holding(tensor: torch.Tensor, **sizes: tuple[int, int]) -> Parts:
     return lambda: {"p": tensor.clone(), **{name: nn.Linear(*size) for name, size in sizes.items()}}
 
 
+def trained(tensor: torch.Tensor) -> Parts:
+    return lambda: {"p": nn.Parameter(tensor.detach()), **linear(**AB)()}
+
+
 AB = {"a": (4, 8), "b": (8, 3)}
 SELECT = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
 
@@ -248,7 +250,7 @@ WEIGHTS: dict[str, Row] = {
         lambda m, x: m.c(torch.complex(m.a(x), m.d(x))).abs(),
         lambda: {"a": nn.Linear(4, 8), "d": nn.Linear(4, 8), "c": Complex(8, 3)},
     ),
-    "turned by complex": (turned_by_complex, lambda: {**linear(**AB)(), "p": nn.Parameter(numbers(4))}),
+    "turned by complex": (turned_by_complex, trained(numbers(4))),
     "in integers": (lambda m, x: m.b(m.a(x) * m.p), holding(torch.arange(8), **AB)),
     "in booleans": (lambda m, x: m.b(m.a(x) * m.p), holding(torch.arange(8) % 3 > 0, **AB)),
     "mask by number": (lambda m, x: m.b(m.a(x).masked_fill(m.p == 0, 0.0)), holding(torch.arange(8) % 2, **AB)),
@@ -274,19 +276,12 @@ WEIGHTS: dict[str, Row] = {
         lambda m, x: m.b(F.linear(x, m.t[m.p])),
         lambda: {**linear(**AB)(), "p": torch.arange(32).view(8, 4) % 7, "t": nn.Parameter(numbers(7))},
     ),
-    "expanded": (lambda m, x: m.b(m.a(x) * m.p.expand(8)), lambda: {**linear(**AB)(), "p": nn.Parameter(numbers(1))}),
+    "expanded": (lambda m, x: m.b(m.a(x) * m.p.expand(8)), trained(numbers(1))),
     "stride of zero": (lambda m, x: m.b(m.a(x) * m.p), holding(numbers(1), **AB)),
-    "turned weight": (
-        lambda m, x: m.b(x @ m.p), lambda: {**linear(**AB)(), "p": nn.Parameter(numbers(8, 4).mT)},
-    ),
-    "a cut of a larger one": (
-        lambda m, x: m.b(F.linear(x, m.p)), lambda: {**linear(**AB)(), "p": nn.Parameter(numbers(16, 4)[::2])},
-    ),
-    "a number": (lambda m, x: m.b(m.a(x) * m.p), lambda: {**linear(**AB)(), "p": nn.Parameter(torch.tensor(2.0))}),
-    "empty": (
-        lambda m, x: m.b(torch.cat((m.a(x), F.linear(x, m.p)), -1)),
-        lambda: {**linear(**AB)(), "p": nn.Parameter(numbers(0, 4))},
-    ),
+    "turned weight": (lambda m, x: m.b(x @ m.p), trained(numbers(8, 4).mT)),
+    "a cut of a larger one": (lambda m, x: m.b(F.linear(x, m.p)), trained(numbers(16, 4)[::2])),
+    "a number": (lambda m, x: m.b(m.a(x) * m.p), trained(torch.tensor(2.0))),
+    "empty": (lambda m, x: m.b(torch.cat((m.a(x), F.linear(x, m.p)), -1)), trained(numbers(0, 4))),
     "of one unit": (lambda m, x: m.b(m.a(x)), linear(a=(4, 1), b=(1, 3))),
     "not trained": (
         lambda m, x: m.b(m.a(x).relu()),

@@ -1,7 +1,5 @@
 """Weights used twice, turned or cut; convolutions and recurrent cells; units that are moved about or counted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +22,11 @@ OTHERS = ({"x": numbers(3, 8, 4)},)
 
 def linear(*names: str, width: int = WIDTH, out: int = WIDTH, bias: bool = True) -> Parts:
     return lambda: {name: nn.Linear(width, out, bias) for name in names}
+
+
+def two(out: int, back: int | None = None) -> Parts:
+    """A layer ``c`` to some units, and one ``d`` back from as many, or from others."""
+    return lambda: {"c": nn.Linear(WIDTH, out), "d": nn.Linear(back or out, WIDTH)}
 
 
 def weight(*shape: int) -> Parts:
@@ -261,13 +264,11 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "squared": (lambda m, h: F.linear(h, m.c.weight @ m.c.weight), linear("c")),
     "inverse": (lambda m, h: h @ torch.linalg.inv(m.c.weight + 4 * torch.eye(WIDTH)), linear("c")),
     "matrix exponential": (lambda m, h: h @ torch.matrix_exp(m.c.weight), linear("c")),
-    "halves of weights": (halves_of_weights, lambda: {"c": nn.Linear(WIDTH, 16), "d": nn.Linear(8, WIDTH)}),
-    "strips of weights": (strips, lambda: {"c": nn.Linear(WIDTH, 16), "d": nn.Linear(16, WIDTH)}),
-    "heads of weights": (heads_of_weights, lambda: {"c": nn.Linear(WIDTH, 32), "d": nn.Linear(32, WIDTH)}),
+    "halves of weights": (halves_of_weights, two(16, 8)),
+    "strips of weights": (strips, two(16)),
+    "heads of weights": (heads_of_weights, two(32)),
     "fused": (fused_for_speed, linear("c", "d")),
-    "product of weights": (
-        lambda m, h: F.linear(h, m.d.weight @ m.c.weight), lambda: {"c": nn.Linear(WIDTH, 8), "d": nn.Linear(8, WIDTH)},
-    ),
+    "product of weights": (lambda m, h: F.linear(h, m.d.weight @ m.c.weight), two(8)),
     "low rank": (low_rank, lambda: {"c": nn.Linear(6, 6), "d": nn.Linear(6, 2, False), "e": nn.Linear(2, 6, False)}),
     "bias of another": (lambda m, h: F.linear(h, m.c.weight, m.d.bias).relu() + m.d(h), linear("c", "d")),
     "weight as input": (lambda m, h: h + m.d(m.c.weight.relu()).mean(0), linear("c", "d")),
@@ -283,13 +284,11 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "bias as index": (lambda m, h: h[..., m.c.bias.argsort()], linear("c")),
     "weight as table": (lambda m, h: h + F.embedding(torch.arange(h.shape[1]) % 4, m.c.weight), linear("c")),
     "bias as scale": (lambda m, h: m.c(h) * m.c.bias, linear("c")),
-    "size of a weight": (
-        lambda m, h: m.d(m.c(h).relu() / m.c.out_features**0.5), lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)},
-    ),
+    "size of a weight": (lambda m, h: m.d(m.c(h).relu() / m.c.out_features**0.5), two(8)),
     "norm of a weight": (lambda m, h: h / m.c.weight.norm() + m.c(h), linear("c")),
     "made of inputs": (hyper, linear("c", out=WIDTH * WIDTH)),
-    "memory": (memory, lambda: {"c": nn.Linear(WIDTH, 8), "d": nn.Linear(8, WIDTH)}),
-    "memory by softmax": (memory_by_softmax, lambda: {"c": nn.Linear(WIDTH, 8), "d": nn.Linear(8, WIDTH)}),
+    "memory": (memory, two(8)),
+    "memory by softmax": (memory_by_softmax, two(8)),
     "nearest code": (nearest, lambda: {"c": nn.Linear(WIDTH, 8)}),
     # parametrizations, nesting, calls
     "antisymmetric": (lambda m, h: m.c(h), parametrized(Doubled())),
@@ -309,13 +308,11 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     ),
     "branch on values": (lambda m, h: m.c(h) if h.sum() > 0 else m.d(h), linear("c", "d")),
     "while": (loops_by_values, linear("c")),
-    "gradient of a function": (
-        lambda m, h: h + torch.func.grad(lambda v: m.c(v).square().sum())(h), linear("c"),
-    ),
+    "gradient of a function": (lambda m, h: h + torch.func.grad(lambda v: m.c(v).square().sum())(h), linear("c")),
     "tangent": (lambda m, h: torch.func.jvp(m.c, (h,), (h.cos(),))[1], linear("c")),
     "flex attention": (flexible, dict),
-    "loop over layers": (loop_over_layers, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
-    "layers in other places": (layers_in_other_places, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
+    "loop over layers": (loop_over_layers, two(8)),
+    "layers in other places": (layers_in_other_places, two(8)),
     "one and the other": (lambda m, h: m.d(m.c(h).relu()) + m.c(m.d(h).relu()), linear("c", "d")),
     # cells and gates
     "cell": (recurrence, lambda: {"cell": nn.RNNCell(6, 8), "c": nn.Linear(8, 6)}),
@@ -328,19 +325,15 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
         lambda: {"net": nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True), "c": nn.Linear(8, 6)},
     ),
     "rnn": (lambda m, h: m.c(m.net(h)[0]), lambda: {"net": nn.RNN(6, 8, batch_first=True), "c": nn.Linear(8, 6)}),
-    "gates by hand": (gates_by_hand, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
-    "uneven gates": (uneven_gates, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
-    "overlapping": (overlapping, lambda: {"c": nn.Linear(6, 12), "d": nn.Linear(8, 6)}),
+    "gates by hand": (gates_by_hand, two(32, 8)),
+    "uneven gates": (uneven_gates, two(32, 8)),
+    "overlapping": (overlapping, two(12, 8)),
     "maxout": (lambda m, h: m.c(h).unflatten(-1, (8, 4)).amax(-1)[..., :6], linear("c", out=32)),
-    "maxout, next": (
-        lambda m, h: m.d(m.c(h).unflatten(-1, (8, 4)).amax(-1)), lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)},
-    ),
-    "maxout of what is positive": (maxout_of_positive, lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)}),
-    "maxout across": (
-        lambda m, h: m.d(m.c(h).unflatten(-1, (4, 8)).amax(-2)), lambda: {"c": nn.Linear(6, 32), "d": nn.Linear(8, 6)},
-    ),
-    "best units": (best_units, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(8, 6)}),
-    "switched": (switched, lambda: {"c": nn.Linear(6, 8), "d": nn.Linear(6, 6)}),
+    "maxout, next": (lambda m, h: m.d(m.c(h).unflatten(-1, (8, 4)).amax(-1)), two(32, 8)),
+    "maxout of what is positive": (maxout_of_positive, two(32, 8)),
+    "maxout across": (lambda m, h: m.d(m.c(h).unflatten(-1, (4, 8)).amax(-2)), two(32, 8)),
+    "best units": (best_units, two(8)),
+    "switched": (switched, two(8, 6)),
     # units moved about, counted, mixed
     "out=": (into, dict),
     "written by slices": (written_by_slices, dict),
@@ -365,10 +358,7 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "dropped channels": (lambda m, h: F.dropout1d(h.mT, 0.5, m.training).mT, dict),
     "sparsemax": (lambda m, h: (h - h.topk(2, -1).values[..., -1:]).relu(), dict),
     "sigmoid of a sum": (lambda m, h: h * h.sum(-1, keepdim=True).sigmoid(), dict),
-    "squeeze and excite": (
-        lambda m, h: h * m.d(m.c(h.mean(1, keepdim=True)).relu()).sigmoid(),
-        lambda: {"c": nn.Linear(6, 2), "d": nn.Linear(2, 6)},
-    ),
+    "squeeze and excite": (lambda m, h: h * m.d(m.c(h.mean(1, keepdim=True)).relu()).sigmoid(), two(2)),
     "attention over units": (lambda m, h: h @ (h.mT @ h).softmax(-1) @ m.p, weight(WIDTH, WIDTH)),
     "multiplied depthwise": (
         lambda m, h: m.d(m.c(h.mT).mT), lambda: {"c": nn.Conv1d(6, 12, 3, padding=1, groups=6), "d": nn.Linear(12, 6)},
@@ -376,15 +366,11 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
     "conv over units": (
         lambda m, h: m.c(h.flatten(0, 1)[:, None])[:, 0].view_as(h), lambda: {"c": nn.Conv1d(1, 1, 3, padding=1)},
     ),
-    "causal conv": (
-        lambda m, h: F.conv1d(F.pad(h.mT, (2, 0)), m.p, groups=6).mT, weight(6, 1, 3),
-    ),
+    "causal conv": (lambda m, h: F.conv1d(F.pad(h.mT, (2, 0)), m.p, groups=6).mT, weight(6, 1, 3)),
     "padded circularly": (
         lambda m, h: m.c(h.mT).mT, lambda: {"c": nn.Conv1d(6, 6, 3, padding=1, padding_mode="circular")},
     ),
-    "transposed, grouped": (
-        lambda m, h: m.c(h.mT).mT, lambda: {"c": nn.ConvTranspose1d(6, 6, 3, padding=1, groups=2)},
-    ),
+    "transposed, grouped": (lambda m, h: m.c(h.mT).mT, lambda: {"c": nn.ConvTranspose1d(6, 6, 3, padding=1, groups=2)}),
     "transposed, depthwise": (
         lambda m, h: m.c(h.mT).mT, lambda: {"c": nn.ConvTranspose1d(6, 6, 3, padding=1, groups=6)},
     ),
@@ -407,9 +393,7 @@ MIDDLES: dict[str, tuple[Middle, Parts]] = {
         lambda m, h: m.c(h, h, h)[0],
         lambda: {"c": nn.MultiheadAttention(6, 3, batch_first=True, add_bias_kv=True, add_zero_attn=True)},
     ),
-    "encoder layer": (
-        lambda m, h: m.c(h), lambda: {"c": nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)},
-    ),
+    "encoder layer": (lambda m, h: m.c(h), lambda: {"c": nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)}),
     "encoder layer, norm first": (
         lambda m, h: m.c(h),
         lambda: {"c": nn.TransformerEncoderLayer(6, 3, 8, batch_first=True, norm_first=True, activation="gelu")},

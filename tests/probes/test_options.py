@@ -1,7 +1,5 @@
 """Options at their limits and in combinations: a refusal with its reason, or a prune that is exact and as asked for."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Code with a state, with gradients of its own, with hooks, with randomness, with inputs that are no tensors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

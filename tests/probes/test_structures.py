@@ -1,7 +1,5 @@
 """Stacks of blocks of many designs, pruned by the public call: the slim one is the dense one with what went zeroed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

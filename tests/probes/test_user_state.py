@@ -1,7 +1,5 @@
 """The user's model after tracing and pruning is bit for bit as it was, also where its forward writes to itself."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """What users do with a slim model: each use gives exactly what it should, for models of five kinds."""
 
-from __future__ import annotations
-
 import copy
 import io
 import multiprocessing

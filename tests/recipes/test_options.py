@@ -1,7 +1,5 @@
 """Recipes, and options of a prune, applied to them stage by stage."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Recovery: what is trained, that it helps, that it leaves no trace, that it resumes, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Training data, settings, updates beside weights, the loop, and what is put around it."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Scores, removals and plans."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

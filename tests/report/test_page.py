@@ -1,7 +1,5 @@
 """The report as data and as a page."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Write docs/rules.md, a line for every op that has a rule: `python -m tests.rules.page`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fxprune.rules import Values, registered_rules

@@ -1,7 +1,5 @@
 """A call of every op that has a rule: made from the op's schema where it takes tensors of one shape, else by hand."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field

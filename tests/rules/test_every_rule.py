@@ -1,7 +1,5 @@
 """Every registered rule against its op: free units can be removed, and statements about zeros hold."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from typing import Any

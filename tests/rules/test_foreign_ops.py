@@ -1,7 +1,5 @@
 """Ops of users, each with a rule of one decorator, from the module to the slim graph."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

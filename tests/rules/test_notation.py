@@ -1,7 +1,5 @@
 """Notations, sites of ops, numeric properties, and products with weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 A removed expert is one that is never chosen: by hand, the bias of the router for it is practically minus infinity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

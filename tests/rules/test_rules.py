@@ -1,7 +1,5 @@
 """Rules of ops with and without weights: the groups that each leaves free, and that removing them is exact."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several prunes of one model: what they share, what they leave, and what a stopped sweep repeats."""
 
-from __future__ import annotations
-
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The tests of tracing export anew, whatever a session remembers."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.exports import remember_exports

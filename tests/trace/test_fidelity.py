@@ -1,7 +1,5 @@
 """Models that cannot be traced, inputs that keep their values, and graphs compared with their modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Example inputs, and copies of a model to run them on."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

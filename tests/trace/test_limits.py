@@ -1,7 +1,5 @@
 """Size limits of a graph: guards, and sizes that the model specialises on."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Callable

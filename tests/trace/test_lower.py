@@ -1,7 +1,5 @@
 """From exported programs to canonical graphs."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable

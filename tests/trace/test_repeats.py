@@ -1,7 +1,5 @@
 """Repeated blocks: one of each group is exported, and the graph is the same as without that."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Tiny tokenizers of every kind, trained on lines in several scripts, and lines to write with them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import random

@@ -1,7 +1,5 @@
 """A model with fewer tokens, compared with others on the same text, and in the engine."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The kind ``vocab`` in a prune, and the primitive beside it."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

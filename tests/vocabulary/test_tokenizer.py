@@ -1,7 +1,5 @@
 """Tokens that stay, and tokenizers that keep them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

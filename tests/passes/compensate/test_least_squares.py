@@ -1,7 +1,5 @@
 """Fits of the kept weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Criteria by what a model computes, against plain PyTorch: inputs by hooks, formulas written out, greedy by trial."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import MagicMock
 

@@ -1,7 +1,5 @@
 """Every criterion against plain PyTorch: gradients by autograd, slices by hand, formulas as the design has them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scores in steps, products of scores, and work that processes share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Selection: the ratio asked for is the ratio that goes, from where it should, and in the order of the scores."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Selections to a target or in a budget."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

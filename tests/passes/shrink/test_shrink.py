@@ -1,7 +1,5 @@
 """Shrinking: what each pass changes, leaves alone and refuses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from unittest.mock import MagicMock

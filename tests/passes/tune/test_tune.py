@@ -1,7 +1,5 @@
 """Tuning: parameters are folded in exactly, never end worse, and an interrupted run resumes."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import weakref
