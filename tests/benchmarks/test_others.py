@@ -1,23 +1,28 @@
-"""Test the smaller benchmarks, each on tiny models, and the pages of all results."""
+"""Test the benchmarks of discovery and recovery, the smaller ones, and the pages of all results."""
 
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import benchmarks.vocabulary as benchmark
 import fxprune
-from benchmarks import pages, score_memory, sweep, vision, waiting
-from benchmarks.common import Shape, write_random
+from benchmarks import discovery, pages, recover, score_memory, sweep, vision, waiting
+from benchmarks.common import Shape, local_tasks, write_random
+from benchmarks.discovery import Discovery, compare, measure_in_process, summarise
 from benchmarks.joined import block_sums, join, orders
 from benchmarks.norms import SMALL, byte_loss, small_rows, train_small
 from benchmarks.pages import results_page, vocabulary_page
 from benchmarks.reference import REFERENCE, ReferenceRow, first_tokens, reference_rows
 from benchmarks.score_memory import WAYS, measure
+from fxprune.checkpoint.manifest import read_manifest
 from fxprune.evaluation.comparison import graph_predictor
 from fxprune.recipes import Recipe
 from tests.benchmarks.command import run_main
@@ -205,3 +210,215 @@ def test_both_policies_are_timed_alone_and_beside_other_work() -> None:
     done = run_main(waiting.main, "--steps", "1", "--rounds", "1")
     assert done.exit_code == 0, done.output
     assert "ACTIVE" in done.output and "PASSIVE" in done.output and "beside a busy process" in done.output
+
+
+SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]
+QUESTIONS = [{"query": f"Is {i} even?", "choices": ["no", "yes"], "gold": (i + 1) % 2} for i in range(8)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    found = {name: tmp_path / name for name in ("rows.json", "texts.jsonl", "book.txt", "quiz.jsonl")}
+    found["rows.json"].write_text(json.dumps(SUMS))
+    found["texts.jsonl"].write_text("\n".join(json.dumps({"text": f"Text number {i}."}) for i in range(30)))
+    found["book.txt"].write_text("x " * 2050)
+    found["quiz.jsonl"].write_text("\n".join(map(json.dumps, QUESTIONS)))
+    return found
+
+
+def test_rows_are_drawn_alike_from_each_file(files: dict[str, Path]) -> None:
+    paths = [files[name] for name in ("rows.json", "texts.jsonl", "book.txt")]
+    rows = recover.training_rows(paths, 12, seed=0)
+    assert [sum("instruction" in row for row in rows), len(rows)] == [4, 11]
+    assert sorted(len(row["text"]) for row in rows[8:]) == [100, 2000, 2000]
+    assert rows == recover.training_rows(paths, 12, seed=0) != recover.training_rows(paths, 12, seed=1)
+    assert len(recover.without(rows, f"... {rows[4]['text']} ...")) == 10
+
+
+def test_rows_of_every_form_are_kept_unless_they_are_measured_on(tmp_path: Path) -> None:
+    """Chats once counted as empty text, which every text contains."""
+    chat = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    rows = [chat, {"text": "a text"}, {"text": "another"}, SUMS[0]]
+    (tmp_path / "rows.json").write_text(json.dumps([chat, "a text", *rows[2:]]))
+    assert sorted(map(str, recover.training_rows([tmp_path / "rows.json"], 9, 0))) == sorted(map(str, rows))
+    assert recover.without(rows, "measured on") == rows
+    assert recover.without(rows, "Hi.\n\nHello. And a text.") == rows[2:]
+
+
+def test_texts_of_one_folder_have_names_of_their_own() -> None:
+    found = recover.named([Path("a/test.txt"), Path("a/valid.txt"), Path("b/test.txt")])
+    assert found == {"a/test": Path("a/test.txt"), "a/valid": Path("a/valid.txt"), "b": Path("b/test.txt")}
+
+
+def test_calibration_is_spread_over_the_rows() -> None:
+    tokenizer = character_tokenizer()
+    windows = recover.calibration_windows(tokenizer, [{"text": "a" * 50}, {"text": "b" * 50}], samples=3, tokens=20)
+    assert windows.shape == (3, 20)
+    assert [tokenizer.decode(window)[0] for window in windows] == ["a", "a", "b"]
+
+
+def test_the_start_of_a_text_is_measured_as_well(files: dict[str, Path]) -> None:
+    files["book.txt"].write_text("abcdefgh" * 20)
+    found = recover.starts(character_tokenizer(), {"book": files["book.txt"], "built-in": "some text"}, 3, 16)
+    assert found == {"book, its start": "abcdefgh" * 6}
+
+
+def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -> None:
+    first, second = (local_tasks([files["quiz.jsonl"]], half)["quiz"] for half in ("first", "second"))
+    assert (first.start, first.stop, second.start, second.stop) == (0, 4, 4, None)
+    assert run_main(recover.main, "--half", "secnd").exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_run_writes_the_section_of_the_results_page(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
+    monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
+    options = "--samples 2 --recipe fast --windows 2 --window 64 --asked 3 --learning-rate 5e-3 --json"
+    paths = {"data": files["rows.json"], "text": files["book.txt"], "questions": files["quiz.jsonl"]}
+    command = [*options.split(), *(part for name, path in paths.items() for part in (f"--{name}", str(path)))]
+    command += ["--out", str(tmp_path / "out")]
+    outcome = run_main(recover.main, *command)
+    assert outcome.exit_code == 0
+    data = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    assert [column["name"] for column in data["columns"]] == ["dense", "pruned", "recovered"]
+    assert data["columns"][1]["parameters"] == data["columns"][2]["parameters"] < data["columns"][0]["parameters"]
+    assert data["settings"]["held_out_loss"][1] < data["settings"]["held_out_loss"][0]
+    assert data["settings"]["data"] == ["rows.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("json", "md", "png")}
+    page = results_page(tmp_path / "results")
+    flat = " ".join(page.split())
+    assert "by the recipe `fast` as it was then (`calibrate" in flat and "2 windows of 64 tokens" in flat
+    assert "## Recovery: `make bench-recover`" in page
+    assert ("| average accuracy retained on quiz | 100.0% ± 0.0% |" in page) is (data["retained_of"] == ["quiz"])
+
+
+@pytest.mark.slow
+def test_a_slim_model_saved_before_is_recovered(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
+    monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
+    result = fxprune.prune(tiny("llama"), ratio=0.2, recipe="llm-pruner", importance="l2")
+    result.save_pretrained(tmp_path / "slim")
+    command = ["--slim", str(tmp_path / "slim"), "--recipe", "fast", "--windows", "2", "--window", "64", "--json"]
+    command += ["--data", str(files["rows.json"]), "--text", str(files["book.txt"]), "--keep", str(tmp_path / "kept")]
+    outcome = run_main(recover.main, *command)
+    assert outcome.exit_code == 0
+    data = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    assert data["columns"][1]["parameters"] == result.report.parameters[1]
+    assert data["settings"]["passes"] == json.loads(json.dumps(result.report.passes))
+    assert data["settings"]["slim"] == "slim" and "keep" not in data["settings"]
+    kept = fxprune.from_pretrained(tmp_path / "kept")
+    assert kept.num_parameters() == result.report.parameters[1]
+    manifest = read_manifest(tmp_path / "kept")
+    assert manifest.read_plan(tmp_path / "kept") == result.plan
+    assert manifest.read_report(tmp_path / "kept") is not None
+
+
+TINY = Shape("tiny", hidden=32, ffn=48, layers=2, heads=4, kv_heads=4)
+
+
+def made_up(trace: float, groups: int = 3, nodes: int = 100) -> Discovery:
+    return Discovery({"trace": trace, "graph": 0.5, "groups": 0.25}, nodes, groups, start_gb=0.1, peak_gb=0.2)
+
+
+@pytest.mark.slow
+def test_ours_counts_every_group_and_grows_by_layers():
+    found = [discovery.measure_ours(replace(TINY, layers=n)) for n in (2, 3, 4)]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(TINY.config())
+    graph = fxprune.dependency_graph(fxprune.trace(model, dynamic=False))
+    kinds = Counter(group.kind for group in fxprune.find_groups(graph))
+    assert list(found[0].seconds) == ["trace", "graph", "groups"] and found[0].groups == kinds.total()
+    assert kinds["mlp"] == kinds["head"] == kinds["layer"] == TINY.layers and kinds["channel"] == 1
+    assert found[0].peak_gb >= found[0].start_gb > 0
+    for counts in ([m.nodes for m in found], [m.groups for m in found]):
+        assert counts[2] - counts[1] == counts[1] - counts[0] > 0
+
+
+@pytest.mark.slow
+def test_a_process_measures_the_same_counts_and_reports_failures():
+    apart = measure_in_process("theirs", TINY, threads=1, timeout_s=200)
+    assert apart.groups == 2 * TINY.layers + 1 and list(apart.seconds) == ["graph", "groups"]
+    with pytest.raises(RuntimeError, match="nobody"):
+        measure_in_process("nobody", TINY, threads=1, timeout_s=200)
+
+
+def test_tools_alternate_in_changing_order():
+    calls = []
+
+    def measure(tool, shape):
+        calls.append(tool)
+        return made_up(trace=len(calls))
+
+    rows = compare([TINY], ("ours", "theirs"), 3, measure)
+    assert calls == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert [row.tool for row in rows] == ["ours", "theirs"]
+    assert (rows[0].seconds["trace"], rows[0].total_s, rows[0].least_s, rows[0].repeats) == (4, 4.75, 1.75, 3)
+
+
+def test_no_repeats_and_differing_repeats_are_refused():
+    with pytest.raises(ValueError, match="repeats=0"):
+        compare([TINY], ("ours",), 0, lambda tool, shape: made_up(1))
+    with pytest.raises(ValueError, match="tiny"):
+        summarise("ours", TINY, [made_up(1), made_up(1, groups=4)])
+
+
+@pytest.fixture
+def run_discovery(monkeypatch, tmp_path):
+    """Run the command with made-up measurements; returns the result, what was measured, and the folder of results."""
+    monkeypatch.setattr(discovery, "RESULTS", tmp_path / "discovery.json")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    seen = []
+
+    def measure(tool, shape, threads):
+        seen.append((tool, shape.name, shape.layers))
+        return made_up(1.5 if tool == "ours" else 3.75, nodes=100 * shape.layers)
+
+    monkeypatch.setattr(discovery, "measure_in_process", measure)
+    return lambda *arguments: (run_main(discovery.main, "--repeats", "1", *arguments), seen, tmp_path)
+
+
+def test_the_command_prints_a_row_for_each_tool_and_writes_json(run_discovery, monkeypatch):
+    monkeypatch.setattr(discovery, "find_spec", lambda name: True)
+    monkeypatch.setattr(discovery, "version", lambda name: "1")
+    result, seen, folder = run_discovery("--shapes", "7b,70b", "--json")
+    assert result.exit_code == 0, result.output
+    tools = ("ours", "theirs", "prune")
+    assert seen == [(tool, *shape) for shape in (("7b", 32), ("70b", 80)) for tool in tools]
+    content = json.loads((folder / "discovery.json").read_text())
+    rows = [(row["tool"], row["shape"]["name"], row["total_s"]) for row in content["rows"]]
+    assert rows == [(t, s, 2.25 if t == "ours" else 4.5) for s in ("7b", "70b") for t in tools]
+    assert content["environment"]["torch"] == torch.__version__ and "2.0" in result.output
+
+
+def test_without_torch_pruning_theirs_is_left_out_with_a_note(run_discovery, monkeypatch):
+    monkeypatch.setattr(discovery, "find_spec", lambda name: None)
+    result, seen, _ = run_discovery("--shapes", "7b")
+    assert seen == [("ours", "7b", 32), ("prune", "7b", 32)] and "not installed" in result.output
+
+
+@pytest.mark.parametrize(
+    ("how", "tool", "shape", "depths"),
+    [
+        ("scaling", "ours", "7b", (2, 8, 20, 40, 80)),
+        ("passes", "passes", "narrow", (4, 8, 16, 32, 64, 128)),
+    ],
+)
+def test_shapes_of_growing_depth_are_measured(how, tool, shape, depths, run_discovery):
+    result, seen, folder = run_discovery(f"--{how}", "--json")
+    assert result.exit_code == 0 and seen == [(tool, shape, n) for n in depths], result.output
+    rows = json.loads((folder / f"discovery_{how}.json").read_text())["rows"]
+    assert [row["shape"]["layers"] for row in rows] == list(depths)
+    result, seen, _ = run_discovery("--shapes", "7b,8b")
+    assert result.exit_code != 0 and "8b" in result.output and len(seen) == len(depths)
+
+
+@pytest.mark.slow
+def test_a_prune_and_each_of_its_passes_are_timed():
+    found = discovery.measure_prune(TINY)
+    assert list(found.seconds) == ["trace", "removal"] and found.groups == 2 * TINY.layers
+    found = discovery.measure_passes(TINY).seconds
+    assert {"trace", "find-groups", "l2", "select-by-ratio", "slice-parameters", "emit-model"} <= found.keys()
