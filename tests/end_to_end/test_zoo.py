@@ -16,36 +16,36 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.trace import trace
-from tests.coverage_page import has_any, has_exact, page
+from tests.coverage_page import KINDS, has_any, has_exact, page
 from tests.coverage_table import rows_of
 from tests.coverage_types import Coverage, emission, examine, told, use
 from tests.oracle import groups_of
 from tests.tiers import SLOW, tiers
 from tests.zoo import NO_ATTENTION, VOCABULARY, forward, tiny_config, tiny_model, token_ids, types
 
-DIVERSE = {
-    "biogpt": {"mlp", "head", "head_dim", "layer"},
-    "blenderbot": {"mlp", "head", "head_dim", "layer"},
-    "cohere": {"mlp", "head", "head_dim", "layer"},
-    "ctrl": {"mlp", "head", "head_dim", "layer"},
-    "data2vec-text": {"mlp", "head", "head_dim"},
-    "deepseek_v3": {"mlp", "head"},
-    "dots1": {"mlp", "head", "layer"},
-    "ernie4_5_moe": {"mlp", "head", "layer"},
-    "gpt_neo": {"mlp", "head", "head_dim", "layer"},
-    "glm": {"mlp", "head", "head_dim", "layer"},
-    "lfm2": {"mlp", "head", "layer"},
-    "llama4_text": {"mlp", "head", "layer"},
-    "mamba": {"mlp"},
-    "minicpm3": {"mlp", "head", "layer"},
-    "olmo2": {"mlp", "head_dim", "layer"},
-    "persimmon": {"mlp", "head", "layer"},
-    "qwen3": {"mlp", "head", "layer"},
-    "smollm3": {"mlp", "head", "head_dim", "layer"},
-    "xglm": {"mlp", "head", "head_dim", "layer"},
-    "xlnet": {"mlp", "head", "head_dim"},
-}
-"""Types that trace fast, with the kinds whose units go exactly in all of them."""
+DIVERSE = (
+    *(
+        "biogpt",
+        "blenderbot",
+        "cohere",
+        "ctrl",
+        "data2vec-text",
+        "deepseek_v3",
+        "dots1",
+        "ernie4_5_moe",
+        "gpt_neo",
+        "glm",
+    ),
+    *("lfm2", "llama4_text", "mamba", "minicpm3", "olmo2", "persimmon", "qwen3", "smollm3", "xglm", "xlnet"),
+)
+"""Types that trace fast."""
+ROOT = Path(__file__).parents[2]
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """What a run over all types left."""
+    data: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return data
 
 
 @pytest.mark.slow
@@ -86,7 +86,8 @@ def test_types_with_demands_of_their_own_run(model_type: str) -> None:
 def test_what_is_found_goes_exactly(model_type: str) -> None:
     found = dataclasses.asdict(examine(model_type, emit=False))
     assert found["stage"] == "done", found["error"]
-    assert {kind for kind in DIVERSE[model_type] if has_exact(found, kind)} == DIVERSE[model_type]
+    (row,) = (row for row in recorded("coverage")["rows"] if row["type"] == model_type)
+    assert [kind for kind in KINDS if has_exact(found, kind)] == [kind for kind in KINDS if has_exact(row, kind)]
     assert [group for group in found["groups"] if group["removal"] not in ("exact", "inert", "nothing can go")] == []
     assert model_type in NO_ATTENTION or has_any(found, "head")
 
@@ -171,7 +172,5 @@ def test_a_type_of_another_class_is_emitted_and_loaded_by_it(name: str) -> None:
 
 
 def test_the_page_is_the_one_made_from_the_data() -> None:
-    root = Path(__file__).parents[2]
-    files = (root / "benchmarks" / "results" / f"{name}.json" for name in ("coverage", "coverage_classes"))
-    data, others = (json.loads(file.read_text()) for file in files)
-    assert (root / "docs" / "coverage.md").read_text(encoding="utf-8") == page(data, others)
+    made = page(recorded("coverage"), recorded("coverage_classes"))
+    assert (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8") == made

@@ -153,14 +153,12 @@ def test_passes_are_spelled_with_their_arguments(spelled: str, fields: dict[str,
 @pytest.mark.parametrize(
     ("spelled", "error", "text"),
     [
-        ("taylor{order=mix", PassError, "no closing brace"),
         ("select-by-ratio{ratio=0.3, ratio=0.2}", PassError, "ratio is given twice"),
         (
             "save-checkpoint{folder=/tmp/x}",
             PassError,
             "folder=/tmp/x: .*Put text that is not one word, such as a path, in quotes",
         ),
-        ("taylor{ordre=mix}", UnknownNameError, "argument of pass taylor 'ordre'.*Did you mean 'order'"),
         ("slice-parameter", UnknownNameError, "Did you mean 'slice-parameters'"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fxprune
-from fxprune.errors import ArgumentError, CheckpointError, PlanError, RatioError
+from fxprune.errors import ArgumentError, PlanError, RatioError
 from fxprune.pipeline.arguments import VOCAB
 from tests.models import tiny
 from tests.vocabulary.small import ENGLISH, lines, tokenizer
@@ -187,13 +187,6 @@ def test_what_the_kind_cannot_do_is_refused(changes: dict[str, Any], words: str)
         del options["kinds"]
     with pytest.raises(fxprune.FxpruneError, match=words):
         fxprune.prune(model_for("gpt2"), options.pop("calibration", torch.zeros(1, 5, dtype=torch.long)), **options)
-
-
-def test_weights_on_disk_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="cut in memory"):
-        fxprune.prune_checkpoint(tmp_path, tmp_path / "slim", kinds=VOCAB)
-    with pytest.raises(CheckpointError):
-        fxprune.prune(tmp_path / "nothing", kinds=VOCAB)
 
 
 def test_more_tokens_than_can_go_name_the_ratio_that_can() -> None:
