@@ -11,11 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import benchmarks.equal_bytes as benchmark
 import fxprune
-from benchmarks.common import write_results
 from benchmarks.drafts import Continued, by_transformers, summary
 from benchmarks.engines import llama_cpp, vllm
 from benchmarks.engines.base import greedy_tokens
-from benchmarks.pages import results_page
 from tests.benchmarks.command import run_main
 from tests.export.small import even, tokenizer
 from tests.models import tiny
@@ -116,7 +114,3 @@ def test_files_take_turns_and_are_set_beside_the_first(tmp_path: Path, monkeypat
     last = rows[-1]["texts"]["a text"]
     assert last["over_dense"] == pytest.approx((0.2, 0)) and last["over_own"] == pytest.approx((0.25, 0))
     assert rows[-1]["speed_up"] == [5, 5, 5]
-    settings = {"pieces": {"a text": 2}, "rounds": 2, "parameters": {"dense": 10, "slim": 8}}
-    write_results(tmp_path / "equal_bytes.json", {"settings": settings, "rows": rows})
-    page = results_page(tmp_path)
-    assert "| slim | q4_k_m | 0.0 |" in page and "-80.0%" in page

@@ -172,7 +172,6 @@ def test_the_command_prints_and_writes_its_measurements(tmp_path: Path, monkeypa
     assert done.exit_code == 0 and "mix, low" in done.output
     data = json.loads((tmp_path / "score_memory.json").read_text())
     assert [row["way"] for row in data["rows"]] == ["plain training", "mix, low"]
-    assert "| mix, low | " in results_page(tmp_path) and "on 2 x 8 tokens" in results_page(tmp_path)
 
 
 @pytest.mark.slow
@@ -288,8 +287,6 @@ def test_a_run_writes_the_section_of_the_results_page(
     assert data["settings"]["data"] == ["rows.json"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("json", "md", "png")}
     page = results_page(tmp_path / "results")
-    flat = " ".join(page.split())
-    assert "by the recipe `fast` as it was then (`calibrate" in flat and "2 windows of 64 tokens" in flat
     assert "## Recovery: `make bench-recover`" in page
     assert ("| average accuracy retained on quiz | 100.0% ± 0.0% |" in page) is (data["retained_of"] == ["quiz"])
 
