@@ -171,7 +171,7 @@ def _measure(
     reference of the others; it then stays in memory.
     """
     from fxprune.checkpoint.low_memory import load_mapped
-    from fxprune.evaluation.comparison import Reference, measure_model
+    from fxprune.evaluation.comparison import Reference, as_column, evaluate
 
     columns: list[Column] = []
     tokenizer = reference = None
@@ -185,7 +185,7 @@ def _measure(
             with working(f"loading {place}"):
                 model = load_mapped(locate_model(place), folder)
         tokenizer = own or tokenizer
-        columns.append(measure_model(name, model, tokenizer, reference=reference, **options))
+        columns.append(as_column(name, model, evaluate(model, tokenizer, reference=reference, **options)))
         if has_reference and work is None and reference is None:
             reference = Reference(model, columns[0].evaluation.answers, tokenizer)
     return tuple(columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -15,8 +15,6 @@ from fxprune.errors import EvaluationError
 from fxprune.graph.context import quiet, wrap_errors
 from fxprune.masking.masked_run import output_tensors
 from fxprune.masking.objective import class_scores
-
-_HEAD = ("", "dense", "slim")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Agreement:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Rows of a table of dense and slim; the first names the columns."""
-        yield _HEAD
+        yield "", "dense", "slim"
         if self.accuracy is not None:
             yield f"accuracy, {self.samples:,} samples", *(f"{value:.1%}" for value in self.accuracy)
         if self.divergence is not None and self.same is not None:
@@ -66,42 +64,31 @@ def agreement(dense: Any, slim: Any, samples: Sequence[Mapping[str, torch.Tensor
     """
     if not samples:
         raise EvaluationError("there are no samples", where="samples", remedy="Pass one at least")
-    found: list[_Row] = []
+    columns: list[list[Any]] = [[], [], [], []]
     with torch.inference_mode(), quiet():
         for sample in samples:
-            found.extend(_compared(dense(**sample), slim(**sample), sample))
-    told = [row.accuracy for row in found if row.accuracy is not None]
-    accuracy = (fmean(one for one, _ in told), fmean(one for _, one in told)) if told else None
-    divergences = [row.divergence for row in found if row.divergence is not None]
-    same = [row.same for row in found if row.same is not None]
-    are_classes = len(divergences) == len(found)
+            for column, values in zip(columns, _compared(dense(**sample), slim(**sample), sample), strict=True):
+                column += values
+    cosines, divergences, same, right = columns
+    told = [one for one in right if one is not None]
+    are_classes = None not in divergences
     return Agreement(
-        len(found),
-        accuracy,
+        len(cosines),
+        (fmean(one for one, _ in told), fmean(one for _, one in told)) if told else None,
         fmean(divergences) if are_classes else None,
         fmean(same) if are_classes else None,
-        fmean(row.cosine for row in found),
+        fmean(cosines),
     )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """The figures of one sample, as of :class:`Agreement`."""
-
-    cosine: float
-    divergence: float | None = None
-    same: float | None = None
-    accuracy: tuple[float, float] | None = None
-
-
-def _compared(dense: Any, slim: Any, sample: Mapping[str, torch.Tensor]) -> Iterator[_Row]:
-    """Yield the figures of each sample of a batch, from the outputs of both models."""
+def _compared(dense: Any, slim: Any, sample: Mapping[str, torch.Tensor]) -> tuple[Sequence[Any], ...]:
+    """Cosine, divergence, equality and accuracies of each sample of a batch; None where there is no such figure."""
     mask = sample.get("attention_mask")
-    cosines = torch.cosine_similarity(_numbers(_scores(dense), mask), _numbers(_scores(slim), mask), dim=1).tolist()
+    cosines = torch.cosine_similarity(_numbers(dense, mask), _numbers(slim, mask), dim=1).tolist()
     classes = class_scores(dense) if "logits" in dense else None
     if classes is None or classes.shape[-1] < 2:
-        yield from map(_Row, cosines)
-        return
+        none = [None] * len(cosines)
+        return cosines, none, none, none
     first, second = (class_scores(output).float().log_softmax(-1) for output in (dense, slim))
     chosen = first.argmax(-1), second.argmax(-1)
     read = torch.ones_like(chosen[0], dtype=torch.bool)
@@ -109,9 +96,8 @@ def _compared(dense: Any, slim: Any, sample: Mapping[str, torch.Tensor]) -> Iter
         read = mask.bool()
     apart = _row_means((first.exp() * (first - second)).sum(-1), read)
     same = _row_means(chosen[0] == chosen[1], read)
-    right = _accuracies(dense, classes, chosen, sample.get(LABELS))
-    for cosine, divergence, equal, one in zip(cosines, apart, same, right, strict=True):
-        yield _Row(cosine, None if divergence is None else max(0.0, divergence), equal, one)
+    divergences = [None if one is None else max(0.0, one) for one in apart]
+    return cosines, divergences, same, _accuracies(dense, classes, chosen, sample.get(LABELS))
 
 
 def _accuracies(
@@ -142,18 +128,13 @@ def _row_means(values: torch.Tensor, counted: torch.Tensor) -> list[float | None
     return [float(row[there].mean()) if bool(there.any()) else None for row, there in rows]
 
 
-def _numbers(values: Iterable[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-    """The numbers of each sample of an output in a row, zero at positions that a mask leaves out."""
+def _numbers(output: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """The scores of classes of each sample in a row, or all its numbers; zero at positions that a mask leaves out."""
     rows = []
-    for value in values:
+    for value in (output["logits"],) if "logits" in output else output_tensors(dict(output)):
         value = value.float()
         if mask is not None and value.shape[:2] == mask.shape:
             value = value * mask.bool().view(*mask.shape, *[1] * (value.dim() - 2))
         rows.append(value)
     alike = all(value.dim() > 1 and len(value) == len(rows[0]) for value in rows)
     return torch.cat([value.flatten(1) if alike else value.reshape(1, -1) for value in rows], dim=1)
-
-
-def _scores(output: Any) -> tuple[torch.Tensor, ...]:
-    """The scores of classes if an output has some, else all its numbers."""
-    return (output["logits"],) if "logits" in output else output_tensors(dict(output))

@@ -280,9 +280,14 @@ class Comparison:
         for text in self.columns[0].evaluation.perplexities:
             values = [column.evaluation.perplexities[text] for column in self.columns]
             yield f"perplexity, {text}", *(f"{v.value:.2f} ± {v.standard_error:.2f}" for v in values)
-            yield from _text_rows(values)
+            yield "  bits per byte", *(f"{v.bits_per_byte:.3f} ± {v.bits_per_byte_error:.3f}" for v in values)
+            yield from _figures([value.divergence for value in values], _OF_DIVERGENCE)
         yield from self._task_rows()
-        yield from _answer_rows([column.evaluation.generation for column in self.columns])
+        answers = [column.evaluation.generation for column in self.columns]
+        yield from _figures(answers, _OF_ANSWERS)
+        if any(answers):
+            pairs = ("" if g is None else f"{g.distinct_1:.2f}, {g.distinct_2:.2f}" for g in answers)
+            yield "  distinct tokens, pairs of tokens", *pairs
 
     def _task_rows(self) -> Iterator[tuple[str, ...]]:
         for task, score in self.columns[0].evaluation.tasks.items():
@@ -379,36 +384,27 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _text_rows(values: Sequence[Perplexity]) -> Iterator[tuple[str, ...]]:
-    """Rows about predictions on a text."""
-    yield "  bits per byte", *(f"{v.bits_per_byte:.3f} ± {v.bits_per_byte_error:.3f}" for v in values)
-    for label, cell in (
-        ("  perplexity over dense", "{0.ratio:.3f} ± {0.ratio_error:.3f}"),
-        ("  divergence, nats", "{0.mean:.3f} ± {0.mean_error:.3f}"),
-        ("  divergence, 99th percentile", "{0.percentile_99:.2f}"),
-        ("  same first token", "{0.agreement:.1%} ± {0.agreement_error:.1%}"),
-    ):
-        if any(value.divergence for value in values):
-            yield label, *("" if v.divergence is None else cell.format(v.divergence) for v in values)
-    if any(v.divergence and v.divergence.acceptance is not None for v in values):
-        cell = "{0.acceptance:.1%} ± {0.acceptance_error:.1%}"
-        yield "  accepted as a draft", *("" if v.divergence is None else cell.format(v.divergence) for v in values)
+_OF_DIVERGENCE = (
+    ("  perplexity over dense", "ratio", "{:.3f} ± {:.3f}"),
+    ("  divergence, nats", "mean", "{:.3f} ± {:.3f}"),
+    ("  divergence, 99th percentile", "percentile_99", "{:.2f}"),
+    ("  same first token", "agreement", "{:.1%} ± {:.1%}"),
+    ("  accepted as a draft", "acceptance", "{:.1%} ± {:.1%}"),
+)
+_OF_ANSWERS = (
+    ("answers: words of the dense one's, F1", "overlap", "{:.1%} ± {:.1%}"),
+    ("  tokens before they differ", "same_start", "{:.1%} ± {:.1%}"),
+    ("  the same to the end", "same", "{:.1%} ± {:.1%}"),
+    ("  4-grams repeated", "repetition", "{:.1%} ± {:.1%}"),
+)
 
 
-def _answer_rows(found: Sequence[Generation | None]) -> Iterator[tuple[str, ...]]:
-    """Rows about greedy answers."""
-    for label, name in (
-        ("answers: words of the dense one's, F1", "overlap"),
-        ("  tokens before they differ", "same_start"),
-        ("  the same to the end", "same"),
-        ("  4-grams repeated", "repetition"),
-    ):
-        values = [(getattr(g, name, None), getattr(g, f"{name}_error", None)) for g in found]
+def _figures(found: Sequence[object], rows: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, ...]]:
+    """Rows by label, name of the figure and format, without those that no model has."""
+    for label, name, form in rows:
+        values = [(getattr(one, name, None), getattr(one, f"{name}_error", None)) for one in found]
         if any(value is not None for value, _ in values):
-            yield label, *("" if value is None else f"{value:.1%} ± {error:.1%}" for value, error in values)
-    if any(found):
-        pairs = ("" if g is None else f"{g.distinct_1:.2f}, {g.distinct_2:.2f}" for g in found)
-        yield "  distinct tokens, pairs of tokens", *pairs
+            yield label, *("" if value is None else form.format(value, error) for value, error in values)
 
 
 @wrap_errors("compare_models", "Pass language models, and the tokenizer of all of them", EvaluationError)
@@ -445,16 +441,11 @@ def compare_models(
         times = time_interleaved(jobs, rounds)
     columns = []
     for name, model in models.items():
-        column = measure_model(name, model, tokenizer, **options)
+        column = as_column(name, model, evaluate(model, tokenizer, **options))
         macs = count_macs(trace(model).graph_module)
         columns.append(replace(column, macs=macs, latency_ms=median(times[name]) * 1e3))
     measured = {"latency_shape": list(latency_shape), "rounds": rounds, "threads": torch.get_num_threads()}
     return Comparison(tuple(columns), {**measured, **(settings or {})})
-
-
-def measure_model(name: str, model: Any, tokenizer: Any, **options: Any) -> Column:
-    """Measure quality and size of one model, without MACs and latency; ``options`` are for :func:`fxprune.evaluate`."""
-    return as_column(name, model, evaluate(model, tokenizer, **options))
 
 
 def as_column(name: str, model: nn.Module, evaluation: Evaluation) -> Column:
@@ -493,16 +484,14 @@ def graph_predictor(graph_module: fx.GraphModule, *, shared: bool = False) -> Ca
         shared: whether the graph is that of the dense model of a sweep, which predicts the same text again.
     """
 
-    def predict(input_ids: Tensor) -> Tensor:
-        if not shared:
-            return run(input_ids)
-        return shared_finding(graph_module, ("logits", *input_ids.flatten().tolist()), lambda: run(input_ids))
-
     def run(input_ids: Tensor) -> Tensor:
         inputs = batched(read_calibration(input_ids, graph_module), graph_module)
         return run_logits(UntouchedRun(graph_module), inputs).to(input_ids.device)
 
-    return predict
+    def predict(input_ids: Tensor) -> Tensor:
+        return shared_finding(graph_module, ("logits", *input_ids.flatten().tolist()), lambda: run(input_ids))
+
+    return predict if shared else run
 
 
 def measure_quality(
@@ -549,9 +538,8 @@ def measure_quality(
         if found is None or found[0].windows < _FEWEST:
             name = BUILT_IN
             found = paired_perplexities(slim, dense, tokenizer, offline_docstrings(), **options)
-        answers = (
-            () if speakers is None else _answers(*zip(speakers, (dense_tokenizer or tokenizer, tokenizer), strict=True))
-        )
+        tokenizers = (dense_tokenizer or tokenizer, tokenizer)
+        answers = () if speakers is None else _answers(*zip(speakers, tokenizers, strict=True))
     return Quality((_text_quality(name, *found),), answers)
 
 

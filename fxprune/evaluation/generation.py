@@ -134,29 +134,22 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
     Raises:
         EvaluationError: the reference answers other questions.
     """
-    repetition = mean_and_error([_repeated(row, 4) for row in answers.ids])
-    own: dict[str, Any] = {
-        "questions": len(answers.ids),
-        "repetition": repetition[0],
-        "repetition_error": repetition[1],
-        "distinct_1": _distinct(answers.ids, 1),
-        "distinct_2": _distinct(answers.ids, 2),
-    }
-    if reference is None:
-        return Generation(**own)
-    if reference.questions != answers.questions:
-        what, remedy = "its answers are to other questions", "Ask both models the same questions"
-        raise EvaluationError(what, where="reference", remedy=remedy)
-    pairs = list(zip(answers.ids, reference.ids, strict=True))
-    texts = zip(answers.texts, reference.texts, strict=True)
-    measured = {
-        "overlap": mean_and_error([word_overlap(a, b) for a, b in texts]),
-        "same_start": mean_and_error([_same_start(a, b) for a, b in pairs]),
-        "same": mean_and_error([float(a == b) for a, b in pairs]),
-    }
-    for name, (value, error) in measured.items():
-        own |= {name: value, f"{name}_error": error}
-    return Generation(**own)
+    measured = {"repetition": [1 - _distinct([row], 4, none=1.0) for row in answers.ids]}
+    if reference is not None:
+        if reference.questions != answers.questions:
+            what, remedy = "its answers are to other questions", "Ask both models the same questions"
+            raise EvaluationError(what, where="reference", remedy=remedy)
+        pairs = list(zip(answers.ids, reference.ids, strict=True))
+        texts = zip(answers.texts, reference.texts, strict=True)
+        measured["overlap"] = [word_overlap(a, b) for a, b in texts]
+        # an end counts as a token
+        measured["same_start"] = [common_prefix([*a, -1], [*b, -1]) / (len(b) + 1) for a, b in pairs]
+        measured["same"] = [float(a == b) for a, b in pairs]
+    found: dict[str, Any] = {}
+    for name, values in measured.items():
+        found[name], found[f"{name}_error"] = mean_and_error(values)
+    distinct = (_distinct(answers.ids, size) for size in (1, 2))
+    return Generation(len(answers.ids), found.pop("repetition"), found.pop("repetition_error"), *distinct, **found)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -165,24 +158,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return sum(values) / max(len(values), 1), error
 
 
-def _grams(row: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(row[i : i + size]) for i in range(len(row) - size + 1)]
-
-
-def _repeated(row: Sequence[int], size: int) -> float:
-    grams = _grams(row, size)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _distinct(rows: Sequence[Sequence[int]], size: int) -> float:
-    grams = [gram for row in rows for gram in _grams(row, size)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _same_start(row: Sequence[int], reference: Sequence[int]) -> float:
-    """Fraction of the reference's tokens before the first difference; an end counts as a token."""
-    theirs = [*reference, -1]
-    return common_prefix([*row, -1], theirs) / len(theirs)
+def _distinct(rows: Sequence[Sequence[int]], size: int, none: float = 0.0) -> float:
+    """Different runs of ``size`` tokens over all of them; ``none`` if the rows are shorter."""
+    grams = [tuple(row[i : i + size]) for row in rows for i in range(len(row) - size + 1)]
+    return len(set(grams)) / len(grams) if grams else none
 
 
 def word_overlap(text: str, reference: str) -> float:

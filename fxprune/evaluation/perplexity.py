@@ -220,7 +220,7 @@ def paired_perplexities(
     if reference is not None and words is not None and has_other_tokens(tokenizer, words):
         aligned = _AlignedWindows.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
         counts, start, stop = aligned.counts, aligned.start, aligned.stop
-    measured = _measure_windows(model, windows, first, batch, reference, track, aligned)
+    sums, apart = _measure_windows(model, windows, first, batch, reference, track, aligned)
     counts, read = counts.double(), (size[stop] - size[start]).double()
     step = window - len(opening) if stride is None else stride
 
@@ -230,7 +230,8 @@ def paired_perplexities(
         value, sizes = _exp(mean), (window, step, len(windows), int(counts.sum()))
         return Perplexity(value, value * error, *sizes, bits, bits_error, divergence, tuple(losses.tolist()))
 
-    return of(measured.reference_losses, None), of(measured.losses, measured.divergence(counts))
+    divergence = None if reference is None else _divergence_of(sums, apart, counts)
+    return of(sums[1], None), of(sums[0], divergence)
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
@@ -281,10 +282,8 @@ class _AlignedWindows:
         """The windows of the reference nearest to those of the model, as far as its tokens allow.
 
         Args:
-            windows: those of the model.
-            start: its tokens before the first that each window predicts.
-            stop: and before the end of each.
-            opening: ids that its windows begin with.
+            windows: those of the model, which begin with ``opening``; with its tokens before the first that each
+                predicts, and before its end.
             words: the tokenizer of the reference.
             offsets: the place of each token of the model in the text.
         """
@@ -367,8 +366,8 @@ def perplexity(model: Callable[..., Any], ids: torch.Tensor, batch: int = 4, *, 
     if ids.shape[1] < 2:
         raise EvaluationError(f"{format_value(ids)} has no next token", where="ids", remedy=f"Pass {wanted}")
     first = torch.ones(len(ids), dtype=torch.long)
-    losses = _measure_windows(model, ids, first, batch, None, track).losses
-    return _exp(float(losses.sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
+    sums, _ = _measure_windows(model, ids, first, batch, None, track)
+    return _exp(float(sums[0].sum()) / (ids.shape[0] * (ids.shape[1] - 1)))
 
 
 def _exp(mean: float) -> float:
@@ -395,32 +394,20 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Sums over the predicted tokens of each window, ``(windows,)``; and of each token ``(windows, window - 1)``.
+def _divergence_of(sums: Tensor, divergences: Tensor, counts: Tensor) -> Divergence:
+    """The divergence from the reference model, from what :func:`_measure_windows` returns.
 
-    Without a reference model only the losses are known. ``divergences`` is NaN at tokens that are not predicted.
+    Args:
+        counts: predicted tokens of each window.
     """
-
-    losses: Tensor
-    reference_losses: Tensor
-    agreeing: Tensor
-    accepted: Tensor
-    divergences: Tensor
-
-    def divergence(self, counts: Tensor) -> Divergence | None:
-        """The divergence from the reference model; ``counts`` are the predicted tokens of each window."""
-        if not len(self.divergences):
-            return None
-        compared = (~self.divergences.isnan()).sum(dim=1).double()
-        mean, mean_error = _ratio_of_sums(self.divergences.nansum(dim=1), compared)
-        agreement = _ratio_of_sums(self.agreeing, compared)
-        accepted = _ratio_of_sums(self.accepted, compared)
-        lost, lost_error = _ratio_of_sums(self.losses - self.reference_losses, counts)
-        ratio = _exp(lost)
-        tokens = self.divergences[~self.divergences.isnan()].sort().values
-        highest = float(tokens[min(int(0.99 * len(tokens)), len(tokens) - 1)])
-        return Divergence(mean, mean_error, highest, *agreement, ratio, ratio * lost_error, *accepted)
+    compared = (~divergences.isnan()).sum(dim=1).double()
+    mean, mean_error = _ratio_of_sums(divergences.nansum(dim=1), compared)
+    agreement, accepted = (_ratio_of_sums(each, compared) for each in sums[2:])
+    lost, lost_error = _ratio_of_sums(sums[0] - sums[1], counts)
+    ratio = _exp(lost)
+    tokens = divergences[~divergences.isnan()].sort().values
+    highest = float(tokens[min(int(0.99 * len(tokens)), len(tokens) - 1)])
+    return Divergence(mean, mean_error, highest, *agreement, ratio, ratio * lost_error, *accepted)
 
 
 def _measure_windows(
@@ -431,10 +418,10 @@ def _measure_windows(
     reference: Callable[..., Any] | None,
     track: Track,
     aligned: _AlignedWindows | None = None,
-) -> _Measured:
-    """Next-token cross-entropies in nats over positions from ``first`` on, and the divergence from a reference model.
+) -> tuple[Tensor, Tensor]:
+    """Sums ``(4, windows)`` and divergences ``(windows, window - 1)`` as by :func:`_measure_logits`.
 
-    Several processes share the windows; all of them must call this function.
+    They are of positions from ``first`` on. Several processes share the windows; all of them must call this function.
 
     Args:
         aligned: the windows of the reference if it has other tokens.
@@ -476,8 +463,7 @@ def _measure_windows(
             if compared:
                 divergences[rows] = apart.to(device)
     all_reduce([sums, divergences] if compared else [sums])
-    losses, reference_losses, agreeing, accepted = sums.cpu()
-    return _Measured(losses, reference_losses, agreeing, accepted, divergences.cpu())
+    return sums.cpu(), divergences.cpu()
 
 
 def most_positions(model: Any) -> int | None:
@@ -519,16 +505,14 @@ def _measure_outputs(
 
 
 def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of each window and divergences of each token.
+    """Sums ``(4, windows)`` of each window and divergences ``(windows, tokens)``, NaN at tokens that are not predicted.
 
-    The sums are the losses of a model and of the reference, the tokens that both rank first, and those accepted as a
-    draft.
+    The sums are the losses of a model and of the reference in nats, the tokens that both rank first, and those accepted
+    as a draft; without a reference only the first is known.
 
     Args:
-        logits: ``(windows, tokens, vocabulary)``.
-        expected: the same of the reference; None if there is none.
-        target: next tokens ``(windows, tokens)``.
-        counted: which of them are predicted.
+        logits: ``(windows, tokens, vocabulary)``; ``expected`` are those of the reference.
+        target: next tokens ``(windows, tokens)``; ``counted`` are those of them that are predicted.
     """
     sums = torch.zeros(4, len(target), dtype=torch.double, device=logits.device)
     apart = torch.full(target.shape, math.nan, dtype=torch.double, device=logits.device)
@@ -549,14 +533,7 @@ def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, cou
 def _measure_aligned(
     logits: Tensor, expected: Tensor, ids: Tensor, aligned: _AlignedWindows, number: int
 ) -> tuple[Tensor, Tensor]:
-    """Sums and divergences as by :func:`_measure_logits`, of aligned windows of a model and of the reference.
-
-    Args:
-        logits: ``(1, tokens, vocabulary)``.
-        expected: those of the reference on its window.
-        ids: of the model's window, ``(1, window)``.
-        number: of the window.
-    """
+    """Sums and divergences as by :func:`_measure_logits`, of the aligned windows ``number`` of both models."""
     places, others = (each.to(logits.device) for each in aligned.places[number])
     ours, theirs = (each.to(logits.device) for each in aligned.common)
     sums, apart = _measure_logits(logits, None, ids[:, 1:], _between(places, logits))
@@ -579,10 +556,7 @@ def _between(places: Tensor, logits: Tensor) -> Tensor:
 
 
 def _divergences(logits: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergences from the expected distributions, in nats, and sums of the smaller probabilities.
-
-    Both are ``(windows, tokens)``.
-    """
+    """Divergences in nats, and sums of the smaller probabilities, ``(windows, tokens)`` each."""
     wanted, found = expected.log_softmax(-1), logits.log_softmax(-1)
     apart = (wanted.exp() * (wanted - found)).sum(-1).clamp(min=0)
     return apart.double(), torch.minimum(wanted, found).exp().sum(-1).double()

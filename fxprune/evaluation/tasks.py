@@ -77,16 +77,10 @@ def read_questions(local: LocalTask) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         remedy = "Pass the path of a file of questions, one per line"
         raise EvaluationError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
-    rows: list[dict[str, Any]] = []
-    bad: list[str] = []
-    kinds: set[bool] = set()
-    for number, line in json_lines(content):
-        row, why = _question(line, local.suffix)
-        if why:
-            bad.append(f"line {number}: {why}")
-        else:
-            rows.append(row)
-            kinds.add("continuation" in row)
+    read = [(number, *_question(line, local.suffix)) for number, line in json_lines(content)]
+    bad = [f"line {number}: {why}" for number, _, why in read if why]
+    rows = [row for _, row, why in read if not why]
+    kinds = {"continuation" in row for row in rows}
     asked = rows[local.start : local.stop]
     if bad or len(kinds) > 1 or not asked:
         # three lines tell a broken line from a file of another kind
@@ -290,8 +284,20 @@ def zero_shot(
     mode = model.training
     with quiet(logging.WARNING):
         try:
-            loaded, manager = _harness_tasks(named), _task_manager(named)
-            found = _run_harness(model, _with_end(tokenizer, model), list(loaded.values()), manager, limit, batch)
+            loaded = _harness_tasks(named)
+            from lm_eval.evaluator import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+
+            found = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=_with_end(tokenizer, model), batch_size=batch),
+                tasks=list(loaded.values()),
+                task_manager=_task_manager(named),
+                limit=limit,
+                bootstrap_iters=_RESAMPLES,
+                random_seed=None,  # the harness leaves random number generators alone
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
         except (KeyError, ValueError, OSError) as error:
             if isinstance(error, EvaluationError):
                 raise
@@ -320,26 +326,6 @@ def _with_end(tokenizer: Any, model: Any) -> Any:
         raise EvaluationError(what, where="tokenizer", remedy=remedy)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
-
-
-def _run_harness(
-    model: Any, tokenizer: Any, tasks: list[Any], manager: Any, limit: int | None, batch: int
-) -> Mapping[str, Any]:
-    """Results of the harness, which leaves random number generators alone."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    found: Mapping[str, Any] = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-        tasks=tasks,
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=_RESAMPLES,
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
-    )
-    return found
 
 
 def _harness_tasks(named: Mapping[str, Task]) -> dict[str, Any]:

@@ -149,7 +149,10 @@ class MaskedRun(PreciseRun):
         value = super().placeholder(target, args, kwargs)
         if isinstance(value, torch.Tensor):
             for expr, size in zip(self.axes.tensors.get(str(target), ()), value.shape, strict=False):
-                self.sizes |= _size_in(expr, size)
+                found = set(factors(expr))
+                if len(found) == 1:  # of several, the sizes of other axes tell more
+                    solved = _solved(expr, found.pop(), size, lambda one: one.size, {})
+                    self.sizes |= solved if _fits(expr, solved, size, lambda one: one.size) else {}
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -241,27 +244,20 @@ def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, s
         return expr
     whole = [factor for factor in dict.fromkeys(factors(expr)) if not keep.touches(factor)]
     known = {factor: sizes[factor] for factor in whole if factor in sizes}
-    tries = [known]
-    for factor in whole:
-        rest = {other: number for other, number in known.items() if other != factor}
-        one, two = (measure(_resized(expr, {**rest, factor: number})) for number in (1, 2))
-        tries.append({**rest, factor: 1 + (size - one) // max(two - one, 1)})
-    fitting = (_resized(expr, tried) for tried in tries if all(number > 0 for number in tried.values()))
-    return next((found for found in fitting if measure(found) == size), expr)
+    tries = (known, *(_solved(expr, factor, size, measure, known) for factor in whole))
+    return next((_resized(expr, tried) for tried in tries if _fits(expr, tried, size, measure)), expr)
 
 
-def _size_in(expr: Expr, size: int) -> dict[Factor, int]:
-    """Return the size of the one factor of an axis of this size; nothing if there are several.
+def _solved(
+    expr: Expr, factor: Factor, size: int, measure: Callable[[Expr], int], known: Mapping[Factor, int]
+) -> dict[Factor, int]:
+    """Sizes with that of a factor by which an axis may measure ``size``, which is linear in it: ``1 + tokens``."""
+    one, two = (measure(_resized(expr, {**known, factor: number})) for number in (1, 2))
+    return {**known, factor: 1 + (size - one) // max(two - one, 1)}
 
-    Sizes are linear in that of a factor: an axis may be ``1 + tokens``.
-    """
-    found = set(factors(expr))
-    if len(found) != 1:
-        return {}
-    (factor,) = found
-    one, two = (_resized(expr, {factor: number}).size for number in (1, 2))
-    number = 1 + (size - one) // max(two - one, 1)
-    return {factor: number} if number > 0 and _resized(expr, {factor: number}).size == size else {}
+
+def _fits(expr: Expr, sizes: Mapping[Factor, int], size: int, measure: Callable[[Expr], int]) -> bool:
+    return min(sizes.values(), default=1) > 0 and measure(_resized(expr, sizes)) == size
 
 
 def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:

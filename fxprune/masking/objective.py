@@ -24,7 +24,7 @@ from fxprune.errors import PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Fact, Source, facts_of
-from fxprune.graph.tensors import get_tensor, has_meta_weights, upstream
+from fxprune.graph.tensors import get_tensor, has_meta_weights, map_tensors, upstream
 from fxprune.masking.masked_run import UntouchedRun, output_tensors
 from fxprune.offload.files import is_offloading
 from fxprune.trace.capture import trace
@@ -104,10 +104,7 @@ def own_loss(model: nn.Module, sample: Sample) -> fx.GraphModule:
         PassError: it has no such loss.
         TraceError: it cannot be traced with labels.
     """
-    values = {**sample.inputs, **(sample.own or {})}
-    inputs = {
-        name: torch.cat([value, value]) if isinstance(value, torch.Tensor) else value for name, value in values.items()
-    }
+    inputs = map_tensors({**sample.inputs, **(sample.own or {})}, lambda value: torch.cat([value, value]))
     traced = trace(model, inputs, check=False).graph_module
     nodes: dict[str, fx.Node] = {str(node.target): node for node in traced.graph.nodes if node.op == "placeholder"}
     fields = named_outputs(traced) or {}
@@ -132,19 +129,6 @@ def own_loss(model: nn.Module, sample: Sample) -> fx.GraphModule:
 
 
 _REMEDY = "Leave labels out: the divergence from the dense model needs none"
-
-
-def _run_own_loss(loss: fx.GraphModule, output: Mapping[str, Any], sample: Sample) -> torch.Tensor:
-    """The loss of one sample, given its output; both are repeated, as the graph may not accept a batch of one."""
-    given = {**sample.inputs, **output, **(sample.own or {})}
-    wanted = [str(node.target) for node in loss.graph.nodes if node.op == "placeholder"]
-    device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
-    twice = [
-        torch.cat([value, value]).to(device) if isinstance(value, torch.Tensor) else value
-        for value in map(given.get, wanted)
-    ]
-    found: torch.Tensor = fx.Interpreter(loss).run(*twice)
-    return found
 
 
 def named_outputs(graph_module: fx.GraphModule) -> Mapping[str, Any] | None:
@@ -185,8 +169,13 @@ def sample_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
     """
     objective = facts_of(graph_module).get(Objective) or Objective()
     if objective.own is not None and sample.own is not None:
-        with clear_sample_errors(sample.own):
-            return _run_own_loss(objective.own, output, sample)
+        given = {**sample.inputs, **output, **sample.own}
+        wanted = [given.get(str(node.target)) for node in objective.own.graph.nodes if node.op == "placeholder"]
+        device = next(leaf.device for leaf in tree_leaves(dict(output)) if isinstance(leaf, torch.Tensor))
+        with clear_sample_errors(sample.own):  # of two samples, as the graph may not accept a batch of one
+            twice = map_tensors(wanted, lambda value: torch.cat([value, value]).to(device))
+            loss: torch.Tensor = fx.Interpreter(objective.own).run(*twice)
+        return loss
     if objective.next_token and sample.labels.numel():
         outputs = output_tensors(output)
         labels = sample.labels.to(outputs[0].device if outputs else "cpu")

@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,12 +51,22 @@ class Part:
     def reads(self) -> tuple[str, ...]:
         return tuple(str(node.target) for node in self.nodes if node.op == "get_attr")
 
+    @cached_property
+    def freed(self) -> dict[fx.Node, list[fx.Node]]:
+        """By op, the values that neither a later op of the part nor one after it uses."""
+        last = {value: node for node in self.nodes for value in node.all_input_nodes}
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for value, node in last.items():
+            if value not in self.gives:
+                found.setdefault(node, []).append(value)
+        return found
+
 
 def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[Part]:
     """Cut a graph into parts, in order of execution.
 
-    Cuts are where the fewest numbers are alive, as between two blocks, and not between two readers of a weight of one
-    block; a graph that writes to its weights or inputs is not cut at all.
+    A part ends in its second half by cost, where the fewest numbers are alive, as between two blocks, and not between
+    two readers of a weight of one block; a graph that writes to its weights or inputs is not cut at all.
 
     Args:
         cost: of each weight, by name; 0 for others.
@@ -75,31 +86,20 @@ def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[
     uncuttable = _uncuttable(graph, ops) | _within_blocks(reads, cost)
     found, begin = [], 0
     while begin < len(ops):
-        steps = [(reads[i], alive[i + 1], i + 1 in uncuttable) for i in range(begin, len(ops))]
-        end = begin + _length(steps, cost, limit)
+        read, reach = set[str](), dict[int, float]()  # cost of the weights before each place where the part may end
+        for end in range(begin + 1, len(ops) + 1):
+            read |= reads[end - 1]
+            spent = sum(cost[name] for name in read)
+            if spent > limit and reach:
+                break
+            if end not in uncuttable:
+                reach[end] = spent
+        half = max(reach.values()) / 2
+        fewest = min((place for place in reach if reach[place] >= half), key=lambda place: (alive[place], -place))
+        end = len(ops) if spent <= limit else fewest
         found.append(_part(ops[begin:end]))
         begin = end
     return found
-
-
-def _length(steps: Sequence[tuple[Collection[str], int, bool]], cost: Mapping[str, float], limit: float) -> int:
-    """Number of ops in the next part: it ends in its second half by cost, where the fewest numbers are alive.
-
-    ``steps`` are for each op the weights it reads, the numbers alive after it, and whether a cut after it is forbidden.
-    """
-    read, reach = set[str](), dict[int, float]()
-    for count, (names, _, forbidden) in enumerate(steps, start=1):
-        read.update(names)
-        spent = sum(cost[name] for name in read)
-        if spent > limit and reach:
-            break
-        if not forbidden:
-            reach[count] = spent
-    else:
-        if spent <= limit:
-            return len(steps)
-    half = max(reach.values()) / 2
-    return min((count for count in reach if reach[count] >= half), key=lambda count: (steps[count - 1][1], -count))
 
 
 def output_numel(node: fx.Node) -> int:
@@ -176,22 +176,22 @@ def part_bytes(graph_module: fx.GraphModule) -> float:
     They are not halved where that would keep many more values between parts, as those inside a block. The first process
     decides for all. Halves, so that a run that resumes most likely has the parts of the first.
     """
+
+    def values_kept(limit: float) -> int:
+        """The most numbers that are kept after a part."""
+        return max(sum(map(output_numel, part.gives)) for part in cut_graph(graph_module.graph, costs, limit))
+
     costs = _bytes_of_weights(graph_module)
     limit, free = LOW_MEMORY * sum(costs.values()), broadcast_object(free_bytes(compute_device(graph_module)))
     least = max(_OF_FREE * free, min(costs.values(), default=0.0))
-    most = 2 * _values_kept(graph_module, costs, limit) if limit > least else 0
-    while limit > least and _values_kept(graph_module, costs, limit / 2) <= most:
+    most = 2 * values_kept(limit) if limit > least else 0
+    while limit > least and values_kept(limit / 2) <= most:
         limit /= 2
     return limit
 
 
 def _bytes_of_weights(graph_module: fx.GraphModule) -> dict[str, float]:
     return {name: float(tensor.nbytes) for name, tensor in weights(graph_module)}
-
-
-def _values_kept(graph_module: fx.GraphModule, costs: Mapping[str, float], limit: float) -> int:
-    """The most numbers that are kept after a part of a graph cut by ``limit``."""
-    return max(sum(map(output_numel, part.gives)) for part in cut_graph(graph_module.graph, costs, limit))
 
 
 def parts_by_weights(graph_module: fx.GraphModule) -> list[Part]:
@@ -226,24 +226,11 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
     last_taker = _last_takers(parts)
     for part in parts:
         ends = part.gives or part.nodes[-1:]
-        freed = _last_uses(part, ends)
 
-        def outputs(
-            *taken: Any,
-            part: Part = part,
-            ends: Sequence[fx.Node] = ends,
-            freed: Mapping[fx.Node, Sequence[fx.Node]] = freed,
-        ) -> tuple[Any, ...]:
+        def outputs(*taken: Any, part: Part = part, ends: Sequence[fx.Node] = ends) -> tuple[Any, ...]:
             release_freed()
-            run.env = dict(zip(part.takes, taken, strict=True))
-            try:
-                for node in part.nodes:
-                    run.env[node] = run.run_node(node)
-                    for value in freed.get(node, ()):
-                        del run.env[value]
-                return tuple(run.env[node] for node in ends)
-            finally:  # a run for gradients ends in an exception of torch's once all that they need is there
-                run.env = {}
+            env = _run_part(run, part, dict(zip(part.takes, taken, strict=True)))
+            return tuple(env[node] for node in ends)
 
         found = checkpoint(outputs, *(values[node] for node in part.takes), use_reentrant=False)
         values |= dict(zip(ends, found, strict=True))
@@ -256,14 +243,22 @@ def _last_takers(parts: Sequence[Part]) -> dict[fx.Node, Part]:
     return {node: part for part in parts for node in part.takes}
 
 
-def _last_uses(part: Part, kept: Collection[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """By op of a part, the values that no later op of it uses; without those to be ``kept``."""
-    last = {value: node for node in part.nodes for value in node.all_input_nodes}
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for value, node in last.items():
-        if value not in kept:
-            found.setdefault(node, []).append(value)
-    return found
+def _run_part(
+    run: UntouchedRun, part: Part, takes: Mapping[fx.Node, Any], watch: Hooks = _NO_HOOKS
+) -> Mapping[fx.Node, Any]:
+    """Run the ops of a part on the values that it takes; return those that it gives, and the last."""
+    run.env = dict(takes)
+    try:
+        for node in part.nodes:
+            run.env[node] = run.run_node(node)
+            if node in watch:
+                other = watch[node](run.env[node])
+                run.env[node] = run.env[node] if other is None else other
+            for value in part.freed.get(node, ()):
+                del run.env[value]
+        return run.env
+    finally:  # a run for gradients ends in an exception of torch's once all that they need is there
+        run.env = {}
 
 
 class PartRuns:
@@ -299,14 +294,14 @@ class PartRuns:
                 self.differentiable.add(node)
         places = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         self.inputs = samples
-        self.values: list[dict[fx.Node, Any]] = [
-            {node: self.run.as_input(value) for node, value in zip(places, inputs.values(), strict=True)}
-            for inputs in samples
-        ]
+        self.values: list[dict[fx.Node, Any]] = []
+        for inputs in samples:
+            given = map_tensors([*inputs.values()], at_least_float32) if precise else inputs.values()
+            self.values.append(dict(zip(places, given, strict=True)))
         self.gradients: list[dict[fx.Node, torch.Tensor]] = [{} for _ in samples]
         self.loaded: Part | None = None
 
-    def forward(self, part: Part, watch: Hooks | None = None) -> Iterator[int]:
+    def forward(self, part: Part, watch: Hooks = _NO_HOOKS) -> Iterator[int]:
         """Run a part for each sample and keep the values it gives; yield the number of each sample when it is done.
 
         The part is the first one, or comes after one that has run.
@@ -316,7 +311,7 @@ class PartRuns:
         for number, values in enumerate(self.values):
             with torch.no_grad(), clear_sample_errors(self.inputs[number]):
                 takes = {node: to_device(values[node], self.place) for node in part.takes}
-                env = self.run.part(part, takes, {}, watch or {})
+                env = self.run.part(part, takes, {}, watch)
             values.update({node: self._to_home(env[node]) for node in part.gives})
             for node in part.takes:
                 if self.last_taker.get(node) is part:
@@ -415,23 +410,13 @@ class _PartRun(UntouchedRun):
         super().__init__(graph_module, garbage_collect_values=False)
         self.weights: Mapping[str, torch.Tensor] = {}
         self.held: dict[str, torch.Tensor] = {}
-        self.last_uses: dict[Part, dict[fx.Node, list[fx.Node]]] = {}
 
     def part(
-        self, part: Part, takes: Mapping[fx.Node, Any], weights: Mapping[str, torch.Tensor], watch: Hooks = _NO_HOOKS
+        self, part: Part, takes: Mapping[fx.Node, Any], weights: Mapping[str, torch.Tensor], watch: Hooks
     ) -> Mapping[Any, Any]:
-        if part not in self.last_uses:
-            self.last_uses[part] = _last_uses(part, part.gives)
-        freed = self.last_uses[part]
-        self.weights, self.env, self._copies = weights, dict(takes), {}
-        for node in part.nodes:
-            self.env[node] = self.run_node(node)
-            if node in watch:
-                other = watch[node](self.env[node])
-                self.env[node] = self.env[node] if other is None else other
-            for value in freed.get(node, ()):
-                del self.env[value]
-        found, self.env, self.weights = self.env, {}, {}
+        self.weights, self._copies = weights, {}
+        found = _run_part(self, part, takes, watch)
+        self.weights = {}
         return found
 
     def read(self, name: str) -> Any:
@@ -440,13 +425,8 @@ class _PartRun(UntouchedRun):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
 
-    def as_input(self, value: Any) -> Any:
-        return value
 
-
-class _PrecisePartRun(_PartRun, PreciseRun):
-    def as_input(self, value: Any) -> Any:
-        return map_tensors(value, at_least_float32)
+class _PrecisePartRun(_PartRun, PreciseRun): ...
 
 
 Observers = Mapping[fx.Node, Callable[[Any], None]]
