@@ -166,7 +166,7 @@ def evaluate(
     if not corpora and not asked and not flag("generate", generate):
         raise EvaluationError("no texts and no tasks", where="evaluate", remedy="Give at least one of them")
     one_of("memory", memory, ("fast", "low"))
-    other = reference if reference is None or isinstance(reference, Reference) else Reference(reference)
+    other = reference if isinstance(reference, Reference) else Reference(reference)
     predicts = PartwiseModel(model) if memory == "low" and corpora else model
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
     perplexities = {
@@ -178,8 +178,8 @@ def evaluate(
             stride=stride,
             limit=windows,
             batch=batch,
-            reference=None if other is None else other.model,
-            reference_tokenizer=None if other is None else other.tokenizer,
+            reference=other.model,
+            reference_tokenizer=other.tokenizer,
             track=track,
         )
         for name, text in loaded.items()
@@ -188,7 +188,7 @@ def evaluate(
     if not generate:
         return Evaluation(perplexities, scores)
     answers = answer_questions(model, tokenizer, batch=batch, track=track)
-    compared = compare_answers(answers) if other is None else other.compare(answers, tokenizer, batch, track)
+    compared = compare_answers(answers) if reference is None else other.compare(answers, tokenizer, batch, track)
     return Evaluation(perplexities, scores, compared, answers)
 
 
@@ -343,13 +343,11 @@ class Comparison:
         Raises:
             EvaluationError: matplotlib is missing, or there is nothing to draw.
         """
-        whole = [column.evaluation for column in self.columns]
-        texts = {
-            n: [(e.perplexities[n].value, e.perplexities[n].standard_error) for e in whole]
-            for n in whole[0].perplexities
-        }
-        tasks = {n: [(e.tasks[n].value, e.tasks[n].standard_error) for e in whole] for n in whole[0].tasks}
-        panels = [(name, values) for name, values in (("perplexity", texts), ("accuracy", tasks)) if values]
+        panels = []
+        for title, kind in (("perplexity", "perplexities"), ("accuracy", "tasks")):
+            measured = [getattr(column.evaluation, kind) for column in self.columns]
+            values = {name: [(one[name].value, one[name].standard_error) for one in measured] for name in measured[0]}
+            panels += [(title, values)] if values else []
         if not panels:
             raise EvaluationError("no perplexities and no tasks", where="plot", remedy="Measure some first")
         # room for the labels of the axis, and one inch for each group of bars
@@ -472,16 +470,11 @@ ANSWER = 24
 BUILT_IN = "docstrings of Python"
 """Name of the text that is measured on if there is no other."""
 
-_FEWEST = 4
-"""Windows of a text that its errors can be estimated from."""
-
 
 def graph_predictor(graph_module: fx.GraphModule, *, shared: bool = False) -> Callable[..., Tensor]:
     """A function from token ids ``(batch, tokens)`` to logits that runs a graph and writes to none of its tensors.
 
-    Args:
-        graph_module: the graph.
-        shared: whether the graph is that of the dense model of a sweep, which predicts the same text again.
+    A ``shared`` graph is that of the dense model of a sweep, which predicts the same text again.
     """
 
     def run(input_ids: Tensor) -> Tensor:
@@ -510,17 +503,14 @@ def measure_quality(
     """Measure a slim model beside the dense one: predictions on a text, and the greedy answer to a question.
 
     Args:
-        dense: a Hugging Face model, or any callable that takes ``input_ids=`` and returns logits.
-        slim: the same.
+        dense: a Hugging Face model, or any callable that takes ``input_ids=`` and returns logits, as is ``slim``.
         tokenizer: of both, or of the slim model.
         text: a file of text, or the name of a data set; None for docstrings of Python's library, which also take the
             place of a text that has too few windows left.
         dense_tokenizer: of the dense model, if it has other tokens.
         speakers: the dense and the slim model to generate the answer; None for no answer.
         pruned: the slim graph, whose facts tell which samples the prune used: windows with a part of one are left out.
-        window: tokens that the models see at once.
         windows: most windows, from all over the text.
-        track: shows progress, as ``track(items, what, total)``.
 
     Raises:
         FxpruneError: a model cannot be run on the text, or all of the text was used.
@@ -535,7 +525,7 @@ def measure_quality(
             with suppress(EvaluationError):  # it is too short, or all of it was used
                 content = calibration_text(text, tokenizer)
                 found = paired_perplexities(slim, dense, tokenizer, content, **options)
-        if found is None or found[0].windows < _FEWEST:
+        if found is None or found[0].windows < 4:  # fewer tell nothing about errors
             name = BUILT_IN
             found = paired_perplexities(slim, dense, tokenizer, offline_docstrings(), **options)
         tokenizers = (dense_tokenizer or tokenizer, tokenizer)
@@ -603,9 +593,6 @@ def token_twin(model: Any) -> Any:
 
 
 def _first_answer(dense: Answers, slim: Answers) -> tuple[GreedyAnswer, ...]:
-    return (GreedyAnswer(dense.questions[0], _one_line(dense.texts[0]), _one_line(slim.texts[0])),)
-
-
-def _one_line(text: str) -> str:
-    """A text that a model wrote, as a report can show it: without line breaks and control characters."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    """The first answers, as a report can show them: without line breaks and control characters."""
+    shown = ("".join(sign if sign.isprintable() else " " for sign in one.texts[0]) for one in (dense, slim))
+    return (GreedyAnswer(dense.questions[0], *(" ".join(text.split()) for text in shown)),)

@@ -36,12 +36,10 @@ def named_corpora(texts: Any) -> dict[str, Any]:
             if not isinstance(name, str) or not name or not (is_text(source) and str(source)):
                 raise refuse("texts", source if isinstance(name, str) and name else name, wanted, EvaluationError)
         return dict(texts)
-    items = [texts] if isinstance(texts, str | Path) else list(texts)
-    for item in items:
+    found: dict[str, Any] = {}
+    for item in [texts] if isinstance(texts, str | Path) else texts:
         if not isinstance(item, str | Path) or not str(item):
             raise refuse("texts", item, wanted, EvaluationError)
-    found: dict[str, Any] = {}
-    for item in items:
         name = str(item) if is_data_set(item) else "text" if _is_text_itself(item) else Path(item).stem
         found[unused_name(name, found)] = item
     return found
@@ -74,9 +72,6 @@ _REMEDY = "Pass a language model that takes input_ids, and its own tokenizer"
 
 _WIDENED = 2**25
 """Logits that are widened to float32 at once: with a large vocabulary those of a long window take gigabytes."""
-
-_LARGEST = 700.0
-"""Nats: exp(710) overflows a float."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +183,9 @@ def paired_perplexities(
 ) -> tuple[Perplexity, Perplexity]:
     """Perplexities of a text for a reference model and for another one, which run over it once.
 
-    Args:
-        model: as for :func:`text_perplexity`, like all that follows.
-        seen: token ids of samples; windows that share a run of :data:`fxprune.data.text.RUN` tokens with one are
-            left out.
-
-    Returns:
-        That of the reference, without a meaning if there is none, and that of ``model`` with its divergence.
+    That of the reference has no meaning if there is none; that of ``model`` has its divergence. Windows that share a
+    run of :data:`fxprune.data.text.RUN` tokens with a sample of token ids in ``seen`` are left out. All else is as for
+    :func:`text_perplexity`.
     """
     function("tokenizer", tokenizer, "the tokenizer of the model", EvaluationError)
     instance("text", text, str, "the text itself", EvaluationError)
@@ -375,7 +366,7 @@ def _exp(mean: float) -> float:
     if math.isnan(mean):
         remedy = "Check its weights for values that are not finite"
         raise EvaluationError("the loss is NaN", where="model", remedy=remedy)
-    return math.exp(mean) if mean < _LARGEST else math.inf
+    return math.exp(mean) if mean < 700.0 else math.inf  # exp(710) overflows a float
 
 
 def logits_of(output: Any) -> Tensor:
@@ -395,11 +386,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _divergence_of(sums: Tensor, divergences: Tensor, counts: Tensor) -> Divergence:
-    """The divergence from the reference model, from what :func:`_measure_windows` returns.
-
-    Args:
-        counts: predicted tokens of each window.
-    """
+    """The divergence from the reference model, by :func:`_measure_windows` and the predicted tokens of each window."""
     compared = (~divergences.isnan()).sum(dim=1).double()
     mean, mean_error = _ratio_of_sums(divergences.nansum(dim=1), compared)
     agreement, accepted = (_ratio_of_sums(each, compared) for each in sums[2:])
@@ -421,10 +408,8 @@ def _measure_windows(
 ) -> tuple[Tensor, Tensor]:
     """Sums ``(4, windows)`` and divergences ``(windows, window - 1)`` as by :func:`_measure_logits`.
 
-    They are of positions from ``first`` on. Several processes share the windows; all of them must call this function.
-
-    Args:
-        aligned: the windows of the reference if it has other tokens.
+    They are of positions from ``first`` on; with ``aligned``, the reference has other tokens. Several processes share
+    the windows; all of them must call this function.
     """
     for name, given in (("model", model), ("reference", reference)):
         if isinstance(given, type) or not (callable(given) or (name == "reference" and given is None)):

@@ -39,9 +39,7 @@ def time_interleaved(
     """Measure jobs side by side: every other round runs them in reverse order (A B C, C B A, ...).
 
     So a machine that steadily slows down or speeds up affects all of them alike. One round to warm up does not count.
-
-    Args:
-        jobs: by name; each does its work and returns its measurement.
+    A job does its work and returns its measurement.
     """
     found: dict[K, list[T]] = {name: [] for name in jobs}
     for number in track(range(rounds + 1), what, rounds + 1):
@@ -172,10 +170,9 @@ def measure_speed(
 
 
 def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int | None, int | None]:
-    """Measure one greedy generation of a fixed length, independent of the model's own settings.
+    """Seconds to the first token and per further token, bytes of the cache and of peak memory of a greedy generation.
 
-    Returns:
-        Seconds to the first token and per further token, bytes of the cache and of peak memory.
+    It has a fixed length, independent of the model's own settings.
     """
     ids = ids.to(model.device)
     on_gpu = model.device.type == "cuda"
