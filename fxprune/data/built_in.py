@@ -67,9 +67,6 @@ _DOCUMENTED = (
 )
 """Modules of the standard library with long docstrings."""
 
-_SENTENCE = 80
-"""Characters; shorter paragraphs are mostly headings, signatures or list items."""
-
 
 @cache
 def offline_docstrings() -> str:
@@ -84,7 +81,8 @@ def offline_docstrings() -> str:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 for paragraph in paragraphs(ast.get_docstring(node) or ""):
-                    is_prose = len(paragraph) > _SENTENCE and paragraph[0].isupper() and ">>>" not in paragraph
+                    # shorter paragraphs are mostly headings, signatures or list items
+                    is_prose = len(paragraph) > 80 and paragraph[0].isupper() and ">>>" not in paragraph
                     if is_prose and paragraph not in seen:
                         found[paragraph] = None
     return "\n\n".join(found)
@@ -108,11 +106,8 @@ def built_in_samples(
     The general part is :func:`general_text` and, for a tokenizer with a chat template, :func:`general_chats`.
 
     Args:
-        samples: number of samples, evenly spaced over each part; None for all.
+        samples: number of samples ``(samples, tokens)``, evenly spaced over each part; None for all.
         beyond: whether to take documentation if the general part has too few.
-
-    Returns:
-        Token ids ``(samples, tokens)``.
     """
     text = "\n\n".join(filter(None, (general_text(), general_chats(tokenizer))))
     windows = token_windows(tokenizer, f"{text}\n\n{offline_text()}", tokens)
@@ -136,9 +131,6 @@ _MARK = "0a9f3c"
 
 _LONGEST = 4
 """At most one token in four of a sample comes from the chat template or an opening."""
-
-_NEXT_PROGRAM = "%%"
-"""Line between two texts of ``programs.txt``."""
 
 _FOREIGN = 4
 """One sample in four that is no chat and no program begins with an opening: random tokens of an English vocabulary lead
@@ -231,8 +223,7 @@ def _kinds(samples: int, programs: float, chats: bool, foreign: bool) -> tuple[i
 def rows_at_once(model: Any, ids: torch.Tensor, tokens: int, most: float) -> int:
     """How many samples of ``tokens`` tokens to generate at once: up to 64, with a cache of ``most`` bytes if need be.
 
-    Args:
-        ids: token ids ``(1, tokens)`` to measure the cache with.
+    The cache is measured with ``ids (1, any number of tokens)``.
     """
     with torch.no_grad():
         found = model(input_ids=ids, use_cache=True)
@@ -305,8 +296,7 @@ def opening_texts() -> tuple[str, ...]:
 
 def program_texts() -> tuple[str, ...]:
     """First lines of programs and other source files in ten languages, written for this package."""
-    text = files(__package__).joinpath("programs.txt").read_text(encoding="utf-8")
-    return tuple(text.split(f"{_NEXT_PROGRAM}\n"))
+    return tuple(files(__package__).joinpath("programs.txt").read_text(encoding="utf-8").split("%%\n"))
 
 
 def opening_rows(tokenizer: Any, tokens: int, texts: Sequence[str]) -> torch.Tensor:

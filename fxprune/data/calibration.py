@@ -180,13 +180,6 @@ def spread(samples: Sequence[T], most: int | None) -> tuple[T, ...]:
     return tuple(samples[i * len(samples) // most] for i in range(most))
 
 
-_UNTOUCHED = 0.25
-"""Fraction of the copies that keep all tokens: models are used on text without noise."""
-
-_ANY = 0.5
-"""Fraction of the replaced tokens drawn from the whole vocabulary; the others are drawn from the samples."""
-
-
 def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
     """Ids below ``classes`` of all tokens of a tokenizer that are not special; empty if it does not list them."""
     listed = getattr(tokenizer, "get_vocab", None)
@@ -202,10 +195,11 @@ def noised(
 ) -> tuple[Sample, ...]:
     """Copies of samples with some tokens replaced at random; all samples once, then all of them again.
 
-    One copy in four stays as it is. In each of the others a random fraction of the tokens, up to ``most``, is replaced
-    by tokens from elsewhere in the samples or by any token of the vocabulary. The first token stays, and replaced
-    tokens do not count as labels. A teacher's logits after misplaced tokens carry as much of its knowledge, and since
-    no two copies are alike, the student cannot memorise them.
+    One copy in four stays as it is, since models are used on text without noise. In each of the others a random part
+    of the tokens, up to ``most``, is replaced, half of them by any token of the vocabulary, the others by tokens from
+    elsewhere in the samples. The first token stays, and replaced tokens do not count as labels. A teacher's logits
+    after misplaced tokens carry as much of its knowledge, and since no two copies are alike, the student cannot
+    memorise them.
 
     Args:
         name: name of the input that holds token ids, ``(1, tokens)``.
@@ -216,7 +210,7 @@ def noised(
     known = torch.cat([sample.inputs[name].reshape(-1).cpu() for sample in samples])
 
     def copy(sample: Sample) -> Sample:
-        if float(torch.rand((), generator=draw)) < _UNTOUCHED:
+        if float(torch.rand((), generator=draw)) < 0.25:
             return sample
         ids = sample.inputs[name]
         size, part = ids.numel(), most * float(torch.rand((), generator=draw))
@@ -225,7 +219,7 @@ def noised(
         other = known[torch.randint(len(known), (size,), generator=draw)]
         if len(vocabulary):
             any_token = vocabulary[torch.randint(len(vocabulary), (size,), generator=draw)]
-            other = torch.where(torch.rand(size, generator=draw) < _ANY, any_token, other)
+            other = torch.where(torch.rand(size, generator=draw) < 0.5, any_token, other)
         hit = hit.view(ids.shape).to(ids.device)
         replaced = torch.where(hit, other.to(ids).view(ids.shape), ids)
         labels = sample.labels.masked_fill(hit, IGNORED) if sample.labels.shape == ids.shape else sample.labels
@@ -278,11 +272,7 @@ def _check_value(name: str, value: Any, on_meta: bool) -> None:
 
 
 def make_inputs(graph_module: fx.GraphModule, given: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
-    """Keyword inputs for a graph: the caller's, else random token ids ``(2, 16)`` or random floats.
-
-    Args:
-        given: the caller's example inputs.
-    """
+    """Keyword inputs for a graph: the caller's ``given``, else random token ids ``(2, 16)`` or random floats."""
     inputs = _make(graph_module, given or {}, seed, (BATCH, TOKENS))
     return _make(graph_module, given or {}, seed, None) if failed_check(graph_module, inputs) else inputs
 

@@ -41,9 +41,6 @@ Of C4 the first file of each split is taken, as by Frantar et al. (arXiv 2210.17
 _LONGEST = 300
 """Characters of another package's message that are repeated; some go on for pages."""
 
-_LONGEST_ID = 200
-"""Maximum length of a data set's name, in characters; hubs allow fewer, and file systems refuse far longer ones."""
-
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
@@ -52,7 +49,8 @@ def is_data_set(name: Any) -> bool:
 
     A file that is there is no data set, nor is what has the suffix of one.
     """
-    if not isinstance(name, str) or len(name) > _LONGEST_ID or name.endswith(ROW_SUFFIXES):
+    # hubs allow fewer characters, and file systems refuse far longer names
+    if not isinstance(name, str) or len(name) > 200 or name.endswith(ROW_SUFFIXES):
         return False
     return (name in CORPORA or _ID.fullmatch(name) is not None) and not os.path.exists(name)
 
@@ -66,8 +64,7 @@ def unused_name(name: str, known: Container[str]) -> str:
 def load_named(name: str, *, held_out: bool = False) -> Any:
     """Rows of a data set by its name, each with its text in the field ``text`` if it is one of :data:`CORPORA`.
 
-    Args:
-        held_out: whether to load what papers evaluate on, or of others the split ``test``; else the split ``train``.
+    With ``held_out``, what papers evaluate on, or of others the split ``test``; else the split ``train``.
     """
     if name not in CORPORA:
         path, _, config = name.partition(":")

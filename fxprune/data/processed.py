@@ -19,7 +19,7 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.context import Refusal
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_SOUNDS = (".wav",)
+_KINDS = {".wav": "audio", **dict.fromkeys(_IMAGES, "image")}
 _REMEDY = (
     'Give a folder of images or of .wav files, in a folder for each class if there are labels, or .jsonl with "image", '
     '"audio" or "text", and perhaps "label" or "target", in each row'
@@ -73,8 +73,7 @@ def processed_samples(
 
 def _files(folder: Path, classes: Mapping[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in sorted(folder.rglob("*")):
-        kinds = (("image", _IMAGES), ("audio", _SOUNDS))
-        kind = next((name for name, suffixes in kinds if file.suffix.lower() in suffixes), None)
+        kind = _KINDS.get(file.suffix.lower())
         if kind is not None:
             label = {"label": file.parent.name} if file.parent.name in classes else {}
             yield str(file.relative_to(folder)), {kind: str(file.absolute()), **label}
@@ -99,7 +98,10 @@ def _processed(
     given: dict[str, Any] = {}
     options: dict[str, Any] = {"return_tensors": "pt"}
     if "image" in row:
-        given["images"] = _image(folder / row["image"])
+        from PIL import Image
+
+        with Image.open(folder / row["image"]) as image:
+            given["images"] = image.convert("RGB")
     if "audio" in row:
         given["audio"], options["sampling_rate"] = _sound(folder / row["audio"])
     if "text" in row:
@@ -118,13 +120,6 @@ def _processed(
         tokenizer = getattr(processor, "tokenizer", processor)
         found[LABELS] = tokenizer(text_target=row["target"], return_tensors="pt").input_ids
     return found
-
-
-def _image(path: Path) -> Any:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _sound(path: Path) -> tuple[np.ndarray[Any, Any], int]:

@@ -92,7 +92,17 @@ def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
             memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
         kind: the only kind to accept: ``instruction``, ``chat`` or ``text``; ``auto`` to tell it by the fields.
     """
-    return (parse_row(where, value, kind) for where, value in _source(data))
+    if isinstance(data, Path) or (isinstance(data, str) and data.endswith(ROW_SUFFIXES)):
+        rows = _open(Path(data))
+    elif isinstance(data, str):
+        rows = _numbered(load_named(data))
+    elif isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
+        what = f"cannot read {format_value(data)}"
+        remedy = "Pass a path, the name of a data set, a datasets.Dataset, or a list of rows"
+        raise DataError(what, where="data", remedy=remedy)
+    else:
+        rows = _numbered(data)
+    return (parse_row(where, value, kind) for where, value in rows)
 
 
 def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
@@ -111,18 +121,6 @@ def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
     missing = [field for field in _REQUIRED.get(kind, ()) if value.get(field) is None]
     why = f"no {missing[0]!r}" if missing else "none of the known fields"
     return BadRow(where, f"{why}; its fields are {sorted(map(str, value))}")
-
-
-def _source(data: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Path) or (isinstance(data, str) and data.endswith(ROW_SUFFIXES)):
-        return _open(Path(data))
-    if isinstance(data, str):
-        return _numbered(load_named(data))
-    if isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
-        what = f"cannot read {format_value(data)}"
-        remedy = "Pass a path, the name of a data set, a datasets.Dataset, or a list of rows"
-        raise DataError(what, where="data", remedy=remedy)
-    return _numbered(data)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

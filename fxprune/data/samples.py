@@ -86,16 +86,14 @@ def read_calibration(
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     return tuple(
         replace(sample, inputs={name: sample.inputs.get(name, others.get(name)) for name in names})
-        for sample in _read(data, inputs, next_token, shift, named)
+        for sample in _Reader(inputs, next_token, shift, named).samples(data)
     )
 
 
 def check_tokens(data: Any, rows: int | None, next_token: bool = True) -> None:
     """Refuse what :func:`read_calibration` will refuse for a model of ``input_ids`` alone, before there is a graph.
 
-    Args:
-        rows: those of its embedding; None if other ids have a meaning as well.
-        next_token: whether labels are those of next tokens.
+    ``rows`` are those of its embedding; None if other ids have a meaning as well.
     """
     if is_in_memory(data):
         for _ in token_rows(data, rows, next_token):
@@ -105,25 +103,7 @@ def check_tokens(data: Any, rows: int | None, next_token: bool = True) -> None:
 def token_rows(data: Any, rows: int | None, next_token: bool = True) -> Iterator[torch.Tensor]:
     """Yield the token ids ``(1, tokens)`` of each sample for a model of ``input_ids``; see :func:`check_tokens`."""
     inputs = [_Input("input_ids", (None, None), True, rows)]
-    return (sample.inputs["input_ids"] for sample in _read(data, inputs, next_token))
-
-
-def _read(
-    data: Any,
-    inputs: Sequence[_Input],
-    next_token: bool,
-    shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    named: Sequence[str] = (LABELS,),
-) -> Iterator[Sample]:
-    """Yield each sample with its tensors alone."""
-    check_samples("calibration", data)
-    number = 0
-    for batch in _batches(data, inputs[0], named):
-        for row in _rows(batch, inputs, number, named):
-            yield _sample(row, inputs, f"calibration sample {number}", next_token, shift, named)
-            number += 1
-    if not number:
-        raise CalibrationError("the calibration data is empty", where="calibration", remedy="Pass at least one sample")
+    return (sample.inputs["input_ids"] for sample in _Reader(inputs, next_token).samples(data))
 
 
 def read_token_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -170,20 +150,127 @@ def _error(what: str, where: str = "calibration", remedy: str = _WANTED) -> Cali
     return CalibrationError(what, where=where, remedy=remedy)
 
 
-def _batches(data: Any, first: _Input, named: Sequence[str]) -> Iterator[Tensors]:
-    if isinstance(data, torch.Tensor | np.ndarray):
-        yield {first.name: _tensor(first.name, data, "calibration")}
-        return
-    number = 0
-    try:
-        for item in [data] if isinstance(data, Mapping) else data:
-            for part in _parts(item, first.name):
-                yield _as_batch(part, first, f"calibration item {number}", named)
-            number += 1
-    except FxpruneError:
-        raise
-    except Exception as error:  # data sets and loaders run the user's code
-        raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
+@dataclass(frozen=True)
+class _Reader:
+    """Reads samples of the tensors that a graph takes; the other fields are arguments of :func:`read_calibration`."""
+
+    inputs: Sequence[_Input]
+    next_token: bool = True
+    shift: Callable[[torch.Tensor], torch.Tensor] | None = None
+    named: Sequence[str] = (LABELS,)
+
+    @property
+    def first(self) -> _Input:
+        return self.inputs[0]
+
+    def samples(self, data: Any) -> Iterator[Sample]:
+        """Yield each sample with its tensors alone."""
+        check_samples("calibration", data)
+        number = 0
+        for batch in self._batches(data):
+            for row in self._rows(batch, number):
+                yield self._sample(row, f"calibration sample {number}")
+                number += 1
+        if not number:
+            raise _error("the calibration data is empty", remedy="Pass at least one sample")
+
+    def _batches(self, data: Any) -> Iterator[Tensors]:
+        if isinstance(data, torch.Tensor | np.ndarray):
+            yield {self.first.name: _tensor(self.first.name, data, "calibration")}
+            return
+        number = 0
+        try:
+            for item in [data] if isinstance(data, Mapping) else data:
+                for part in _parts(item, self.first.name):
+                    yield self._as_batch(part, f"calibration item {number}")
+                number += 1
+        except FxpruneError:
+            raise
+        except Exception as error:  # data sets and loaders run the user's code
+            raise _error(f"item {number} cannot be read: {Refusal(error)}") from error
+
+    def _as_batch(self, item: Any, where: str) -> Tensors:
+        """Tensors of a batch by name; a single sample becomes a batch of one."""
+        name = self.first.name
+        if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
+            several = sum(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 for part in item)
+            if several > 1:
+                remedy = "Pass dicts that name them, as in {'input_ids': ids, 'attention_mask': mask}"
+                raise _error(f"{several} tensors without names", where, remedy)
+            item = item[0] if several else item  # a TensorDataset yields tuples
+        fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
+        if name not in fields:
+            raise _error(f"a sample without {name!r}, only {sorted(map(str, fields))}", where, _TOKENISE)
+        tensors = {
+            str(key): _tensor(key, value, where)
+            for key, value in fields.items()
+            if key == name or (value is not None and (key in (*self.named, "attention_mask") or _is_numbers(value)))
+        }
+        first = tensors[name]
+        if not first.dim():
+            raise _error(f"{name} is the single number {format_value(first)}", where)
+        alone = first.dim() == 1 if self.first.whole else first.dim() == len(self.first.shape) - 1
+        return {key: value[None] if alone else value for key, value in tensors.items()}
+
+    def _rows(self, batch: Tensors, number: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the rows of a batch, without padding."""
+        names = [known.name for known in self.inputs]
+        batch = {key: value for key, value in batch.items() if key in (*names, "attention_mask", *self.named)}
+        size = len(batch[names[0]])
+        mask_input = next((known for known in self.inputs if known.name == "attention_mask"), None)
+        # if the graph takes the mask too, padding can be cut off only if it also takes fewer tokens
+        is_cut = mask_input is None or (
+            mask_input.whole and mask_input.shape == self.first.shape and mask_input.shape[-1:] == (None,)
+        )
+        for i in range(size):
+            where = f"calibration sample {number + i}"
+            odd = next((key for key, value in batch.items() if not value.dim() or len(value) != size), None)
+            if odd is not None and size > 1:  # of one sample a tensor may have any rows, as those of its patches
+                raise _error(f"{odd} is {format_value(batch[odd])} beside {size} samples of {names[0]}", where)
+            row = {key: value if size == 1 else value[i : i + 1] for key, value in batch.items()}
+            mask, shape = row.get("attention_mask") if is_cut else None, row[names[0]].shape
+            if "attention_mask" not in names:
+                row.pop("attention_mask", None)
+            if mask is not None:
+                if mask.shape != shape:
+                    what = f"attention_mask is of shape {tuple(mask.shape)} beside input of shape {tuple(shape)}"
+                    raise _error(what, where, "Pass a mask with one number for each token, or none")
+                if mask.is_floating_point() and not bool(mask.isfinite().all()):
+                    what = "attention_mask has values that are not finite"
+                    raise _error(what, where, "Pass 1 for tokens and 0 for padding")
+                keep = mask[0].bool()
+                row = {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
+            yield row
+
+    def _sample(self, row: dict[str, torch.Tensor], where: str) -> Sample:
+        """The sample of a row, checked."""
+        first = self.first
+        tokens = row.get(LABELS, row[first.name] if first.whole else None)
+        if self.shift is not None and tokens is not None and tokens.dim() == 2:
+            row.setdefault(DECODER, self.shift(tokens))
+        for known in self.inputs:
+            if known.name not in row:
+                raise _error(f"a sample without {known.name!r}, which the model takes", where)
+        values = {known.name: _checked(row[known.name], known, where) for known in self.inputs}
+        read = values[first.name]
+        if not self.next_token or (LABELS not in row and not first.whole):
+            none = torch.full_like(read, IGNORED) if first.whole and read.dim() == 2 else torch.zeros(1, 0)
+            return Sample(values, none.long(), {name: row[name] for name in self.named if name in row} or None)
+        labels = row.get(LABELS, read)
+        mask = values.get("attention_mask")
+        if LABELS not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+        if labels.dim() != 2 or not _is_whole(labels):
+            remedy = f"Pass labels (samples, tokens), {IGNORED} to ignore one"
+            raise _error(f"labels are {format_value(labels)}", where, remedy)
+        if first.whole and self.shift is None and labels.shape != read.shape:
+            what = f"labels are {format_value(labels)}, and {first.name} {format_value(read)}"
+            raise _error(what, where, "Pass as many labels as tokens")
+        if labels.shape[1] < 2:
+            raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
+        if bool((labels[:, 1:] == IGNORED).all()):
+            raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out")
+        return Sample(values, labels.long())
 
 
 def _parts(item: Any, name: str) -> list[Any]:
@@ -197,30 +284,6 @@ def _parts(item: Any, name: str) -> list[Any]:
         return value[number] if by_row and len(value) == len(rows) else value
 
     return [{key: of_row(value, number) for key, value in item.items()} for number in range(len(rows))]
-
-
-def _as_batch(item: Any, known: _Input, where: str, named: Sequence[str]) -> Tensors:
-    """Tensors of a batch by name; a single sample becomes a batch of one."""
-    name = known.name
-    if isinstance(item, list | tuple) and item and isinstance(item[0], torch.Tensor | np.ndarray):
-        several = sum(isinstance(part, torch.Tensor | np.ndarray) and part.ndim > 0 for part in item)
-        if several > 1:
-            remedy = "Pass dicts that name them, as in {'input_ids': ids, 'attention_mask': mask}"
-            raise _error(f"{several} tensors without names", where, remedy)
-        item = item[0] if several else item  # a TensorDataset yields tuples
-    fields: Mapping[str, Any] = item if isinstance(item, Mapping) else {name: item}
-    if name not in fields:
-        raise _error(f"a sample without {name!r}, only {sorted(map(str, fields))}", where, _TOKENISE)
-    tensors = {
-        str(key): _tensor(key, value, where)
-        for key, value in fields.items()
-        if key == name or (value is not None and (key in (*named, "attention_mask") or _is_numbers(value)))
-    }
-    first = tensors[name]
-    if not first.dim():
-        raise _error(f"{name} is the single number {format_value(first)}", where)
-    alone = first.dim() == 1 if known.whole else first.dim() == len(known.shape) - 1
-    return {key: value[None] if alone else value for key, value in tensors.items()}
 
 
 def _is_numbers(value: Any) -> bool:
@@ -264,80 +327,6 @@ def _is_whole(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
     if isinstance(kind, torch.dtype):
         return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
     return kind.kind in "iu"
-
-
-def _rows(
-    batch: Tensors, inputs: Sequence[_Input], number: int, named: Sequence[str]
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the rows of a batch, without padding."""
-    names = [known.name for known in inputs]
-    batch = {key: value for key, value in batch.items() if key in (*names, "attention_mask", *named)}
-    size = len(batch[names[0]])
-    mask_input = next((known for known in inputs if known.name == "attention_mask"), None)
-    # if the graph takes the mask too, padding can be cut off only if it also takes fewer tokens
-    is_cut = mask_input is None or (
-        mask_input.whole and mask_input.shape == inputs[0].shape and mask_input.shape[-1:] == (None,)
-    )
-    for i in range(size):
-        where = f"calibration sample {number + i}"
-        odd = next((key for key, value in batch.items() if not value.dim() or len(value) != size), None)
-        if odd is not None and size > 1:  # of one sample a tensor may have any rows, as those of its patches
-            raise _error(f"{odd} is {format_value(batch[odd])} beside {size} samples of {names[0]}", where)
-        row = {key: value if size == 1 else value[i : i + 1] for key, value in batch.items()}
-        mask = row.get("attention_mask") if is_cut else None
-        if "attention_mask" not in names:
-            row.pop("attention_mask", None)
-        yield row if mask is None else _without_padding(row, mask, row[names[0]].shape, where)
-
-
-def _without_padding(
-    row: dict[str, torch.Tensor], mask: torch.Tensor, shape: torch.Size, where: str
-) -> dict[str, torch.Tensor]:
-    if mask.shape != shape:
-        what = f"attention_mask is of shape {tuple(mask.shape)} beside input of shape {tuple(shape)}"
-        raise _error(what, where, "Pass a mask with one number for each token, or none")
-    if mask.is_floating_point() and not bool(mask.isfinite().all()):
-        raise _error("attention_mask has values that are not finite", where, "Pass 1 for tokens and 0 for padding")
-    keep = mask[0].bool()
-    return {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
-
-
-def _sample(
-    row: dict[str, torch.Tensor],
-    inputs: Sequence[_Input],
-    where: str,
-    next_token: bool,
-    shift: Callable[[torch.Tensor], torch.Tensor] | None,
-    named: Sequence[str],
-) -> Sample:
-    """The sample of a row, checked."""
-    tokens = row.get(LABELS, row[inputs[0].name] if inputs[0].whole else None)
-    if shift is not None and tokens is not None and tokens.dim() == 2:
-        row.setdefault(DECODER, shift(tokens))
-    for known in inputs:
-        if known.name not in row:
-            raise _error(f"a sample without {known.name!r}, which the model takes", where)
-    values = {known.name: _checked(row[known.name], known, where) for known in inputs}
-    first = inputs[0]
-    if not next_token or (LABELS not in row and not first.whole):
-        read = values[first.name]
-        none = torch.full_like(read, IGNORED) if first.whole and read.dim() == 2 else torch.zeros(1, 0)
-        return Sample(values, none.long(), {name: row[name] for name in named if name in row} or None)
-    labels = row.get(LABELS, values[first.name])
-    mask = values.get("attention_mask")
-    if LABELS not in row and mask is not None and not mask.is_floating_point() and mask.shape == labels.shape:
-        labels = labels.masked_fill(mask == 0, IGNORED)
-    if labels.dim() != 2 or not _is_whole(labels):
-        remedy = f"Pass labels (samples, tokens), {IGNORED} to ignore one"
-        raise _error(f"labels are {format_value(labels)}", where, remedy)
-    if first.whole and shift is None and labels.shape != values[first.name].shape:
-        what = f"labels are {format_value(labels)}, and {first.name} {format_value(values[first.name])}"
-        raise _error(what, where, "Pass as many labels as tokens")
-    if labels.shape[1] < 2:
-        raise _error("fewer than two tokens: there is nothing to predict", where, "Pass longer samples")
-    if bool((labels[:, 1:] == IGNORED).all()):
-        raise _error(f"all labels are {IGNORED}: there is nothing to predict", where, "Leave labels out")
-    return Sample(values, labels.long())
 
 
 def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:

@@ -158,10 +158,7 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Token ids ``(samples, tokens)`` of windows that do not overlap, spread evenly over the text.
 
-    Each begins with the tokens that the tokenizer puts before a text.
-
-    Args:
-        samples: number of windows; None for as many as there are, up to ``most``.
+    Each begins with the tokens that the tokenizer puts before a text. None for as many as fit, up to ``most``.
     """
     count, found = _all_windows(tokenizer, text, tokens)
     wanted = min(max(len(found), 1), most) if samples is None else samples
@@ -184,13 +181,9 @@ def _all_windows(tokenizer: Any, text: str, tokens: int) -> tuple[int, torch.Ten
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, limit: int | None = None
 ) -> torch.LongTensor:
-    """Token ids ``(windows, tokens)`` of windows that do not overlap, in the order of the text.
+    """Token ids ``(windows, tokens)`` of windows that do not overlap, in the order of the text, at most ``limit``.
 
-    Each begins with the tokens that the tokenizer puts before a text.
-
-    Args:
-        text: the text to cut; the rest after the last whole window is dropped.
-        limit: most windows to return; None for all.
+    Each begins with the tokens that the tokenizer puts before a text. The rest after the last whole window is dropped.
     """
     if tokens < 1 or (limit is not None and limit < 1):
         raise DataError(f"tokens={tokens} and limit={limit}", where="tokens", remedy="Pass positive numbers")
@@ -241,11 +234,9 @@ RUN = 16
 
 
 def unseen(windows: torch.Tensor, samples: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Mask ``(windows,)`` of the windows ``(windows, tokens)`` that share no run of tokens with a sample.
+    """Mask ``(windows,)`` of the windows ``(windows, tokens)`` that share no run of :data:`RUN` tokens with a sample.
 
-    Args:
-        samples: token ids of any shape, the last axis along the text. A run is of :data:`RUN` tokens; shorter samples
-            and windows are compared whole.
+    Samples are token ids ``(..., tokens)``; shorter ones, and shorter windows, are compared whole.
     """
     found = torch.ones(len(windows), dtype=torch.bool)
     by_length: dict[int, list[torch.Tensor]] = {}
