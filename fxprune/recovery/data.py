@@ -89,9 +89,14 @@ class Formatter:
         return whole, [IGNORED] * start + whole[start:]
 
     def _chat(self, messages: Any) -> tuple[list[int], list[int]] | str:
-        why = _chat_problem(messages)
-        if why:
-            return why
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            return "'messages' is not a list of messages"
+        for message in messages:
+            fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+            if not all(isinstance(field, str) for field in fields):
+                return "a message without 'role' and 'content' as text"
+        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+            return "no message of the assistant"
         if not getattr(self.tokenizer, "chat_template", None):
             return "a chat, but the tokenizer has no chat template"
         try:
@@ -111,18 +116,6 @@ class Formatter:
     def _render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> list[int]:
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
         return self.encode(text)
-
-
-def _chat_problem(messages: Any) -> str:
-    """The reason why messages are not a chat to train on, or an empty string."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        return "'messages' is not a list of messages"
-    for message in messages:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            return "a message without 'role' and 'content' as text"
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        return "no message of the assistant"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -232,14 +225,14 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:
     """A batch: ids, mask and labels ``(samples, longest)``; padding at the end is masked and does not count."""
-    rows: dict[str, tuple[Sequence[Sequence[int]], int]] = {
-        "input_ids": ([example.ids for example in examples], padding),
-        "attention_mask": ([[1] * len(example.ids) for example in examples], 0),
-        "labels": ([example.labels for example in examples], IGNORED),
-    }
+
+    def padded(rows: Iterable[Sequence[int]], fill: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
     return {
-        name: pad_sequence([torch.tensor(row) for row in of], batch_first=True, padding_value=fill)
-        for name, (of, fill) in rows.items()
+        "input_ids": padded((example.ids for example in examples), padding),
+        "attention_mask": padded(([1] * len(example.ids) for example in examples), 0),
+        "labels": padded((example.labels for example in examples), IGNORED),
     }
 
 
@@ -254,22 +247,21 @@ def _split(items: Sequence[Any], held_out: float, generator: random.Random) -> t
 
 
 def _passages(texts: Iterable[str]) -> list[list[str]]:
-    """Runs of paragraphs, each paragraph once: short enough to split a text into, long enough to read."""
+    """Runs of paragraphs, each paragraph once: short enough to split a text into, long enough to read.
+
+    Of a paragraph as long as two passages, as text without blank lines is, runs of its lines take the place.
+    """
     found: list[list[str]] = []
     seen: set[str] = set()
     for text in texts:
-        pieces = dict.fromkeys(piece for paragraph in paragraphs(text) for piece in _pieces(paragraph))
-        fresh = [piece for piece in pieces if piece not in seen]
+        fresh: dict[str, None] = {}
+        for paragraph in paragraphs(text):
+            is_long = len(paragraph) >= 2 * _PASSAGE
+            lines = _runs(paragraph.splitlines(keepends=True)) if is_long else [[paragraph]]
+            fresh |= dict.fromkeys("".join(run).strip() for run in lines)
+        found += _runs(piece for piece in fresh if piece not in seen)
         seen.update(fresh)
-        found += _runs(fresh)
     return found
-
-
-def _pieces(paragraph: str) -> list[str]:
-    """A paragraph, or runs of its lines if it is as long as two passages, as text without blank lines is."""
-    if len(paragraph) < 2 * _PASSAGE:
-        return [paragraph]
-    return ["".join(run).strip() for run in _runs(paragraph.splitlines(keepends=True))]
 
 
 def _runs(parts: Iterable[str]) -> Iterator[list[str]]:

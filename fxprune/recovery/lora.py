@@ -65,10 +65,9 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
 
 
 def attach_lora(model: Any, targets: Targets, settings: RecoverySettings) -> Any:
-    """Attach trainable low-rank updates to the targets of a model; freeze all other parameters.
+    """Attach trainable low-rank updates to the targets of a model, and freeze all other parameters.
 
-    Returns:
-        PEFT's wrapper around ``model``; the updates are inside ``model`` until :func:`merge_lora`.
+    PEFT's wrapper is returned; the updates are inside ``model`` until :func:`merge_lora`.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 

@@ -37,9 +37,6 @@ from fxprune.report.report import Report
 from fxprune.result import Result
 from fxprune.trace.inputs import check_merged
 
-_RUN = "recovery.json"
-"""The file in a folder of checkpoints that identifies its run."""
-
 
 @dataclass(frozen=True)
 class Recovery:
@@ -134,16 +131,23 @@ def recover(
         distil = distil.check(source, tokenizer)
     targets = find_targets(source, plan if result is None else result.plan)
     samples = read_training_data(data, tokenizer, chosen)
-    rows = _embedding_rows(source)
+    rows = len(source.get_input_embeddings().weight)
     largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
     if largest >= rows:
         what = f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}"
         raise DataError(what, where="tokenizer", remedy="Pass the tokenizer of this model")
     model, result = (source, result) if inplace else copy_for_training(source, result)
     with checkpoint_folder(folder) as path, restored_state(model), preserve_rng():
-        run = _Run(model, samples, targets, chosen, path, tokenizer, distil, dict(arguments or {}), track)
-        claim_folder(path, run.identity())
-        outcome = run.train()
+        # all that must be equal for a run to resume from a checkpoint
+        identity = {
+            "settings": dataclasses.asdict(chosen),
+            "data": samples.report.digest,
+            "targets": list(targets.modules),
+            "weights": weight_sums(model),
+            "distil": None if distil is None else [distil.weight, distil.temperature, weight_sums(distil.teacher)],
+        }
+        claim_folder(path, identity)
+        outcome = _train(model, samples, targets, chosen, path, tokenizer, distil, arguments or {}, track)
     if result is not None:
         report = report_after_training(result.report)
         result = result if report is result.report else dataclasses.replace(result, report=report)
@@ -181,15 +185,10 @@ def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
         raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
 
 
-def _embedding_rows(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
 def padding_id(tokenizer: Any, model: PreTrainedModel) -> int:
     """A token id to pad with that the model has an embedding for; a tokenizer may have more ids than the model."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None and token < _embedding_rows(model)))
+    known, rows = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0), len(model.get_input_embeddings().weight)
+    return int(next(token for token in known if token is not None and token < rows))
 
 
 def copy_for_training(source: PreTrainedModel, result: Result | None) -> tuple[PreTrainedModel, Result | None]:
@@ -257,7 +256,7 @@ def claim_folder(folder: Path, run: Mapping[str, Any]) -> None:
     """Record in a folder the run that its checkpoints belong to; refuse a folder with those of another run."""
     if int(os.environ.get("RANK", "0")):
         return
-    file, ours = folder / _RUN, json.loads(json.dumps(run))
+    file, ours = folder / "recovery.json", json.loads(json.dumps(run))
     if last_checkpoint(folder) is not None:
         try:
             theirs: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -297,112 +296,96 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast parameters and persistent buffers to a dtype, as loading a checkpoint in it does.
+def _without_fp16(model: PreTrainedModel) -> list[str]:
+    """Cast a model with parameters in fp16 to a wider dtype, as loading a checkpoint in it does; note what was done.
 
-    Other buffers, such as the frequencies of positions, keep theirs.
+    Buffers that are not persistent, such as the frequencies of positions, keep theirs.
     """
+    if all(parameter.dtype != torch.float16 for parameter in model.parameters()):
+        return []
+    dtype = torch.bfloat16 if has_bf16(model.device) else torch.float32
     saved = model.state_dict().keys()
     kept = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
     model.to(dtype=dtype)  # type: ignore[call-arg]
     for name, buffer in kept.items():
         set_tensor(model, name, buffer)
+    return [f"the weights were fp16 and are {str(dtype).removeprefix('torch.')} now: fp16 loses small updates"]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One training run, from the adapter to the merge."""
+def _train(
+    model: PreTrainedModel,
+    samples: TrainingData,
+    targets: Targets,
+    settings: RecoverySettings,
+    folder: Path,
+    tokenizer: Any,
+    distillation: Distillation | None,
+    arguments: Mapping[str, Any],
+    track: Track,
+) -> dict[str, Any]:
+    """Train and merge; the outcome by field of :class:`Recovery`."""
+    set_seed(settings.seed)
+    notes = [f"{name} is not trained: {why}" for name, why in targets.skipped.items()] + _without_fp16(model)
+    launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    sharded = launched or bool(arguments.get("fsdp") or arguments.get("deepspeed"))
+    if sharded and is_fully_sharded(model):
+        remedy = "Leave fsdp and deepspeed out, and start with torchrun"
+        raise RecoveryError("the model is sharded already", where="arguments", remedy=remedy)
+    padding = padding_id(tokenizer, model)
+    with quiet(logging.WARNING):
+        wrapped = attach_lora(copy.deepcopy(model) if sharded else model, targets, settings)
+    try:
+        trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        start = last_checkpoint(folder)
+        trainer = make_trainer(
+            wrapped,
+            samples,
+            settings,
+            folder,
+            padding=padding,
+            distillation=distillation,
+            arguments={"eval_on_start": start is None, **arguments},
+            track=track,
+        )
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        wrapped = _gather(model, trainer, folder / "adapter") if sharded else plain
+        inputs = collate(samples.held_out[:2], padding)  # with two, padding is compared as well
+        del inputs["labels"]
+        _, error = merge_lora(wrapped, inputs)
+    except BaseException:  # even an interrupt must not leave updates in the caller's model
+        if not sharded:
+            wrapped.unload()
+        raise
+    state = trainer.state
+    before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+    best, step = state.best_metric, state.best_global_step
+    assert best is not None and step is not None, "the trainer always evaluates the last step"
+    if error > TOLERANCE:
+        notes.append(f"merging rounded the weights and moved the logits by {error:.1e} of the largest")
+    if start is not None:
+        notes.append(f"resumed at step {start.name.rpartition('-')[2]}")
+    if state.global_step < state.max_steps:
+        notes.append(f"stopped early at step {state.global_step} of {state.max_steps}")
+    if best >= before:
+        notes.append(
+            f"the held-out loss did not fall: {before:.3f} before, {best:.3f} after; "
+            "try another learning_rate, more data or more epochs"
+        )
+    return {
+        "held_out": (before, best),
+        "history": tuple(state.log_history),
+        "steps": step,
+        "trained": trained,
+        "merge_error": error,
+        "notes": tuple(notes),
+    }
 
-    model: PreTrainedModel
-    samples: TrainingData
-    targets: Targets
-    settings: RecoverySettings
-    folder: Path
-    tokenizer: Any
-    distillation: Distillation | None
-    arguments: dict[str, Any]
-    track: Track
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that must be equal for a run to resume from a checkpoint."""
-        teacher = self.distillation
-        return {
-            "settings": dataclasses.asdict(self.settings),
-            "data": self.samples.report.digest,
-            "targets": list(self.targets.modules),
-            "weights": weight_sums(self.model),
-            "distil": None if teacher is None else [teacher.weight, teacher.temperature, weight_sums(teacher.teacher)],
-        }
+def _gather(model: PreTrainedModel, trainer: Any, adapter: Path) -> Any:
+    """The whole model with updates that were trained in shards on several devices."""
+    from peft import PeftModel
 
-    def train(self) -> dict[str, Any]:
-        """Train and merge; the outcome by field of :class:`Recovery`."""
-        set_seed(self.settings.seed)
-        notes = [f"{name} is not trained: {why}" for name, why in self.targets.skipped.items()]
-        if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
-            dtype = torch.bfloat16 if has_bf16(self.model.device) else torch.float32
-            _cast(self.model, dtype)
-            name = str(dtype).removeprefix("torch.")
-            notes.append(f"the weights were fp16 and are {name} now: fp16 loses small updates")
-        launched = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-        sharded = launched or bool(self.arguments.get("fsdp") or self.arguments.get("deepspeed"))
-        if sharded and is_fully_sharded(self.model):
-            remedy = "Leave fsdp and deepspeed out, and start with torchrun"
-            raise RecoveryError("the model is sharded already", where="arguments", remedy=remedy)
-        padding = padding_id(self.tokenizer, self.model)
-        with quiet(logging.WARNING):
-            wrapped = attach_lora(copy.deepcopy(self.model) if sharded else self.model, self.targets, self.settings)
-        try:
-            trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-            start = last_checkpoint(self.folder)
-            trainer = make_trainer(
-                wrapped,
-                self.samples,
-                self.settings,
-                self.folder,
-                padding=padding,
-                distillation=self.distillation,
-                arguments={"eval_on_start": start is None, **self.arguments},
-                track=self.track,
-            )
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
-            plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-            wrapped = self._gather(trainer) if sharded else plain
-            inputs = collate(self.samples.held_out[:2], padding)  # with two, padding is compared as well
-            del inputs["labels"]
-            _, error = merge_lora(wrapped, inputs)
-        except BaseException:  # even an interrupt must not leave updates in the caller's model
-            if not sharded:
-                wrapped.unload()
-            raise
-        state = trainer.state
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        before, best, step = losses[0], state.best_metric, state.best_global_step
-        assert best is not None and step is not None, "the trainer always evaluates the last step"
-        if error > TOLERANCE:
-            notes.append(f"merging rounded the weights and moved the logits by {error:.1e} of the largest")
-        if start is not None:
-            notes.append(f"resumed at step {start.name.rpartition('-')[2]}")
-        if state.global_step < state.max_steps:
-            notes.append(f"stopped early at step {state.global_step} of {state.max_steps}")
-        if best >= before:
-            notes.append(
-                f"the held-out loss did not fall: {before:.3f} before, {best:.3f} after; "
-                "try another learning_rate, more data or more epochs"
-            )
-        return {
-            "held_out": (before, best),
-            "history": tuple(state.log_history),
-            "steps": step,
-            "trained": trained,
-            "merge_error": error,
-            "notes": tuple(notes),
-        }
-
-    def _gather(self, trainer: Any) -> Any:
-        """The whole model with updates that were trained in shards on several devices."""
-        from peft import PeftModel
-
-        adapter = self.folder / "adapter"
-        trainer.save_model(str(adapter))
-        trainer.accelerator.wait_for_everyone()
-        return PeftModel.from_pretrained(self.model, str(adapter), is_trainable=False)
+    trainer.save_model(str(adapter))
+    trainer.accelerator.wait_for_everyone()
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)

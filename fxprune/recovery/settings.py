@@ -13,9 +13,6 @@ from fxprune.pipeline.arguments import Arguments, Precision, argument, as_seed, 
 
 Format = Literal["auto", "instruction", "chat", "text"]
 
-_LARGEST_SEED = 2**32 - 1
-"""numpy takes no larger one, and transformers seeds numpy as well."""
-
 TRAINING = "Training"
 """Panel of the settings that are options of the command."""
 
@@ -69,7 +66,7 @@ class RecoverySettings(Arguments):
     seed: int = argument(
         0,
         "Seed of the split, the order, the initial updates and dropout.",
-        check=partial(as_seed, most=_LARGEST_SEED, error=RecoveryError),
+        check=partial(as_seed, most=2**32 - 1, error=RecoveryError),  # numpy, which is seeded too, takes no larger one
         panel=TRAINING,
     )
 

@@ -79,11 +79,7 @@ class Distillation(Arguments):
         return self
 
     def divergence_sum(self, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """Sum of ``temperature^2 * KL`` over the counted tokens.
-
-        Args:
-            logits: logits of the student, ``(samples, tokens, vocabulary)``.
-        """
+        """Sum of ``temperature^2 * KL`` over the counted tokens; logits are ``(samples, tokens, vocabulary)``."""
         device, mask = input_device(self.teacher), inputs.get("attention_mask")
         with torch.no_grad(), eval_mode(self.teacher):
             theirs = self.teacher(
@@ -131,9 +127,7 @@ class AlignedDistillation(Distillation):
 def distillation_sum(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """Sum of ``temperature^2 * KL(teacher || student)`` over positions, in float32.
 
-    Args:
-        student: logits ``(positions, vocabulary)``.
-        teacher: logits of the same shape; no gradient flows into them.
+    Logits are ``(positions, vocabulary)``; no gradient flows into those of the teacher.
     """
     found: torch.Tensor = _DivergenceSum.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
     return found
