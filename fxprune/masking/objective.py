@@ -30,8 +30,6 @@ from fxprune.offload.files import is_offloading
 from fxprune.trace.capture import trace
 from fxprune.trace.inputs import is_hugging_face
 
-_LOSS = "loss"
-
 
 @dataclass(frozen=True, eq=False)
 class Objective(Fact):
@@ -82,11 +80,8 @@ def predicts_next(graph_module: fx.GraphModule) -> bool:
     before, after = found
     if before.dim() != 3 or before.shape[:2] != ids.shape:
         return False
-    return not bool((before - after)[:, :-1].abs().max() > _TOLERANCE * before.abs().max())
-
-
-_TOLERANCE = 1e-3
-"""Relative change of outputs up to which they count as unchanged; kernels and sizes are the same."""
+    # kernels and sizes are the same: less than that is no change
+    return not bool((before - after)[:, :-1].abs().max() > 1e-3 * before.abs().max())
 
 
 def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
@@ -108,9 +103,9 @@ def own_loss(model: nn.Module, sample: Sample) -> fx.GraphModule:
     traced = trace(model, inputs, check=False).graph_module
     nodes: dict[str, fx.Node] = {str(node.target): node for node in traced.graph.nodes if node.op == "placeholder"}
     fields = named_outputs(traced) or {}
-    if not isinstance(fields.get(_LOSS), fx.Node):
+    if not isinstance(fields.get("loss"), fx.Node):
         raise PassError("it gives no loss for labels", where=f"forward of {type(model).__name__}", remedy=_REMEDY)
-    loss = fields[_LOSS]
+    loss = fields["loss"]
     nodes |= {name: value for name, value in fields.items() if isinstance(value, fx.Node) and value is not loss}
     graph = fx.Graph()
     ends = {node: name for name, node in nodes.items()}
@@ -163,9 +158,7 @@ def _class_axis(logits: torch.Tensor) -> int:
 def sample_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, number: int, name: str) -> torch.Tensor:
     """The loss of a sample, given the output of the graph for it.
 
-    Args:
-        number: of the sample, the seed of what is drawn for it.
-        name: the pass that needs it.
+    The pass ``name`` needs it; ``number`` is the seed of what is drawn for the sample.
     """
     objective = facts_of(graph_module).get(Objective) or Objective()
     if objective.own is not None and sample.own is not None:

@@ -83,7 +83,7 @@ def cut_graph(graph: fx.Graph, cost: Mapping[str, float], limit: float) -> list[
         change[i + 1] += output_numel(op)
         change[last + 1] -= output_numel(op)
     alive = list(itertools.accumulate(change[: len(ops) + 1]))  # numbers before each op, and after the last
-    uncuttable = _uncuttable(graph, ops) | _within_blocks(reads, cost)
+    uncuttable = _uncuttable(graph, ops, reads, cost)
     found, begin = [], 0
     while begin < len(ops):
         read, reach = set[str](), dict[int, float]()  # cost of the weights before each place where the part may end
@@ -108,35 +108,33 @@ def output_numel(node: fx.Node) -> int:
     return sum(math.prod(size_hint(size) for size in leaf.shape) for leaf in leaves)
 
 
-def _uncuttable(graph: fx.Graph, ops: Sequence[fx.Node]) -> set[int]:
-    """Positions where no cut may be: between an op that writes to a value and others that use the same memory."""
+def _uncuttable(
+    graph: fx.Graph, ops: Sequence[fx.Node], reads: Sequence[Collection[str]], cost: Mapping[str, float]
+) -> set[int]:
+    """Positions where no cut may be.
+
+    They are between an op that writes to a value and others that use the same memory; and between readers of a weight
+    of one block, which parts on both sides would need: with all that is read between them, it has at most a quarter of
+    the cost. Weights of shared layers, and tied ones of embedding and output, are read far apart.
+    """
     root, place = alias_roots(graph), {op: i for i, op in enumerate(ops)}
     written = {root[value] for op in ops if writes(op) for value in op.all_input_nodes}
-    span: dict[fx.Node, list[int]] = {}
+    span: dict[fx.Node | str, list[int]] = {}
     for op, i in place.items():
         for value in (op, *op.all_input_nodes):
             if root[value] in written:
                 span.setdefault(root[value], []).append(i)
         if picks_matrices(op):  # they may not exist apart from their product
             span[op] = [i, *(place[user] for user in op.users)]
-    return {position for places in span.values() for position in range(min(places) + 1, max(places) + 1)}
-
-
-def _within_blocks(reads: Sequence[Collection[str]], cost: Mapping[str, float]) -> set[int]:
-    """Positions between readers of one weight, which parts on both sides would need, unless much else is between them.
-
-    Weights of shared layers, and tied ones of embedding and output, are read far apart.
-    """
-    span: dict[str, list[int]] = {}
+    readers: dict[str, list[int]] = {}
     for i, names in enumerate(reads):
         for name in names:
-            span.setdefault(name, []).append(i)
-    found, most = set[int](), sum(cost[name] for name in span) * _BLOCK
-    for places in span.values():
-        first, last = places[0], places[-1]
-        if last > first and sum(cost[name] for name in set[str]().union(*reads[first : last + 1])) <= most:
-            found.update(range(first + 1, last + 1))
-    return found
+            readers.setdefault(name, []).append(i)
+    most = sum(cost[name] for name in readers) / 4
+    for name, places in readers.items():
+        if sum(cost[other] for other in set[str]().union(*reads[places[0] : places[-1] + 1])) <= most:
+            span[name] = places
+    return {position for places in span.values() for position in range(min(places) + 1, max(places) + 1)}
 
 
 def _part(ops: Sequence[fx.Node]) -> Part:
@@ -152,9 +150,6 @@ def _part(ops: Sequence[fx.Node]) -> Part:
     gives = tuple(op for op in ops if any(user not in inside for user in op.users))
     return Part(tuple(nodes), tuple(takes), gives)
 
-
-_BLOCK = 0.25
-"""Most of the cost of all weights that is taken for that of one block."""
 
 Inputs = Mapping[str, Any]
 Hooks = Mapping[fx.Node, Callable[[Any], Any]]
@@ -217,9 +212,7 @@ def parts_to_run_again(graph_module: fx.GraphModule) -> list[Part]:
 def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]) -> Any:
     """Run a graph whose backward run computes a part again when its gradients are due: activation checkpointing.
 
-    Args:
-        run: of a graph that does not write to its weights and inputs.
-        inputs: of the graph, in its order.
+    It must not write to its weights and inputs.
     """
     places = [node for node in run.module.graph.nodes if node.op == "placeholder"]  # type: ignore[union-attr]
     values: dict[fx.Node, Any] = dict(zip(places, inputs, strict=True))
