@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig
 
 _FOLLOWED = ("_attn_implementation_internal", "_experts_implementation_internal")
 _PARENT = "_fxprune_parent"
-_FOLLOWERS: dict[type, type] = {}
 
 
 def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
@@ -52,13 +51,12 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
     return view
 
 
+@cache
 def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Class of configs that follow one of class ``base``; made once for each."""
-    if base not in _FOLLOWERS:
-        members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
-        members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
-        _FOLLOWERS[base] = type(base.__name__, (base,), members)
-    return _FOLLOWERS[base]
+    """Class of configs that follow one of class ``base``."""
+    members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
+    members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
+    return type(base.__name__, (base,), members)
 
 
 def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfig:
@@ -116,30 +114,25 @@ def builder_of(block: nn.Module, built_at: Mapping[str, Any] | None) -> Builder 
     held = {name: flags[name] for name in others if name != place and name in flags}
     if not first or any(named[name].default is inspect.Parameter.empty for name in {*others} - {place, *held}):
         return None
-    if place is not None:
-        return lambda config, index: _build_at(partial(kind, **held), config, place, index, built_at or {})
-    return lambda config, index: kind(config, **held)
+
+    def build(config: PreTrainedConfig, index: int) -> nn.Module:
+        if place is None:
+            return kind(config, **held)
+        at = built_at or {}
+        start, fields, values = at.get("index", index), at.get("fields", {}), vars(config)
+        own = {name: values[name] for name in fields}
+        values.update(fields)
+        block = kind(config, **held, **{place: start})
+        values.update(own)
+        if at:
+            vars(block)[BUILT_AT] = at
+        renumber(block, start, index)
+        return block
+
+    return build
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _build_at(
-    kind: Callable[..., nn.Module],
-    config: PreTrainedConfig,
-    place: str,
-    index: int,
-    built_at: Mapping[str, Any],
-) -> nn.Module:
-    start, fields, held = built_at.get("index", index), built_at.get("fields", {}), vars(config)
-    own = {name: held[name] for name in fields}
-    held.update(fields)
-    block = kind(config, **{place: start})
-    held.update(own)
-    if built_at:
-        vars(block)[BUILT_AT] = built_at
-    renumber(block, start, index)
-    return block
 
 
 def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str], bool] | None = None) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,7 @@ class Overrides:
     inputs: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def below(self, root: str) -> Overrides:
-        """Overrides of a module of the model, by names in that module.
-
-        Args:
-            root: its path; empty for the model itself.
-        """
+        """Overrides of a module of the model, by names in that module; ``root`` is its path, empty for the model."""
         if not root:
             return self
         found: dict[str, dict[str, Any]] = {}
@@ -97,34 +94,24 @@ def build_blocks(
 
 
 def apply_overrides(model: nn.Module, overrides: Overrides) -> None:
-    """Set the attributes, shapes and inputs of a model that no config field drives.
-
-    Args:
-        model: with its blocks in place.
-        overrides: the values to set.
-    """
+    """Set the attributes, shapes and inputs that no config field drives, of a model with its blocks in place."""
     for path, values in overrides.attributes.items():
         held = vars(model.get_submodule(path))
         for name, value in values.items():
             kind = type(held.get(name))
             held[name] = kind(value) if issubclass(kind, tuple) else value  # JSON has lists for tuples
     for name, shape in {**overrides.shapes, **overrides.buffers}.items():
-        _resize(model, name, shape)
-    for name in overrides.buffers:
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._non_persistent_buffers_set.discard(leaf)
+        owner = model.get_submodule(path)
+        old = owner._parameters.get(leaf)
+        if old is not None:
+            owner._parameters[leaf] = nn.Parameter(_fitted(old.detach(), shape), requires_grad=old.requires_grad)
+        elif (buffer := owner._buffers.get(leaf)) is not None:
+            owner._buffers[leaf] = _fitted(buffer, shape)
+        if name in overrides.buffers:
+            owner._non_persistent_buffers_set.discard(leaf)
     for path, entries in overrides.inputs.items():
         select_inputs(model.get_submodule(path), entries)
-
-
-def _resize(model: nn.Module, name: str, shape: Sequence[int]) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    old = owner._parameters.get(leaf)
-    if old is not None:
-        owner._parameters[leaf] = nn.Parameter(_fitted(old.detach(), shape), requires_grad=old.requires_grad)
-    elif (buffer := owner._buffers.get(leaf)) is not None:
-        owner._buffers[leaf] = _fitted(buffer, shape)
 
 
 def _fitted(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -194,7 +181,7 @@ class Layerwise:
         assert isinstance(self, nn.Module)
         filling: list[Any] = [module for module in self.modules() if hasattr(type(module), "_init_weights")]
         for module in filling:
-            vars(module)["_init_weights"] = _ignoring_errors(module._init_weights)
+            vars(module)["_init_weights"] = partial(_fill, module._init_weights)
         try:
             super().initialize_weights()  # type: ignore[misc]
         finally:
@@ -217,17 +204,13 @@ class Layerwise:
             amend_config(save_directory, vars(self)[OVERRIDES], section, depth, **more)
 
 
-def _ignoring_errors(fill: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Wrap ``fill``, which may fail on a module whose tensors are all in the checkpoint."""
-
-    def filled(module: nn.Module) -> None:
-        try:
-            fill(module)
-        except (RuntimeError, ValueError, IndexError):  # stock code that initialises by the dense widths
-            if module._non_persistent_buffers_set:
-                raise
-
-    return filled
+def _fill(fill: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """Fill a module, which may fail on one whose tensors are all in the checkpoint."""
+    try:
+        fill(module)
+    except (RuntimeError, ValueError, IndexError):  # stock code that initialises by the dense widths
+        if module._non_persistent_buffers_set:
+            raise
 
 
 def overrides_in(config: PreTrainedConfig) -> Overrides:

@@ -91,13 +91,11 @@ def _grow_with_tokens(model: PreTrainedModel, candidates: Mapping[str, Sequence[
     with without_storage():
         larger = attempt(type(model), config)
     shapes = {} if isinstance(larger, Refusal) else {name: tensor.shape for name, tensor in named_tensors(larger)}
-
-    def grows(name: str) -> bool:
-        shape = get_tensor(model, name).shape
-        same = len(shapes.get(name, ())) == len(shape)
-        return not same or any(shapes[name][axis] != shape[axis] for axis in candidates[name])
-
-    found = [name for name in candidates if grows(name)]
+    found = []
+    for name, axes in candidates.items():
+        old, new = get_tensor(model, name).shape, shapes.get(name, ())
+        if len(new) != len(old) or any(new[axis] != old[axis] for axis in axes):
+            found.append(name)
     return found if any(id(get_tensor(model, name)) in known for name in found) else list(candidates)
 
 
@@ -123,7 +121,13 @@ def trimmed_model(model: PreTrainedModel, kept: Sequence[int], *, share: bool = 
         found = f"{min(kept)} to {max(kept)}" if kept else "none"
         what = f"tokens {found} stay, the model has 0 to {rows.size - 1}"
         raise PlanError(what, where="vocabulary", remedy="Pass the model's own tokenizer, or its own plan")
-    slim = _copied(model, rows, kept, share=share)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()} if share else {}
+    for name, axis in rows.axes.items():
+        tensor = get_tensor(model, name)
+        index = torch.tensor([old for old in kept if old < tensor.shape[axis]], device=tensor.device)
+        if id(tensor) not in memo or memo[id(tensor)] is tensor:  # tied tensors are cut once
+            memo[id(tensor)] = as_parameter(tensor.detach().index_select(axis, index), tensor)
+    slim = copy_with_hooks(model, memo)
     new = {old: place for place, old in enumerate(kept)}
     counts = {size: sum(old < size for old in kept) for size in rows.sizes}
     owners = {name.rpartition(".")[0] for name in rows.axes}
@@ -135,23 +139,10 @@ def trimmed_model(model: PreTrainedModel, kept: Sequence[int], *, share: bool = 
     return slim
 
 
-def _copied(model: PreTrainedModel, rows: Rows, kept: Sequence[int], *, share: bool) -> PreTrainedModel:
-    """A copy of a model with its hooks, and the rows of some tokens in place of all."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()} if share else {}
-    for name, axis in rows.axes.items():
-        tensor = get_tensor(model, name)
-        index = torch.tensor([old for old in kept if old < tensor.shape[axis]], device=tensor.device)
-        if id(tensor) not in memo or memo[id(tensor)] is tensor:  # tied tensors are cut once
-            memo[id(tensor)] = as_parameter(tensor.detach().index_select(axis, index), tensor)
-    return copy_with_hooks(model, memo)
-
-
 def _renumber(owner: Any, counts: Mapping[int, int], new: Mapping[int, int], *, every: bool = False) -> None:
-    """Set numbers of tokens, and ids, among the attributes of a module or a config.
+    """Set numbers of tokens by ``counts``, and ids by ``new``, among the attributes of a module or a config.
 
     Args:
-        counts: tokens that stay of each size of a vocabulary.
-        new: the new id of each token that stays.
         every: whether each attribute that is the size of a vocabulary is one.
     """
     for name, value in vars(owner).items():
@@ -198,12 +189,15 @@ def _compare(model: PreTrainedModel, slim: PreTrainedModel, kept: torch.Tensor, 
     if isinstance(wanted, Refusal):
         what = f"{type(model).__name__} does not run on token ids: {wanted}"
         raise UnsupportedModelError(what, where="model", remedy="Leave the kind vocab out") from wanted.error
-    if isinstance(found, Refusal):
-        raise _not_equal(f"it does not run: {found}")
     wanted = wanted[..., kept.to(wanted.device)] if wanted.shape[-1] == rows.size else wanted
-    if not outputs_agree(wanted, found):
+    what = ""
+    if isinstance(found, Refusal):
+        what = f"it does not run: {found}"
+    elif not outputs_agree(wanted, found):
         shapes = "" if wanted.shape == found.shape else f": {list(found.shape)} in place of {list(wanted.shape)}"
-        raise _not_equal(f"with fewer tokens it computes something else{shapes}")
+        what = f"with fewer tokens it computes something else{shapes}"
+    if what:
+        raise VerificationError(what, where="vocabulary", remedy="Leave the kind vocab out")
 
 
 def _outputs(twin: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | Refusal:
@@ -217,7 +211,3 @@ def _outputs(twin: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | Refusal
             return output_tensors(found)[0]
     assert isinstance(found, Refusal)
     return found
-
-
-def _not_equal(what: str) -> VerificationError:
-    return VerificationError(what, where="vocabulary", remedy="Leave the kind vocab out")

@@ -103,10 +103,7 @@ def best_order(tokens: Tokens, use: Use, size: int, needed: Collection[int], *, 
     that these go whatever the corpus uses. Of a small corpus, counts say little about rare tokens, and where all tokens
     are of its language, the text that a tokenizer was trained on says more about other texts. So the one that reads
     least is taken of those that cost held-out text no more than the best does, to within a standard error of the
-    difference over its parts. Tokens cost as in :func:`choose_tokens`.
-
-    Args:
-        size: as for :func:`choose_tokens`, as are the others.
+    difference over its parts. Tokens cost as in :func:`choose_tokens`, whose arguments these are.
 
     Source: the rule of one standard error of Breiman et al., Classification and Regression Trees (1984), section 3.4.
     """
@@ -156,11 +153,7 @@ class VocabularyReport:
 
 @dataclass(frozen=True)
 class PrunedVocabulary:
-    """A model and a tokenizer with fewer tokens.
-
-    Args:
-        tokens: those of the whole tokenizer.
-    """
+    """A model and a tokenizer with fewer tokens, and those of the whole tokenizer."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -241,7 +234,6 @@ def trim(
     """A model and its tokenizer with ``size`` tokens, those used most, and those that must stay.
 
     Args:
-        round_to: as for :func:`prune_vocabulary`.
         free: remove no token that is used, even if more than ``size`` stay.
         share: whether all tensors without tokens are those of the model.
     """
@@ -277,11 +269,11 @@ def carry_out(
         what = f"it leaves out {tokenizer.convert_ids_to_tokens(min(lacking))!r}, a token of this model that must stay"
         raise PlanError(what, where="vocabulary", remedy="Use the plan's own model, or make the plan again")
     slim = trimmed_model(model, kept, share=share)
-    parameters = tuple(sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
+    whole, left = (sum(parameter.numel() for parameter in one.parameters()) for one in (model, slim))
     gone = tokens.every - set(kept)
     more = sum(count * len(tokens.written(token, gone)) for token, count in use.counts.items())
-    sizes: dict[str, Any] = {"rows": (find_rows(model).size, len(kept)), "parameters": parameters}
-    report = VocabularyReport(tuple(kept), tokens=(sum(use.counts.values()), more), **sizes)
+    sizes = (find_rows(model).size, len(kept)), (whole, left), (sum(use.counts.values()), more)
+    report = VocabularyReport(tuple(kept), *sizes)
     return PrunedVocabulary(slim, trimmed_tokenizer(tokenizer, kept), report, tokens)
 
 
@@ -293,8 +285,7 @@ def text_ids(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
 def measure_use(model: PreTrainedModel, rows: Iterable[Sequence[int]], opening: Sequence[int] = ()) -> Use:
     """How often rows of token ids use each token, and how often the model expects it on some windows of them.
 
-    Args:
-        opening: ids that each window begins with, which are not counted.
+    Each window begins with the ids ``opening``, which are not counted.
     """
     found = [list(row) for row in rows]
     counts = Counter(number for row in found for number in row)

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_LEAST = 1e-3
-"""A smaller fraction is not taken from other kinds: a ratio is reached within half a percentage point."""
-
 
 def without_vocab(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the other kinds; those of kinds are None where there are no others."""
@@ -112,7 +109,8 @@ def trim_first(
     if not isinstance(ratio, Mapping):
         dense, left = found.report.parameters
         rest["ratio"] = 1 - (1 - ratio) * dense / left
-    return found, None if not isinstance(ratio, Mapping) and rest["ratio"] < _LEAST else rest
+    # a smaller fraction is not taken from other kinds: a ratio is reached within half a percentage point
+    return found, None if not isinstance(ratio, Mapping) and rest["ratio"] < 1e-3 else rest
 
 
 def as_rows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Any:

@@ -33,11 +33,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def check_kind(tokenizer: Any) -> None:
-    """Refuse a tokenizer of a kind that cannot be trimmed.
-
-    Raises:
-        UnsupportedModelError: it is of another kind, or no fast tokenizer.
-    """
+    """Refuse a tokenizer of a kind that cannot be trimmed, or that is not fast, with an UnsupportedModelError."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         what = f"{type(tokenizer).__name__} is not a fast tokenizer, whose tokens are known"
@@ -64,11 +60,7 @@ def read_tokens(spec: Mapping[str, Any]) -> Tokens:
 
 
 class Tokens(ABC):
-    """The tokens of a tokenizer.
-
-    Args:
-        spec: definition of the tokenizer.
-    """
+    """The tokens of a tokenizer, by its definition."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         model = spec["model"]
@@ -260,11 +252,7 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     """A tokenizer of the same class with the tokens ``kept``, ids in order; the new id of each is its place.
 
     Everything else is as it was: merges keep their order, and normalisation, templates and settings are those of the
-    whole tokenizer.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers; it stays as it is.
-        kept: what :func:`~fxprune.vocabulary.prune.choose_tokens` returned.
+    whole tokenizer. ``kept`` is what :func:`~fxprune.vocabulary.prune.choose_tokens` returned.
 
     Raises:
         UnsupportedModelError: its class does not load the tokens that it is given.
