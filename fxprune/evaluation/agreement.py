@@ -55,8 +55,7 @@ def agreement(dense: Any, slim: Any, samples: Sequence[Mapping[str, torch.Tensor
     """Compare a slim model with the dense one on samples that neither was fitted on.
 
     Args:
-        dense: a model of transformers.
-        slim: the same.
+        dense: a model of transformers, as is ``slim``.
         samples: batches of one or more by name, as a processor returns them, perhaps with ``labels``.
 
     Raises:
@@ -86,8 +85,8 @@ def _compared(dense: Any, slim: Any, sample: Mapping[str, torch.Tensor]) -> tupl
     mask = sample.get("attention_mask")
     cosines = torch.cosine_similarity(_numbers(dense, mask), _numbers(slim, mask), dim=1).tolist()
     classes = class_scores(dense) if "logits" in dense else None
+    none = [None] * len(cosines)
     if classes is None or classes.shape[-1] < 2:
-        none = [None] * len(cosines)
         return cosines, none, none, none
     first, second = (class_scores(output).float().log_softmax(-1) for output in (dense, slim))
     chosen = first.argmax(-1), second.argmax(-1)
@@ -95,30 +94,19 @@ def _compared(dense: Any, slim: Any, sample: Mapping[str, torch.Tensor]) -> tupl
     if mask is not None and mask.shape == read.shape:
         read = mask.bool()
     apart = _row_means((first.exp() * (first - second)).sum(-1), read)
-    same = _row_means(chosen[0] == chosen[1], read)
     divergences = [None if one is None else max(0.0, one) for one in apart]
-    return cosines, divergences, same, _accuracies(dense, classes, chosen, sample.get(LABELS))
-
-
-def _accuracies(
-    dense: Any, scores: torch.Tensor, chosen: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor | None
-) -> Sequence[tuple[float, float] | None]:
-    """The fractions of the labels of each sample that both models rank first; None for one without labels."""
-    if labels is None or labels.shape != chosen[0].shape or labels.is_floating_point():
-        return [None] * len(scores)
-    if _are_next_tokens(dense, scores, labels):
-        labels, chosen = labels[:, 1:], (chosen[0][:, :-1], chosen[1][:, :-1])
-    pairs = zip(*(_row_means(classes == labels, labels != IGNORED) for classes in chosen), strict=True)
-    return [None if one is None or other is None else (one, other) for one, other in pairs]
-
-
-def _are_next_tokens(output: Any, scores: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Whether a model's own loss is nearer to that of the next label at each position than to that of its own."""
-    loss = output.get("loss")
-    if loss is None or loss.numel() != 1 or labels.dim() != 2 or labels.shape[1] < 2:
-        return False
-    own = torch.nn.functional.cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
-    return bool((next_token_loss(scores, labels) - loss).abs() < (own - loss).abs())
+    same = _row_means(chosen[0] == chosen[1], read)
+    labels, loss = sample.get(LABELS), dense.get("loss")
+    if labels is None or labels.shape != read.shape or labels.is_floating_point():
+        return cosines, divergences, same, none
+    if loss is not None and loss.numel() == 1 and labels.dim() == 2 and labels.shape[1] > 1:
+        flat = classes.flatten(0, 1).float()
+        own = torch.nn.functional.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED)
+        if (next_token_loss(classes, labels) - loss).abs() < (own - loss).abs():  # the model's labels are next tokens
+            labels, chosen = labels[:, 1:], (chosen[0][:, :-1], chosen[1][:, :-1])
+    pairs = zip(*(_row_means(found == labels, labels != IGNORED) for found in chosen), strict=True)
+    right = [None if one is None or other is None else (one, other) for one, other in pairs]
+    return cosines, divergences, same, right
 
 
 def _row_means(values: torch.Tensor, counted: torch.Tensor) -> list[float | None]:

@@ -169,21 +169,9 @@ def evaluate(
     other = reference if isinstance(reference, Reference) else Reference(reference)
     predicts = PartwiseModel(model) if memory == "low" and corpora else model
     loaded = {name: load_corpus(source) for name, source in corpora.items()}
-    perplexities = {
-        name: text_perplexity(
-            predicts,
-            tokenizer,
-            text,
-            window=window,
-            stride=stride,
-            limit=windows,
-            batch=batch,
-            reference=other.model,
-            reference_tokenizer=other.tokenizer,
-            track=track,
-        )
-        for name, text in loaded.items()
-    }
+    options: dict[str, Any] = {"window": window, "stride": stride, "limit": windows, "batch": batch, "track": track}
+    options |= {"reference": other.model, "reference_tokenizer": other.tokenizer}
+    perplexities = {name: text_perplexity(predicts, tokenizer, text, **options) for name, text in loaded.items()}
     scores = zero_shot(model, tokenizer, asked, limit=questions, batch=batch) if asked else {}
     if not generate:
         return Evaluation(perplexities, scores)
@@ -343,7 +331,7 @@ class Comparison:
         Raises:
             EvaluationError: matplotlib is missing, or there is nothing to draw.
         """
-        panels = []
+        panels: list[tuple[str, dict[str, list[tuple[float, float]]]]] = []
         for title, kind in (("perplexity", "perplexities"), ("accuracy", "tasks")):
             measured = [getattr(column.evaluation, kind) for column in self.columns]
             values = {name: [(one[name].value, one[name].standard_error) for one in measured] for name in measured[0]}
@@ -448,14 +436,9 @@ def compare_models(
 
 def as_column(name: str, model: nn.Module, evaluation: Evaluation) -> Column:
     """Column of a model that was evaluated, without MACs and latency."""
-    return Column(
-        name=name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=None,
-        memory=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        latency_ms=None,
-        evaluation=evaluation,
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    memory = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Column(name, parameters, None, memory, None, evaluation)
 
 
 WINDOW = 256

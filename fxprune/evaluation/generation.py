@@ -94,7 +94,14 @@ def answer_questions(
     if not callable(can_generate) or not can_generate():
         remedy = "Pass a decoder of transformers, or leave the answers out"
         raise EvaluationError(f"a {type(model).__name__} generates no text", where="answers", remedy=remedy)
-    prompts = [_prompt(tokenizer, question) for question in asked]
+    prompts: list[list[int]] = []
+    for question in asked:
+        if getattr(tokenizer, "chat_template", None):
+            chat = [{"role": "user", "content": question}]
+            encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        else:
+            encoded = tokenizer(f"Question: {question}\nAnswer:", verbose=False)
+        prompts.append(list(encoded["input_ids"]))
     own_ends: Any = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list | tuple) else [own_ends])} - {None}
     fill = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
@@ -119,13 +126,6 @@ def answer_questions(
         model.generation_config = own
     texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in found)
     return Answers(asked, texts, tuple(found))
-
-
-def _prompt(tokenizer: Any, question: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": question}]
-        return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
-    return list(tokenizer(f"Question: {question}\nAnswer:", verbose=False)["input_ids"])
 
 
 def compare_answers(answers: Answers, reference: Answers | None = None) -> Generation:

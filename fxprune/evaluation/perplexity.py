@@ -209,8 +209,9 @@ def paired_perplexities(
     aligned = None
     words = reference_tokenizer
     if reference is not None and words is not None and has_other_tokens(tokenizer, words):
-        aligned = _AlignedWindows.of(windows, start, stop, opening, words, text, common_ids(tokenizer, words), offsets)
-        counts, start, stop = aligned.counts, aligned.start, aligned.stop
+        aligned = _align_windows(places, start, len(opening), text, offsets, tokenizer, words)
+        counts = torch.stack([each.theirs[-1] - each.theirs[0] for each in aligned])
+        start, stop = (torch.stack([each.ours[end] for each in aligned]) + stop - window for end in (0, -1))
     sums, apart = _measure_windows(model, windows, first, batch, reference, track, aligned)
     counts, read = counts.double(), (size[stop] - size[start]).double()
     step = window - len(opening) if stride is None else stride
@@ -237,65 +238,49 @@ def _encode(tokenizer: Any, text: str) -> tuple[Tensor, Sequence[Offsets]]:
 
 
 @dataclass(frozen=True)
-class _AlignedWindows:
-    """Windows of a reference model with other tokens, aligned with those of the model.
+class _Aligned:
+    """A window of a reference model with other tokens, aligned with one of the model.
 
-    Both models predict the text from the first to the last place of a window where a token of each ends.
+    Both models predict the text from the first to the last place of the window where a token of each ends.
 
     Args:
-        windows: token ids of each window for the reference, ``(tokens,)``.
-        places: tokens of each window before each of these places, for the model and for the reference.
+        ids: of the window for the reference, ``(tokens,)``.
+        ours: tokens of the model's window before each of these places.
+        theirs: tokens of the reference's window before them.
         common: ids of the tokens that both have, for the model and for the reference.
-        counts: tokens of the reference that are predicted in each window.
-        start: tokens of the model before the predicted text of each window.
-        stop: and before its end.
     """
 
-    windows: tuple[Tensor, ...]
-    places: tuple[tuple[Tensor, Tensor], ...]
+    ids: Tensor
+    ours: Tensor
+    theirs: Tensor
     common: tuple[Tensor, Tensor]
-    counts: Tensor
-    start: Tensor
-    stop: Tensor
 
-    @classmethod
-    def of(
-        cls,
-        windows: Tensor,
-        start: Tensor,
-        stop: Tensor,
-        opening: Sequence[int],
-        words: Any,
-        text: str,
-        common: tuple[Tensor, Tensor],
-        offsets: Sequence[Offsets],
-    ) -> _AlignedWindows:
-        """The windows of the reference nearest to those of the model, as far as its tokens allow.
 
-        Args:
-            windows: those of the model, which begin with ``opening``; with its tokens before the first that each
-                predicts, and before its end.
-            words: the tokenizer of the reference.
-            offsets: the place of each token of the model in the text.
-        """
-        theirs, others = _encode(words, text)
-        both, begin = align(offsets, others), torch.tensor(opening_tokens(words), dtype=torch.long)
-        first = stop - windows.shape[1] + len(opening)
-        found = []
-        for low, counted, high in zip(first, start, stop, strict=True):
-            inside = (both.ours >= low) & (both.ours <= high)
-            ours, other = both.ours[inside], both.theirs[inside]
-            used = (ours >= counted) & (other + len(begin) > other[:1])  # the first token is read, not predicted
-            ours, after = ours[used], other[used]
-            if len(ours) < 2:
-                what = "tokens of both models end at no two places of a window"
-                raise EvaluationError(what, where="reference", remedy="Give a longer window")
-            row = torch.cat([begin, theirs[other[0] : after[-1]]])
-            found.append((row, (ours - low + len(opening), after - other[0] + len(begin)), ours, after))
-        rows, places, ours_at, theirs_at = zip(*found, strict=True)
-        counts = torch.stack([each[-1] - each[0] for each in theirs_at])
-        ends_at = (torch.stack([each[place] for each in ours_at]) for place in (0, -1))
-        return cls(rows, places, common, counts, *ends_at)
+def _align_windows(
+    places: Tensor, start: Tensor, opening: int, text: str, offsets: Sequence[Offsets], tokenizer: Any, words: Any
+) -> list[_Aligned]:
+    """The windows of a reference, with the tokenizer ``words``, nearest to those of the model.
+
+    Args:
+        places: numbers of the tokens of each window of the model, after ``opening`` ones before the text.
+        start: tokens before the first that each predicts.
+        offsets: the place of each token in the text.
+    """
+    theirs, others = _encode(words, text)
+    both, begin = align(offsets, others), torch.tensor(opening_tokens(words), dtype=torch.long)
+    common = common_ids(tokenizer, words)
+    found: list[_Aligned] = []
+    for tokens, counted in zip(places, start, strict=True):
+        inside = (both.ours >= tokens[0]) & (both.ours <= tokens[-1] + 1)
+        ours, other = both.ours[inside], both.theirs[inside]
+        used = (ours >= counted) & (other + len(begin) > other[:1])  # the first token is read, not predicted
+        ours, after = ours[used], other[used]
+        if len(ours) < 2:
+            what = "tokens of both models end at no two places of a window"
+            raise EvaluationError(what, where="reference", remedy="Give a longer window")
+        ids = torch.cat([begin, theirs[other[0] : after[-1]]])
+        found.append(_Aligned(ids, ours - tokens[0] + opening, after - other[0] + len(begin), common))
+    return found
 
 
 def _ratio_of_sums(values: Tensor, counts: Tensor) -> tuple[float, float]:
@@ -404,7 +389,7 @@ def _measure_windows(
     batch: int,
     reference: Callable[..., Any] | None,
     track: Track,
-    aligned: _AlignedWindows | None = None,
+    aligned: Sequence[_Aligned] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums ``(4, windows)`` and divergences ``(windows, window - 1)`` as by :func:`_measure_logits`.
 
@@ -435,7 +420,7 @@ def _measure_windows(
         if track is no_progress:
             modes.enter_context(silence_stderr())
         outputs = _outputs(model, chunks, track)
-        read = chunks if aligned is None else [aligned.windows[turn % len(parts)][None].to(device) for turn in shares]
+        read = chunks if aligned is None else [aligned[turn % len(parts)].ids[None].to(device) for turn in shares]
         teachers: Iterator[Any] = iter(()) if reference is None else _outputs(reference, read, no_progress)
         for turn, chunk, output in zip(shares, chunks, outputs, strict=True):
             theirs = next(teachers, None)
@@ -443,7 +428,7 @@ def _measure_windows(
                 continue
             counted = torch.arange(1, chunk.shape[1])[None].to(chunk.device) >= parts[turn][1].to(chunk.device)[:, None]
             rows = slice(turn * batch, turn * batch + len(chunk))
-            found, apart = _measure_outputs(output, theirs, chunk, counted, aligned, turn)
+            found, apart = _measure_outputs(output, theirs, chunk, counted, None if aligned is None else aligned[turn])
             sums[:, rows] = found.to(device)
             if compared:
                 divergences[rows] = apart.to(device)
@@ -473,20 +458,32 @@ def positions_named(models: Iterable[Any], tokens: int, where: str, remedy: str)
 
 
 def _measure_outputs(
-    output: Any, theirs: Any, ids: Tensor, counted: Tensor, aligned: _AlignedWindows | None, number: int
+    output: Any, theirs: Any, ids: Tensor, counted: Tensor, aligned: _Aligned | None
 ) -> tuple[Tensor, Tensor]:
     """Sums and divergences as by :func:`_measure_logits`, from the outputs of a model and of a reference or None."""
-    logits = logits_of(output)[:, :-1]
+    logits, target = logits_of(output)[:, :-1], ids[:, 1:]
     if theirs is None:
-        return _measure_logits(logits, None, ids[:, 1:], counted)
+        return _measure_logits(logits, None, target, counted)
     expected = logits_of(theirs)[:, :-1].to(logits.device)
-    if aligned is not None:
-        return _measure_aligned(logits, expected, ids, aligned, number)
-    if expected.shape != logits.shape:
-        what = f"its logits are of shape {tuple(expected.shape)}, and those of the model of {tuple(logits.shape)}"
-        remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
-        raise EvaluationError(what, where="reference", remedy=remedy)
-    return _measure_logits(logits, expected, ids[:, 1:], counted)
+    if aligned is None:
+        if expected.shape != logits.shape:
+            what = f"its logits are of shape {tuple(expected.shape)}, and those of the model of {tuple(logits.shape)}"
+            remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
+            raise EvaluationError(what, where="reference", remedy=remedy)
+        return _measure_logits(logits, expected, target, counted)
+    places, others = (each.to(logits.device) for each in (aligned.ours, aligned.theirs))
+    ours, theirs = (each.to(logits.device) for each in aligned.common)
+    sums, apart = _measure_logits(logits, None, target, _between(places, logits))
+    row = aligned.ids.to(logits.device)[None]
+    sums[1] = _measure_logits(expected, None, row[:, 1:], _between(others, expected))[0][0]
+    size = max(1, _WIDENED // len(ours))
+    for here, there in zip((places[:-1] - 1).split(size), (others[:-1] - 1).split(size), strict=True):
+        found, wanted = logits[:, here].float()[..., ours], expected[:, there].float()[..., theirs]
+        sums[2] += (found.argmax(-1) == wanted.argmax(-1)).double().sum(dim=1)
+        divergences, accepted = _divergences(found, wanted)
+        sums[3] += accepted.sum(dim=1)
+        apart[:, here] = divergences
+    return sums, apart
 
 
 def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -512,25 +509,6 @@ def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, cou
             divergences, accepted = _divergences(ours, wanted)
             sums[3] += (accepted * counted[:, part]).sum(dim=1)
             apart[:, part] = divergences.masked_fill(~counted[:, part], math.nan)
-    return sums, apart
-
-
-def _measure_aligned(
-    logits: Tensor, expected: Tensor, ids: Tensor, aligned: _AlignedWindows, number: int
-) -> tuple[Tensor, Tensor]:
-    """Sums and divergences as by :func:`_measure_logits`, of the aligned windows ``number`` of both models."""
-    places, others = (each.to(logits.device) for each in aligned.places[number])
-    ours, theirs = (each.to(logits.device) for each in aligned.common)
-    sums, apart = _measure_logits(logits, None, ids[:, 1:], _between(places, logits))
-    row = aligned.windows[number].to(logits.device)[None]
-    sums[1] = _measure_logits(expected, None, row[:, 1:], _between(others, expected))[0][0]
-    size = max(1, _WIDENED // len(ours))
-    for here, there in zip((places[:-1] - 1).split(size), (others[:-1] - 1).split(size), strict=True):
-        found, wanted = logits[:, here].float()[..., ours], expected[:, there].float()[..., theirs]
-        sums[2] += (found.argmax(-1) == wanted.argmax(-1)).double().sum(dim=1)
-        divergences, accepted = _divergences(found, wanted)
-        sums[3] += accepted.sum(dim=1)
-        apart[:, here] = divergences
     return sums, apart
 
 

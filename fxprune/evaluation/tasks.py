@@ -8,7 +8,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
@@ -20,7 +19,7 @@ import transformers
 from fxprune.data.named import unused_name
 from fxprune.data.rows import json_lines
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.graph.context import quiet, wrap_errors
+from fxprune.graph.context import eval_mode, quiet, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
 
 
@@ -215,8 +214,8 @@ def _yaml_name(path: Path) -> str:
 
 def check_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> None:
     """Refuse tasks that cannot be run, as for :func:`named_tasks`, before a model is loaded for them."""
-    with _installed(), quiet(logging.WARNING):
-        import lm_eval.tasks  # noqa: F401 (whether it can be imported)
+    with quiet(logging.WARNING):
+        _harness()
     named = named_tasks(tasks)
     for task in named.values():
         if isinstance(task, LocalTask):
@@ -239,18 +238,17 @@ def _task_manager(named: Mapping[str, Task]) -> Any:
 def _index(hub: bool, folders: tuple[str, ...]) -> Any:
     """The harness's index of tasks in folders; with those on the hub it takes seconds to build."""
     with quiet(logging.WARNING):
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_defaults=hub, include_path=list(folders) or None)
+        return _harness().TaskManager(include_defaults=hub, include_path=list(folders) or None)
 
 
-@contextmanager
-def _installed() -> Iterator[None]:
+def _harness() -> Any:
+    """The module of lm-evaluation-harness that finds tasks."""
     try:
-        yield
+        import lm_eval.tasks as tasks
     except ImportError as error:
         what = f"the package `lm-eval` is not installed ({error})"
         raise EvaluationError(what, where="tasks", remedy="pip install 'fxprune[eval]'") from error
+    return tasks
 
 
 @wrap_errors("tasks", "Pass a language model, its own tokenizer, and tasks by name or as files", EvaluationError)
@@ -281,8 +279,7 @@ def zero_shot(
         what = f"tasks need a Hugging Face model, not a {type(model).__name__}"
         remedy = "Pass result.model; if it is None, report.model_reasons says why"
         raise EvaluationError(what, where="model", remedy=remedy)
-    mode = model.training
-    with quiet(logging.WARNING):
+    with quiet(logging.WARNING), eval_mode(model):
         try:
             loaded = _harness_tasks(named)
             from lm_eval.evaluator import simple_evaluate
@@ -307,8 +304,6 @@ def zero_shot(
                 remedy="Names must be known to lm-eval and their data on the hub or in the cache; "
                 "local questions go in as a .jsonl file",
             ) from error
-        finally:
-            model.train(mode)
     return {name: _score(name, task, found) for name, task in loaded.items()}
 
 
@@ -330,8 +325,7 @@ def _with_end(tokenizer: Any, model: Any) -> Any:
 
 def _harness_tasks(named: Mapping[str, Task]) -> dict[str, Any]:
     """Tasks of the harness by name, with those of a group in place of the group."""
-    with _installed():
-        from lm_eval.tasks import get_task_dict
+    get_task_dict = _harness().get_task_dict
     found: dict[str, Any] = {}
     for name, task in named.items():
         if isinstance(task, LocalTask):
