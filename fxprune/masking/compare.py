@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Keep, kept_mask
+from fxprune.axes import kept_mask
 from fxprune.discovery.dependency import AxisMap
 from fxprune.errors import VerificationError
 from fxprune.graph.facts import Change, Fact
@@ -123,11 +123,16 @@ def block_output_nodes(graph: fx.Graph, axes: AxisMap) -> dict[fx.Node, str]:
     return {node: block for node, block in found.items() if block is not None}
 
 
-def _kept_part(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
-    """Return the kept entries of a value; a ``KeyError`` if those of an axis depend on the position along another."""
-    for axis, expr in enumerate(exprs):
-        mask = torch.from_numpy(kept_mask(expr, keep).copy())
-        value = value if mask.all() else value.index_select(axis, mask.nonzero()[:, 0].to(value.device))
+def _kept_part(node: fx.Node, value: Any, removal: Removal) -> torch.Tensor | None:
+    """The kept entries of a float tensor; None for others, and if those of an axis depend on the place on another."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return None
+    try:
+        for axis, expr in enumerate(removal.axes.tensors[tensor_name(node)]):
+            mask = torch.from_numpy(kept_mask(expr, removal.keep).copy())
+            value = value if mask.all() else value.index_select(axis, mask.nonzero()[:, 0].to(value.device))
+    except KeyError:  # no single index to cut by
+        return None
     return value
 
 
@@ -135,15 +140,12 @@ def masked_by_block(
     graph_module: fx.GraphModule, removal: Removal, inputs: Mapping[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, BlockOutput]]:
     """Run the dense graph with the removed structures zeroed; return its float outputs, and those of blocks by node."""
-    nodes, axes = block_output_nodes(graph_module.graph, removal.axes), removal.axes
+    nodes = block_output_nodes(graph_module.graph, removal.axes)
     found: dict[str, BlockOutput] = {}
 
     def visit(node: fx.Node, value: Any) -> Any:
-        if node in nodes and isinstance(value, torch.Tensor) and value.is_floating_point():
-            try:
-                part = _kept_part(value, axes.tensors[tensor_name(node)], removal.keep)
-            except KeyError:  # no single index to cut by: it is compared later
-                return value
+        part = _kept_part(node, value, removal) if node in nodes else None
+        if part is not None:  # else it is compared later
             found[node.name] = BlockOutput(nodes[node], offloaded(part.clone() if part is value else part))
         return value
 
@@ -244,14 +246,8 @@ def find_divergence(dense: fx.GraphModule, slim: fx.GraphModule, removal: Remova
         plain.run(*inputs_on_device(slim, inputs))
     values = {node.name: value for node, value in masked.env.items()}
     for node, got in plain.env.items():
-        want = values.get(node.name)
-        if not isinstance(got, torch.Tensor) or not isinstance(want, torch.Tensor) or not got.is_floating_point():
-            continue
-        try:
-            want = _kept_part(want, removal.axes.tensors[tensor_name(node)], removal.keep)
-        except KeyError:  # a choice per outer unit on another axis: no single index to cut by
-            continue
-        if compare([want], [got]) > TOLERANCE:
+        want = _kept_part(node, values.get(node.name), removal)
+        if want is not None and isinstance(got, torch.Tensor) and compare([want], [got]) > TOLERANCE:
             return f"{node.name} ({node.target}) in {removal.axes.modules.get(node.name) or 'the model'}"
     return "the outputs"
 

@@ -151,8 +151,8 @@ class MaskedRun(PreciseRun):
             for expr, size in zip(self.axes.tensors.get(str(target), ()), value.shape, strict=False):
                 found = set(factors(expr))
                 if len(found) == 1:  # of several, the sizes of other axes tell more
-                    solved = _solved(expr, found.pop(), size, lambda one: one.size, {})
-                    self.sizes |= solved if _fits(expr, solved, size, lambda one: one.size) else {}
+                    solved = _solved(expr, found.pop(), size, Keep(), {})
+                    self.sizes |= solved if _fits(expr, solved, size, Keep()) else {}
         return value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -180,35 +180,32 @@ class MaskedRun(PreciseRun):
 
     def _run_on_kept(self, node: fx.Node, keep: Keep) -> Any:
         """Run ``node`` on the kept units of the axes it takes statistics over, with zeros elsewhere."""
-
-        def compress(source: fx.Node) -> Any:
-            value, key = self.env[source], tensor_name(source)
-            for axis, expr in enumerate(self.axes.tensors.get(key, ())):
-                if _is_touched(expr, keep):
-                    expr = _fitted(expr, value.shape[axis], lambda found: found.size, keep, self.sizes)
-                    value = value.index_select(axis, _kept_positions(expr, keep, value.device))
-            return _renumber(value, self.axes.positions.get(key), keep, to_kept=True)
-
-        args = fx.map_arg((node.args, node.kwargs), compress)
+        args = fx.map_arg(
+            (node.args, node.kwargs), lambda source: self._moved(self.env[source], tensor_name(source), keep, True)
+        )
         for literal in self.axes.size_arguments:
             if literal.node == node.name:
                 size = kept_size(_resized(literal.expr, self.sizes), keep) + literal.offset
                 args = with_argument(args, literal.path, size)
         value = node.target(*args[0], **args[1])  # type: ignore[operator]
-
-        def on_all_units(value: torch.Tensor, name: str) -> torch.Tensor:
-            value = _renumber(value, self.axes.positions.get(name), keep, to_kept=False)
-            for axis, expr in enumerate(self.axes.tensors[name]):
-                if _is_touched(expr, keep):
-                    expr = _fitted(expr, value.shape[axis], lambda found: kept_size(found, keep), keep, self.sizes)
-                    shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
-                    index = _kept_positions(expr, keep, value.device)
-                    value = value.new_zeros(shape).index_copy(axis, index, value)
-            return value
-
         if isinstance(value, torch.Tensor):
-            return on_all_units(value, node.name)
-        return tuple(on_all_units(v, output_name(node, i)) for i, v in enumerate(value))
+            return self._moved(value, node.name, keep, False)
+        return tuple(self._moved(v, output_name(node, i), keep, False) for i, v in enumerate(value))
+
+    def _moved(self, value: Any, name: str, keep: Keep, to_kept: bool) -> Any:
+        """The entries of the tensor ``name`` on kept units, taken from all units or put among them with zeros."""
+        positions = self.axes.positions.get(name)
+        value = value if to_kept else _renumber(value, positions, keep, to_kept=False)
+        for axis, expr in enumerate(self.axes.tensors.get(name, ()) if to_kept else self.axes.tensors[name]):
+            if _is_touched(expr, keep):
+                expr = _fitted(expr, value.shape[axis], Keep() if to_kept else keep, keep, self.sizes)
+                index = _kept_positions(expr, keep, value.device)
+                if to_kept:
+                    value = value.index_select(axis, index)
+                else:
+                    shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
+                    value = value.new_zeros(shape).index_copy(axis, index, value)
+        return _renumber(value, positions, keep, to_kept=True) if to_kept else value
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
@@ -234,13 +231,13 @@ def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> An
     return torch.searchsorted(index, value.long()).to(value.dtype)
 
 
-def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, sizes: Mapping[Factor, int]) -> Expr:
-    """Return ``expr`` with the sizes of this run, so that it measures ``size``.
+def _fitted(expr: Expr, size: int, measure: Keep, keep: Keep, sizes: Mapping[Factor, int]) -> Expr:
+    """Return ``expr`` with the sizes of this run, so that its units in ``measure`` have ``size`` positions.
 
     If the sizes of the inputs do not determine it, as for a number of tokens plus one, some whole factor takes the size
     that fits.
     """
-    if measure(expr) == size:
+    if kept_size(expr, measure) == size:
         return expr
     whole = [factor for factor in dict.fromkeys(factors(expr)) if not keep.touches(factor)]
     known = {factor: sizes[factor] for factor in whole if factor in sizes}
@@ -248,16 +245,14 @@ def _fitted(expr: Expr, size: int, measure: Callable[[Expr], int], keep: Keep, s
     return next((_resized(expr, tried) for tried in tries if _fits(expr, tried, size, measure)), expr)
 
 
-def _solved(
-    expr: Expr, factor: Factor, size: int, measure: Callable[[Expr], int], known: Mapping[Factor, int]
-) -> dict[Factor, int]:
-    """Sizes with that of a factor by which an axis may measure ``size``, which is linear in it: ``1 + tokens``."""
-    one, two = (measure(_resized(expr, {**known, factor: number})) for number in (1, 2))
+def _solved(expr: Expr, factor: Factor, size: int, measure: Keep, known: Mapping[Factor, int]) -> dict[Factor, int]:
+    """Sizes with that of a factor by which an axis may have ``size``, which is linear in it: ``1 + tokens``."""
+    one, two = (kept_size(_resized(expr, {**known, factor: number}), measure) for number in (1, 2))
     return {**known, factor: 1 + (size - one) // max(two - one, 1)}
 
 
-def _fits(expr: Expr, sizes: Mapping[Factor, int], size: int, measure: Callable[[Expr], int]) -> bool:
-    return min(sizes.values(), default=1) > 0 and measure(_resized(expr, sizes)) == size
+def _fits(expr: Expr, sizes: Mapping[Factor, int], size: int, measure: Keep) -> bool:
+    return min(sizes.values(), default=1) > 0 and kept_size(_resized(expr, sizes), measure) == size
 
 
 def _resized(expr: Expr, sizes: Mapping[Factor, int]) -> Expr:

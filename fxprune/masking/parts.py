@@ -173,7 +173,6 @@ def part_bytes(graph_module: fx.GraphModule) -> float:
     """
 
     def values_kept(limit: float) -> int:
-        """The most numbers that are kept after a part."""
         return max(sum(map(output_numel, part.gives)) for part in cut_graph(graph_module.graph, costs, limit))
 
     costs = _bytes_of_weights(graph_module)
@@ -216,7 +215,7 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
     """
     places = [node for node in run.module.graph.nodes if node.op == "placeholder"]  # type: ignore[union-attr]
     values: dict[fx.Node, Any] = dict(zip(places, inputs, strict=True))
-    last_taker = _last_takers(parts)
+    last_taker = {node: part for part in parts for node in part.takes}
     for part in parts:
         ends = part.gives or part.nodes[-1:]
 
@@ -229,11 +228,6 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
         values |= dict(zip(ends, found, strict=True))
         values = {node: value for node, value in values.items() if node in ends or last_taker.get(node) is not part}
     return values[parts[-1].nodes[-1]]
-
-
-def _last_takers(parts: Sequence[Part]) -> dict[fx.Node, Part]:
-    """By value between parts, the last part that takes it."""
-    return {node: part for part in parts for node in part.takes}
 
 
 def _run_part(
@@ -275,7 +269,7 @@ class PartRuns:
         forward_only: bool = False,
     ) -> None:
         self.parts = parts
-        self.last_taker = _last_takers(parts) if forward_only else {}
+        self.last_taker = {node: part for part in parts for node in part.takes} if forward_only else {}
         self.graph_module = graph_module
         self.home, self.place = device_of(graph_module), compute_device(graph_module)
         self.prefetcher = current_prefetcher()

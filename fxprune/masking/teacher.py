@@ -73,7 +73,6 @@ class TeacherBatch:
 
     @property
     def positions(self) -> int:
-        """The number of positions of all samples."""
         return self.classes.shape[:2].numel()
 
 
@@ -173,7 +172,6 @@ class TeacherBatches:
 
     @property
     def positions(self) -> int:
-        """The number of positions of all samples."""
         return sum(len(one.classes) for one in self.teacher)
 
     def __len__(self) -> int:
