@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,16 @@ def find_targets(model: nn.Module, plan: Plan | None) -> Targets:
     modules: list[str] = []
     skipped: dict[str, str] = {}
     named_modules = dict(model.named_modules(remove_duplicate=False))
-    for name in _candidates(model, plan):
+    if plan is None or not plan.kept:
+        get_output = getattr(model, "get_output_embeddings", None)
+        output = get_output() if callable(get_output) else None
+        linear = ((path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+        names = [f"{path}.weight" for path, module in linear if module is not output]
+    else:
+        order = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
+        renamed = (slim_name(name, plan.removed_blocks) for name in plan.kept)
+        names = sorted((name for name in renamed if name in order), key=order.__getitem__)
+    for name in names:
         path, _, leaf = name.rpartition(".")
         owner = named_modules[path]
         parameter = owner._parameters[leaf]
@@ -100,42 +109,26 @@ def merge_lora(wrapped: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, f
             precision the merged weights are rounded again, so any finite change is accepted.
     """
     before = _logits(wrapped, inputs)
-    model = _merge_shards(wrapped) if is_fully_sharded(wrapped) else wrapped.merge_and_unload(safe_merge=True)
+    if is_fully_sharded(wrapped):
+        from peft.tuners.lora import LoraLayer
+        from torch.distributed.tensor import distribute_tensor
+
+        reshard(wrapped)
+        layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:  # the update of one weight is whole at a time
+            weight: Any = layer.get_base_layer().weight
+            update = layer.get_delta_weight(layer.active_adapters[0]).detach().to(weight.dtype)
+            part = distribute_tensor(update, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.detach().to_local().add_(part.to_local())
+        model = wrapped.unload()
+    else:
+        model = wrapped.merge_and_unload(safe_merge=True)
     error = compare([before], [_logits(model, inputs)])
     precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
     if error > TOLERANCE if precise else error == float("inf"):
         what = f"merging moved the logits by {error:.2e}, more than {TOLERANCE:.0e}"
         raise VerificationError(what, where="merge", remedy="Please report the model's config")
     return model, error
-
-
-def _merge_shards(wrapped: Any) -> Any:
-    """The model of a wrapper, with the updates added to its shards; the update of one weight is whole at a time."""
-    from peft.tuners.lora import LoraLayer
-    from torch.distributed.tensor import distribute_tensor
-
-    reshard(wrapped)
-    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        weight: Any = layer.get_base_layer().weight
-        update = layer.get_delta_weight(layer.active_adapters[0]).detach().to(weight.dtype)
-        part = distribute_tensor(update, weight.device_mesh, weight.placements, src_data_rank=None)
-        weight.detach().to_local().add_(part.to_local())
-    return wrapped.unload()
-
-
-def _candidates(model: nn.Module, plan: Plan | None) -> Iterator[str]:
-    """Yield the names of the parameters that may get an update, in the model's order."""
-    if plan is None or not plan.kept:
-        get_output = getattr(model, "get_output_embeddings", None)
-        output = get_output() if callable(get_output) else None
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Linear | Conv1D) and module is not output:
-                yield f"{path}.weight"
-        return
-    order = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
-    renamed = (slim_name(name, plan.removed_blocks) for name in plan.kept)
-    yield from sorted((name for name in renamed if name in order), key=order.__getitem__)
 
 
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

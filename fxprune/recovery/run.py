@@ -131,7 +131,8 @@ def recover(
         distil = distil.check(source, tokenizer)
     targets = find_targets(source, plan if result is None else result.plan)
     samples = read_training_data(data, tokenizer, chosen)
-    rows = len(source.get_input_embeddings().weight)
+    embedding: Any = source.get_input_embeddings()
+    rows = len(embedding.weight)
     largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
     if largest >= rows:
         what = f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}"
@@ -185,7 +186,7 @@ def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
         raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
 
 
-def padding_id(tokenizer: Any, model: PreTrainedModel) -> int:
+def padding_id(tokenizer: Any, model: Any) -> int:
     """A token id to pad with that the model has an embedding for; a tokenizer may have more ids than the model."""
     known, rows = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0), len(model.get_input_embeddings().weight)
     return int(next(token for token in known if token is not None and token < rows))
@@ -348,8 +349,13 @@ def _train(
             track=track,
         )
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        plain = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        wrapped = _gather(model, trainer, folder / "adapter") if sharded else plain
+        wrapped = trainer.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        if sharded:  # the whole model, with updates that were trained in shards on several devices
+            from peft import PeftModel
+
+            trainer.save_model(str(folder / "adapter"))
+            trainer.accelerator.wait_for_everyone()
+            wrapped = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=False)
         inputs = collate(samples.held_out[:2], padding)  # with two, padding is compared as well
         del inputs["labels"]
         _, error = merge_lora(wrapped, inputs)
@@ -380,12 +386,3 @@ def _train(
         "merge_error": error,
         "notes": tuple(notes),
     }
-
-
-def _gather(model: PreTrainedModel, trainer: Any, adapter: Path) -> Any:
-    """The whole model with updates that were trained in shards on several devices."""
-    from peft import PeftModel
-
-    trainer.save_model(str(adapter))
-    trainer.accelerator.wait_for_everyone()
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False)

@@ -55,13 +55,9 @@ class Distillation(Arguments):
     tokenizer: Any = None
 
     def check(self, student: Any, tokenizer: Any = None) -> Distillation:
-        """Refuse a teacher that is not a Hugging Face model, the student itself, or of another vocabulary.
+        """The distillation by which a student is trained, given its tokenizer.
 
-        Args:
-            tokenizer: of the student.
-
-        Returns:
-            The distillation by which the student is trained.
+        A teacher is refused that is not a Hugging Face model, the student itself, or of another vocabulary.
         """
         instance("teacher", self.teacher, PreTrainedModel, "the dense model, one of transformers'", RecoveryError)
         if self.tokenizer is not None and has_other_tokens(tokenizer, self.tokenizer):
