@@ -243,7 +243,6 @@ class _Reader:
             yield row
 
     def _sample(self, row: dict[str, torch.Tensor], where: str) -> Sample:
-        """The sample of a row, checked."""
         first = self.first
         tokens = row.get(LABELS, row[first.name] if first.whole else None)
         if self.shift is not None and tokens is not None and tokens.dim() == 2:

@@ -16,12 +16,9 @@ _PARENT = "_fxprune_parent"
 
 
 def put_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> None:
-    """Set config fields without validation: widths that no stock config allows are the point.
+    """Set config fields in place without validation: widths that no stock config allows are the point.
 
-    Args:
-        config: changed in place.
-        fields: the values. A number for a field that is a list with one entry per block becomes all of its entries:
-            a block reads its own.
+    A number for a field that is a list with one entry per block becomes all of its entries: a block reads its own.
     """
     held = vars(config)
     for name, value in fields.items():
@@ -39,7 +36,6 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
 
     Args:
         config: the config of the whole model; kept by reference.
-        fields: the values that differ for this block, as :func:`put_fields` writes them.
         absent: fields to delete from the copy.
     """
     view = copy.deepcopy(config)
@@ -53,8 +49,11 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
 
 @cache
 def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Class of configs that follow one of class ``base``."""
-    members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
+    """Class of configs that read some fields from one of class ``base``, and ignore writes to them."""
+    members: dict[str, object] = {
+        name: property(lambda self, name=name: getattr(vars(self)[_PARENT], name, None), lambda self, value: None)
+        for name in _FOLLOWED
+    }
     members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
     return type(base.__name__, (base,), members)
 
@@ -64,15 +63,6 @@ def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfi
     view = follower.__new__(follower)
     vars(view).update(state)
     return view
-
-
-def _followed(name: str) -> property:
-    """Property that reads from the model's config and ignores writes."""
-
-    def read(self: PreTrainedConfig) -> Any:
-        return getattr(vars(self)[_PARENT], name, None)
-
-    return property(read, lambda self, value: None)
 
 
 Builder = Callable[[PreTrainedConfig, int], nn.Module]
@@ -139,9 +129,6 @@ def renumber(block: nn.Module, old: int, new: int, follows: Callable[[str, str],
     """Set the attributes that hold the index of a block to the new one.
 
     Args:
-        block: a block that was built at ``old``.
-        old: its index before.
-        new: its index from now on.
         follows: whether an attribute, by module path and name, is the index; by default if it is named like one.
     """
     for path, module in block.named_modules() if old != new else ():

@@ -72,9 +72,7 @@ def build_blocks(
     """Rebuild the blocks of a model that have a config or a kind of their own.
 
     Args:
-        model: as its stock class builds it.
         config_of: returns the config that a block is built from, by its path.
-        overrides: which blocks differ, and how.
         like: the model from whose blocks the classes are taken; by default ``model`` itself.
 
     Raises:
@@ -237,12 +235,7 @@ def overrides_in(config: PreTrainedConfig) -> Overrides:
 
 
 def section_of(overrides: Overrides, where: Mapping[str, Any]) -> dict[str, Any]:
-    """Section of a config with the given overrides; see ``SECTION``.
-
-    Args:
-        overrides: how the model differs from what its stock class builds.
-        where: ``class``, ``blocks`` and ``part``.
-    """
+    """Section of a config with the given overrides, and ``class``, ``blocks`` and ``part``; see ``SECTION``."""
     found = {name: where[name] for name in ("class", "blocks", "part") if name in where}
     found |= {entry.name: getattr(overrides, entry.name) for entry in fields(Overrides)}
     own = found.pop("block_fields")
@@ -258,11 +251,8 @@ def amend_config(
     reads. So a model in memory holds a plain config, its blocks hold copies, and only the file has per-layer values.
 
     Args:
-        folder: where the stock method saved the model.
-        overrides: how the model differs from what its stock class builds.
         section: ``class``, ``blocks`` and ``part``; see ``SECTION``.
         depth: number of layers that the config states; None if it states none.
-        more: further entries.
     """
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as file:

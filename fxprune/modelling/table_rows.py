@@ -51,7 +51,6 @@ def select_inputs(module: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -
     The model makes the table for all units, by their number, and passes it to every block.
 
     Args:
-        module: a module of a model.
         entries: by argument of its forward: ``axis``, ``of`` (number of units in the table, per sample) and ``kept``
             (the numbers of the units that the module has).
     """

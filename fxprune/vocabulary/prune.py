@@ -347,7 +347,6 @@ class DenseTeacher:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, found: PrunedVocabulary) -> DenseTeacher:
-        """The teacher of a pruned vocabulary."""
         rows, stay = found.report.rows
         first = torch.full((rows,), stay)
         every = sorted(found.tokens.every)

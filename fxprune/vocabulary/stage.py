@@ -18,7 +18,7 @@ from fxprune.removal.target import DEFAULT_RATIO, Reached, amount_below, parse_t
 from fxprune.report.report import Report
 from fxprune.trace.inputs import is_hugging_face
 from fxprune.vocabulary.model import find_rows
-from fxprune.vocabulary.prune import PrunedVocabulary, Use, measure_use, size_after, text_ids, trim
+from fxprune.vocabulary.prune import PrunedVocabulary, measure_use, size_after, text_ids, trim
 from fxprune.vocabulary.tokenizer import check_kind
 
 if TYPE_CHECKING:
@@ -100,7 +100,12 @@ def trim_first(
     else:
         ratio = DEFAULT_RATIO if ratio is None else ratio
         size = size_after(model, ratio)
-    use = _use(model, tokenizer, calibration)
+    if isinstance(calibration, list):
+        use = measure_use(model, (sample["input_ids"].tolist() for sample in calibration))
+    else:  # the whole text, not only the samples of it
+        built_in = f"{built_in_text()}\n\n{general_chats(tokenizer)}" if calibration is None else ""
+        text = built_in or calibration_text(calibration.text, tokenizer)
+        use = measure_use(model, text_ids(tokenizer, [text]), opening_tokens(tokenizer))
     free = others and not isinstance(ratio, Mapping)
     found = trim(model, tokenizer, use, size, free=free, round_to=1 if step == "auto" else step, share=True)
     rest = without_vocab({**values, "tokenizer": found.tokenizer})
@@ -122,17 +127,6 @@ def as_rows(model: PreTrainedModel, calibration: Any, tokenizer: Any) -> Any:
     return [{"input_ids": row[0]} for row in token_rows(calibration, find_rows(model).size)]
 
 
-def _use(model: PreTrainedModel, tokenizer: Any, calibration: Any) -> Use:
-    """The use of tokens in the whole calibration text, or in samples; None stands for the built-in text."""
-    if isinstance(calibration, list):
-        return measure_use(model, (sample["input_ids"].tolist() for sample in calibration))
-    if calibration is None:
-        text = f"{built_in_text()}\n\n{general_chats(tokenizer)}"
-    else:
-        text = calibration_text(calibration.text, tokenizer)
-    return measure_use(model, text_ids(tokenizer, [text]), opening_tokens(tokenizer))
-
-
 def samples_with(found: PrunedVocabulary, calibration: Any) -> Any:
     """Calibration samples by :func:`as_rows` in the tokens that stay."""
     if isinstance(calibration, list):
@@ -151,14 +145,11 @@ def report_with(report: Report, found: PrunedVocabulary, ratio: Any, reached: Re
     head = found.model.get_output_embeddings()
     width = 0 if head is None else head.weight.shape[-1]
     size = next(found.model.parameters()).element_size()
-    sizes: dict[str, Any] = {
-        "parameters": (report.parameters[0] + gone, report.parameters[1]),
-        "macs": (report.macs[0] + report.tokens * rows * width, report.macs[1]),
-        "memory": None if report.memory is None else (report.memory[0] + gone * size, report.memory[1]),
-    }
     return replace(
         report,
-        **sizes,
+        parameters=(report.parameters[0] + gone, report.parameters[1]),
+        macs=(report.macs[0] + report.tokens * rows * width, report.macs[1]),
+        memory=None if report.memory is None else (report.memory[0] + gone * size, report.memory[1]),
         ratio=ratio if isinstance(ratio, float | int) else report.ratio,
         reached=None if reached is None else replace(reached, slim=report.parameters[1]),
         vocabulary=found.report.rows,

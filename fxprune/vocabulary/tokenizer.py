@@ -87,10 +87,10 @@ class Tokens(ABC):
     def needed(self) -> frozenset[int]:
         """Ids that must stay, so that every text can be written: added tokens, and characters or bytes."""
         characters = {number for number, text in self.texts.items() if self._is_character(text)}
-        alone = {number for number, text in self.texts.items() if not self._can_be_written(text)}
         if self._falls_back:  # bytes write a character, unless the tokenizer itself replaces it
             characters = {number for number in characters if self.texts[number] in self._marks}
-            characters.update(self._bytes.values())
+            return self.added.union(self._unknown, characters, self._bytes.values())
+        alone = (n for n, text in self.texts.items() if not all(symbol in self.ids for symbol in self._symbols(text)))
         return self.added.union(self._unknown, characters, alone)
 
     def parts(self, token: int) -> tuple[int, ...]:
@@ -113,9 +113,6 @@ class Tokens(ABC):
 
     def _is_character(self, text: str) -> bool:
         return len(self._symbols(text)) == 1
-
-    def _can_be_written(self, text: str) -> bool:
-        return self._falls_back or all(symbol in self.ids for symbol in self._symbols(text))
 
     def _fallback(self, text: str) -> tuple[int, ...]:
         """The tokens of a character without one of its own."""
@@ -308,7 +305,6 @@ def _is_whole(merge: str | Sequence[str], model: Mapping[str, Any]) -> bool:
 
 
 def _processor(step: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """Post-processor of a tokenizer with new ids."""
     found = dict(step)
     if "processors" in step:
         found["processors"] = [_processor(one, new) for one in step["processors"]]
