@@ -127,13 +127,14 @@ def _kept_part(node: fx.Node, value: Any, removal: Removal) -> torch.Tensor | No
     """The kept entries of a float tensor; None for others, and if those of an axis depend on the place on another."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return None
+    kept: torch.Tensor = value
     try:
         for axis, expr in enumerate(removal.axes.tensors[tensor_name(node)]):
             mask = torch.from_numpy(kept_mask(expr, removal.keep).copy())
-            value = value if mask.all() else value.index_select(axis, mask.nonzero()[:, 0].to(value.device))
+            kept = kept if mask.all() else kept.index_select(axis, mask.nonzero()[:, 0].to(kept.device))
     except KeyError:  # no single index to cut by
         return None
-    return value
+    return kept
 
 
 def masked_by_block(

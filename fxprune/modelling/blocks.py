@@ -48,19 +48,25 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
 
 
 @cache
-def _follower(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def _follower(base: Any) -> Any:
     """Class of configs that read some fields from one of class ``base``, and ignore writes to them."""
-    members: dict[str, object] = {
-        name: property(lambda self, name=name: getattr(vars(self)[_PARENT], name, None), lambda self, value: None)
-        for name in _FOLLOWED
-    }
+    members: dict[str, object] = {name: _followed(name) for name in _FOLLOWED}
     members["__reduce_ex__"] = lambda self, _: (_restore, (vars(self)[_PARENT], dict(vars(self))))
     return type(base.__name__, (base,), members)
 
 
+def _followed(name: str) -> property:
+    """Property that reads from the model's config and ignores writes."""
+
+    def read(self: PreTrainedConfig) -> Any:
+        return getattr(vars(self)[_PARENT], name, None)
+
+    return property(read, lambda self, value: None)
+
+
 def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfig:
     follower = _follower(type(parent))
-    view = follower.__new__(follower)
+    view: PreTrainedConfig = follower.__new__(follower)
     vars(view).update(state)
     return view
 
