@@ -43,7 +43,8 @@ def block_config(config: PreTrainedConfig, fields: Mapping[str, Any], absent: It
     for name in (*_FOLLOWED, *absent):
         vars(view).pop(name, None)
     vars(view)[_PARENT] = config
-    view.__class__ = _follower(type(config))
+    base: Any = type(config)
+    view.__class__ = _follower(base)
     return view
 
 
@@ -65,8 +66,8 @@ def _followed(name: str) -> property:
 
 
 def _restore(parent: PreTrainedConfig, state: dict[str, Any]) -> PreTrainedConfig:
-    follower = _follower(type(parent))
-    view: PreTrainedConfig = follower.__new__(follower)
+    base: Any = type(parent)
+    view: PreTrainedConfig = base.__new__(_follower(base))
     vars(view).update(state)
     return view
 
