@@ -58,7 +58,7 @@ META = torch.device("meta")
 
 prepare, fits, scores, select, shrink, tune = (
     importlib.import_module(f"fxprune.passes.{name}")
-    for name in ("prepare", "compensate.base", "importance.base", "select.base", "shrink.shrink", "tune.tune")
+    for name in ("prepare", "compensate.fits", "importance.base", "select.base", "shrink.shrink", "tune.tune")
 )
 
 CARDS: dict[str, dict[Any, float]] = {

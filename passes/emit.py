@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,20 +50,18 @@ class EmitModelPass(Pass):
         facts = facts_of(graph_module)
         source, verified = facts[Source], facts.get(VerificationInputs)
         inputs = make_inputs(graph_module, source.example_inputs, 0) if verified is None else verified.values
-        if not is_hugging_face(source.model):
-            removal = facts[Removed].removal
-            if source.shares and (removal.kept or removal.removed_blocks):
-                numbers = scaled_numbers(removal.axes, removal.keep)
-                check_own_forward(graph_module, source, inputs, numbers)
-            facts.put(Emitted(None, ("the model passed is not a Hugging Face model",)))
-            return PassResult(graph_module, False)
-        emission = emit_from_graph(graph_module, source, facts[Removed].removal, inputs)
-        model = emission.model
-        if model is not None and source.shares:
-            source.model.__dict__.clear()  # the dense model that the caller holds becomes the slim one
-            source.model.__dict__.update(model.__dict__)
-            model = source.model  # type: ignore[assignment]
-        facts.put(Emitted(model, emission.reasons))
+        removal, emitted = facts[Removed].removal, Emitted(None, ("the model passed is not a Hugging Face model",))
+        if is_hugging_face(source.model):
+            emission = emit_from_graph(graph_module, source, removal, inputs)
+            model = emission.model
+            if model is not None and source.shares:
+                source.model.__dict__.clear()  # the dense model that the caller holds becomes the slim one
+                source.model.__dict__.update(model.__dict__)
+                model = source.model  # type: ignore[assignment]
+            emitted = Emitted(model, emission.reasons)
+        elif source.shares and (removal.kept or removal.removed_blocks):
+            check_own_forward(graph_module, source, inputs, scaled_numbers(removal.axes, removal.keep))
+        facts.put(emitted)
         return PassResult(graph_module, False)
 
 
@@ -87,9 +86,12 @@ class MakeReportPass(Pass):
         groups, keep, blocks = removal.groups, removal.keep, removal.removed_blocks
         widths, sizes = group_widths(groups, keep), group_sizes(groups, keep, blocks)
         renormalised = {one.name: one.renormalised for one in groups if one.renormalised and one.name in widths}
-        unkept = unkept_norm_reasons(
-            removal.axes, dict.fromkeys(node for nodes in renormalised.values() for node in nodes)
-        )
+        lines = [*(() if notes is None else notes.lines)]
+        lines += unkept_norm_reasons(removal.axes, dict.fromkeys(itertools.chain(*renormalised.values())))
+        if work.outside:
+            share = work.outside / (work.outside + work.parameters)
+            what = f"{work.outside:,} parameters of the model ({share:.1%}) are not read on the example inputs"
+            lines.append(f"{what}: they stay, and count neither in the ratio nor in the sizes here")
         report = Report(
             parameters=(work.parameters, count_parameters(graph_module)),
             macs=(work.macs, count_macs(graph_module, work.tokens)),
@@ -105,7 +107,7 @@ class MakeReportPass(Pass):
             fidelity=traced.error,
             gradient_fidelity=traced.gradients,
             model_reasons=() if emitted is None or emitted.model is not None else emitted.reasons,
-            notes=(*(() if notes is None else notes.lines), *unkept, *_outside(work)),
+            notes=tuple(lines),
             model=work.model,
             memory=(work.memory, count_bytes(graph_module)),
             cache=None if cache is None or not reads_tokens or not generates else (cache.dense, cache.slim),
@@ -118,15 +120,6 @@ class MakeReportPass(Pass):
         )
         facts.put(report)
         return PassResult(graph_module, False)
-
-
-def _outside(work: Work) -> tuple[str, ...]:
-    """A note of the parameters that no ratio counts, if there are any."""
-    if not work.outside:
-        return ()
-    share = work.outside / (work.outside + work.parameters)
-    what = f"{work.outside:,} parameters of the model ({share:.1%}) are not read on the example inputs"
-    return (f"{what}: they stay, and count neither in the ratio nor in the sizes here",)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,6 @@ _CACHE = 0.15
 _ADVICE = "some hundred samples of text like what the model is to be used on, passed as calibration, do better"
 
 
-def _digests(sample: Sample) -> list[str]:
-    """Digests of the tensors of a sample."""
-    leaves = tree_leaves((dict(sample.inputs), sample.labels, dict(sample.own or {})))
-    return [digest_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
 @dataclass(frozen=True, eq=False)
 class CalibratePass(Pass):
     """Reads and checks the calibration samples of criteria and fits."""
@@ -150,11 +144,8 @@ class CalibratePass(Pass):
             what, remedy = "there is no such file", "Give the path of a file of JSON lines"
             raise CalibrationError(what, where=self.file, remedy=remedy)
         elif not self.file and self.tokenizer is None:
-            raise CalibrationError(
-                "no data",
-                where=f"pass {self.name}",
-                remedy="Pass data, file with the path of JSON lines, or a tokenizer for the built-in text",
-            )
+            remedy = "Pass data, file with the path of JSON lines, or a tokenizer for the built-in text"
+            raise CalibrationError("no data", where=f"pass {self.name}", remedy=remedy)
 
     def given(self) -> Any:
         """The data, as samples if they are text."""
@@ -177,7 +168,12 @@ class CalibratePass(Pass):
         others = () if found is None or not is_hugging_face(found.model) else find_labels(type(found.model))
         form = Objective(next_token, None, shift, tuple(dict.fromkeys((LABELS, *others))))
         read = read_calibration(data, graph_module, next_token=next_token, shift=shift, named=form.named)
-        check_same(lambda: {"the samples": [_digests(sample) for sample in read]}, where="calibration")
+
+        def digests() -> dict[str, list[str]]:
+            leaves = tree_leaves([(dict(one.inputs), one.labels, dict(one.own or {})) for one in read])
+            return {"the samples": [digest_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]}
+
+        check_same(digests, where="calibration")
         samples = spread(read, self.samples)
         self._check_opening(graph_module, samples)
         if self.added and next_token and not self.substitutes:
@@ -268,18 +264,8 @@ class CalibratePass(Pass):
                 # a cache of many samples would be larger than what memory holds of weights in files
                 most = _CACHE * weight_bytes(graph_module)
                 rows = rows_at_once(model, few, tokens, most) if is_offloading() else None
-                return generated_samples(
-                    model,
-                    self.tokenizer,
-                    vocabulary,
-                    count,
-                    tokens,
-                    self.seed,
-                    tracked,
-                    chats=chats,
-                    programs=self.programs,
-                    rows=rows,
-                )
+                more: dict[str, Any] = {"chats": chats, "programs": self.programs, "rows": rows}
+                return generated_samples(model, self.tokenizer, vocabulary, count, tokens, self.seed, tracked, **more)
 
         found = attempt(decide_on_first, generate, PassError)
         return f"the model generated none: {found}" if isinstance(found, Refusal) else found

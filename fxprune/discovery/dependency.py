@@ -24,7 +24,7 @@ from torch import fx
 
 from fxprune.axes import Concat, Expr, Factor, Freeze, factors
 from fxprune.discovery.norms import KeptNorm, find_norms
-from fxprune.discovery.zeros import follow_zeros
+from fxprune.discovery.zeros import ZeroWalk
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of, owner_block
 from fxprune.graph.tensors import get_tensor, is_input, tensor_name
@@ -49,14 +49,13 @@ def find_bypasses(graph: fx.Graph, blocks: tuple[str, ...]) -> dict[str, Bypass]
 
     The only value that leaves such a block is reached from a value that enters it through additions alone.
     """
+    leaving: dict[str, list[fx.Node]] = {block: [] for block in blocks}
     owner: dict[fx.Node, str] = {}
-    paths = frozenset(blocks)
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") if node.op == "call_function" else None
-        inside = next((path for path, _ in (stack or {}).values() if path in paths), None)
+        inside = next((path for path, _ in (stack or {}).values() if path in leaving), None)
         if inside is not None:
             owner[node] = inside
-    leaving: dict[str, list[fx.Node]] = {block: [] for block in blocks}
     for node, block in owner.items():
         is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
         if is_tensor and any(owner.get(user) != block for user in node.users):
@@ -93,8 +92,8 @@ def find_residuals(graph: fx.Graph) -> dict[str, str]:
     place = {node: i for i, node in enumerate(graph.nodes)}
     found: dict[str, str] = {}
     for node in graph.nodes:
-        terms = [term for term in node.args[:2] if isinstance(term, fx.Node)] if node.op == "call_function" else []
-        if len(terms) == 2 and is_sum(node):
+        terms = [term for term in node.args[:2] if isinstance(term, fx.Node)] if is_sum(node) else []
+        if len(terms) == 2:
             stream, branch = sorted(terms, key=place.__getitem__)
             if _is_branch(branch, stream, place):
                 found[node.name] = tensor_name(stream)
@@ -309,9 +308,8 @@ def axis_map(graph: nx.Graph[Axis]) -> AxisMap:
 
 def _state_equations(graph_module: fx.GraphModule) -> tuple[Statements, dict[str, str]]:
     """Run all rules in order, and return their statements and each rule as text; tied parameters first become one."""
-    stated, described = Statements(), dict[Any, str]()
+    stated, described, rules = Statements(), dict[Any, str](), dict[str, str]()
     owner: dict[int, TensorAxes] = {}
-    rules: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             name = tensor_name(node)
@@ -352,17 +350,25 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
     least = resolve_experts(stated)
     made = itertools.chain.from_iterable(stated.tensors.values())
     tensors = {tensor.name: tuple(solver.resolve(axis) for axis in tensor.axes) for tensor in made}
-    zeros = follow_zeros(graph_module.graph, stated, tensors, constants)
+    zeros = ZeroWalk(graph_module.graph, stated, tensors, constants)
+    for node in (node for node in graph_module.graph.nodes if node.op == "call_function"):
+        zeros.visit(node)
     for factor, freeze in zeros.frozen.items():
         solver.freeze(factor, freeze.reason, freeze.node)
     attributes = {str(n.target): n for n in graph_module.graph.nodes if n.op == "get_attr"}
     is_parameter = {name: isinstance(get_tensor(graph_module, name), torch.nn.Parameter) for name in attributes}
     for factor, place in _unproduced(graph_module.graph, stated, tensors, is_parameter).items():
         solver.freeze(factor, "an axis of data that no parameter produces", place)
+    position = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+
+    def first_use(name: str) -> tuple[int, int]:
+        """By op, then by argument of the op: a weight comes before its bias."""
+        node = attributes[name]
+        return min(((position[user], user.all_input_nodes.index(node)) for user in node.users), default=(0, 0))
+
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(get_tensor(graph_module, name)), name) for name in attributes}
-    tied = {name: owner for name, owner in owners.items() if name != owner}
-    own = {name: tied.get(name, name) for name in attributes if name not in constants}
+    own = {name: owner for name, owner in owners.items() if name not in constants}
     rescaled = stated.averages if norm == "masked" else ()
     averages = {one: tuple(tensors[place.tensor][place.dim] for place in one.places) for one in rescaled}
     norms, unkept = find_norms(graph_module.graph, averages, zeros.averaged, own)
@@ -379,12 +385,12 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         size_arguments=tuple(replace(size, expr=solver.resolve(size.expr)) for size in stated.size_arguments),
         unruled=dict(stated.unruled),
         modules={node.name: module_path(node) for node in graph_module.graph.nodes},
-        order=_first_uses(graph_module.graph, attributes),
+        order={name: place for place, name in enumerate(sorted(attributes, key=first_use))},
         parameters=tuple(name for name, yes in is_parameter.items() if yes),
         buffers=tuple(name for name, yes in is_parameter.items() if not yes),
         blocks=blocks,
         bypasses=find_bypasses(graph_module.graph, blocks),
-        tied=tied,
+        tied={name: owner for name, owner in owners.items() if name != owner},
         least=least,
         positions={name: solver.resolve(found.expr) for name, found in stated.positions.items()},
         constants=tuple(name for name in attributes if name in constants),
@@ -425,17 +431,6 @@ def _unproduced(
         elif node.op != "output":
             data.update({factor: node.name for factor in held(node) if factor not in data})
     return {factor: name for factor, name in data.items() if factor not in produced}
-
-
-def _first_uses(graph: fx.Graph, attributes: Mapping[str, fx.Node]) -> dict[str, int]:
-    """The rank of each tensor's first use: by op, then by argument of the op (a weight comes before its bias)."""
-    position = {node: place for place, node in enumerate(graph.nodes)}
-
-    def first_use(name: str) -> tuple[int, int]:
-        node = attributes[name]
-        return min(((position[user], user.all_input_nodes.index(node)) for user in node.users), default=(0, 0))
-
-    return {name: place for place, name in enumerate(sorted(attributes, key=first_use))}
 
 
 def module_path(node: fx.Node) -> str:

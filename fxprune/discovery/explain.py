@@ -79,11 +79,8 @@ def _find_tensor(name: str, weights: Collection[str]) -> str:
 def _only(name: str, found: list[str]) -> str:
     if len(found) > 1:
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        raise ArgumentError(
-            f"the name is ambiguous: it may be {', '.join(found[:_LISTED])}{more}",
-            where=name,
-            remedy="Add as much of the name as distinguishes them",
-        )
+        what = f"the name is ambiguous: it may be {', '.join(found[:_LISTED])}{more}"
+        raise ArgumentError(what, where=name, remedy="Add as much of the name as distinguishes them")
     return found[0]
 
 
@@ -137,11 +134,8 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
     chosen = group or next(iter(groups_of(graph, target)), None)
     if chosen is None or chosen.factor is None or chosen.trigger is None or chosen.factor not in factors(expr):
         reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
-        raise FxpruneError(
-            f"axis {target.dim} is in no such group: {reason}",
-            where=target.tensor,
-            remedy="Ask for an axis of one of fxprune.find_groups(graph), and of this graph",
-        )
+        remedy = "Ask for an axis of one of fxprune.find_groups(graph), and of this graph"
+        raise FxpruneError(f"axis {target.dim} is in no such group: {reason}", where=target.tensor, remedy=remedy)
     inside = graph.subgraph(axes_by_factor(graph)[chosen.factor])
     steps = []
     for source, reached in itertools.pairwise(nx.shortest_path(inside, chosen.trigger, target)):

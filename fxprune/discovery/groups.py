@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -45,9 +45,8 @@ def as_kinds(name: str, kinds: Any) -> tuple[str, ...]:
     if not named:
         remedy = f"Name one or more of {', '.join(KINDS)}"
         raise ArgumentError(f"${name} is empty", where=name, remedy=remedy, argument=name, value=kinds)
-    bare = [one_of("kind", bare_kind(kind), KINDS) for kind in named]
     # no norm runs over a layer, so that the prefix makes no difference there
-    return tuple("layer" if one == "layer" else str(kind) for one, kind in zip(bare, named, strict=True))
+    return tuple("layer" if one_of("kind", bare_kind(kind), KINDS) == "layer" else str(kind) for kind in named)
 
 
 def bare_kind(kind: Any) -> Any:
@@ -181,20 +180,26 @@ def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
             group = _make_group(axes, factor, trigger, reached)
             count = taken[group.name] = taken.get(group.name, 0) + 1
             groups.append(group if count == 1 else replace(group, name=f"{group.name}.{count}"))
-    return (*groups, *_layer_groups(axes))
+    inside: dict[str, list[Member]] = {block: [] for block in axes.blocks if block in axes.bypasses}
+    for name in ordered:
+        block = axes.block_of(name)
+        if block is not None and block in inside:
+            inside[block].append(Member(name, 0, axes.tensors[name][0]))
+    layers = {block: tuple(members) for block, members in inside.items() if members}
+    return (*groups, *(Group(f"{block}/layer", "layer", members, block=block) for block, members in layers.items()))
 
 
-def propagate(graph: nx.Graph[Axis], trigger: Axis, holding: set[Axis]) -> set[Axis]:
+def propagate(graph: nx.Graph[Axis], trigger: Axis, holding: Iterable[Axis]) -> set[Axis]:
     """The axes reached from ``trigger`` by breadth-first search among the axes ``holding`` its factor."""
     return set(nx.node_connected_component(graph.subgraph(holding), trigger))
 
 
-def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, set[Axis]]:
-    """The axes that hold each factor."""
-    found: dict[Factor, set[Axis]] = {}
+def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, list[Axis]]:
+    """The axes that hold each factor, in the order of the graph."""
+    found: dict[Factor, list[Axis]] = {}
     for axis in graph.nodes:
-        for factor in factors(graph.nodes[axis]["expr"]):
-            found.setdefault(factor, set()).add(axis)
+        for factor in dict.fromkeys(factors(graph.nodes[axis]["expr"])):
+            found.setdefault(factor, []).append(axis)
     return found
 
 
@@ -241,14 +246,13 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     common: list[Factor] | None = None
     for axis in reached:
         exprs = axes.tensors[axis.tensor]
-        anywhere = [f for expr in exprs for f in factors(expr)]
-        around = _around(exprs[axis.dim], factor) if axis.tensor in axes.stored else anywhere
+        around = [f for expr in exprs for f in factors(expr)]
+        if axis.tensor in axes.stored:  # the factors before every occurrence in the products of the axis
+            first, *others = (before for before, _ in beside(exprs[axis.dim], factor))
+            around = [f for f in first if all(f in other for other in others)]
         common = around if common is None else [f for f in common if f in around]
-    met = [
-        axes.tensors[name]
-        for name in {a.tensor for a in reached}.union(axes.summed.get(factor, ()))
-        if name in axes.tensors
-    ]
+    names = {a.tensor for a in reached}.union(axes.summed.get(factor, ()))
+    met = [axes.tensors[name] for name in names if name in axes.tensors]
     candidates = [f for f in common or () if f != factor and f not in axes.frozen]
     candidates = [f for f in candidates if all(sum(_depth(expr, f) for expr in exprs) <= 1 for exprs in met)]
     return candidates[-1] if candidates else None
@@ -260,25 +264,6 @@ def _depth(expr: Expr, factor: Factor) -> int:
         return int(expr == factor)
     depths = [_depth(part, factor) for part in expr.parts]
     return sum(depths) if isinstance(expr, Product) else max(depths, default=0)
-
-
-def _around(expr: Expr, factor: Factor) -> list[Factor]:
-    """The factors that stand before every occurrence of ``factor`` in the products of ``expr``."""
-    first, *others = (before for before, _ in beside(expr, factor))
-    return [f for f in first if all(f in other for other in others)]
-
-
-def _layer_groups(axes: AxisMap) -> list[Group]:
-    inside: dict[str, list[Member]] = {block: [] for block in axes.blocks}
-    for name in sorted(axes.parameters, key=lambda name: axes.order[name]):
-        block = axes.block_of(name)
-        if block is not None:
-            inside[block].append(Member(name, 0, axes.tensors[name][0]))
-    return [
-        Group(f"{block}/layer", "layer", tuple(members), block=block)
-        for block, members in inside.items()
-        if members and block in axes.bypasses
-    ]
 
 
 @dataclass(frozen=True)
@@ -302,12 +287,7 @@ class Consumer:
 
 def find_consumers(graph: fx.Graph, axes: AxisMap) -> tuple[Consumer, ...]:
     """Return every product of activations with a parameter, in order of execution."""
-    return tuple(found for node in graph.nodes for found in _consumers(node, axes))
-
-
-def takes_parameter(node: fx.Node, axes: AxisMap) -> bool:
-    """Whether a node is a product of activations with a parameter."""
-    return any(True for _ in _consumers(node, axes))
+    return tuple(found for node in graph.nodes for found in consumers_at(node, axes))
 
 
 def consumers_of(group: Group, consumers: tuple[Consumer, ...]) -> tuple[Consumer, ...]:
@@ -343,25 +323,25 @@ def _looks_up(node: fx.Node) -> bool:
     return False
 
 
-def _consumers(node: fx.Node, axes: AxisMap) -> Iterator[Consumer]:
+def consumers_at(node: fx.Node, axes: AxisMap) -> Iterator[Consumer]:
+    """Yield the products of activations with a parameter that a node is."""
     if values_of(node) is not Values.PRODUCT or not isinstance(node.meta.get("val"), torch.Tensor):
         return
-    read = {tensor_name(source): read_weight(source) for source in node.all_input_nodes}
-    if not axes.trained.intersection(name for name in read.values() if name is not None):
-        return
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
+    read = {name: read_weight(source) for name, source in nodes.items()}
+    if axes.trained.isdisjoint(name for name in read.values() if name is not None):
+        return
     if None not in read.values():  # rows looked up in one weight are what another one multiplies
         found_rows = [name for name, source in nodes.items() if _looks_up(source)]
         read.update(dict.fromkeys(found_rows if len(found_rows) == 1 else ()))
-    for found in apply_rule_alone(node)[1].sums:
-        for taken, held in itertools.permutations(found.places) if len(found.places) == 2 else ():
+    for places in apply_rule_alone(node)[1].sums.get(node.name, ()):
+        for taken, held in itertools.permutations(places) if len(places) == 2 else ():
             name = read[held.tensor]
             if read[taken.tensor] is not None or name is None or name not in axes.trained:
                 continue
             expr, size = axes.tensors[held.tensor][held.dim], axes.tensors[taken.tensor][taken.dim].size
             alike = [held.dim]
             if held.tensor != name:  # the axis of the parameter that an axis of a view of it corresponds to
-                whole = any(True for _ in factors(expr))
-                alike = [i for i, other in enumerate(axes.tensors[name]) if whole and other == expr]
+                alike = [i for i, other in enumerate(axes.tensors[name]) if factors(expr) and other == expr]
             if len(alike) == 1 and size == axes.tensors[name][alike[0]].size:
                 yield Consumer(node, nodes[taken.tensor], taken.dim, axes.tied.get(name, name), alike[0])

@@ -15,16 +15,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
 
 from torch import fx
 
 from fxprune.axes import Expr, Factor, Freeze, factors
 from fxprune.graph.tensors import producer_of, tensor_name
 from fxprune.rules.probing import constant_result
-from fxprune.rules.registry import Values, alias_roots, find_rule, writes
+from fxprune.rules.registry import Rule, Values, alias_roots, find_rule, writes
 from fxprune.rules.site import OpSite
-from fxprune.rules.statements import Axis, Held, Statements
+from fxprune.rules.statements import Axis, Statements
 
 Numbers = frozenset[float | None]
 """Possible values of masked units along an axis; None for any value."""
@@ -35,45 +34,15 @@ _MOST = 4
 """Most values to track, then any value: each op is called for all combinations of the values of its inputs."""
 
 
-def follow_zeros(
-    graph: fx.Graph, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]], constants: Collection[str]
-) -> ZeroWalk:
-    """Propagate the values of masked units of every factor through the graph.
+class ZeroWalk:
+    """Values of masked units of every factor, propagated through a graph by :meth:`visit` of each op in order.
 
-    ``constants`` are tensors made by the code of the model, which masking does not change.
+    ``constants`` are tensors made by the code of the model, which masking does not change. ``held`` has the values of
+    masked units, where they are known; ``renormalised`` for each factor the nodes that must run on its kept units only,
+    ``summed`` those that sum over it; ``frozen`` the factors that must keep their units; ``averaged`` the nodes that
+    average over units whose masked values are zero.
 
     Complexity: linear in the number of nodes times the number of factors of an axis.
-    """
-    walk = ZeroWalk(graph, stated, tensors, constants)
-    for node in graph.nodes:
-        if node.op == "call_function":
-            walk.visit(node)
-    return walk
-
-
-class _Op:
-    def __init__(self, node: fx.Node, stated: Statements) -> None:
-        self.node = node
-        self.site = OpSite(node, stated, ())
-        self.rule = find_rule(node.target)
-        self.values = None if self.rule is None else self.rule.values
-
-    @cached_property
-    def first(self) -> frozenset[str]:
-        return frozenset(x.name for x in self.site.first)
-
-    @cached_property
-    def added(self) -> str | None:
-        value = self.site.arg(self.rule.added) if self.rule is not None and self.rule.added else None
-        return tensor_name(value) if isinstance(value, fx.Node) else None
-
-
-class ZeroWalk:
-    """Values of masked units, propagated through a graph node by node.
-
-    ``held`` has the values of masked units, where they are known; ``renormalised`` for each factor the nodes that must
-    run on its kept units only, ``summed`` those that sum over it; ``frozen`` the factors that must keep their units;
-    ``averaged`` the nodes that average over units whose masked values are zero.
     """
 
     def __init__(
@@ -93,13 +62,10 @@ class ZeroWalk:
         for name in tensors:
             self.outs.setdefault(producer_of(name), []).append(name)
         self.sources: dict[Axis, list[Axis]] = {}
-        for pair in stated.couplings:
-            for out, source in ((pair.a, pair.b), (pair.b, pair.a)):
-                if producer_of(out.tensor) == pair.node:
+        for a, b, node, _ in stated.couplings:
+            for out, source in ((a, b), (b, a)):
+                if producer_of(out.tensor) == node:
                     self.sources.setdefault(out, []).append(source)
-        self.sums: dict[str, list[tuple[Axis, ...]]] = {}
-        for found in stated.sums:
-            self.sums.setdefault(found.node, []).append(found.places)
         for statistic in stated.statistics:
             for factor in factors(stated.solver.resolve(statistic.expr)):
                 self.renormalised.setdefault(factor, {})[statistic.node] = None
@@ -111,8 +77,8 @@ class ZeroWalk:
 
     def visit(self, node: fx.Node) -> None:
         """Find the factors of which ``node`` must see kept units alone, and masked values in its results."""
-        op = _Op(node, self.stated)
-        for places in self.sums.get(node.name, ()):
+        op, rule = OpSite(node, self.stated, ()), find_rule(node.target)
+        for places in self.stated.sums.get(node.name, ()):
             for factor in self.free(places[0]):
                 self.summed.setdefault(factor, {})[node.name] = None
                 if not any(self.numbers(place, factor) == _ZERO for place in places):
@@ -122,7 +88,7 @@ class ZeroWalk:
             self.averaged.add(node.name)
         for place in self.places(node.name):
             for factor in self.free(place):
-                found = self.result(op, place, factor)
+                found = self.result(op, rule, place, factor)
                 self.held[place, factor] = found if len(found) <= _MOST else _zero_or_anything(found)
         for name in self.aliases.get(node, ()):  # values that share the memory it writes to
             for place in self.places(name):
@@ -154,44 +120,40 @@ class ZeroWalk:
             self.frozen.setdefault(factor, Freeze(reason, node.name))
         self.renormalised.setdefault(factor, {})[node.name] = None
 
-    def result(self, op: _Op, place: Axis, factor: Factor) -> Numbers:
+    def result(self, op: OpSite, rule: Rule | None, place: Axis, factor: Factor) -> Numbers:
         """The values of masked units of ``factor`` along ``place``, an axis of a result of ``op``."""
         if op.node.name in self.renormalised.get(factor, {}):
             return _ZERO
-        if place in self.stated.held:
-            return self.by_rule(self.stated.held[place], factor)
+        held, values = self.stated.held.get(place), None if rule is None else rule.values
+        if held is not None:
+            given = [self.numbers(source, factor) for source in held.sources]
+            if held.also is not None:
+                return frozenset(held.also).union(*given)
+            return _ZERO if all(numbers == _ZERO for numbers in given) else _ANYTHING
         sources = [source for source in self.sources.get(place, ()) if self.count(source, factor)]
-        if op.values in (Values.POINTWISE, Values.CAST, Values.COMPARED):
+        if values in (Values.POINTWISE, Values.CAST, Values.COMPARED):
             return self.called(op.node, factor, sources)
-        if op.values is Values.PRODUCT:
-            factors_of = [source for source in sources if source.tensor != op.added]
-            inside = self.count(place, factor) > max((self.count(source, factor) for source in factors_of), default=0)
-            if inside and not all(self.numbers(source, factor) == _ZERO for source in factors_of):
-                return _ANYTHING  # a unit of one source lies inside kept units of another
-            return self.multiplied(factor, sources, op.added)
-        moves = op.values in (Values.MOVED, Values.PICKED)
-        moved = [source for source in sources if source.tensor in op.first] if moves else sources
-        if not (moves or op.values is Values.REDUCED) or self.count(place, factor) > sum(
-            self.count(source, factor) for source in moved
-        ):
+        if rule is not None and values is Values.PRODUCT:
+            return self.multiplied(place, factor, sources, op.arg(rule.added) if rule.added else None)
+        moves, names = values in (Values.MOVED, Values.PICKED), {x.name for x in op.first}
+        moved = [source for source in sources if source.tensor in names] if moves else sources
+        copied = self.count(place, factor) > sum(self.count(source, factor) for source in moved)
+        if copied or not (moves or values is Values.REDUCED):
             return _ANYTHING  # copies are separate units
         found: Numbers = frozenset().union(*(self.numbers(source, factor) for source in moved))
         return found if moves or found == _ZERO else _zero_or_anything(found)
 
-    def by_rule(self, held: Held, factor: Factor) -> Numbers:
-        found = [self.numbers(source, factor) for source in held.sources]
-        if held.also is not None:
-            return frozenset(held.also).union(*found)
-        return _ZERO if all(numbers == _ZERO for numbers in found) else _ANYTHING
-
-    def multiplied(self, factor: Factor, sources: list[Axis], added: str | None) -> Numbers:
-        """As :meth:`result`, for a sum of products and of the tensor ``added``."""
-        product = [self.numbers(source, factor) for source in sources if source.tensor != added]
+    def multiplied(self, place: Axis, factor: Factor, sources: list[Axis], added: object) -> Numbers:
+        """As :meth:`result`, for a sum of products and of the tensor that the node ``added`` makes, if it is one."""
+        term = tensor_name(added) if isinstance(added, fx.Node) else None
+        multiplied = [source for source in sources if source.tensor != term]
+        product = [self.numbers(source, factor) for source in multiplied]
+        inside = self.count(place, factor) > max((self.count(source, factor) for source in multiplied), default=0)
+        if inside and not all(numbers == _ZERO for numbers in product):
+            return _ANYTHING  # a unit of one source lies inside kept units of another
         found = _ZERO if _ZERO in product else _zero_or_anything(*product)
-        if added is None:
-            return found
-        terms = [self.numbers(source, factor) for source in sources if source.tensor == added]
-        return found if terms == [_ZERO] else _zero_or_anything(found)
+        terms = [self.numbers(source, factor) for source in sources if source.tensor == term]
+        return found if term is None or terms == [_ZERO] else _zero_or_anything(found)
 
     def called(self, node: fx.Node, factor: Factor, sources: list[Axis]) -> Numbers:
         """As :meth:`result`, for an elementwise op, which is called on the values."""

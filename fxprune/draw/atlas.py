@@ -17,8 +17,7 @@ import networkx as nx
 
 from fxprune.axes import Factor, Keep, factors, render
 from fxprune.discovery.dependency import AxisMap, axis_map
-from fxprune.discovery.groups import Group, find_groups
-from fxprune.graph.facts import owner_block
+from fxprune.discovery.groups import Group, axes_by_factor, find_groups
 from fxprune.graph.tensors import producer_of
 from fxprune.removal.plan import Plan, keep_of
 from fxprune.rules.statements import Axis
@@ -44,11 +43,7 @@ class Atlas:
 
     @cached_property
     def holding(self) -> dict[Factor, list[Axis]]:
-        found: dict[Factor, list[Axis]] = {}
-        for axis in self.graph.nodes:
-            for factor in self.factors(axis):
-                found.setdefault(factor, []).append(axis)
-        return found
+        return axes_by_factor(self.graph)
 
     def part(self, factor: Factor) -> nx.Graph[Axis]:
         """The axes that hold a factor and their couplings, in the order of the graph."""
@@ -66,9 +61,7 @@ class Atlas:
         taken: Counter[tuple[str | None, str]] = Counter()
         for group in sorted(self.groups, key=lambda group: group.block is not None):
             if group.factor is not None:
-                found[group.factor] = taken[group.block, group.kind]
-                if group.block is not None:
-                    found[group.factor] += taken[None, group.kind]
+                found[group.factor] = sum(taken[block, group.kind] for block in {None, group.block})
                 taken[group.block, group.kind] += 1
         return found
 
@@ -209,50 +202,27 @@ class _Forms:
     """Forms of blocks: their parts of the graph without names and sizes."""
 
     def __init__(self, atlas: Atlas) -> None:
-        self.atlas = atlas
-        self.home: dict[Axis, str | None] = {}
-        known: dict[str, str | None] = {}
+        """Index the axes of each block, in order, and the couplings by its ops, and the blocks that read each tensor.
+
+        Names of tensors are relative to the block.
+        """
+        self.atlas, axes = atlas, atlas.axes
+        self.inside: dict[str, dict[Axis, str]] = {block: {} for block in axes.blocks}
+        self.edges: dict[str, list[tuple[Axis, Axis, str]]] = {block: [] for block in axes.blocks}
+        self.readers: dict[str, set[str]] = {}
+        places: dict[str, dict[str, int]] = {block: {} for block in axes.blocks}
         for axis in atlas.graph.nodes:
-            module = atlas.module(axis)
-            if module not in known:
-                known[module] = owner_block(module, atlas.axes.blocks)
-            self.home[axis] = known[module]
-
-    @cached_property
-    def inside(self) -> dict[str, dict[Axis, str]]:
-        """Axes of each block in order, with names of their tensors relative to the block."""
-        found: dict[str, dict[Axis, str]] = {block: {} for block in self.atlas.axes.blocks}
-        places: dict[str, dict[str, int]] = {block: {} for block in self.atlas.axes.blocks}
-        for axis, block in self.home.items():
-            if block is None:
-                continue
-            if axis.tensor in self.atlas.weights:
-                found[block][axis] = axis.tensor[len(block) + 1 :]
-            else:
-                found[block][axis] = f"#{places[block].setdefault(axis.tensor, len(places[block]))}"
-        return found
-
-    @cached_property
-    def edges(self) -> dict[str, list[tuple[Axis, Axis, str]]]:
-        """Couplings by the ops in each block."""
-        modules, blocks = self.atlas.axes.modules, self.atlas.axes.blocks
-        owners = {node: owner_block(module, blocks) for node, module in modules.items()}
-        found: dict[str, list[tuple[Axis, Axis, str]]] = {block: [] for block in blocks}
-        for a, b, data in self.atlas.graph.edges(data=True):
-            block = owners.get(data["node"])
+            block = axes.block_of(atlas.module(axis))
             if block is not None:
-                found[block].append((a, b, data["op"]))
-        return found
-
-    @cached_property
-    def readers(self) -> dict[str, set[str]]:
-        """Blocks that read each tensor from outside."""
-        found: dict[str, set[str]] = {}
-        for block, edges in self.edges.items():
-            for axis in (axis for a, b, _ in edges for axis in (a, b)):
-                if self.home[axis] != block:
-                    found.setdefault(axis.tensor, set()).add(block)
-        return found
+                number = places[block].setdefault(axis.tensor, len(places[block]))
+                is_weight = axis.tensor in atlas.weights
+                self.inside[block][axis] = axis.tensor[len(block) + 1 :] if is_weight else f"#{number}"
+        for a, b, data in atlas.graph.edges(data=True):
+            block = axes.block_of(axes.modules.get(data["node"], ""))
+            if block is not None:
+                self.edges[block].append((a, b, data["op"]))
+                for axis in {a, b} - self.inside[block].keys():
+                    self.readers.setdefault(axis.tensor, set()).add(block)
 
     def form(self, block: str) -> object:
         """The form of a block; equal blocks have equal forms."""

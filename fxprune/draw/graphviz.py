@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import html
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,21 +88,19 @@ class Legend:
         held = f"{here} of {total} axes shown" if here < total else plural(total, "axis", "axes")
         name = f"{group.name} and {alike - 1} alike" if alike > 1 else group.name
         amount = self.labels.amount(group.factor).replace("→", " → ").replace("..", " to ")
-        return _row(
-            self.colour(group.factor), (name, self.labels.kind(group), amount, f"{self.labels.removal(group)}, {held}")
-        )
+        cells = (name, self.labels.kind(group), amount, f"{self.labels.removal(group)}, {held}")
+        return _row(self.colour(group.factor), cells)
 
     def _note_rows(self) -> list[str]:
-        stream = _coloured("━━▶", hue_of("channel", strong=True))
-        plus = _coloured("⊕", hue_of("channel", strong=True))
         notes = [
             ("▭", "an axis, as tensor[axis], and its expression"),
             ("→", "ops couple two axes: a unit is removed from both; the arrow follows the data"),
             ("┄", "two axes of one tensor"),
         ]
         if any(map(self.atlas.is_sum, self.view.axes)):
-            notes.append((stream, "the residual stream"))
-            notes.append((plus, "residual add: the output of a branch is added to the stream"))
+            strong = hue_of("channel", strong=True)
+            notes.append((_coloured("━━▶", strong), "the residual stream"))
+            notes.append((_coloured("⊕", strong), "residual add: the output of a branch is added to the stream"))
         if self.view.trigger is not None:
             notes[1] = ("→", "ops couple two axes: the arrow follows the search from the trigger")
             notes.append(("⇢", "dashed: a coupling that the search did not need"))
@@ -129,17 +127,15 @@ class Legend:
             shares = {key: {b: size / max(row.values()) for b, size in row.items()} for key, row in shares.items()}
         uneven = {key: row for key, row in shares.items() if min(row.values()) < 1}
         blocks = self.atlas.axes.blocks if uneven else ()
-        parts = (blocks[i : i + _COLUMNS] for i in range(0, len(blocks), _COLUMNS))
-        return [line for part in parts for line in self._width_part(part, uneven)]
-
-    def _width_part(self, blocks: Iterable[str], shares: Mapping[tuple[str, int], Mapping[str, float]]) -> list[str]:
         head = "% of the widest block" if self.atlas.keep is None else "% that stays in block"
-        numbers = "".join(f"<TD>{html.escape(block.rpartition('.')[2])}</TD>" for block in blocks)
-        rows = [f'<TR><TD ALIGN="LEFT"><B>{head}</B></TD>{numbers}</TR>']
-        for (kind, shade), row in shares.items():
-            number = f" {shade + 1}" if sum(other == kind for other, _ in shares) > 1 else ""
-            cells = (_cell(row[block], hue_of(kind, shade)) if block in row else "<TD></TD>" for block in blocks)
-            rows.append(f'<TR><TD ALIGN="LEFT">{kind}{number}</TD>{"".join(cells)}</TR>')
+        rows = []
+        for part in (blocks[i : i + _COLUMNS] for i in range(0, len(blocks), _COLUMNS)):
+            numbers = "".join(f"<TD>{html.escape(block.rpartition('.')[2])}</TD>" for block in part)
+            rows.append(f'<TR><TD ALIGN="LEFT"><B>{head}</B></TD>{numbers}</TR>')
+            for (kind, shade), row in uneven.items():
+                number = f" {shade + 1}" if sum(other == kind for other, _ in uneven) > 1 else ""
+                cells = (_cell(row[block], hue_of(kind, shade)) if block in row else "<TD></TD>" for block in part)
+                rows.append(f'<TR><TD ALIGN="LEFT">{kind}{number}</TD>{"".join(cells)}</TR>')
         return rows
 
 
@@ -229,10 +225,10 @@ class _Picture:
     def _home(self, axis: Axis) -> str:
         """The path of the frame that ``axis`` is drawn in; an entering axis gets no frame for itself."""
         path = self.atlas.module(axis)
-        block = owner_block(path, self.atlas.axes.blocks) if axis in self.view.entering else None
-        if axis not in self.view.entering or (self.view.folds and block is None):
+        if axis not in self.view.entering:
             return path
-        return block.rpartition(".")[0] if block is not None and self.view.folds else ""
+        block = self.atlas.axes.block_of(path)
+        return "" if not self.view.folds else path if block is None else block.rpartition(".")[0]
 
     def _fill(self, into: pydot.Graph, box: _Box, above: str = "", depth: int = 0) -> None:
         """Draw the contents of ``box``, without frames around a single inner frame."""
@@ -274,9 +270,8 @@ class _Picture:
         names = block_ranges(fold.blocks, among)
         names = names[len(above) + 1 :] if above else names
         sizes = (len({factor.size for factor in alike}) > 1 for alike in fold.factors.values())
-        label = f"{names}: {plural(len(fold.blocks), 'block')}, equal except for widths"
-        if not any(sizes):
-            label = f"{names}: {plural(len(fold.blocks), 'block')}, the same" if fold.hidden else names
+        alike = "equal except for widths" if any(sizes) else "the same"
+        label = f"{names}: {plural(len(fold.blocks), 'block')}, {alike}" if fold.hidden else names
         removed = [block for block in fold.blocks if block in self.atlas.removed]
         return f"{label}\n{block_ranges(removed, among)} removed as a whole\n" if removed else label
 
@@ -288,35 +283,26 @@ class _Picture:
         """
         first = axis == self.view.trigger
         mark = "trigger: " if first else ""
-        common: dict[str, Any] = {
-            "id": f"axis{self.view.axes.index(axis)}",
-            "tooltip": _quoted(mark + self.labels.about(axis)),
-        }
-        strong = self._colours(axis, strong=True)[0]
+        look: dict[str, Any]
         if self.atlas.is_sum(axis) and axis not in self.view.entering and not first:
-            return pydot.Node(_name(axis), label=_quoted("+"), color=_quoted(strong), **_SUM, **common)
-        label = f"stream\n{self.labels.expression(axis)}" if axis in self.view.entering else self.labels.label(axis)
-        fill, style = self._painted(axis)
-        if self.atlas.is_activation(axis) and style == "filled":
-            style = "filled,rounded"
-        return pydot.Node(
-            _name(axis),
-            label=_quoted(mark + label),
-            style=_quoted(style),
-            fillcolor=_quoted(fill),
-            color=_quoted("#000000" if first else LINE),
-            penwidth="2.5" if first else "1",
-            peripheries="2" if first else "1",
-            **common,
-        )
-
-    def _painted(self, axis: Axis) -> tuple[str, str]:
-        """The colours of a box and its style: a stripe for each colour, white for the removed part."""
-        colours, share = list(dict.fromkeys(self._colours(axis))), self.labels.share(axis)
-        if share < 1:
-            parts = [f"{colour};{share / len(colours):.4f}" for colour in colours if share > 0]
-            return ":".join((*parts, WHITE)), "striped" if parts else "filled"
-        return ":".join(colours), "filled" if len(colours) == 1 else "striped"
+            look = {"label": _quoted("+"), "color": _quoted(self._colours(axis, strong=True)[0]), **_SUM}
+        else:
+            is_entering = axis in self.view.entering
+            label = f"stream\n{self.labels.expression(axis)}" if is_entering else self.labels.label(axis)
+            parts, share = list(dict.fromkeys(self._colours(axis))), self.labels.share(axis)
+            if share < 1:
+                parts = [*(f"{colour};{share / len(parts):.4f}" for colour in parts if share > 0), WHITE]
+            style = "filled,rounded" if self.atlas.is_activation(axis) else "filled"
+            look = {
+                "label": _quoted(mark + label),
+                "style": _quoted(style if len(parts) == 1 else "striped"),
+                "fillcolor": _quoted(":".join(parts)),
+                "color": _quoted("#000000" if first else LINE),
+                "penwidth": "2.5" if first else "1",
+                "peripheries": "2" if first else "1",
+            }
+        tooltip = _quoted(mark + self.labels.about(axis))
+        return pydot.Node(_name(axis), **look, id=f"axis{self.view.axes.index(axis)}", tooltip=tooltip)
 
     def _line(self, coupling: Edge) -> pydot.Edge:
         """A line with a strand for each coupled group; the line of a stream is thick.

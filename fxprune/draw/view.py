@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import networkx as nx
@@ -73,63 +74,48 @@ def contracted(atlas: Atlas, title: str, shown: Iterable[Axis]) -> View:
     """
     axes = atlas.in_order(shown)
     number = {axis: i for i, axis in enumerate(axes)}
-    webs: dict[Factor, _Web] = {}
+    ends: dict[Factor, list[Axis]] = {}
     for axis in axes:
         for factor in atlas.factors(axis):
-            if factor not in webs:
-                webs[factor] = _Web(atlas.part(factor), [])
-            webs[factor].ends.append(axis)
-    paths = {factor: web.neighbours() for factor, web in webs.items()}
-
-    def position(pair: _Pair) -> tuple[int, int]:
-        return number[pair[0]], number[pair[1]]
-
-    pairs = dict.fromkeys(pair for found in paths.values() for pair in sorted(found, key=position))
+            ends.setdefault(factor, []).append(axis)
+    parts = {factor: atlas.part(factor) for factor in ends}
+    paths = {factor: _neighbours(parts[factor], found) for factor, found in ends.items()}
+    pairs = dict.fromkeys(
+        pair for found in paths.values() for pair in sorted(found, key=lambda pair: (number[pair[0]], number[pair[1]]))
+    )
     lines: dict[_Pair, dict[Factor, _Path]] = {}
-    for factor, web in webs.items():
-        ends = set(web.ends)
-        joined = [pair for pair in pairs if ends.issuperset(pair)] if len(ends) > 1 else []
-        known = {pair: paths[factor].get(pair) or web.path(pair) for pair in joined}
-        for pair, path in _tree(atlas, {pair: path for pair, path in known.items() if path}).items():
+    for factor, found in ends.items():
+        known, inside = paths[factor], set(found)
+        for pair in pairs if len(found) > 1 else ():
+            if pair not in known and inside.issuperset(pair):
+                with suppress(nx.NetworkXNoPath):
+                    known[pair] = tuple(nx.shortest_path(parts[factor], *pair))
+        for pair, path in _tree(atlas, {pair: known[pair] for pair in pairs if pair in known}).items():
             lines.setdefault(pair, {})[factor] = path
     place = {axis: (atlas.rank(axis), atlas.is_activation(axis)) for axis in axes}
     couplings = (Edge(a, b, found, ranks=place[a] < place[b]) for (a, b), found in lines.items())
     return View(title, tuple(axes), tuple(couplings))
 
 
-@dataclass(frozen=True)
-class _Web:
-    """The couplings of the axes that hold one factor, and those axes (``ends``) that are shown, in order."""
+def _neighbours(graph: nx.Graph[Axis], ends: Sequence[Axis]) -> dict[_Pair, _Path]:
+    """Pairs of ``ends`` with the shortest path between them, enough pairs for a minimum spanning tree.
 
-    graph: nx.Graph[Axis]
-    ends: list[Axis]
+    ``graph`` has the axes that hold one factor, ``ends`` those that are shown, in order. No path passes a third end.
 
-    def neighbours(self) -> dict[_Pair, _Path]:
-        """Pairs of ends with the shortest path between them, enough pairs for a minimum spanning tree.
-
-        No path passes a third end.
-
-        Source: K. Mehlhorn, "A faster approximation algorithm for the Steiner problem in graphs", 1988, section 2.
-        """
-        number = {axis: i for i, axis in enumerate(self.ends)}
-        nearest = nx.multi_source_dijkstra_path(self.graph, self.ends)
-        best: dict[_Pair, _Path] = {}
-        for a, b in self.graph.edges:
-            if a not in nearest or number[nearest[a][0]] == number[nearest[b][0]]:
-                continue
-            path = (*nearest[a], *reversed(nearest[b]))
-            path = path if number[path[0]] < number[path[-1]] else path[::-1]
-            pair = path[0], path[-1]
-            if pair not in best or len(path) < len(best[pair]):
-                best[pair] = path
-        return best
-
-    def path(self, pair: _Pair) -> _Path:
-        """The shortest path between two ends; empty if there is none."""
-        try:
-            return tuple(nx.shortest_path(self.graph, *pair))
-        except nx.NetworkXNoPath:
-            return ()
+    Source: K. Mehlhorn, "A faster approximation algorithm for the Steiner problem in graphs", 1988, section 2.
+    """
+    number = {axis: i for i, axis in enumerate(ends)}
+    nearest = nx.multi_source_dijkstra_path(graph, ends)
+    best: dict[_Pair, _Path] = {}
+    for a, b in graph.edges:
+        if a not in nearest or number[nearest[a][0]] == number[nearest[b][0]]:
+            continue
+        path = (*nearest[a], *reversed(nearest[b]))
+        path = path if number[path[0]] < number[path[-1]] else path[::-1]
+        pair = path[0], path[-1]
+        if pair not in best or len(path) < len(best[pair]):
+            best[pair] = path
+    return best
 
 
 def _tree(atlas: Atlas, paths: Mapping[_Pair, _Path]) -> dict[_Pair, _Path]:
@@ -157,9 +143,8 @@ def searched(atlas: Atlas, title: str, group: Group, inside: Iterable[Axis]) -> 
     """
     assert group.factor is not None and group.trigger is not None
     factor, reach = group.factor, atlas.part(group.factor)
-    tree = list(nx.bfs_edges(reach, group.trigger))
-    wanted = {group.trigger, *itertools.chain.from_iterable(tree)}.intersection(inside)
-    before = {b: a for a, b in tree}
+    before = dict(nx.bfs_predecessors(reach, group.trigger))
+    wanted = {group.trigger, *before}.intersection(inside)
     couplings = []
     for axis in atlas.in_order(wanted):  # back to the last wanted axis that the search passed before
         path = [axis]

@@ -26,7 +26,7 @@ from fxprune.draw.atlas import Atlas, Fold, find_folds
 from fxprune.draw.graphviz import draw
 from fxprune.draw.view import View, contracted, plural, searched
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
-from fxprune.graph.facts import owner_block, within
+from fxprune.graph.facts import owner_block
 from fxprune.offload.atomic import write_file
 from fxprune.pipeline.arguments import as_path, flag, instance, refuse
 from fxprune.removal.plan import Plan
@@ -96,34 +96,28 @@ PICTURE_SUFFIXES = (".dot", ".gv", *RENDERED, ".html")
 def check_target(path: str | os.PathLike[str]) -> Path:
     """Check that a picture can be written to a file, and return it as a path."""
     target = Path(path)
+    where = str(target)
     if target.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ArgumentError(
-            f"a picture cannot be written as {target.suffix or 'a file without a suffix'}",
-            where=str(target),
-            remedy=f"Use one of the suffixes {', '.join(PICTURE_SUFFIXES)}",
-        )
+        what = f"a picture cannot be written as {target.suffix or 'a file without a suffix'}"
+        raise ArgumentError(what, where=where, remedy=f"Use one of the suffixes {', '.join(PICTURE_SUFFIXES)}")
     if target.suffix.lower() in RENDERED and shutil.which("dot") is None:
-        raise FxpruneError(
-            f"{target.suffix} files are drawn by Graphviz, and the program dot is not installed",
-            where=str(target),
-            remedy="Install the system package graphviz, or write .html or .dot",
-        )
+        what = f"{target.suffix} files are drawn by Graphviz, and the program dot is not installed"
+        raise FxpruneError(what, where=where, remedy="Install the system package graphviz, or write .html or .dot")
     if not target.parent.is_dir():
         remedy = "Choose a file in an existing, writable folder"
-        raise FxpruneError("cannot be written: the folder does not exist", where=str(target), remedy=remedy)
+        raise FxpruneError("cannot be written: the folder does not exist", where=where, remedy=remedy)
     return target
 
 
 def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
     """Write ``dot`` to a file checked by :func:`check_target`, in the format of its suffix."""
     suffix, text = target.suffix.lower(), dot.to_string()
+    data = text.encode("utf-8")
     if suffix in RENDERED:
         data = _render(text, suffix[1:])
     elif suffix == ".html":
         svg = None if shutil.which("dot") is None else _render(text, "svg").decode("utf-8")
         data = html_page(dot, title, svg).encode("utf-8")
-    else:
-        data = text.encode("utf-8")
     write_file(target, data)
 
 
@@ -196,8 +190,7 @@ def _find_module(atlas: Atlas, layer: str | int | None) -> str:
         if not -len(blocks) <= int(layer) < len(blocks):
             raise UnknownNameError("layer", int(layer), (f"{i}" for i in range(len(blocks))))
         return blocks[int(layer)]
-    modules = {name.rpartition(".")[0] for name in atlas.weights}
-    if not any(module == layer or within(module, (layer,)) for module in modules):
+    if all(owner_block(name.rpartition(".")[0], (layer,)) is None for name in atlas.weights):
         raise UnknownNameError("layer", layer, blocks)
     return layer
 
@@ -213,7 +206,7 @@ def _below(atlas: Atlas, module: str) -> list[Axis]:
 
 def _is_below(path: str, module: str) -> bool:
     """Whether ``path`` is ``module`` or lies below it; the model itself has an empty path."""
-    return not module or path == module or within(path, (module,))
+    return not module or owner_block(path, (module,)) is not None
 
 
 def _whole_view(atlas: Atlas, fold: bool) -> View:
@@ -221,9 +214,9 @@ def _whole_view(atlas: Atlas, fold: bool) -> View:
     folds = find_folds(atlas) if fold else ()
     sums = _outside(atlas, atlas.sums, folds)
     entering = frozenset(_sources(atlas, sums)).difference(sums)
-    below, roles = _below(atlas, ""), atlas.graph.nodes
-    held = {factor for axis in below if roles[axis]["role"] == "parameter" for factor in atlas.factors(axis)}
-    coupled = [a for a in below if roles[a]["role"] == "parameter" or held.intersection(atlas.factors(a))]
+    below = _below(atlas, "")
+    held = {factor for axis in below if axis.tensor in atlas.axes.trained for factor in atlas.factors(axis)}
+    coupled = [a for a in below if a.tensor in atlas.axes.trained or held.intersection(atlas.factors(a))]
     shown = [*_outside(atlas, coupled, folds), *sums, *entering]
     count, drawn = len(atlas.axes.blocks), len(folds)
     title = f"The whole model: {plural(count, 'block')}, of which {drawn} drawn" if drawn < count and fold else ""

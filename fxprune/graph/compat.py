@@ -41,23 +41,14 @@ _LEAVES = (bool, int, float, str, type(None), torch.Tensor, torch.nn.Parameter, 
 
 def tree_leaves(value: Any) -> list[Any]:
     """The leaves of nested containers, as torch's function finds them, which is slow on plain ones."""
-    found: list[Any] = []
-    _collect_leaves(value, found)
-    return found
-
-
-def _collect_leaves(value: Any, found: list[Any]) -> None:
     kind = type(value)
     if kind in _LEAVES:
-        found.append(value)
-    elif kind is tuple or kind is list:
-        for item in value:
-            _collect_leaves(item, found)
-    elif kind is dict:
-        for item in value.values():
-            _collect_leaves(item, found)
-    else:
-        found.extend(_pytree.tree_leaves(value))
+        return [value]
+    if kind is dict:
+        value = [*value.values()]
+    elif kind is not tuple and kind is not list:
+        return _pytree.tree_leaves(value)
+    return [leaf for item in value for leaf in tree_leaves(item)]
 
 
 def tree_map(make: Callable[..., Any], value: Any, *others: Any) -> Any:
@@ -181,21 +172,17 @@ def guards_of(size: torch.SymInt) -> list[tuple[Any, str]]:
     the code of its ops do, such as the number of parts of a tensor that is split. Any ``size`` of the trace will do.
     """
     env = size.node.shape_env
-    asked = [(guard.expr, guard.sloc.framework_loc) for guard in env.guards]
-    return [
-        (env.replace(expression), f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}")
-        for expression, frame in asked
-        if isinstance(frame, traceback.FrameSummary) and _affects_results(expression, Path(frame.filename))
-    ]
-
-
-def _affects_results(expression: Any, file: Path) -> bool:
-    """Whether a guard set in ``file`` is about results; modules of torch count as code of models."""
-    root = Path(torch.__file__).parent
-    if not file.is_relative_to(root) or file.is_relative_to(root / "nn"):
-        return True
-    code_of_ops = ("_decomp", "_meta_registrations.py", "_refs")
-    return getattr(expression, "rel_op", "") == "==" and file.relative_to(root).parts[0] in code_of_ops
+    found, root = [], Path(torch.__file__).parent
+    for guard in env.guards:
+        frame = guard.sloc.framework_loc
+        if not isinstance(frame, traceback.FrameSummary):
+            continue
+        file = Path(frame.filename)
+        is_model = not file.is_relative_to(root) or file.is_relative_to(root / "nn")
+        is_op = not is_model and file.relative_to(root).parts[0] in ("_decomp", "_meta_registrations.py", "_refs")
+        if is_model or (is_op and getattr(guard.expr, "rel_op", "") == "=="):
+            found.append((env.replace(guard.expr), f"{file.name}:{frame.lineno} in {frame.name}"))
+    return found
 
 
 def shape_env_state(mode: FakeTensorMode) -> object:

@@ -9,13 +9,13 @@ import os
 import random
 import signal
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -150,10 +150,9 @@ def wrap_errors(where: str, remedy: str, kind: type[FxpruneError] = FxpruneError
     except (FxpruneError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever it is, the caller gets the place and a remedy
-        frame = _innermost(error.__traceback__)
-        if frame is None or not _is_ours(error.__traceback__):
+        place = _own_place(error)
+        if not place:
             raise kind(str(Refusal(error)), where=where, remedy=remedy) from error
-        place = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}"
         raise kind(f"{Refusal(error)} ({place})", where=where, remedy=f"{remedy}. {_DEFECT}") from error
 
 
@@ -174,7 +173,7 @@ def attempt(
     except refusals as error:
         return Refusal(error)
     except Exception as error:  # foreign code may raise anything; defects of this package propagate
-        if _is_ours(error.__traceback__):
+        if _own_place(error):
             raise
         return Refusal(error)
 
@@ -184,18 +183,13 @@ def call_foreign(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     return function(*args, **kwargs)
 
 
-def _is_ours(traceback: TracebackType | None) -> bool:
-    """Whether this package raised: the innermost frame is in it, and is not that of :func:`call_foreign`."""
-    last = _innermost(traceback)
-    if last is None or last.tb_frame.f_code is call_foreign.__code__:
-        return False
-    return str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
-
-
-def _innermost(traceback: TracebackType | None) -> TracebackType | None:
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback
+def _own_place(error: Exception) -> str:
+    """File and line of this package that raised ``error``; empty if other code did, called by :func:`call_foreign`."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    if package != __name__.partition(".")[0] or frame.f_code is call_foreign.__code__:
+        return ""
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line}"
 
 
 @contextmanager
@@ -308,13 +302,11 @@ def hold_signals() -> Iterator[None]:
 @contextmanager
 def plain_export() -> Iterator[None]:
     """Export torch's transformer modules as small ops, and without node stack traces and graph code."""
-    config, mha = torch.fx.config, torch.backends.mha
-    before = config.do_not_emit_stack_traces, mha.get_fastpath_enabled()
-    config.do_not_emit_stack_traces = True
+    mha = torch.backends.mha
+    before = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:
-        with recompile_lazily():
+        with replaced(torch.fx.config, do_not_emit_stack_traces=True), recompile_lazily():
             yield
     finally:
-        config.do_not_emit_stack_traces = before[0]
-        mha.set_fastpath_enabled(before[1])
+        mha.set_fastpath_enabled(before)

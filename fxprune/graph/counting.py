@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
             return _by_shapes(graph_module.graph, _chosen(graph_module.graph, batch, length)) // 2
         except Exception:  # an unknown shape, an op that needs data, a batch that the graph does not take
             continue
-    for (batch, length), real in [(size, real) for size in sizes for real in ways]:
+    for (batch, length), real in itertools.product(sizes, ways):
         try:
             runnable = graph_module
             if real:  # on copies of the weights, which the graph may write to
@@ -160,7 +161,6 @@ class SampleSizes:
         self.chosen = chosen
         self.known: dict[Any, int] = {}
         self._counted: dict[object, int] = {}
-        self._described: dict[fx.Node, object] = {}
 
     def operations(self, node: fx.Node) -> int:
         """Return the operations that torch counts for a node; raises if its shapes do not tell."""
@@ -168,24 +168,11 @@ class SampleSizes:
             raise TypeError(f"{node.target} holds a graph")
         if not isinstance(node.target, OpOverload) or not _may_count(node.target):
             return 0
-        key = node.target, self.described(node.args), self.described(node.kwargs)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
+        key = node.target, comparable(map_tensors((args, kwargs), lambda tensor: (tensor.shape, tensor.dtype)))
         if key not in self._counted:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
             self._counted[key] = int(_flops(partial(node.target, *args, **kwargs), nullcontext()))
         return self._counted[key]
-
-    def described(self, argument: Any) -> object:
-        """Return an argument of a node as a hashable value, with nodes by their shapes and numbers."""
-        if isinstance(argument, fx.Node):
-            if argument not in self._described:
-                value = self.of(argument) if argument.target is getattr else argument.meta["val"]
-                self._described[argument] = comparable(tree_map(self._traits, value))
-            return self._described[argument]
-        if isinstance(argument, tuple | list):
-            return type(argument).__name__, *map(self.described, argument)
-        if isinstance(argument, Mapping):
-            return tuple((key, self.described(item)) for key, item in argument.items())
-        return comparable(argument)
 
     def of(self, node: fx.Node) -> Any:
         """Return the value of a node with numbers for sizes and tensors on ``meta``."""
@@ -194,11 +181,6 @@ class SampleSizes:
             assert isinstance(source, fx.Node) and isinstance(name, str)
             return getattr(self.of(source), name)
         return tree_map(self._leaf, node.meta["val"])
-
-    def _traits(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return tuple(map(self.number, value.shape)), value.dtype
-        return self.number(value) if isinstance(value, torch.SymInt) else value
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

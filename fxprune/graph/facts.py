@@ -209,11 +209,7 @@ def within(name: str, paths: Iterable[str]) -> bool:
 
 @lru_cache(1 << 16)
 def _ancestors(name: str) -> Set[str]:
-    found, end = set[str](), name.find(".")
-    while end >= 0:
-        found.add(name[:end])
-        end = name.find(".", end + 1)
-    return found
+    return {name[:end] for end, sign in enumerate(name) if sign == "."}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -74,11 +74,16 @@ def same_shapes(one: Any, other: Any) -> bool:
     return len(ones) == len(others) and all(_traits(a) == _traits(b) for a, b in zip(ones, others, strict=True))
 
 
-def shape_key(value: Any) -> object:
-    """Hashable key of what decides the shape of an op's result in an argument; a ``TypeError`` for anything else."""
+def shape_key(value: Any, of_tensor: Callable[[torch.Tensor], object] | None = None) -> object:
+    """Hashable key of what decides the shape of an op's result in an argument; a ``TypeError`` for anything else.
+
+    ``of_tensor`` makes the keys of tensors, which are fake ones by default.
+    """
     if isinstance(value, tuple | list):
-        return type(value), tuple(shape_key(item) for item in value)
+        return type(value), tuple(shape_key(item, of_tensor) for item in value)
     if isinstance(value, torch.Tensor):
+        if of_tensor is not None:
+            return of_tensor(value)
         if not isinstance(value, FakeTensor) or value.constant is not None:
             raise TypeError(f"a tensor with contents: {value}")
         return _traits(value)
@@ -122,10 +127,6 @@ def failed_check(graph_module: fx.GraphModule, inputs: Mapping[str, Any]) -> str
     return ""
 
 
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-"""Types of arguments that are their own keys."""
-
-
 class MetaOpCache(TorchDispatchMode):
     """Cache of ops on ``meta``: an op called with equal arguments again returns new tensors like its first results.
 
@@ -141,18 +142,16 @@ class MetaOpCache(TorchDispatchMode):
         kwargs, key = kwargs or {}, None
         if isinstance(func, OpOverload) and _returns_new_tensors(func):
             with suppress(TypeError):  # an argument without a key: the op must run
-                named = tuple((name, _argument_key(value)) for name, value in kwargs.items())
-                key = func, _argument_key(args), named, torch.get_default_dtype()
+                key = func, shape_key((args, *kwargs.items()), _layout), torch.get_default_dtype()
         if key is None:
             return func(*args, **kwargs)
-        made = self._made.get(key)
-        if made is None:
+        if key not in self._made:
             result = func(*args, **kwargs)
             layouts = _new_layouts(result, (args, kwargs))
             if layouts is not None:
                 self._made[key] = None if isinstance(result, torch.Tensor) else type(result), layouts
             return result
-        kind, layouts = made
+        kind, layouts = self._made[key]
         tensors = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts]
         return tensors[0] if kind is None else kind(tensors)
 
@@ -165,16 +164,10 @@ def _returns_new_tensors(func: OpOverload) -> bool:
     return all(value.alias_info is None for value in (*func._schema.arguments, *func._schema.returns))
 
 
-def _argument_key(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) or not value.is_meta or value.is_conj():
-            raise TypeError("a tensor that is more than its layout")
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, list | tuple):
-        return tuple(map(_argument_key, value))
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    raise TypeError(f"no key for {type(value)}")
+def _layout(tensor: torch.Tensor) -> _Layout:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_meta or tensor.is_conj():
+        raise TypeError("a tensor that is more than its layout")
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _new_layouts(result: Any, inputs: Any) -> tuple[_Layout, ...] | None:

@@ -144,8 +144,8 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 def read_argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
     """Return the value at ``path`` of ``node``; None if the argument has its default."""
-    value: Any = node.args if path[0] == "args" else node.kwargs
-    for key in path[1:]:
+    value: Any = {"args": node.args, "kwargs": node.kwargs}
+    for key in path:
         if isinstance(value, dict) and key not in value:
             return None
         value = value[key]
@@ -154,10 +154,8 @@ def read_argument(node: fx.Node, path: tuple[Any, ...]) -> Any:
 
 def with_argument(arguments: Any, path: tuple[Any, ...], value: Any) -> tuple[Any, Any]:
     """Return ``(args, kwargs)`` with ``value`` at ``path``."""
-    args, kwargs = arguments
-    if path[0] == "args":
-        return _replaced(args, path[1:], value), kwargs
-    return args, _replaced(kwargs, path[1:], value)
+    found = _replaced(dict(zip(("args", "kwargs"), arguments, strict=True)), path, value)
+    return found["args"], found["kwargs"]
 
 
 def set_argument(node: fx.Node, path: tuple[Any, ...], value: Any) -> None:

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxprune.axes import Expr, Factor, factors, kept_size, unit_index
 from fxprune.discovery.dependency import AxisMap, size_with
-from fxprune.discovery.groups import Group, takes_parameter
+from fxprune.discovery.groups import Group, consumers_at
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnknownNameError
 from fxprune.graph.compat import UNKNOWN_SIZE, is_free, size_hint
 from fxprune.graph.counting import TOKENS, SampleSizes
@@ -176,45 +176,31 @@ class FileBudget(Budget):
     """
 
     def __init__(self, graph: fx.Graph, axes: AxisMap, file_format: str, more: Iterable[Term], word: str) -> None:
-        self._format = file_format
+        self._axes, self._format = axes, file_format
         self.places = find_places(graph, axes, filter(_is_attention, graph.nodes))
-        self._named = {name: axes.tensors[name] for name in axes.parameters if name not in axes.tied}
-        self._owners = {name: axes.block_of(name) for name in self._named}
-        tensors = [
-            Term(exprs, self._owners[name], self._each(name, [expr.size for expr in exprs]))
-            for name, exprs in self._named.items()
-        ]
+        self._types = {name: self._type(name, [e.size for e in axes.tensors[name]]) for name in axes.parameters}
+        tensors = _weights(axes, {name: bytes_each(kind) for name, kind in self._types.items()})
         outer = [name for name, place in self.places.items() if place.part in ("embedding", "head")]
-        rows = max((self._named[name][0].size for name in outer), default=0)
-        self._more = [Term((), None, float(TOKENIZER * rows)), *more]
-        super().__init__([*tensors, *self._more], word)
-        self.blocks = self._multiples()
+        rows = max((axes.tensors[name][0].size for name in outer), default=0)
+        super().__init__([*tensors, Term((), None, float(TOKENIZER * rows)), *more], word)
+        self.blocks = blocks = dict[Factor, int]()
+        for name, place in self.places.items():
+            expr, block = axes.tensors[name][place.row], gguf.GGML_QUANT_SIZES[self._types[name]][0]
+            for factor in factors(expr) if block > 1 else ():
+                width = int((unit_index(expr, factor) == 0).sum())
+                blocks[factor] = lcm(blocks.get(factor, 1), block // gcd(block, width))
 
     def left(self, removal: Removal) -> float:
-        found, keep = super().left(removal), removal.keep
-        for name, exprs in self._named.items():
-            if self._owners[name] not in removal.removed_blocks:
-                dense, slim = [expr.size for expr in exprs], [kept_size(expr, keep) for expr in exprs]
-                found += prod(slim) * (self._each(name, slim) - self._each(name, dense))
+        found, axes = super().left(removal), self._axes
+        for name in axes.parameters:
+            if name not in axes.tied and axes.block_of(name) not in removal.removed_blocks:
+                slim = [kept_size(expr, removal.keep) for expr in axes.tensors[name]]
+                found += prod(slim) * (bytes_each(self._type(name, slim)) - bytes_each(self._types[name]))
         return found
 
-    def _type(self, name: str, shape: Sequence[float]) -> Type:
+    def _type(self, name: str, shape: Sequence[int]) -> Type:
         place = self.places.get(name)
-        return Type.F32 if place is None or len(shape) < 2 else type_of(self._format, place, int(shape[place.row]))
-
-    def _each(self, name: str, shape: Sequence[float]) -> float:
-        return bytes_each(self._type(name, shape))
-
-    def _multiples(self) -> dict[Factor, int]:
-        """For each factor along rows the number whose multiples of units fill whole blocks of values."""
-        found: dict[Factor, int] = {}
-        for name, place in self.places.items():
-            exprs = self._named[name]
-            block = gguf.GGML_QUANT_SIZES[self._type(name, [expr.size for expr in exprs])][0]
-            for factor in factors(exprs[place.row]) if block > 1 else ():
-                width = int((unit_index(exprs[place.row], factor) == 0).sum())
-                found[factor] = lcm(found.get(factor, 1), block // gcd(block, width))
-        return found
+        return Type.F32 if place is None or len(shape) < 2 else type_of(self._format, place, shape[place.row])
 
 
 def check_budget(name: str, value: Any) -> str:
@@ -264,13 +250,15 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
             ``decode@times.json`` or ``prefill@times.json:onnxruntime``, from measurements: a fixed part, and one
             proportional to weights in decoding and to multiply-accumulates in prefill.
     """
+    graph = graph_module.graph
     quantity, at, detail = name.partition("@")
+    own = {name: float(tensor.element_size()) for name, tensor in weights(graph_module)}
     if name == "macs":
-        found = Budget(_work(graph_module.graph, axes), "multiply-accumulates")
+        found = Budget(_work(graph, axes), "multiply-accumulates")
     elif name == "kv":
-        found = Budget(_cache(graph_module.graph, axes), "bytes of the key-value cache")
+        found = Budget(_cache(graph, axes), "bytes of the key-value cache")
     elif at and quantity in PHASES:
-        work = _work(graph_module.graph, axes) if quantity == PHASES[0] else _weights(axes)
+        work = _work(graph, axes) if quantity == PHASES[0] else _weights(axes)
         timing, budget = read_timing(quantity, detail), Budget(work, "work")
         microseconds = timing.seconds * 1e6
         each = microseconds * (1 - timing.fixed) / max(budget.total, 1)
@@ -278,17 +266,17 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
         found = Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
     elif at and quantity == "bytes":
         file_format = check_format(detail)
-        found = FileBudget(graph_module.graph, axes, file_format, (), f"bytes of a file in {file_format}")
+        found = FileBudget(graph, axes, file_format, (), f"bytes of a file in {file_format}")
     elif name == "bytes":
-        found = Budget(_own_bytes(graph_module, axes), "bytes of weights")
+        found = Budget(_weights(axes, own), "bytes of weights")
     elif at and quantity == "memory":
         context, file_format = _context(name)
         word = f"bytes of memory with {context:,} tokens of context"
-        more = [*_in_use(graph_module.graph, axes, context)]
+        more = [*_in_use(graph, axes, context)]
         if file_format:
-            found = FileBudget(graph_module.graph, axes, file_format, more, f"{word} and weights in {file_format}")
+            found = FileBudget(graph, axes, file_format, more, f"{word} and weights in {file_format}")
         else:
-            found = Budget([*_own_bytes(graph_module, axes), *more], word)
+            found = Budget([*_weights(axes, own), *more], word)
     else:
         found = Budget(_weights(axes), "parameters")
     if not found.total:
@@ -323,10 +311,6 @@ def _weights(axes: AxisMap, sizes: Mapping[str, float] = MappingProxyType({})) -
             yield Term(axes.tensors[name], axes.block_of(name), sizes.get(name, 1.0))
 
 
-def _own_bytes(graph_module: fx.GraphModule, axes: AxisMap) -> Iterator[Term]:
-    return _weights(axes, {name: float(tensor.element_size()) for name, tensor in weights(graph_module)})
-
-
 def _in_use(graph: fx.Graph, axes: AxisMap, context: int) -> Iterator[Term]:
     """Bytes of the cache of a context, and of the activations of the op with the largest inputs and output.
 
@@ -340,15 +324,12 @@ def _in_use(graph: fx.Graph, axes: AxisMap, context: int) -> Iterator[Term]:
     for node in graph.nodes:
         read = [node, *node.all_input_nodes]
         if node.op == "call_function" and axes.block_of(axes.modules.get(node.name, "")) is not None:
-            split = [_split_sizes(one, axes, sizes) for one in read if one.op == "call_function" and _is_float(one)]
+            values = [(one, one.meta.get("val")) for one in read if one.op == "call_function"]
+            floats = (one for one, value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
+            split = (_split_sizes(one, axes, sizes) for one in floats)
             terms = [Term(exprs, None, 4.0 * tokens) for exprs, each in split if each == TOKENS]
             largest = max(largest, terms, key=lambda found: sum(prod(e.size for e in term.exprs) for term in found))
     yield from largest
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
@@ -365,7 +346,7 @@ def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
             yield Term(exprs, block, float(each))
             yield Term((*exprs[:-1], axes.tensors[tensor_name(node.args[0])][-1]), block, float(each))
             continue
-        summed = [found.places[0] for found in apply_rule_alone(node)[1].sums if len(found.places) == 2]
+        summed = [places[0] for places in apply_rule_alone(node)[1].sums.get(node.name, ()) if len(places) == 2]
         for place in summed:
             size = nodes[place.tensor].meta["val"].shape[place.dim]
             if is_free(size):
@@ -373,16 +354,11 @@ def _work(graph: fx.Graph, axes: AxisMap) -> Iterator[Term]:
             else:
                 exprs += (axes.tensors[place.tensor][place.dim],)
         if summed:
-            whole = prod(expr.size for expr in exprs)
-            yield Term(exprs, block, _counted(node, sizes) / 2 / whole or float(each))
-
-
-def _counted(node: fx.Node, sizes: SampleSizes) -> int:
-    """The operations that torch counts for a node, which knows the taps of a kernel; 0 if it does not count them."""
-    try:
-        return sizes.operations(node)
-    except Exception:  # sizes that depend on data, or an op that cannot run on meta
-        return 0
+            try:  # torch knows the taps of a kernel
+                counted = sizes.operations(node)
+            except Exception:  # sizes that depend on data, or an op that cannot run on meta
+                counted = 0
+            yield Term(exprs, block, counted / 2 / prod(expr.size for expr in exprs) or float(each))
 
 
 def _number(sizes: SampleSizes, size: int | torch.SymInt) -> int:
@@ -412,7 +388,7 @@ def _is_attention(node: fx.Node) -> bool:
 def _smallest(node: fx.Node, axes: AxisMap) -> fx.Node:
     """Return the first of the smallest values between the product with a weight and ``node``."""
     found = node
-    while node.op == "call_function" and node.all_input_nodes and not takes_parameter(node, axes):
+    while node.op == "call_function" and node.all_input_nodes and not any(consumers_at(node, axes)):
         node = node.all_input_nodes[0]
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.numel() <= found.meta["val"].numel():

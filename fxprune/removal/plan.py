@@ -56,7 +56,14 @@ class Plan:
     parameters: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        for what, value in (("kept", self.kept), ("sizes", self.sizes)):
+            for name, axes in _items(what, value):
+                for axis, held in _items(f"{what}[{name!r}]", axes):
+                    place, numbers = f"{what}[{name!r}][{axis!r}]", held if what == "kept" else [held]
+                    if not isinstance(name, str) or type(axis) is not int:
+                        raise _no_plan(place, "its keys are not a name and the number of an axis")
+                    if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
+                        raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
         blocks: Any = self.removed_blocks
         if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
             raise _no_plan("removed_blocks", f"they are {format_value(blocks)}, not a tuple of module paths")
@@ -67,21 +74,6 @@ class Plan:
             raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
         if self.parameters is not None and type(self.parameters) is not int:
             raise _no_plan("parameters", f"it is {format_value(self.parameters)}, not a whole number")
-
-    def _check_numbers(self) -> None:
-        indices = dict[int, Any]()  # those of axes that lose the same units may be one list
-        for what, value in (("kept", self.kept), ("sizes", self.sizes)):
-            for name, axes in _items(what, value):
-                for axis, held in _items(f"{what}[{name!r}]", axes):
-                    place = f"{what}[{name!r}][{axis!r}]"
-                    if not isinstance(name, str) or type(axis) is not int:
-                        raise _no_plan(place, "its keys are not a name and the number of an axis")
-                    numbers = held if what == "kept" else [held]
-                    if id(numbers) in indices:
-                        continue
-                    indices[id(numbers)] = numbers
-                    if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
-                        raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
 
     def __repr__(self) -> str:
         return f"<Plan {self._summary}>"
@@ -121,15 +113,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of what makes plans equal, the same after a trip through JSON."""
-        indices = {id(held): held for axes in self.kept.values() for held in axes.values()}
-        digits = _Digits()  # nearly all of the text is numbers, the same ones in many lists
-        texts = {key: f"[{', '.join(map(digits.__getitem__, held))}]" for key, held in indices.items()}
-        others = {name: value for name, value in self._data().items() if name not in ("kept", "sizes", "parameters")}
-        data = {name: json.dumps(value) for name, value in others.items()}
-        kept = {
-            n: _object({str(axis): texts[id(held)] for axis, held in axes.items()}) for n, axes in self.kept.items()
-        }
-        return hashlib.sha256(_object({**data, "kept": _object(kept), "sizes": "{}"}).encode()).hexdigest()
+        data = {name: value for name, value in self._data().items() if name != "parameters"} | {"sizes": {}}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(self._data())
@@ -156,30 +141,12 @@ class Plan:
             raise _no_plan("plan", f"it is {format_value(data)}")
         version = data.get("version")
         if type(version) is not int or version != _VERSION:
-            raise PlanError(
-                f"it is of version {format_value(version)}, this release reads {_VERSION}",
-                where="plan",
-                remedy="Make the plan again",
-            )
-        blocks = data.get("removed_blocks")
-        kept, sizes = (_by_axis(what, data.get(what, default)) for what, default in (("kept", None), ("sizes", {})))
-        held: Any = tuple(blocks) if isinstance(blocks, list) else blocks
-        ids = data.get("vocabulary", [])
-        tokens: Any = tuple(ids) if isinstance(ids, list) else ids
-        return cls(kept, held, sizes, data.get("norm", NORMS[0]), tokens, data.get("parameters"))
-
-
-class _Digits(dict[int, str]):
-    """Numbers as text."""
-
-    def __missing__(self, number: int) -> str:
-        text = self[number] = str(number)
-        return text
-
-
-def _object(values: Mapping[str, str]) -> str:
-    """An object of JSON with sorted keys, as :func:`json.dumps` writes it, of values that are written already."""
-    return f"{{{', '.join(f'{json.dumps(key)}: {value}' for key, value in sorted(values.items()))}}}"
+            what = f"it is of version {format_value(version)}, this release reads {_VERSION}"
+            raise PlanError(what, where="plan", remedy="Make the plan again")
+        kept, sizes = _by_axis("kept", data.get("kept")), _by_axis("sizes", data.get("sizes", {}))
+        lists: Any = (data.get("removed_blocks"), data.get("vocabulary", []))
+        blocks, ids = (tuple(held) if isinstance(held, list) else held for held in lists)
+        return cls(kept, blocks, sizes, data.get("norm", NORMS[0]), ids, data.get("parameters"))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -217,8 +184,7 @@ def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> 
 
     names = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
     indices = kept_indices(axes, keep, names)
-    arrays = {id(index): index for by_axis in indices.values() for index in by_axis.values()}
-    lists = {key: index.tolist() for key, index in arrays.items()}
+    lists = {id(index): index.tolist() for by_axis in indices.values() for index in by_axis.values()}
     kept = {name: {axis: lists[id(index)] for axis, index in by_axis.items()} for name, by_axis in indices.items()}
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
     return Plan(kept, removed_blocks, sizes, axes.norm, parameters=_parameters(axes))
@@ -268,14 +234,11 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
         member = next((m for m in group.members if (m.name, m.axis) in masks), None)
         if group.factor is None or member is None:
             continue
-        mask = masks[member.name, member.axis]
-        units[group.factor] = found = _unit_mask(member.expr, group, mask)
-        if int(found.sum(axis=-1).min()) < group.least:
-            raise PlanError(
-                f"{int(found.sum(axis=-1).min())} units of {group.size} stay, and at least {group.least} must",
-                where=group.name,
-                remedy=_OWN,
-            )
+        units[group.factor] = found = _unit_mask(member.expr, group, masks[member.name, member.axis])
+        least = int(found.sum(axis=-1).min())
+        if least < group.least:
+            what = f"{least} units of {group.size} stay, and at least {group.least} must"
+            raise PlanError(what, where=group.name, remedy=_OWN)
         if group.outer is not None and found.ndim == 2:
             outer[group.factor] = group.outer
     keep = Keep(units, outer)
@@ -286,25 +249,21 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
 def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], Mask]:
     blocks = set(plan.removed_blocks) - set(axes.bypasses)
     if blocks:
-        raise PlanError(
-            "the model has no removable block of this name", where=min(blocks) or "removed_blocks", remedy=_OWN
-        )
+        where = min(blocks) or "removed_blocks"
+        raise PlanError("the model has no removable block of this name", where=where, remedy=_OWN)
     masks: dict[tuple[str, int], Mask] = {}
     for name, by_axis in plan.kept.items():
         for axis, index in by_axis.items():
-            exprs = axes.tensors.get(name)
-            if exprs is None or name not in axes.weights() or not 0 <= axis < len(exprs):
-                raise PlanError("the model has no such axis", where=f"{name}[{axis}]", remedy=_OWN)
+            exprs, where = axes.tensors.get(name), f"{name}[{axis}]"
+            if exprs is None or name not in axes.stored or not 0 <= axis < len(exprs):
+                raise PlanError("the model has no such axis", where=where, remedy=_OWN)
             size = exprs[axis].size
             made_for = plan.sizes.get(name, {}).get(axis, size)
             if made_for != size:
-                raise PlanError(
-                    f"the plan is for {made_for} here, the model has {size}", where=f"{name}[{axis}]", remedy=_OWN
-                )
+                raise PlanError(f"the plan is for {made_for} here, the model has {size}", where=where, remedy=_OWN)
             if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
-                raise PlanError(
-                    f"kept indices do not fit an axis of {size}", where=f"{name}[{axis}]", remedy="Make the plan again"
-                )
+                remedy = "Make the plan again"
+                raise PlanError(f"kept indices do not fit an axis of {size}", where=where, remedy=remedy)
             masks[name, axis] = np.isin(np.arange(size), index)
     return masks
 
@@ -329,11 +288,9 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], Mask]
     for name, axis in masks:
         expected = again.get(name, {}).get(axis)
         if expected is None or expected != sorted(plan.kept[name][axis]):
-            raise PlanError(
-                "the kept indices are not whole units of this model",
-                where=f"{name}[{axis}]",
-                remedy="Apply the plan to the model it was made for, unchanged",
-            )
+            remedy = "Apply the plan to the model it was made for, unchanged"
+            what = "the kept indices are not whole units of this model"
+            raise PlanError(what, where=f"{name}[{axis}]", remedy=remedy)
     for name, by_axis in again.items():
         for axis in by_axis:
             if (name, axis) not in masks:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from typing import Any, ClassVar
 
@@ -35,10 +35,11 @@ from fxprune.removal.target import Reached
 
 Array = npt.NDArray[np.float64]
 
-_OVER_MEMBERS: tuple[Callable[..., Array], ...] = (np.sum, np.prod, np.max, np.mean)
-
 REDUCTIONS: dict[str, Callable[[Array], Array]] = {
-    **{reduce.__name__: partial(reduce, axis=0) for reduce in _OVER_MEMBERS},
+    "sum": lambda members: members.sum(axis=0),
+    "prod": lambda members: members.prod(axis=0),
+    "max": lambda members: members.max(axis=0),
+    "mean": lambda members: members.mean(axis=0),
     "first": lambda members: members[0],
     "last": lambda members: members[-1],
 }
@@ -91,9 +92,8 @@ class Scores(Fact):
                     raise ValueError(f"it holds no scores of version {_VERSION}")
                 units = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise PlanError(
-                f"cannot be read: {error}", where=path, remedy="Use a file that Scores.save wrote"
-            ) from error
+            remedy = "Use a file that Scores.save wrote"
+            raise PlanError(f"cannot be read: {error}", where=path, remedy=remedy) from error
         return cls(units, metadata.get("source", ""))
 
     def check(
@@ -101,9 +101,8 @@ class Scores(Fact):
     ) -> None:
         """Check that the scores are of ``groups``, finite, one for each unit; some groups may have none."""
         if not isinstance(self.units, Mapping):
-            raise PlanError(
-                f"they are {format_value(self.units)}", where="scores", remedy="Use scores of an earlier run"
-            )
+            what = f"they are {format_value(self.units)}"
+            raise PlanError(what, where="scores", remedy="Use scores of an earlier run")
         shapes = {group.name: group.shape for group in groups}
         units: Mapping[str, Any] = self.units  # a criterion of the user's own may have made them
         for name, row in units.items():
@@ -158,19 +157,16 @@ class Scaling:
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the scaled weight in its own dtype, computed in at least float32."""
-        return self._of(weight).to(weight.dtype)
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        return ((wide + self.offset) * self.factor - self.offset).to(weight.dtype)
 
     def rounded(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight that scales exactly to the new values as rounded to its dtype, in at least float32.
 
         For a weight of that dtype it is the weight itself up to its last bits.
         """
-        wide = self.of(weight).to(self._of(weight).dtype)
+        wide = self.of(weight).to(torch.promote_types(weight.dtype, torch.float32))
         return (wide + self.offset) / self.factor - self.offset
-
-    def _of(self, weight: torch.Tensor) -> torch.Tensor:
-        wide = weight if weight.dtype == torch.float64 else weight.float()
-        return (wide + self.offset) * self.factor - self.offset
 
 
 @dataclass(frozen=True)
@@ -183,20 +179,17 @@ class RescaledNumber:
 
 def scaled_numbers(axes: AxisMap, keep: Keep) -> dict[tuple[str, tuple[Any, ...]], RescaledNumber]:
     """Return the numbers in the graph that change, by node name and argument path."""
-    found = {}
-    for norm, ratio in _touched(axes, keep):
-        for number in norm.numbers:
-            after = number.value * float(ratio) ** number.power
-            found[number.node, number.path] = RescaledNumber(number.value, after)
-    return found
+    return {
+        (number.node, number.path): RescaledNumber(number.value, number.value * float(ratio) ** number.power)
+        for norm, ratio in _touched(axes, keep)
+        for number in norm.numbers
+    }
 
 
 def scaled_weights(axes: AxisMap, keep: Keep) -> dict[str, Scaling]:
     """Return the scaling of weights by name; tied weights are under one of their names."""
-    found = {}
-    for norm, ratio in _touched(axes, keep):
-        found.update({w.name: Scaling(float(ratio) ** w.power, w.offset) for w in norm.weights})
-    return found
+    touched = _touched(axes, keep)
+    return {w.name: Scaling(float(ratio) ** w.power, w.offset) for norm, ratio in touched for w in norm.weights}
 
 
 def kept_norm_modules(axes: AxisMap, keep: Keep) -> tuple[str, ...]:
@@ -219,12 +212,11 @@ def unkept_norm_reasons(axes: AxisMap, nodes: Collection[str]) -> tuple[str, ...
 
 def _touched(axes: AxisMap, keep: Keep) -> list[tuple[KeptNorm, Fraction]]:
     """The rescaled norms over axes that lose units, each with the number of units per kept unit."""
-    lost = {factor for factor in keep.units if keep.touches(factor)}
-    found = []
-    for norm in axes.norms:
-        if any(lost.intersection(factors(expr)) for expr in norm.axes):
-            found.append((norm, prod((Fraction(e.size, kept_size(e, keep)) for e in norm.axes), start=Fraction(1))))
-    return found
+    return [
+        (norm, prod((Fraction(expr.size, kept_size(expr, keep)) for expr in norm.axes), start=Fraction(1)))
+        for norm in axes.norms
+        if any(keep.touches(factor) for expr in norm.axes for factor in factors(expr))
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,7 +133,8 @@ def find_places(graph: fx.Graph, axes: AxisMap, attention: Iterable[fx.Node]) ->
             values[value.name] = axes.tensors[value.name][value.axis]
             rows = (expr for axis, expr in enumerate(axes.tensors[value.name]) if axis != value.axis)
             heads |= {factor for expr in rows for factor in factors(expr)}
-        keys |= set() if key is None else {key.name}
+        if key is not None:
+            keys.add(key.name)
     outer = [name for name in axes.parameters if name not in axes.tied and axes.block_of(name) is None]
     found = {name: Place("embedding") for name in outer if len(axes.tensors[name]) == 2}
     stream = {*values.values()}
@@ -252,7 +253,16 @@ def parse_target(value: Any, context: int | None = None) -> Target:
         raise refuse("target", value, WANTED)
     if number == 0:
         raise refuse("target", value, "a target above 0")
-    return target if context is None else _in_context(target, context)
+    if context is None:
+        return target
+    whole_number("context", context, least=1)
+    name, _, file_format = target.budget.partition("@")
+    if name != "bytes":
+        what = f"$context={context} beside $target={target.text!r}, which is no amount of memory"
+        remedy = "Leave $context out, or ask for memory, as in '6GB'"
+        raise ArgumentError(what, where="context", remedy=remedy, argument="context", value=context)
+    budget = f"memory@{context}" + (f":{file_format}" if file_format else "")
+    return Target(f"{target.text} at {context:,} tokens", budget, target.amount, target.part)
 
 
 def amount_below(value: str, target: Target, dense: float, word: str) -> float:
@@ -310,17 +320,6 @@ def _bytes_in(file_format: str, text: str) -> str:
     if file_format and file_format.lower() not in FORMATS:
         raise _refuse(text, f"{file_format!r} is no format of GGUF files", f"Known: {', '.join(FORMATS)}")
     return f"bytes@{file_format.lower()}" if file_format else "bytes"
-
-
-def _in_context(target: Target, context: int) -> Target:
-    whole_number("context", context, least=1)
-    name, _, file_format = target.budget.partition("@")
-    if name != "bytes":
-        what = f"$context={context} beside $target={target.text!r}, which is no amount of memory"
-        remedy = "Leave $context out, or ask for memory, as in '6GB'"
-        raise ArgumentError(what, where="context", remedy=remedy, argument="context", value=context)
-    budget = f"memory@{context}" + (f":{file_format}" if file_format else "")
-    return Target(f"{target.text} at {context:,} tokens", budget, target.amount, target.part)
 
 
 def _refuse(text: str, what: str, remedy: str) -> ArgumentError:

@@ -61,16 +61,11 @@ def apply_rule_alone(node: fx.Node) -> tuple[OpSite, Statements]:
     """The rule of ``node`` in isolation: its inputs are tensors that share no axis."""
     stated = Statements()
     for source in node.all_input_nodes:
-        found = _fresh_results(source, _is_weight(source))
+        begins = (here.op for here in upstream([source]) if not here.all_input_nodes)
+        found = _fresh_results(source, not {"placeholder", "call_function"}.intersection(begins))
         if found:
             stated.tensors[tensor_name(source)] = found
     return apply_rule(node, stated), stated
-
-
-def _is_weight(node: fx.Node) -> bool:
-    """Whether ``node`` is computed from parameters and buffers alone."""
-    begins = (here for here in upstream([node]) if not here.all_input_nodes)
-    return all(here.op not in ("placeholder", "call_function") for here in begins)
 
 
 def describe_rule(node: fx.Node) -> str:
@@ -84,18 +79,17 @@ def describe_once(op: OpSite, known: dict[Any, str]) -> str:
     ``known`` is the cache, which is added to.
     """
     node = op.node
+
+    def described(argument: Any) -> Any:
+        """A hashable stand-in for an argument: place among the inputs and sizes for a tensor, else the value."""
+        if isinstance(argument, fx.Node):
+            return (node.all_input_nodes.index(argument), *(x.sizes for x in op.all_of(argument)))
+        if isinstance(argument, list | tuple):
+            return tuple(map(described, argument))
+        return argument if argument is None or isinstance(argument, int | str) else repr(argument)
+
     results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
-    keywords = tuple(node.kwargs), _signature(op, tuple(node.kwargs.values()))
-    key = (node.target, _signature(op, node.args), keywords, results)
+    key = (node.target, described(node.args), tuple(node.kwargs), described(tuple(node.kwargs.values())), results)
     if key not in known:
         known[key] = describe_rule(node)
     return known[key]
-
-
-def _signature(op: OpSite, argument: Any) -> Any:
-    """A hashable stand-in for an argument: place among the inputs and sizes for a tensor, else the value."""
-    if isinstance(argument, fx.Node):
-        return (op.node.all_input_nodes.index(argument), *(x.sizes for x in op.all_of(argument)))
-    if isinstance(argument, list | tuple):
-        return tuple(_signature(op, item) for item in argument)
-    return argument if argument is None or isinstance(argument, int | str) else repr(argument)

@@ -82,20 +82,17 @@ def einsum(op: OpSite) -> None:
     operands = op.list_of("tensors")
     terms, output = _spell_out(op.arg("equation"), operands, op.out.rank)
     places: dict[str, tuple[TensorAxes, int]] = {letter: (op.out, i) for i, letter in enumerate(output)}
-    for term, x in zip(terms, operands, strict=True):
-        for i, letter in enumerate(term):
-            if x.sizes[i] == 1:
-                continue
-            if letter in places:
-                op.tie(x, i, *places[letter])
-            else:
-                places[letter] = (x, i)
+    axes = [(x, i, letter) for x, term in zip(operands, terms, strict=True) for i, letter in enumerate(term)]
+    for x, i, letter in axes:
+        if x.sizes[i] != 1 and letter in places:
+            op.tie(x, i, *places[letter])
+        elif x.sizes[i] != 1:
+            places[letter] = (x, i)
     for letter in dict.fromkeys("".join(terms)):
         if letter not in output:
             op.add_up(*((x, term.index(letter)) for term, x in zip(terms, operands, strict=True) if letter in term))
     if len(operands) == 2:
         batch = set(terms[0]) & set(terms[1]) & set(output)
-        axes = [(x, i, letter) for x, term in zip(operands, terms, strict=True) for i, letter in enumerate(term)]
         summed = [(x, i) for x, i, letter in axes if letter not in output]
         state_product_roles(op, [(x, i, letter in batch) for x, i, letter in axes], summed)
 
@@ -126,14 +123,14 @@ def scaled_dot_product_attention(op: OpSite) -> None:
     With ``enable_gqa`` query head ``g * H / G + r`` reads key head ``g``. The canonical form of a graph makes
     ``scale`` explicit, so that it keeps the dense model's value when ``D`` shrinks.
     """
-    q, k, v, mask = op.need("query"), op.need("key"), op.need("value"), op.tensor("attn_mask")
+    q, k, v = op.need("query"), op.need("key"), op.need("value")
     op.tie(q, -1, k, -1)
     op.add_up((q, -1), (k, -1))
     op.tie(k, -2, v, -2)
     op.tie(q, -2, op.out, -2)
     op.tie(v, -1, op.out, -1)
     _tie_heads(op, q, k, v)
-    if mask is not None:
+    for mask in op.list_of("attn_mask"):
         for i in range(1, mask.rank + 1):
             if mask.sizes[-i] != 1:
                 op.tie(mask, -i, *((k, -2) if i == 1 else (q, -i)))
@@ -155,8 +152,7 @@ def _tie_heads(op: OpSite, q: TensorAxes, k: TensorAxes, v: TensorAxes) -> None:
         op.tie(q, -i, op.out, -i)
         op.tie(k, -i, v, -i)
         if op.arg("enable_gqa", False) and i == 3:
-            repeats = new_factor(q.sizes[-3] // k.sizes[-3])
-            op.equate(q.axes[-3], product(k.axes[-3], repeats))
+            op.equate(q.axes[-3], product(k.axes[-3], new_factor(q.sizes[-3] // k.sizes[-3])))
             op.link(q, -3, k, -3)
         elif k.sizes[-i] != 1:
             op.tie(q, -i, k, -i)

@@ -19,7 +19,7 @@ def convolution(op: OpSite) -> None:
     Channels are axis 1 of input and output, axis 0 without a batch. Channels that are spread over the groups are
     ``(groups * channels of a group)``: whole groups may be removed, and the same channel of each group.
     """
-    x, weight, bias = op.need("input"), op.need("weight"), op.tensor("bias")
+    x, weight = op.need("input"), op.need("weight")
     channel = x.rank - weight.rank + 1
     transposed = bool(op.arg("transposed", "transpose" in op.name))
     spread, whole = ((x, channel), (op.out, channel)) if transposed else ((op.out, channel), (x, channel))
@@ -38,7 +38,7 @@ def convolution(op: OpSite) -> None:
         op.link(x, channel, op.out, channel)
         op.link(weight, 0, *whole)
         op.size_argument("groups", groups)
-    if bias is not None:
+    for bias in op.list_of("bias"):
         op.tie(bias, 0, op.out, channel)
     for tap in range(2, weight.rank):
         i = channel + tap - 1
@@ -74,12 +74,9 @@ def pool(op: OpSite) -> None:
     space = next(int(sign) for sign in reversed(op.name) if sign.isdigit())
     for out in op.outs:
         op.tie_all(x, out, but=range(-space, 0))
-        for i in range(-space, 0):
-            op.freeze(out, i, f"{op.node.target} slides over this axis")
-    for i in range(x.rank - space):
-        op.keep_zeros(op.out, i, (x, i))  # other outputs are positions
-    for i in range(-space, 0):
-        op.freeze(x, i, f"{op.node.target} slides over this axis")
+    for tensor in (*op.outs, x):
+        op.freeze(tensor, range(-space, 0), f"{op.node.target} slides over this axis")
+    op.keep_all_zeros(x, but=range(x.rank - space, x.rank))  # other outputs are positions
 
 
 @rule("unfold", "unfold_copy")
@@ -88,11 +85,9 @@ def unfold(op: OpSite) -> None:
     x = op.need("self")
     dim = op.arg("dimension") % max(x.rank, 1)
     op.tie_all(x, but=(dim,))
-    for tensor, i in ((x, dim), (op.out, dim), (op.out, -1)):
-        op.freeze(tensor, i, "windows slide over this axis")
-    for i in range(x.rank):
-        if i != dim:
-            op.keep_zeros(op.out, i, (x, i))
+    op.freeze(x, dim, "windows slide over this axis")
+    op.freeze(op.out, (dim, -1), "windows slide over this axis")
+    op.keep_all_zeros(x, but=(dim,))
 
 
 @rule("im2col", "col2im")
@@ -101,8 +96,8 @@ def im2col(op: OpSite) -> None:
     x = op.need("self")
     image, columns = (x, op.out) if x.rank > op.out.rank else (op.out, x)
     _spread(op, columns, columns.rank - 2, image, image.rank - 3, "a kernel's taps are fixed")
-    for tensor, i in ((columns, -1), (image, -1), (image, -2)):
-        op.freeze(tensor, i, "windows slide over this axis")
+    op.freeze(columns, -1, "windows slide over this axis")
+    op.freeze(image, (-1, -2), "windows slide over this axis")
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
@@ -115,8 +110,7 @@ def pixel_shuffle(op: OpSite) -> None:
         return
     _spread(op, many, many.rank - 3, few, few.rank - 3, "pixels of a block are fixed")
     for tensor in (many, few):
-        for i in (-1, -2):
-            op.freeze(tensor, i, "pixels change places along this axis")
+        op.freeze(tensor, (-1, -2), "pixels change places along this axis")
 
 
 def _spread(op: OpSite, many: TensorAxes, i: int, few: TensorAxes, j: int, reason: str) -> None:

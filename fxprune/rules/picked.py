@@ -22,12 +22,6 @@ def picks_matrices(node: fx.Node) -> bool:
     return len(inputs) == 2 and inputs[0].op == "get_attr" and getattr(node.meta.get("val"), "ndim", 0) == 3
 
 
-def _is_large(weight: torch.Tensor, index: torch.Tensor) -> bool:
-    """Whether a copy of a matrix of ``weight`` for each of the rows would be large."""
-    has_values = weight.device.type != "meta" and not isinstance(weight, FakeTensor)
-    return has_values and index.numel() * weight[0].nbytes >= _LARGE
-
-
 class PickingRun(fx.Interpreter):
     """An interpreter that multiplies with picked matrices one by one where copies of them would be large."""
 
@@ -37,23 +31,22 @@ class PickingRun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of ``n``; of many matrices that rows pick from a weight, the weight and the numbers."""
-        if n in self._picking:
-            return self._multiply_picked(self._picking.pop(n))
+        found = self._picking.pop(n, None)
+        if found is not None and found.picked is not None:
+            weight, index = self.env[found.picked.node]
+            source = self.env[found.source].permute(found.source_order)
+            value: torch.Tensor = _PickedProduct.apply(source, weight.permute(found.order), index)  # type: ignore[no-untyped-call]
+            return value.permute([found.out_order.index(axis) for axis in range(value.dim())])
         if picks_matrices(n):
             weight, index = (self.env[source] for source in n.all_input_nodes)
             (user,) = n.users
-            found = stacked_product(user) if _is_large(weight, index) else None
-            if found is not None and found.picked is not None:
-                self._picking[user] = found
+            has_values = weight.device.type != "meta" and not isinstance(weight, FakeTensor)
+            is_large = has_values and index.numel() * weight[0].nbytes >= _LARGE
+            product = stacked_product(user) if is_large else None
+            if product is not None and product.picked is not None:
+                self._picking[user] = product
                 return weight, index
         return super().run_node(n)
-
-    def _multiply_picked(self, found: StackedProduct) -> torch.Tensor:
-        assert found.picked is not None
-        weight, index = self.env[found.picked.node]
-        source = self.env[found.source].permute(found.source_order)
-        value: torch.Tensor = _PickedProduct.apply(source, weight.permute(found.order), index)  # type: ignore[no-untyped-call]
-        return value.permute([found.out_order.index(axis) for axis in range(value.dim())])
 
 
 class _PickedProduct(torch.autograd.Function):

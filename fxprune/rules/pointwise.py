@@ -39,8 +39,7 @@ def prelu(op: OpSite) -> None:
     op.tie_all(x)
     if weight.sizes not in ((), (1,)):
         op.tie(weight, 0, x, min(1, x.rank - 1))
-    for i in range(x.rank):
-        op.keep_zeros(op.out, i, (x, i))
+    op.keep_all_zeros(x)
 
 
 @rule("glu")
@@ -51,8 +50,7 @@ def glu(op: OpSite) -> None:
     op.tie_all(x, but=(dim,))
     op.equate(x.axes[dim], concat(op.out.axes[dim], op.out.axes[dim]))
     op.link(x, dim, op.out, dim)
-    for i in range(x.rank):
-        op.keep_zeros(op.out, i, (x, i))
+    op.keep_all_zeros(x)
 
 
 rule("ones_like", "full_like", "empty_like", "rand_like", "randn_like", notation="self[*a] -> out[*a]", values="shape")
@@ -61,34 +59,22 @@ rule("scalar_tensor", notation="-> out[]")
 rule("sym_size", "sym_stride", "sym_numel", notation="self[*a] -> ", values="shape")
 
 
-@rule("full", "ones", "empty", "new_full", "new_ones", "new_empty", values="shape")
+@rule("full", "ones", "empty", "new_full", "new_ones", "new_empty", "zeros", "new_zeros", "zeros_like", values="shape")
 def constant(op: OpSite) -> None:
-    """The same value everywhere: each axis takes the size of whatever it is used with."""
-    for i, axis in enumerate(op.out.axes):
-        op.size_argument("size", axis, i)
-
-
-@rule("zeros", "new_zeros", values="shape")
-def zeros(op: OpSite) -> None:
-    """A :func:`constant` whose units are all zero."""
-    constant(op)
-    for i in range(op.out.rank):
-        op.keep_zeros(op.out, i)
-
-
-@rule("zeros_like", values="shape")
-def zeros_like(op: OpSite) -> None:
-    """The axes of ``self``; all units are zero."""
-    op.tie_all(op.need("self"))
-    for i in range(op.out.rank):
+    """The same value everywhere: each axis takes the size of whatever it is used with, or that of ``self``."""
+    if op.has("size"):
+        for i, axis in enumerate(op.out.axes):
+            op.size_argument("size", axis, i)
+    else:
+        op.tie_all(op.need("self"))
+    for i in range(op.out.rank) if "zeros" in op.name else ():
         op.keep_zeros(op.out, i)
 
 
 @rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "rand", "randn", "randint", "randperm")
 def index_dependent(op: OpSite) -> None:
     """Values that depend on their position: every unit must stay."""
-    for i in range(op.out.rank):
-        op.freeze(op.out, i, f"{op.node.target} numbers this axis")
+    op.freeze_tensor(op.out, f"{op.node.target} numbers this axis")
 
 
 rule("_conj", "_conj_physical", "resolve_conj", "conj_physical", notation="self[*a] -> out[*a]", values="pointwise")

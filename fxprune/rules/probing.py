@@ -20,10 +20,11 @@ _COUNT = 32
 
 @dataclass(frozen=True)
 class _Operand:
-    """Stands for a node among the arguments of an op: a tensor that holds ``number``, or anything if that is None."""
+    """Stands for a node among the arguments of an op: a tensor of a ``number``, or of random ones times ``factor``."""
 
     dtype: torch.dtype
-    number: float | None
+    number: float | None = None
+    factor: float | None = None
 
 
 def constant_result(node: fx.Node, numbers: Mapping[fx.Node, float | None]) -> float | None:
@@ -33,23 +34,29 @@ def constant_result(node: fx.Node, numbers: Mapping[fx.Node, float | None]) -> f
         None if the result depends on unknown values; NaN if it is not finite although it is for other numbers, as with
         ``1 / 0``.
     """
-
-    def operand(source: fx.Node) -> Any:
-        value = source.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            return _Operand(value.dtype, numbers.get(source))
-        if value is not None:
-            return size_hint(value) if isinstance(value, torch.SymInt) else value
-        return torch.device("cpu") if source.args[1:] == ("device",) else torch.float64
-
     try:
-        return _constant_result(node.target, *fx.map_arg((node.args, node.kwargs), operand))  # type: ignore[arg-type]
+        arguments = _arguments(node, lambda source, dtype: _Operand(dtype, numbers.get(source)))
+        return _constant_result(node.target, *arguments)
     except Exception:  # the op may refuse tensors of one axis, or an unknown value
         return None
 
 
+def _arguments(node: fx.Node, operand: Callable[[fx.Node, torch.dtype], _Operand]) -> tuple[Any, Any]:
+    """The arguments of ``node``, with an ``operand`` for each tensor."""
+
+    def argument(source: fx.Node) -> Any:
+        value = source.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return operand(source, value.dtype)
+        if value is not None:
+            return size_hint(value) if isinstance(value, torch.SymInt) else value
+        return torch.device("cpu") if source.args[1:] == ("device",) else torch.float64
+
+    return fx.map_arg((node.args, node.kwargs), argument)
+
+
 @lru_cache(maxsize=4096)
-def _constant_result(function: Callable[..., Any], args: Any, kwargs: Any) -> float | None:
+def _constant_result(function: Any, args: Any, kwargs: Any) -> float | None:
     anything, known = (_results(function, args, kwargs, use) for use in (False, True))
     defined = anything.isfinite()
     if not known[defined].isfinite().all():
@@ -58,14 +65,16 @@ def _constant_result(function: Callable[..., Any], args: Any, kwargs: Any) -> fl
     return float(found.pop()) if len(found) == 1 else None
 
 
-def _results(function: Callable[..., Any], args: Any, kwargs: Any, use_numbers: bool) -> torch.Tensor:
-    """All results of ``function`` for random inputs; with ``use_numbers`` known inputs hold their number."""
+def _results(function: Any, args: Any, kwargs: Any, use_numbers: bool) -> torch.Tensor:
+    """All results of ``function`` for its operands, as one tensor; without ``use_numbers``, for random numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(argument: Any) -> Any:
         if isinstance(argument, _Operand):
-            found = random_values(argument.dtype, generator)
-            return torch.full_like(found, argument.number) if use_numbers and argument.number is not None else found
+            found = _random_values(argument.dtype, generator)
+            if use_numbers and argument.number is not None:
+                return torch.full_like(found, argument.number)
+            return found if argument.factor is None else found * argument.factor
         if isinstance(argument, list | tuple):
             return [fill(item) for item in argument]
         return {name: fill(item) for name, item in argument.items()} if isinstance(argument, dict) else argument
@@ -80,7 +89,7 @@ def _numbers_in(result: Any) -> torch.Tensor:
     return torch.cat([part.reshape(-1).to(torch.float64) for part in parts])
 
 
-def random_values(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def _random_values(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Floats of both signs, small and large; complex numbers; positive integers; both truth values."""
     if dtype == torch.bool:
         return torch.rand(_COUNT, generator=generator) < 0.5
@@ -130,7 +139,7 @@ def shift_of(node: fx.Node) -> float | None:
     plain, value = _call(node, {}), source.meta.get("val")
     if plain is None or not isinstance(value, torch.Tensor):
         return None
-    given = _numbers_in(random_values(value.dtype, torch.Generator().manual_seed(0)))
+    given = _numbers_in(_random_values(value.dtype, torch.Generator().manual_seed(0)))
     if plain.shape != given.shape:
         return None
     shifts = plain - given
@@ -162,18 +171,10 @@ def _call(
     node: fx.Node, factors: Mapping[fx.Node, float], literal: tuple[Any, ...] | None = None, factor: float = 1.0
 ) -> torch.Tensor | None:
     """The results of a node for random inputs times ``factors``; None if it cannot be called on them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def operand(source: fx.Node) -> Any:
-        value = source.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            return random_values(value.dtype, generator) * factors.get(source, 1)
-        return size_hint(value) if isinstance(value, torch.SymInt) else value
-
-    arguments = fx.map_arg((node.args, node.kwargs), operand)
+    arguments = _arguments(node, lambda source, dtype: _Operand(dtype, factor=factors.get(source, 1)))
     if literal is not None:
         arguments = with_argument(arguments, literal, read_argument(node, literal) * factor)
     try:
-        return _numbers_in(node.target(*arguments[0], **arguments[1]))  # type: ignore[operator]
+        return _results(node.target, *arguments, use_numbers=False)
     except Exception:  # the op may refuse tensors of one axis, or an unknown value
         return None

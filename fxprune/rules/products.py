@@ -6,9 +6,11 @@ without changing anything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -19,42 +21,28 @@ from fxprune.graph.tensors import get_tensor, tensor_name
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, find_rule, values_of
 from fxprune.rules.site import OpArguments
-from fxprune.rules.statements import Statements, TensorAxes
-
-
-@dataclass(frozen=True)
-class WeightProduct:
-    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus ``added``; ``axis`` of the weight is summed."""
-
-    source: fx.Node
-    weight: fx.Node
-    axis: int
-    added: fx.Node | None
 
 
 @dataclass(frozen=True)
 class Contraction:
     """An op that multiplies two tensors and sums over one axis, and does nothing else to them.
 
-    Axis ``i`` of ``x``, made by ``source``, and axis ``axis`` of ``w``, made by ``weight``, are summed over.
+    Axis ``i`` of ``source`` and axis ``axis`` of ``weight`` are summed over; ``x``, ``w`` and ``out`` are the axes of
+    the two and of the result.
     """
 
-    x: TensorAxes
     source: fx.Node
+    x: list[Expr]
     i: int
-    w: TensorAxes
     weight: fx.Node
+    w: list[Expr]
     axis: int
-    out: TensorAxes
-    stated: Statements
+    out: list[Expr]
     added: fx.Node | None
-
-    def axes(self, tensor: TensorAxes) -> list[Expr]:
-        return [self.stated.solver.resolve(axis) for axis in tensor.axes]
 
 
 def contractions(node: fx.Node) -> Iterator[Contraction]:
-    """The contractions that ``node`` is, with either tensor as the weight; none if it is anything else."""
+    """The contractions that ``node`` is, with either tensor as the weight, which alone may be one of the model's."""
     rule = find_rule(node.target)
     if rule is None or rule.values is not Values.PRODUCT:
         return
@@ -62,40 +50,46 @@ def contractions(node: fx.Node) -> Iterator[Contraction]:
     if any(arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
         return
     site, stated = apply_rule_alone(node)
-    if len(stated.sums) != 1 or len(stated.sums[0].places) != 2 or len(site.outs) != 1:
+    summed = stated.sums.get(node.name, ())
+    if len(summed) != 1 or len(summed[0]) != 2 or len(site.outs) != 1:
         return
     nodes = {tensor_name(source): source for source in node.all_input_nodes}
+    axes = {x.name: [stated.solver.resolve(axis) for axis in x.axes] for x in (*site.tensors, site.out)}
     found = arguments.get(rule.added) if rule.added else None
     added = found if isinstance(found, fx.Node) else None
-    places = stated.sums[0].places
-    for a, b in (places, places[::-1]):
-        x, w = site.of(nodes[a.tensor]), site.of(nodes[b.tensor])
-        if x is not None and w is not None:
-            yield Contraction(x, nodes[a.tensor], a.dim, w, nodes[b.tensor], b.dim, site.out, stated, added)
-
-
-def weight_product(node: fx.Node) -> WeightProduct | None:
-    """The product that ``node`` is, of activations and a weight of two axes; None if it is anything else."""
-    for found in contractions(node) if _reads_weight(node) else ():
-        x, out = found.x, found.out
-        if found.weight.op != "get_attr" or found.source.op == "get_attr" or found.w.rank != 2:
-            continue
-        passed = found.axes(found.w)[1 - found.axis]
-        if found.i == x.rank - 1 and out.rank == x.rank and found.axes(out)[-1] == passed:
-            return WeightProduct(found.source, found.weight, found.axis, found.added)
-    return None
+    for a, b in itertools.permutations(summed[0]):
+        if nodes[a.tensor].op != "get_attr":
+            x, w = axes[a.tensor], axes[b.tensor]
+            yield Contraction(nodes[a.tensor], x, a.dim, nodes[b.tensor], w, b.dim, axes[site.out.name], added)
 
 
 @dataclass(frozen=True)
-class LoneProduct(WeightProduct):
-    """A product with an exclusive parameter of two axes; ``bias`` names the added tensor if it is one too."""
+class LoneProduct:
+    """``out[.., o] = sum over i of source[.., i] * weight[..]``, plus ``added``; ``axis`` of the weight is summed.
+
+    The weight has two axes. ``bias`` names the added tensor if it is an exclusive parameter with one axis.
+    """
 
     node: fx.Node
-    bias: str | None
+    source: fx.Node
+    weight: fx.Node
+    axis: int
+    added: fx.Node | None
+    bias: str | None = None
 
     @property
     def name(self) -> str:
         return str(self.weight.target)
+
+
+def weight_product(node: fx.Node) -> LoneProduct | None:
+    """The product that ``node`` is, of activations and a weight of two axes; None if it is anything else."""
+    for found in contractions(node) if _reads_weight(node) else ():
+        x, w, out = found.x, found.w, found.out
+        is_matrix = found.weight.op == "get_attr" and len(w) == 2
+        if is_matrix and found.i == len(x) - 1 and len(out) == len(x) and out[-1] == w[1 - found.axis]:
+            return LoneProduct(node, found.source, found.weight, found.axis, found.added)
+    return None
 
 
 def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
@@ -103,24 +97,19 @@ def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
     exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = weight_product(node)
-        if found is not None and exclusive(found.weight, 2) and found.source.meta["val"].dim() >= 2:
-            bias = str(found.added.target) if found.added is not None and exclusive(found.added, 1) else None
-            yield LoneProduct(found.source, found.weight, found.axis, found.added, node, bias)
+        if found is not None and found.weight in exclusive and found.source.meta["val"].dim() >= 2:
+            yield replace(found, bias=str(found.added.target) if _is_bias(found.added, exclusive) else None)
 
 
-def _exclusive_parameters(graph_module: fx.GraphModule) -> Callable[[fx.Node, int], bool]:
-    """A predicate: whether a node reads an exclusive parameter with that many axes."""
-    uses: dict[int, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            tensor = get_tensor(graph_module, str(node.target))
-            uses[id(tensor)] = uses.get(id(tensor), 0) + len(node.users)
+def _exclusive_parameters(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that read an exclusive parameter."""
+    read = {n: get_tensor(graph_module, str(n.target)) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    uses = Counter(id(tensor) for node, tensor in read.items() for _ in node.users)
+    return {node for node, tensor in read.items() if isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1}
 
-    def exclusive(node: fx.Node, rank: int) -> bool:
-        tensor = get_tensor(graph_module, str(node.target)) if node.op == "get_attr" else None
-        return isinstance(tensor, nn.Parameter) and tensor.dim() == rank and uses[id(tensor)] == 1
 
-    return exclusive
+def _is_bias(added: fx.Node | None, exclusive: Container[fx.Node]) -> TypeGuard[fx.Node]:
+    return added is not None and added in exclusive and added.meta["val"].dim() == 1
 
 
 def _reads_weight(node: fx.Node) -> bool:
@@ -173,19 +162,16 @@ class SlidingProduct:
 def sliding_product(node: fx.Node) -> SlidingProduct | None:
     """The product that ``node`` is, of activations and a weight with taps, outputs reading all channels; or None."""
     for found in contractions(node) if _reads_weight(node) else ():
-        x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
+        x, w, out = found.x, found.w, found.out
         free = [j for j in range(len(w)) if j != found.axis]
         passed = [j for j in free if w[j] is not UNIT and out.count(w[j]) == 1 and w[j] not in x]
         taps = [j for j in free if j not in passed]
-        if found.weight.op != "get_attr" or found.source.op == "get_attr" or len(w) < 3 or len(passed) != 1:
+        if found.weight.op != "get_attr" or len(w) < 3 or len(passed) != 1 or not _sizes_are_known(x):
             continue
-        if w[found.axis] is UNIT or x[found.i] != w[found.axis] or UNKNOWN_SIZE in found.x.sizes:
-            continue
-        if any(w[j] is not UNIT and w[j] in (*x, *out) for j in taps):
-            continue
-        order = (passed[0], found.axis, *taps)
-        outputs = out.index(w[passed[0]])
-        return SlidingProduct(node, found.source, found.i, found.weight, order, outputs, found.added)
+        is_summed = w[found.axis] is not UNIT and x[found.i] == w[found.axis]
+        if is_summed and not any(w[j] is not UNIT and w[j] in (*x, *out) for j in taps):
+            order, outputs = (passed[0], found.axis, *taps), out.index(w[passed[0]])
+            return SlidingProduct(node, found.source, found.i, found.weight, order, outputs, found.added)
     return None
 
 
@@ -194,8 +180,12 @@ def lone_sliding_products(graph_module: fx.GraphModule) -> Iterator[SlidingProdu
     exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = sliding_product(node)
-        if found is not None and exclusive(found.weight, len(found.order)):
-            yield replace(found, bias=found.added is not None and exclusive(found.added, 1))
+        if found is not None and found.weight in exclusive:
+            yield replace(found, bias=_is_bias(found.added, exclusive))
+
+
+def _sizes_are_known(exprs: Sequence[Expr]) -> bool:
+    return all(expr.size != UNKNOWN_SIZE for expr in exprs)
 
 
 @dataclass(frozen=True)
@@ -266,18 +256,14 @@ def stacked_product(node: fx.Node) -> StackedProduct | None:
     for found in contractions(node):
         picked = picked_matrices(found.weight)
         weight = found.weight if picked is None else picked.weight
-        if weight.op != "get_attr" or found.source.op == "get_attr" or found.w.rank != 3 or found.added is not None:
+        if weight.op != "get_attr" or len(found.w) != 3 or found.added is not None or not _sizes_are_known(found.x):
             continue
-        axes = None if UNKNOWN_SIZE in found.x.sizes else _stacked_axes(found)
-        if axes is None:
-            continue
-        stack, passed, source_order, out_order = axes
-        order = (stack, passed, found.axis)
-        if picked is not None:
-            if picked.along != stack:
-                continue
-            order = (picked.axes[stack], picked.axes[passed], picked.axes[found.axis])
-        return StackedProduct(node, found.source, weight, order, source_order, out_order, picked)
+        axes = _stacked_axes(found)
+        if axes is not None and (picked is None or picked.along == axes[0]):
+            stack, passed, source_order, out_order = axes
+            of = range(3) if picked is None else picked.axes
+            order = (of[stack], of[passed], of[found.axis])
+            return StackedProduct(node, found.source, weight, order, source_order, out_order, picked)
     return None
 
 
@@ -286,15 +272,14 @@ def lone_stacked_products(graph_module: fx.GraphModule) -> Iterator[StackedProdu
     exclusive = _exclusive_parameters(graph_module)
     for node in graph_module.graph.nodes:
         found = stacked_product(node)
-        if found is None or not exclusive(found.weight, 3):
-            continue
-        if found.picked is None or len(found.picked.node.users) == 1:
+        is_lone = found is not None and (found.picked is None or len(found.picked.node.users) == 1)
+        if found is not None and is_lone and found.weight in exclusive:
             yield found
 
 
 def _stacked_axes(found: Contraction) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
     """The weight's axes of matrices and of outputs, and the order of the axes of activations and result; or None."""
-    x, w, out = (found.axes(tensor) for tensor in (found.x, found.w, found.out))
+    x, w, out = found.x, found.w, found.out
     free = [j for j in range(3) if j != found.axis]
     stacks = [j for j in free if _only(x, w[j]) is not None and _only(out, w[j]) is not None]
     passed = [j for j in free if w[j] not in x and _only(out, w[j]) is not None]

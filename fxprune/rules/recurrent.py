@@ -17,7 +17,7 @@ def recurrent(op: OpSite) -> None:
     The states ``(layers * directions, batch, hidden)`` of all layers and directions are stacked, so that a hidden unit
     goes from all of them. With weights of zero a unit that starts at zero stays there: it moves towards tanh(0).
     """
-    weights, states = op.list_of("params"), _states(op)
+    weights, states = op.list_of("params"), op.list_of("hx")
     directions, layers = 1 + bool(op.arg("bidirectional")), op.arg("num_layers")
     each = 4 if op.arg("has_biases") else 2
     x = op.tensor("input")
@@ -45,7 +45,7 @@ def recurrent(op: OpSite) -> None:
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def cell(op: OpSite) -> None:
     """One step of a :func:`recurrent` layer, from states ``(batch, hidden)`` to the next ones."""
-    x, states = op.need("input"), _states(op)
+    x, states = op.need("input"), op.list_of("hx")
     weights = [found for name in ("w_ih", "w_hh", "b_ih", "b_hh") if (found := op.tensor(name)) is not None]
     first = states[0]
     op.tie(first, 0, x, 0)
@@ -54,11 +54,6 @@ def cell(op: OpSite) -> None:
     _step(op, first.axes[1], weights, x, first)
     for result in op.outs:
         op.keep_zeros(result, 1, *((state, 1) for state in states), *((weight, 0) for weight in weights))
-
-
-def _states(op: OpSite) -> list[TensorAxes]:
-    alone = op.tensor("hx")
-    return op.list_of("hx") if alone is None else [alone]
 
 
 def _step(op: OpSite, hidden: Expr, weights: Sequence[TensorAxes], x: TensorAxes, state: TensorAxes) -> None:

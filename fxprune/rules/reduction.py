@@ -10,19 +10,18 @@ from fxprune.rules.site import OpSite
 from fxprune.rules.statements import TensorAxes
 
 
-def _dims(op: OpSite, x: TensorAxes) -> tuple[int, ...]:
-    """The reduced axes, non-negative; all axes if ``dim`` names none."""
-    dim = op.arg("dim")
+def _reduced(op: OpSite) -> tuple[TensorAxes, tuple[int, ...]]:
+    """The input and its reduced axes, non-negative; all axes if ``dim`` names none."""
+    x, dim = op.tensors[0], op.arg("dim")
     if dim is None or (isinstance(dim, Sequence) and not dim):
-        return tuple(range(x.rank))
-    return tuple(i % max(x.rank, 1) for i in (dim if isinstance(dim, Sequence) else (dim,)))
+        return x, tuple(range(x.rank))
+    return x, tuple(i % max(x.rank, 1) for i in (dim if isinstance(dim, Sequence) else (dim,)))
 
 
 @rule("sum", "norm", "linalg_vector_norm", values="reduced")
 def sum_or_norm(op: OpSite) -> None:
     """A sum over ``dim``, of powers for a norm: units that are zero can be removed; the other axes stay."""
-    x = op.need("x" if op.has("x") else "self")
-    dims = _dims(op, x)
+    x, dims = _reduced(op)
     order = op.arg("ord", op.arg("p", 2))
     for i in dims:
         if isinstance(order, int | float) and order >= 0:
@@ -35,9 +34,9 @@ def sum_or_norm(op: OpSite) -> None:
 @rule("linalg_norm", "linalg_matrix_norm", values="reduced")
 def matrix_norm(op: OpSite) -> None:
     """The root of a sum of squares; a norm by rows, columns or singular values freezes its axes."""
-    x, order = op.need("self" if op.has("self") else "A"), op.arg("ord")
-    two = op.name == "linalg_matrix_norm" and op.arg("dim") is None
-    dims = tuple(range(x.rank))[-2:] if two else _dims(op, x)
+    (x, dims), order = _reduced(op), op.arg("ord")
+    if op.name == "linalg_matrix_norm" and op.arg("dim") is None:
+        dims = dims[-2:]
     for i in dims:
         if order in (None, "fro") or (order == 2 and len(dims) == 1):
             op.add_up((x, i))
@@ -50,8 +49,7 @@ def matrix_norm(op: OpSite) -> None:
 def variance(op: OpSite) -> None:
     """A statistic as in :func:`reduce`; division by ``units - correction`` needs more than ``correction`` units."""
     reduce(op)
-    x = op.need("x" if op.has("x") else "self")
-    dims = _dims(op, x)
+    x, dims = _reduced(op)
     given = op.arg("correction", None)
     correction = int(op.arg("unbiased", True)) if given is None else int(given)
     if correction > 0:
@@ -62,10 +60,8 @@ def variance(op: OpSite) -> None:
 @rule("mean", "amax", "amin", values="reduced")
 def reduce(op: OpSite) -> None:
     """A statistic over ``dim``: removing units of it changes the statistic; the other axes stay."""
-    x = op.need("x" if op.has("x") else "self")
-    dims = _dims(op, x)
-    for i in dims:
-        op.take_statistic(x, i)
+    x, dims = _reduced(op)
+    op.take_statistic(x, dims)
     if op.name == "mean":
         op.average(x, dims, power=-1)
     op.tie_others(x, dims)
@@ -77,8 +73,7 @@ def argmax(op: OpSite) -> None:
     if op.arg("dim") is None:
         order_statistic(op)
         return
-    x = op.need("self")
-    (i,) = _dims(op, x)
+    x, (i,) = _reduced(op)
     op.take_statistic(x, i)
     op.tie_others(x, (i,))
     op.hold_positions(op.outs[-1], x, i)
@@ -90,60 +85,55 @@ def argmax(op: OpSite) -> None:
 @rule("max", "min", "any", "all", "median", "mode", "kthvalue")
 def order_statistic(op: OpSite) -> None:
     """A value chosen by comparison, or a product, over ``dim``, which keeps its units."""
-    x = op.need("self")
-    dims = _dims(op, x)
-    for i in dims:
-        op.freeze(x, i, f"{op.node.target} picks from this axis")
+    x, dims = _reduced(op)
+    op.freeze(x, dims, f"{op.node.target} picks from this axis")
     op.tie_others(x, dims)
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax")
 def softmax(op: OpSite) -> None:
     """Shares of the units along ``dim``: they may be fewer if the units are experts; any other axis keeps its units."""
-    x = op.need("self")
+    x, dims = _reduced(op)
     op.tie_all(x)
-    for i in _dims(op, x):
+    for i in dims:
         op.compete(x, i, f"{op.node.target} runs over this axis")
 
 
 @rule("cumsum")
 def cumsum(op: OpSite) -> None:
     """Running sums along ``dim``: units that are zero can be removed."""
-    x = op.need("self")
+    x, dims = _reduced(op)
     op.tie_all(x)
-    dims = _dims(op, x)
-    for i in range(x.rank):
-        if i in dims:
-            op.add_up((x, i))
-        else:
-            op.keep_zeros(op.out, i, (x, i))
+    for i in dims:
+        op.add_up((x, i))
+    op.keep_all_zeros(x, but=dims)
 
 
 @rule("flip", "fliplr", "flipud", "roll", values="moved")
 @rule("cumprod", "logcumsumexp")
 def scan(op: OpSite) -> None:
     """Each value depends on all others, or on those before it, along ``dim``: that axis keeps its units."""
-    x = op.need("self")
+    x, dims = _reduced(op)
     op.tie_all(x)
     named = {"fliplr": (1,), "flipud": (0,)}.get(op.name) or op.arg("dims", ())
     listed = tuple(i % x.rank for i in named) or tuple(range(x.rank))  # a roll of none rolls all
-    dims = _dims(op, x) if op.has("dim") else listed
-    for i in dims:
-        op.freeze(x, i, f"{op.node.target} runs over this axis")
+    op.freeze(x, dims if op.has("dim") else listed, f"{op.node.target} runs over this axis")
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training")
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
 def batch_norm(op: OpSite) -> None:
     """Statistics per channel (axis 1), from buffers while evaluating: channels are independent.
 
-    Without buffers they are those of ``x`` over all other axes, as where convolutions standardise their weights.
+    Without buffers they are those of ``x`` over all other axes, as where convolutions standardise their weights; for an
+    instance norm, over the axes behind the channels.
     """
     x = op.need("input")
-    from_input = bool(op.arg("training", False)) or op.tensor("running_mean") is None
+    each = op.has("use_input_stats")
+    from_input = op.arg("use_input_stats", True) if each else op.arg("training") or op.tensor("running_mean") is None
     op.tie_all(x)
     _tie_channel_parameters(op, x, from_input)
-    for i in (0, *range(2, x.rank)) if from_input else ():
-        op.take_statistic(x, i)
+    if from_input:
+        op.take_statistic(x, range(2, x.rank) if each else (0, *range(2, x.rank)))
 
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")
@@ -154,28 +144,15 @@ def layer_norm(op: OpSite) -> None:
     op.tie_all(x)
     for out in op.outs[1:]:  # the statistics themselves
         op.tie_all(x, out, but=range(first, x.rank))
-    for i in range(first) if op.tensor("bias") is None else ():
-        op.keep_zeros(op.out, i, (x, i))
+    if op.tensor("bias") is None:
+        op.keep_all_zeros(x, but=range(first, x.rank))
     for j in range(len(shape)):
         op.take_statistic(x, first + j)
         op.size_argument("normalized_shape", x.axes[first + j], j)
-        for name in ("weight", "bias"):
-            parameter = op.tensor(name)
-            if parameter is not None:
-                op.tie(parameter, j, x, first + j)
+        for parameter in (*op.list_of("weight"), *op.list_of("bias")):
+            op.tie(parameter, j, x, first + j)
     if op.name != "layer_norm" and op.arg("eps") is not None:  # w x / sqrt(mean(x x) + eps); default eps is by dtype
         op.average(x, range(first, x.rank), power=0.5, epsilon="eps", weight="weight")
-
-
-@rule("instance_norm")
-def instance_norm(op: OpSite) -> None:
-    """Statistics per channel (axis 1) over the axes behind it: channels are independent."""
-    x = op.need("input")
-    op.tie_all(x)
-    from_input = op.arg("use_input_stats", True)
-    _tie_channel_parameters(op, x, from_input)
-    for i in range(2, x.rank) if from_input else ():
-        op.take_statistic(x, i)
 
 
 @rule("group_norm")
@@ -186,8 +163,7 @@ def group_norm(op: OpSite) -> None:
     op.tie_all(x)
     op.equate(product(groups, inside), x.axes[1])
     op.take_statistic_of(inside)
-    for i in range(2, x.rank):
-        op.take_statistic(x, i)
+    op.take_statistic(x, range(2, x.rank))
     op.size_argument("num_groups", groups)
     _tie_channel_parameters(op, x)
 
@@ -212,9 +188,9 @@ def weight_norm(op: OpSite) -> None:
     v, dim = op.need("v"), op.arg("dim", 0)
     op.tie_all(v)
     op.broadcast(op.need("g"))
+    outer = () if dim == -1 else (dim % v.rank,)
+    op.take_statistic(v, outer)
     for i in range(v.rank):
-        if i == dim % v.rank and dim != -1:
-            op.take_statistic(v, i)
-        else:
+        if i not in outer:
             op.add_up((v, i))
-            op.keep_zeros(op.out, i, (v, i))
+    op.keep_all_zeros(v, but=outer)

@@ -99,8 +99,7 @@ def index(op: OpSite) -> None:
         if tensor is not None:
             look_up(op, tensor, x, i)
             op.freeze_tensor(tensor, "chosen by index")
-    for i in range(at, at + shape_rank):
-        op.freeze(op.out, i, "chosen by index")
+    op.freeze(op.out, range(at, at + shape_rank), "chosen by index")
     free = [i for i in range(x.rank) if i not in indexed]
     if op.out.rank != len(free) + shape_rank:
         op.freeze_all("a boolean mask selects")
@@ -131,42 +130,32 @@ def depends_on_position(op: OpSite) -> None:
     last = (-1,) if op.out.sizes != x.sizes else ()
     op.tie_all(x, but=last)
     for t in (x, op.out):
-        for i in range(max(-2, -t.rank), 0):
-            op.freeze(t, i, f"{op.node.target} depends on the position")
+        op.freeze(t, range(max(-2, -t.rank), 0), f"{op.node.target} depends on the position")
 
 
-@rule("topk")
-def topk(op: OpSite) -> None:
-    """The ``k`` largest along ``dim`` and their positions: ``k`` units must stay; the result's axis is frozen."""
-    x, k = op.need("self"), op.arg("k")
-    i = op.arg("dim", -1) % x.rank
-    _order(op, x, i)
-    if not isinstance(k, int):
-        op.freeze(x, i, f"{op.node.target} orders this axis")
-        return
-    op.take_statistic(x, i)
-    op.need_units(x, i, k)
-    op.hold_positions(op.outs[1], x, i)
-
-
-@rule("sort", "argsort")
+@rule("topk", "sort", "argsort")
 def sort(op: OpSite) -> None:
-    """Values ordered along ``dim``, whose axis is frozen; sorted positions stay positions."""
-    x = op.need("self")
+    """Values ordered along ``dim``, and positions of them, or the ``k`` largest: the result's axis is frozen.
+
+    The axis that is sorted is frozen too; of one of which ``k`` are taken, ``k`` units must stay. Sorted positions stay
+    positions.
+    """
+    x, k, reason = op.need("self"), op.arg("k"), f"{op.node.target} orders this axis"
     i = op.arg("dim", -1) % x.rank
-    op.freeze(x, i, f"{op.node.target} orders this axis")
-    _order(op, x, i)
-    known = op.positions_of(x)
+    if not isinstance(k, int):
+        op.freeze(x, i, reason)
+    for out in op.outs:
+        op.freeze(out, i, reason)
+        op.tie_all(x, out, but=(i,))
+    if isinstance(k, int):
+        op.take_statistic(x, i)
+        op.need_units(x, i, k)
+        op.hold_positions(op.outs[1], x, i)
+    known = op.positions_of(x) if op.name != "topk" else None
     if known is not None:
         op.understand(x)
         if len(op.outs) == 2:
             op.hold_positions(op.outs[0], known.tensor, known.dim)
-
-
-def _order(op: OpSite, x: TensorAxes, i: int) -> None:
-    for out in op.outs:
-        op.freeze(out, i, f"{op.node.target} orders this axis")
-        op.tie_all(x, out, but=(i,))
 
 
 @rule("gather", values="picked")
@@ -178,7 +167,7 @@ def gather(op: OpSite) -> None:
     for i in range(x.rank):
         if i != dim:
             _same_or_cut(op, x, i, index)
-            op.keep_zeros(op.out, i, (x, i))
+    op.keep_all_zeros(x, but=(dim,))
     look_up(op, index, x, dim)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import fx
 
@@ -30,38 +32,31 @@ def reshape(op: OpSite) -> None:
         elif j < op.out.rank and op.out.sizes[j] == 1:
             j += 1
         else:
-            i, j = _match_run(op, x, i, j)
+            first, second, size, out_size = i, j, x.sizes[i], op.out.sizes[j]
+            i, j = i + 1, j + 1
+            while size != out_size:  # the shortest runs of equal size
+                if size < out_size:
+                    size, i = size * x.sizes[i], i + 1
+                else:
+                    out_size, j = out_size * op.out.sizes[j], j + 1
+            op.equate(product(*x.axes[first:i]), product(*op.out.axes[second:j]))
+            for a, b in itertools.product(range(first, i), range(second, j)):
+                op.link(x, a, op.out, b)
     name = next((name for name in ("shape", "size", "sizes") if op.has(name)), None)
     first = op.arg("dim", 0) % x.rank if name == "sizes" else 0
     for j in range(len(op.arg(name))) if name else ():
         op.size_argument(str(name), op.out.axes[first + j], j)
 
 
-def _match_run(op: OpSite, x: TensorAxes, i: int, j: int) -> tuple[int, int]:
-    """Equate the shortest runs of equal size from axis ``i`` of ``x`` and ``j`` of the output; return their ends."""
-    first, second = i + 1, j + 1
-    size, out_size = x.sizes[i], op.out.sizes[j]
-    while size != out_size:
-        if size < out_size:
-            size *= x.sizes[first]
-            first += 1
-        else:
-            out_size *= op.out.sizes[second]
-            second += 1
-    op.equate(product(*x.axes[i:first]), product(*op.out.axes[j:second]))
-    for a in range(i, first):
-        for b in range(j, second):
-            op.link(x, a, op.out, b)
-    return first, second
-
-
-@rule("unsqueeze", values="moved")
+@rule("unsqueeze", "stack", values="moved")
 def unsqueeze(op: OpSite) -> None:
-    """A new axis of size 1 at ``dim``."""
-    x = op.need("self")
-    at = op.arg("dim") % op.out.rank
-    for i in range(x.rank):
-        op.tie(x, i, op.out, i if i < at else i + 1)
+    """A new axis at ``dim``: of size 1, or frozen if tensors are stacked along it."""
+    at = op.arg("dim", 0) % op.out.rank
+    if op.name == "stack":
+        op.freeze(op.out, at, "stacked by position")
+    for x in op.tensors:
+        for i in range(x.rank):
+            op.tie(x, i, op.out, i if i < at else i + 1)
 
 
 @rule("squeeze", "squeeze_", values="moved")
@@ -111,19 +106,16 @@ def repeat(op: OpSite) -> None:
     """The whole axis repeated: ``(times * axis)``."""
     x = op.need("self")
     name = "repeats" if op.has("repeats") else "dims"
-    first = op.out.rank - len(op.arg(name))
+    first, new = op.out.rank - len(op.arg(name)), op.out.rank - x.rank
     for j in range(first):
         op.tie(x, j, op.out, j)
-    for item, times in enumerate(op.arg(name)):
-        j = first + item
-        i = j - (op.out.rank - x.rank)
-        old = x.axes[i] if i >= 0 else UNIT
-        size = times if isinstance(times, int) else op.out.sizes[j] // old.size
-        copies = new_factor(size)
+    for j, times in enumerate(op.arg(name), first):
+        old = x.axes[j - new] if j >= new else UNIT
+        copies = new_factor(times if isinstance(times, int) else op.out.sizes[j] // old.size)
         op.equate(product(copies, old), op.out.axes[j])
-        op.size_argument(name, copies, item)
-        if i >= 0:
-            op.link(x, i, op.out, j)
+        op.size_argument(name, copies, j - first)
+        if j >= new:
+            op.link(x, j - new, op.out, j)
 
 
 @rule("repeat_interleave.self_int", values="moved")
@@ -157,16 +149,6 @@ def cat(op: OpSite) -> None:
     op.equate(concat(*(x.axes[dim] for x in parts)), op.out.axes[dim])
 
 
-@rule("stack", values="moved")
-def stack(op: OpSite) -> None:
-    """Tensors stacked along a new axis ``dim``, which is frozen."""
-    at = op.arg("dim", 0) % op.out.rank
-    op.freeze(op.out, at, "stacked by position")
-    for x in op.list_of("tensors"):
-        for i in range(x.rank):
-            op.tie(x, i, op.out, i if i < at else i + 1)
-
-
 @rule("split_with_sizes", "split_with_sizes_copy", "split", "chunk", "tensor_split", values="moved")
 def split_with_sizes(op: OpSite) -> None:
     """Parts along ``dim``, whose concatenation is the axis."""
@@ -182,21 +164,12 @@ def split_with_sizes(op: OpSite) -> None:
         op.freeze(x, dim, "cut into parts of a dynamic size")
 
 
-@rule("unbind", values="moved")
-def unbind(op: OpSite) -> None:
-    """One output for each position along ``dim``, which is frozen."""
+@rule("unbind", "select", values="moved")
+def select(op: OpSite) -> None:
+    """One position along ``dim``, which is frozen, or one output for each."""
     x = op.need("self")
     at = op.arg("dim", 0) % x.rank
-    op.freeze(x, at, "unbound by position")
-    op.tie_others(x, (at,))
-
-
-@rule("select", values="moved")
-def select(op: OpSite) -> None:
-    """One position along ``dim``, which is frozen."""
-    x = op.need("self")
-    at = op.arg("dim") % x.rank
-    op.freeze(x, at, "selected by position")
+    op.freeze(x, at, f"{'unbound' if op.name == 'unbind' else 'selected'} by position")
     op.tie_others(x, (at,))
 
 
@@ -230,8 +203,8 @@ def _clamp(position: int, size: int) -> int:
 
 
 def _freeze_cut(op: OpSite, x: TensorAxes, dim: int, reason: str) -> None:
-    op.freeze(x, dim, reason)
-    op.freeze(op.out, dim, reason)
+    for tensor in (x, op.out):
+        op.freeze(tensor, dim, reason)
 
 
 def _slice_run(op: OpSite, x: TensorAxes, dim: int, start: int, end: int) -> None:
@@ -259,9 +232,8 @@ def pad(op: OpSite) -> None:
     op.tie_all(x, but=padded)
     for i in range(x.rank):
         op.keep_values(op.out, i, (x, i), float(op.arg("value", 0)))
-    for i in padded:
-        op.freeze(x, i, "padded")
-        op.freeze(op.out, i, "padded")
+    for tensor in (x, op.out):
+        op.freeze(tensor, padded, "padded")
 
 
 @rule("python::getitem", values="moved")
@@ -276,13 +248,11 @@ _REASON = "read along a diagonal beside the main one"
 
 def _tie_diagonal(op: OpSite, x: TensorAxes, y: TensorAxes, first: int, second: int) -> None:
     """Tie axes ``first`` and ``second`` of ``x`` to the last of ``y``; freeze them beside the main diagonal."""
-    square = op.arg("offset", 0) == 0 and x.sizes[first] == x.sizes[second] == y.sizes[-1]
-    for i in (first, second):
-        if square:
-            op.tie(x, i, y, -1)
-        else:
-            op.freeze(x, i, _REASON)
-    if not square:
+    if op.arg("offset", 0) == 0 and x.sizes[first] == x.sizes[second] == y.sizes[-1]:
+        op.tie(x, first, y, -1)
+        op.tie(x, second, y, -1)
+    else:
+        op.freeze(x, (first, second), _REASON)
         op.freeze(y, -1, _REASON)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import operator
 import string
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,7 +34,6 @@ from fxprune.rules.statements import (
     SizeArgument,
     Statements,
     Statistic,
-    Sum,
     TensorAxes,
 )
 
@@ -87,14 +87,14 @@ class _RuleFormatter:
 
     def __init__(self, site: OpSite) -> None:
         self.site, self.stated = site, site._stated
-        self.letters: dict[Factor, str] = {}
+        named: dict[Factor, str] = {}
         for expr, letter in site.letters:
             found = self.stated.solver.resolve(expr)
-            if isinstance(found, Factor) and letter not in self.letters.values():
-                self.letters.setdefault(found, letter)
-        taken = set(self.letters.values())
+            if isinstance(found, Factor) and letter not in named.values():
+                named.setdefault(found, letter)
         plain = (f"{letter}{i or ''}" for i in itertools.count() for letter in string.ascii_lowercase)
-        self.spare = (letter for letter in plain if letter not in taken)
+        spare = (letter for letter in plain if letter not in named.values())
+        self.letters = defaultdict(lambda: next(spare), named)
         self.outs = [(f"out#{i}" if len(site.outs) > 1 else "out", x) for i, x in enumerate(site.outs)]
 
     def line(self) -> str:
@@ -111,25 +111,21 @@ class _RuleFormatter:
         clauses = self.clauses({x.name: label for label, x in given})
         return "  ".join((self.site.name, f"{inputs} -> {results}" if inputs else f"-> {results}", *clauses))
 
-    def letter(self, factor: Factor) -> str:
-        if factor not in self.letters:
-            self.letters[factor] = next(self.spare)
-        return self.letters[factor]
-
     def tensor(self, label: str, x: TensorAxes) -> str:
-        return f"{label}[{', '.join(render(self.stated.solver.resolve(axis), self.letter) for axis in x.axes)}]"
+        resolved = map(self.stated.solver.resolve, x.axes)
+        return f"{label}[{', '.join(render(expr, self.letters.__getitem__) for expr in resolved)}]"
 
     def letters_in(self, *exprs: Expr) -> str:
         """The letters in ``exprs``, each once, separated by commas."""
         found = (factor for expr in exprs for factor in factors(self.stated.solver.resolve(expr)))
-        return ", ".join(dict.fromkeys(map(self.letter, found)))
+        return ", ".join(dict.fromkeys(map(self.letters.__getitem__, found)))
 
     def clauses(self, labels: Mapping[str, str]) -> Iterator[str]:
         """All statements other than equations."""
         stated, name = self.stated, self.site.node.name
         axes = {x.name: x for x in (*self.site.tensors, *self.site.outs)}
-        places = [s.places[0] for s in stated.sums if s.node == name]
-        yield from self.clause("sums", [axes[place.tensor].axes[place.dim] for place in places])
+        summed = [places[0] for places in stated.sums.get(name, ())]
+        yield from self.clause("sums", [axes[place.tensor].axes[place.dim] for place in summed])
         for lookup in stated.lookups:
             if lookup.node == name:
                 yield f"{self.letters_in(lookup.expr) or '1'} by {labels.get(lookup.index, lookup.index)}"
@@ -143,7 +139,7 @@ class _RuleFormatter:
         reasons: dict[str, list[str]] = {}
         for factor, freeze in stated.solver.frozen_factors().items():
             if freeze.node == name and factor in self.letters:
-                reasons.setdefault(freeze.reason, []).append(self.letter(factor))
+                reasons.setdefault(freeze.reason, []).append(self.letters[factor])
         for reason, letters in reasons.items():
             yield f"keeps {', '.join(letters)}: {reason}"
 
@@ -170,8 +166,6 @@ class OpSite:
     letters: list[tuple[Expr, str]] = field(default_factory=list)
     understood: set[str] = field(default_factory=set)
 
-    # ------------------------------------------------------------------------------------ the op: arguments and tensors
-
     @property
     def out(self) -> TensorAxes:
         """The first output."""
@@ -181,10 +175,6 @@ class OpSite:
     def name(self) -> str:
         """The op's name without namespace and overload: ``linear``."""
         return op_name(self.node.target)
-
-    @cached_property
-    def _target(self) -> str:
-        return str(self.node.target)
 
     @cached_property
     def arguments(self) -> OpArguments:
@@ -219,17 +209,18 @@ class OpSite:
         return self._stated.tensors.get(tensor_name(node), ())
 
     def list_of(self, name: str) -> list[TensorAxes]:
-        """The tensors of the list passed as argument ``name``."""
-        found = [self.of(item) for item in self.arg(name, ()) if isinstance(item, fx.Node)]
-        return [tensor for tensor in found if tensor is not None]
+        """The tensors passed as argument ``name``, a list or a single one."""
+        return self._made_by(nodes_in(self.arg(name, ())))
 
     @cached_property
     def tensors(self) -> list[TensorAxes]:
         """All input tensors, those in lists too; for ``getitem`` the one that is taken out."""
         if self.node.target is operator.getitem:
             return [self.all_of(node)[int(self.node.args[1])] for node in self.node.all_input_nodes]  # type: ignore[arg-type]
-        found = [self.of(node) for node in self.node.all_input_nodes]
-        return [tensor for tensor in found if tensor is not None]
+        return self._made_by(self.node.all_input_nodes)
+
+    def _made_by(self, nodes: Iterable[fx.Node]) -> list[TensorAxes]:
+        return [tensor for tensor in map(self.of, nodes) if tensor is not None]
 
     @cached_property
     def first(self) -> list[TensorAxes]:
@@ -237,8 +228,7 @@ class OpSite:
         if self.node.target is operator.getitem:
             return self.tensors
         argument = self.node.args[0] if self.node.args else next(iter(self.arguments.values().values()), None)
-        found = [self.of(node) for node in nodes_in(argument)]
-        return [tensor for tensor in found if tensor is not None]
+        return self._made_by(nodes_in(argument))
 
     def is_weight(self, x: TensorAxes) -> bool:
         """Whether ``x`` is computed from parameters and buffers alone, or consists of matrices picked from them."""
@@ -251,8 +241,6 @@ class OpSite:
     def positions_of(self, x: TensorAxes) -> Positions | None:
         """The axis that the values of ``x`` are positions along; None if unknown."""
         return self._stated.positions.get(x.name)
-
-    # ------------------------------------------------------------------------------------------- equations between axes
 
     def equate(self, a: Expr, b: Expr) -> None:
         """State that ``a`` and ``b`` are the same axis; if they cannot be, both are frozen with the reason."""
@@ -269,7 +257,7 @@ class OpSite:
     def link(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
         """Record that this op couples axis ``i`` of ``a`` with axis ``j`` of ``b`` (an edge, no equation)."""
         ends = Axis(a.name, i % a.rank), Axis(b.name, j % b.rank)
-        self._stated.couplings.append(Coupling(*ends, self.node.name, self._target))
+        self._stated.couplings.append(Coupling(*ends, self.node.name, str(self.node.target)))
 
     def tie(self, a: TensorAxes, i: int, b: TensorAxes, j: int) -> None:
         """State that axis ``i`` of ``a`` is axis ``j`` of ``b``."""
@@ -306,11 +294,10 @@ class OpSite:
         path = path if item is None else (*path, item)
         self._stated.size_arguments.append(SizeArgument(self.node.name, path, expr, offset))
 
-    # --------------------------------------------------------------------------------- limits on removal, masked values
-
-    def freeze(self, x: TensorAxes, i: int, reason: str) -> None:
-        """State that axis ``i`` of ``x`` must keep its units."""
-        self.freeze_expr(x.axes[i], reason)
+    def freeze(self, x: TensorAxes, i: int | Iterable[int], reason: str) -> None:
+        """State that axis ``i`` of ``x``, or each of several, must keep its units."""
+        for dim in (i,) if isinstance(i, int) else i:
+            self.freeze_expr(x.axes[dim], reason)
 
     def freeze_expr(self, expr: Expr, reason: str) -> None:
         """State that ``expr`` must keep its units."""
@@ -318,17 +305,17 @@ class OpSite:
 
     def freeze_tensor(self, x: TensorAxes, reason: str) -> None:
         """State that every axis of ``x`` must keep its units."""
-        for i in range(x.rank):
-            self.freeze(x, i, reason)
+        self.freeze(x, range(x.rank), reason)
 
     def freeze_all(self, reason: str) -> None:
         """State that every axis this op touches must keep its units."""
         for tensor in (*self.tensors, *self.outs):
             self.freeze_tensor(tensor, reason)
 
-    def take_statistic(self, x: TensorAxes, i: int) -> None:
-        """State that this op takes a statistic over axis ``i`` of ``x``: removing units changes it."""
-        self.take_statistic_of(x.axes[i])
+    def take_statistic(self, x: TensorAxes, i: int | Iterable[int]) -> None:
+        """State that this op takes a statistic over axis ``i`` of ``x``, or several: removing units changes it."""
+        for dim in (i,) if isinstance(i, int) else i:
+            self.take_statistic_of(x.axes[dim])
 
     def take_statistic_of(self, expr: Expr) -> None:
         """State that this op takes a statistic over ``expr``: removing units changes it."""
@@ -346,12 +333,18 @@ class OpSite:
         Units that are zero in one of them can be removed; for others this is a statistic (:meth:`take_statistic`).
         """
         axes = tuple(Axis(x.name, i % x.rank) for x, i in places)
-        self._stated.sums.append(Sum(self.node.name, axes))
+        self._stated.sums.setdefault(self.node.name, []).append(axes)
 
     def keep_zeros(self, out: TensorAxes, i: int, *sources: tuple[TensorAxes, int]) -> None:
         """State that masked units along axis ``i`` of ``out`` are zero if they are zero along all of ``sources``."""
         axes = tuple(Axis(x.name, j % x.rank) for x, j in sources)
         self._stated.held[Axis(out.name, i % out.rank)] = Held(axes)
+
+    def keep_all_zeros(self, x: TensorAxes, *, but: Collection[int] = ()) -> None:
+        """State :meth:`keep_zeros` for each axis of the output that is the one of ``x`` at the same place."""
+        for i in range(x.rank):
+            if i not in but:
+                self.keep_zeros(self.out, i, (x, i))
 
     def keep_values(self, out: TensorAxes, i: int, source: tuple[TensorAxes, int], *also: float) -> None:
         """State that masked units along axis ``i`` of ``out`` hold their values along ``source`` or one of ``also``."""
@@ -373,8 +366,6 @@ class OpSite:
     def need_units_of(self, expr: Expr, count: int) -> None:
         """State that ``expr`` must keep at least ``count`` units."""
         self._stated.at_least.append(AtLeast(expr, count))
-
-    # ----------------------------------------------------------------------------------------------------- uses of axes
 
     def tag(self, x: TensorAxes, i: int, role: Role) -> None:
         """State the role of axis ``i`` of ``x`` in this op."""

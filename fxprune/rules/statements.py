@@ -114,14 +114,6 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """An op multiplies tensors and sums over one axis, given by its place in each: zero units can be removed."""
-
-    node: str
-    places: tuple[Axis, ...]
-
-
-@dataclass(frozen=True)
 class Held:
     """The values of masked units along an axis of a result.
 
@@ -177,6 +169,8 @@ class Statements:
 
     Args:
         tensors: the tensors that each node makes, one or several, by the name of the weight or node.
+        sums: the axes that each node sums over, perhaps of a product of tensors: for each its places in the tensors.
+            Units that are zero in one of them can be removed.
         held: values of masked units along axes of results, if the rule states them.
         positions: the axis that an integer tensor holds positions along, by the name of the tensor.
         picked: names of tensors that are matrices picked from weights.
@@ -192,7 +186,7 @@ class Statements:
     size_arguments: list[SizeArgument] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
-    sums: list[Sum] = field(default_factory=list)
+    sums: dict[str, list[tuple[Axis, ...]]] = field(default_factory=dict)
     held: dict[Axis, Held] = field(default_factory=dict)
     positions: dict[str, Positions] = field(default_factory=dict)
     lookups: list[Lookup] = field(default_factory=list)

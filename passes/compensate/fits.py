@@ -1,23 +1,306 @@
-"""Fits of weights that lost inputs: least squares, and rotation."""
+"""Compensation: weights fitted to the dense model by least squares or rotation, one at a time.
+
+Dense and masked graph run side by side, node by node.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from operator import itemgetter
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx
 
+from fxprune.axes import factors, kept_mask
+from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, spread
+from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
-from fxprune.graph.tensors import get_tensor
+from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
+from fxprune.graph.tensors import device_of, get_tensor, require_weights
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.files import offloaded, write_back
-from fxprune.offload.ranks import all_reduce, broadcast_dealt, deal, gathered
-from fxprune.pipeline.arguments import argument
+from fxprune.offload.files import cached, caching, offloaded, release_freed, write_back, write_values
+from fxprune.offload.prefetch import compute_device, to_device
+from fxprune.offload.ranks import all_reduce, broadcast_dealt, check_enough, deal, gathered
+from fxprune.pipeline.arguments import Reach, argument
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, claim, shared, tracked
+from fxprune.removal.removal import Removal, Scores
+from fxprune.rules.products import (
+    LoneProduct,
+    PickedMatrices,
+    SlidingProduct,
+    StackedProduct,
+    lone_products,
+    lone_sliding_products,
+    lone_stacked_products,
+)
+from fxprune.rules.registry import is_sum, writes
 
-from .base import FitPass, FitSite, fit_data
+
+@dataclass(frozen=True)
+class FitSite:
+    """A product whose weight is fitted: one matrix, or a stack of them.
+
+    Args:
+        order: the axes of the weight: that of matrices, if there are several, those of outputs and inputs, and taps.
+        channels: the positions kept along the axis of the weight that is summed over.
+        kept: the inputs of the matrices that stay: the channels, at each tap of a convolution.
+        added: the value that the product itself adds.
+        bias: whether that is a parameter that nothing else reads.
+        other: the value that the product is added to; None unless that is the only use of the product.
+    """
+
+    product: LoneProduct | StackedProduct | SlidingProduct
+    order: tuple[int, ...]
+    channels: torch.Tensor
+    kept: torch.Tensor
+    added: fx.Node | None
+    bias: bool
+    other: fx.Node | None
+
+    @property
+    def name(self) -> str:
+        return str(self.product.weight.target)
+
+    @property
+    def picked(self) -> PickedMatrices | None:
+        return self.product.picked if isinstance(self.product, StackedProduct) else None
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """The nodes whose dense values :func:`fit_data` reads."""
+        index = None if self.picked is None else self.picked.index
+        return [node for node in (self.product.node, self.other, self.added, index) if node is not None]
+
+    def matrices(self, graph_module: fx.GraphModule, run: PairedRuns) -> torch.Tensor:
+        """The weight in float32 at least, as ``(matrices, out, in)``, on the device that the graph runs on."""
+        there = run.dense[0].env.get(self.product.weight)  # what was read for the product is not read again
+        W = get_tensor(graph_module, self.name).detach().to(compute_device(graph_module)) if there is None else there
+        W = W.to(torch.promote_types(W.dtype, torch.float32)).permute(self.order)
+        return W if isinstance(self.product, StackedProduct) else W.flatten(1)[None]
+
+    def weight_of(self, W: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """The weight, with its axes in their own order, from its matrices and new columns for the kept inputs."""
+        sizes = [self.product.weight.meta["val"].shape[i] for i in self.order]
+        return W.index_copy(2, self.kept, columns).reshape(sizes).permute(*np.argsort(self.order).tolist())
+
+
+def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "lost") -> Iterator[FitSite]:
+    """Yield the products of the dense graph to fit, in order of execution; for ``reach`` see :class:`FitPass`."""
+    axes, keep, device = removal.axes, removal.keep, compute_device(graph_module)
+    kinds = (lone_products, lone_stacked_products, lone_sliding_products)
+    products = {product.node: product for kind in kinds for product in kind(graph_module)}
+    changed = False
+    for product in (products[node] for node in graph_module.graph.nodes if node in products):
+        name = str(product.weight.target)
+        block = axes.block_of(name)
+        if block in removal.removed_blocks:
+            changed = True
+            continue
+        order = (1 - product.axis, product.axis) if isinstance(product, LoneProduct) else product.order
+        alone = None if isinstance(product, StackedProduct) else product
+        expr = axes.tensors[name][order[1 if alone else 2]]
+        lost = any(keep.touches(factor) for factor in factors(expr))
+        other = None if alone is None else _added_to(alone.node)
+        changed = changed or lost
+        reached = (reach != "lost" and other is not None) or (reach == "all" and block is not None)
+        if lost or (changed and reached):
+            kept = np.flatnonzero(kept_mask(expr, keep)) if lost else np.arange(expr.size)
+            channels = torch.from_numpy(kept).to(device)
+            taps = math.prod(int(product.weight.meta["val"].shape[i]) for i in order[2 if alone else 3 :])
+            inputs = (channels[:, None] * taps + torch.arange(taps, device=device)).flatten()
+            added, bias = (None, False) if alone is None else (alone.added, bool(alone.bias))
+            yield FitSite(product, order, channels, inputs, added, bias, other)
+
+
+def _added_to(node: fx.Node) -> fx.Node | None:
+    """The value that the product is added to; None unless that is the only use of the product."""
+    users = list(node.users)
+    while len(users) == 1 and users[0].target is torch.ops.aten.reshape.default:
+        node, users = users[0], list(users[0].users)
+    if len(users) != 1 or not is_sum(users[0]):
+        return None
+    others = [term for term in users[0].args[:2] if isinstance(term, fx.Node) and term is not node]
+    same = (o for o in others if o.op != "get_attr" and o.meta["val"].shape == node.meta["val"].shape)
+    return next(same, None)
+
+
+FitData = Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def fit_data(site: FitSite, run: PairedRuns) -> FitData:
+    """Yield, batch by batch, the number of a matrix, its inputs ``(tokens, kept)`` and targets ``(tokens, out)``.
+
+    And whether each token is held out to judge a fit of the others by, ``(tokens,)``: those of the last quarter of the
+    samples of a batch, as it is in a single process.
+
+    The inputs are those of the masked graph. The target of a single matrix is its output in the dense graph, without
+    its bias; if the product is added to another value, as in a residual stream, what the *sum* lacks. The target of one
+    of several matrices is its own output in the dense graph, on the tokens that reach it in both graphs: a router may
+    choose differently in each.
+    """
+    found = _stacked_data if isinstance(site.product, StackedProduct) else _single_data
+    for matrix, X, y, held in found(site, run):
+        if not (X.isfinite().all() and y.isfinite().all()):
+            remedy = "Check the weights and the samples"
+            raise CalibrationError("its inputs or outputs are not finite", where=site.name, remedy=remedy)
+        yield matrix, X, y, held
+
+
+def _held_out(run: PairedRuns, batch: int, rows: int) -> torch.Tensor:
+    """Whether each row of a batch is held out: ``(rows,)``, sample by sample."""
+    places, size = run.places[batch] if run.places else ((0,), 1)
+    if rows % len(places):  # no rows of single samples
+        places, size = (0,), 1
+    each = rows // len(places)
+    row = torch.arange(each)
+    return torch.cat([place * each + row >= size * each * 3 // 4 for place in places])
+
+
+def _single_data(site: FitSite, run: PairedRuns) -> FitData:
+    other, product = site.other, site.product
+    outputs = product.outputs if isinstance(product, SlidingProduct) else -1
+    pairs = list(run.values(other)) if other is not None and run.has(other) else []
+    for i, (dense, masked) in enumerate(zip(run.dense, run.masked, strict=True)):
+        y = dense.env[product.node]
+        y = (y + (pairs[i][0] - pairs[i][1]) if pairs else y).movedim(outputs, -1).flatten(0, -2)
+        y = y if site.added is None else y - dense.env[site.added]
+        if isinstance(product, SlidingProduct):
+            x = product.inputs(masked.env, site.channels)
+        else:
+            x = masked.env[product.source][..., site.channels]
+        yield 0, x.flatten(0, -2), y, _held_out(run, i, len(y)).to(y.device)
+
+
+def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
+    product = site.product
+    assert isinstance(product, StackedProduct)
+    for i, (dense, masked) in enumerate(zip(run.dense, run.masked, strict=True)):
+        x = masked.env[product.source].permute(product.source_order)[..., site.channels]
+        y = dense.env[product.node].permute(product.out_order)
+        x, y = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, y))
+        # if every matrix sees every token, the tokens that are not routed to it come as zeros
+        reached = y.any(dim=-1)
+        numbers = torch.arange(len(x), device=x.device)
+        if product.picked is not None:
+            there, numbers = dense.env[product.picked.index], masked.env[product.picked.index]
+            reached = reached & (there == numbers)[:, None]
+            held = _held_out(run, i, len(x)).to(x.device)[:, None].expand_as(reached)
+        else:
+            held = _held_out(run, i, x.shape[1]).to(x.device).expand_as(reached)
+        for matrix in numbers[reached.any(dim=-1)].unique().tolist():
+            chosen = reached & (numbers == matrix)[:, None]
+            yield matrix, x[chosen], y[chosen], held[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class FitPass(Pass):
+    """Fits the weights that lost inputs to the outputs of the dense graph, in order of execution.
+
+    The weights before a fitted one are fitted already, so it compensates for their remaining error; a weight that lost
+    nothing can do so too.
+
+    Processes share the samples. A subclass all-reduces what it sums, and gives the same values in all of them.
+    """
+
+    stage: ClassVar[str] = "compensate"
+    writes: ClassVar[bool] = False
+    changes: ClassVar[Change] = "weights"
+    needs: ClassVar[tuple[type[Fact], ...]] = (Dependencies, Removal, Calibration, Runnable)
+    preconditions = (require_weights,)
+    wants: ClassVar[tuple[type[Fact], ...]] = (Source,)
+    drops: ClassVar[tuple[type[Fact], ...]] = (Scores,)
+    prefetches: ClassVar[bool] = True
+
+    samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
+    batch: int = argument(16, "Samples that run at once.", least=1)
+    reach: Reach = argument(
+        "lost",
+        """Weights to fit: ``lost``, those that lost inputs; ``stream``, also those whose output is added to a value
+        that changed, such as the output projections of attention after an MLP that shrank; ``all``, also those that
+        only read such a value.""",
+    )
+
+    def cost(self, samples: int) -> PassCost:
+        """The dense and the masked graph side by side, with all samples in memory; solving takes as long again."""
+        taken = min(self.samples or samples, samples)
+        return PassCost(runs=4.0 * taken, batch=2 * taken, outputs=0)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        facts = facts_of(graph_module)
+        removal = facts[Removal]
+        sites = {site.product.node: site for site in find_sites(graph_module, removal, self.reach)}
+        if not sites:
+            return PassResult(graph_module, False)
+        samples = spread(facts[Calibration].samples, self.samples)
+        batches, places = self._share(graph_module, samples)
+        # outputs of the dense run by product, as far as another prune of a sweep left them; none if ops write to some
+        writing = any(map(writes, graph_module.graph.nodes))
+        key = ("products", self.batch, *samples)
+        known = {} if writing else shared(graph_module, key, dict[str, list[torch.Tensor]])
+        targets = {node: known[node.name] for node in sites if node.name in known}
+        read = [node for site in sites.values() for node in site.reads]
+        run = PairedRuns(graph_module, removal, batches, places, targets, read)
+        for node, site in sites.items():
+            if site.picked is not None:  # the fit reads these, although the product itself does not
+                run.keep_until(site.picked.weight, node)
+                run.keep_until(site.picked.index, node)
+        with torch.no_grad():
+            # no more than the number of sites, so that the graph does not run on after the last weight
+            reached = itertools.islice((sites[node] for node in run if node in sites), len(sites))
+            for site in tracked(reached, self.name, len(sites)):
+                outputs = [one.env[site.product.node] for one in run.dense]
+                name = site.product.node.name
+                if not writing and name not in known and claim(outputs, device_of(graph_module)):
+                    known[name] = outputs
+                for node, value in self._fit_or_resume(graph_module, site, run).items():
+                    write_values(graph_module, str(node.target), value)
+                    run.rerun_masked(node)
+                if site.picked is not None:
+                    run.rerun_masked(site.picked.node)
+        add_note(graph_module, f"{len(sites)} weights were fitted by {self.name.replace('-', ' ')}")
+        return PassResult(graph_module, True)
+
+    def _share(
+        self, graph_module: fx.GraphModule, samples: Sequence[Sample]
+    ) -> tuple[list[dict[str, Any]], list[tuple[list[int], int]]]:
+        """This process's samples of each batch, stacked, and their places in the whole batches."""
+        check_enough(samples)
+        whole = list(batch_indices(samples, graph_module, self.batch))
+        batches, places = [], []
+        mine = deal([(number, place) for number, batch in enumerate(whole) for place in range(len(batch))])
+        for number, pairs in itertools.groupby(mine, itemgetter(0)):
+            there = [place for _, place in pairs]
+            batches.append(batched([samples[whole[number][place]] for place in there], graph_module))
+            places.append((there, len(whole[number])))
+        return batches, places
+
+    def _fit_or_resume(
+        self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns
+    ) -> Mapping[fx.Node, torch.Tensor]:
+        known = cached(f"{site.name}.fit")
+        if known is not None:
+            nodes = {str(node.target): node for node in graph_module.graph.nodes}
+            return {nodes[name]: value for name, value in load_file(known).items()}
+        release_freed()
+        home = device_of(graph_module)
+        fitted = self.fitted(graph_module, site, run)
+        found = {node: to_device(value.contiguous(), home) for node, value in fitted.items()}
+        with caching(f"{site.name}.fit") as file:
+            if file is not None:
+                save_file({str(node.target): value for node, value in found.items()}, file)
+        return found
+
+    @abstractmethod
+    def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
+        """The whole weight of ``site``, its kept inputs fitted, by the node that reads it; and its bias if fitted."""
+
 
 _LADDER = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _FIRST = 3
@@ -51,23 +334,11 @@ class FitMoments:
     product: torch.Tensor
     free: bool = False
 
-    @classmethod
-    def empty(cls, weight: torch.Tensor, free: bool = False) -> FitMoments:
-        """Zeros for a weight ``(out, in)``, with a constant beside its inputs if ``free``."""
-        rows, columns = weight.shape
-        columns += free
-        square, product = (weight.new_zeros(columns, size, dtype=torch.float64) for size in (columns, rows))
-        return cls(square, product, free)
-
     def add(self, X: torch.Tensor, D: torch.Tensor) -> None:
         X = torch.cat((X, X.new_ones(len(X), 1)), dim=1) if self.free else X
         X = X.double()  # of products in float32 the rounding depends on the batches, and a fit may amplify it
         self.square.addmm_(X.T, X)
         self.product.addmm_(X.T, D.double())
-
-    def merge(self, other: FitMoments) -> None:
-        self.square.add_(other.square)
-        self.product.add_(other.product)
 
     def solve(self, damping: Damping, scale: torch.Tensor | None = None) -> torch.Tensor:
         """The change of the weight, transposed: ``(in, out)``; zero if the damping is infinite.
@@ -99,10 +370,6 @@ class FitMoments:
         """The squared error on these tokens after a change of the weight, minus the error without it."""
         return float(((self.square @ change - 2 * self.product) * change).sum())
 
-    def error_on(self, other: FitMoments, damping: Damping) -> float:
-        """The error on the tokens of ``other`` after the change that fits these tokens."""
-        return other.error(self.solve(damping))
-
 
 @dataclass(frozen=True)
 class StackedMoments:
@@ -131,14 +398,16 @@ class StackedMoments:
 
     def merge(self, other: StackedMoments) -> None:
         for mine, others in zip(self.of_each, other.of_each, strict=True):
-            mine.merge(others)
+            mine.square.add_(others.square)
+            mine.product.add_(others.product)
 
     def is_finite(self) -> bool:
         return all(bool(m.square.isfinite().all() and m.product.isfinite().all()) for m in self.of_each)
 
     def solve(self, damping: Damping, dtype: torch.dtype) -> torch.Tensor:
         """The changes of the weights, each transposed: ``(matrices, in, out)``; of those of other processes, zeros."""
-        found = torch.zeros(len(self.of_each), *self.of_each[0].product.shape, dtype=dtype, device=self._device)
+        one = self.of_each[0].product
+        found = one.new_zeros(len(self.of_each), *one.shape, dtype=dtype)
         for i, change in self._changes(damping):
             found[i] = change
         return found
@@ -146,10 +415,6 @@ class StackedMoments:
     def error_on(self, other: StackedMoments, damping: Damping) -> float:
         """The sum of the errors on the tokens of ``other``, of each matrix from the process that has its change."""
         return sum(gathered([other.of_each[i].error(change) for i, change in self._changes(damping)]))
-
-    @property
-    def _device(self) -> torch.device:
-        return self.of_each[0].product.device
 
     def _changes(self, damping: Damping) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield this process's matrices by number, each with its change: of all at once they take much memory."""
@@ -160,36 +425,33 @@ class StackedMoments:
             yield i, self.of_each[i].solve(damping, scale)
 
 
-def best_damping(front: FitMoments | StackedMoments, back: FitMoments | StackedMoments) -> Damping:
+def best_damping(front: StackedMoments, back: StackedMoments) -> Damping:
     """The damping with which a fit on ``front`` does best on ``back``; infinite if none does better than no change.
 
     The strengths of each kind are tried from the middle of the ladder, in the direction that improves. Processes share
     the matrices, or the kinds if there is one matrix.
     """
-    kinds = (False, True)
-    if isinstance(front, StackedMoments) and isinstance(back, StackedMoments) and len(front.of_each) == 1:
-        one, other = front.of_each[0], back.of_each[0]
-        climbs = gathered([list(_climb(one, other, each)) for each in deal(kinds)])
-    else:
-        climbs = [list(_climb(front, back, each)) for each in kinds]
+    alone = len(front.of_each) == 1
+
+    def error(damping: Damping) -> float:
+        return back.of_each[0].error(front.of_each[0].solve(damping)) if alone else front.error_on(back, damping)
+
+    def climb(each: bool) -> list[tuple[float, Damping]]:
+        ladder = [Damping(strength, each) for strength in _LADDER]
+        found = [(error(ladder[_FIRST]), ladder[_FIRST])]
+        for downwards in (ladder[_FIRST + 1 :], ladder[:_FIRST][::-1]):
+            tried = len(found)
+            for damping in downwards:
+                here = error(damping)
+                if not here < found[-1][0]:
+                    break
+                found.append((here, damping))
+            if len(found) > tried:
+                break
+        return found
+
+    climbs = gathered([climb(each) for each in deal((False, True))]) if alone else [climb(False), climb(True)]
     return min([(0.0, Damping(float("inf"))), *itertools.chain(*climbs)], key=lambda pair: pair[0])[1]
-
-
-def _climb(
-    front: FitMoments | StackedMoments, back: FitMoments | StackedMoments, each: bool
-) -> Iterator[tuple[float, Damping]]:
-    def error(place: int) -> float:
-        return front.error_on(back, Damping(_LADDER[place], each))  # type: ignore[arg-type]
-
-    best = error(_FIRST)
-    yield best, Damping(_LADDER[_FIRST], each)
-    for step in (1, -1):
-        place, least = _FIRST + step, best
-        while 0 <= place < len(_LADDER) and (found := error(place)) < least:
-            yield found, Damping(_LADDER[place], each)
-            place, least = place + step, found
-        if least < best:
-            return
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +484,6 @@ class LeastSquaresPass(FitPass):
     """
 
     name: ClassVar[str] = "least-squares"
-    reads_targets_alone: ClassVar[bool] = True
 
     damping: float | None = argument(
         None,
@@ -241,7 +502,7 @@ class LeastSquaresPass(FitPass):
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
         W = site.matrices(graph_module, run)
         w = W[..., site.kept]
-        added = site.bias if self.bias else None
+        added = site.added if self.bias and site.bias else None
         front, back = (StackedMoments.empty(w, added is not None) for _ in range(2))
         for matrix, X, y, held in fit_data(site, run):
             D = y - X @ w[matrix].T
@@ -260,7 +521,7 @@ class LeastSquaresPass(FitPass):
         del back
         change = front.solve(damping, w.dtype).mT
         broadcast_dealt(change)
-        found = {site.weight: site.weight_of(W.index_copy(2, site.kept, w + change[..., : w.shape[2]]))}
+        found = {site.product.weight: site.weight_of(W, w + change[..., : w.shape[2]])}
         if added is not None:
             old = get_tensor(graph_module, str(added.target)).detach().to(change.device)
             found[added] = (old.to(change.dtype) + change[0, :, -1]).to(old.dtype)
@@ -284,7 +545,6 @@ class RotationPass(FitPass):
     """
 
     name: ClassVar[str] = "rotation"
-    reads_targets_alone: ClassVar[bool] = True
 
     damping: float = argument(
         0.1,
@@ -312,4 +572,4 @@ class RotationPass(FitPass):
             left, _, right = torch.linalg.svd(both[matrix])
             rotated[matrix] = (left @ right).to(w.dtype) @ w[matrix]
         broadcast_dealt(rotated)
-        return {site.weight: site.weight_of(W.index_copy(2, site.kept, rotated))}
+        return {site.product.weight: site.weight_of(W, rotated)}

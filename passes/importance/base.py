@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -61,8 +60,14 @@ class ImportancePass(Pass):
         if known is not None:
             facts.put(Scores.load(known))
             return PassResult(graph_module, False)
-        with _kept_gradients(graph_module):
+        # a criterion may call ``backward``, and the gradients of parameters are those of the user's model
+        gradients = [(tensor, tensor.grad) for _, tensor in weights(graph_module) if tensor.is_leaf]
+        try:
             found: Any = self.score(graph_module, facts[Groups].of_kinds(self.kinds))
+        finally:
+            for tensor, gradient in gradients:
+                if tensor.grad is not gradient:
+                    tensor.grad = gradient
         if not isinstance(found, Scores):
             raise PassError(f"`score` gave {format_value(found)}", where=f"pass {self.name}", remedy="Return Scores")
         found.check(facts[Groups], f"Let {self.name} give a finite score for each unit, or check weights and samples")
@@ -99,18 +104,6 @@ def check_positions(found: Any, sizes: Mapping[tuple[str, int], int], criterion:
         if not isinstance(value, torch.Tensor) or value.shape != (size,) or value.is_complex():
             what = f"`positions` gave {format_value(value)} for {place}, not a tensor of {size} scores"
             raise PassError(what, where=f"pass {criterion}", remedy="Give a real number for each position")
-
-
-@contextmanager
-def _kept_gradients(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Restore the gradients of parameters, which are those of the user's model: a criterion may call ``backward``."""
-    held = [(tensor, tensor.grad) for _, tensor in weights(graph_module) if tensor.is_leaf]
-    try:
-        yield
-    finally:
-        for tensor, gradient in held:
-            if tensor.grad is not gradient:
-                tensor.grad = gradient
 
 
 def axis_sums(value: torch.Tensor, axis: int) -> torch.Tensor:

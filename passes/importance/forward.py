@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import Factor, factors, unit_index
+from fxprune.axes import Factor, Index, factors, unit_index
 from fxprune.data.calibration import Calibration, Sample, batch_indices, spread
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.groups import Consumer, Group, Groups, as_kinds, consumers_of, find_consumers
@@ -137,6 +137,23 @@ class ForwardImportancePass(ImportancePass):
             require_finite(found[consumer.source, consumer.dim].squares, consumer.name)
         return {consumer: found[consumer.source, consumer.dim] for consumer in consumers}
 
+    def _by_weight(
+        self,
+        graph_module: fx.GraphModule,
+        names: Set[str],
+        score: Callable[[str, torch.Tensor, Mapping[int, Sequence[Moments]]], Positions],
+    ) -> Positions:
+        """Scores of weights, given the moments of their inputs by contracted axis; each process reads its weights."""
+        axes = facts_of(graph_module)[Dependencies].axes
+        consumers = [c for c in find_consumers(graph_module.graph, axes) if c.name in names]
+        uses: dict[str, dict[int, list[Moments]]] = {}
+        for consumer, moments in self.moments(graph_module, consumers).items():
+            uses.setdefault(consumer.name, {}).setdefault(consumer.axis, []).append(moments)
+        mine = [
+            score(name, get_tensor(graph_module, name).detach(), uses.get(name, {})) for name in deal(sorted(names))
+        ]
+        return dict(item for found in gathered(mine) for item in found.items())
+
     def consumers(
         self, graph_module: fx.GraphModule, groups: Sequence[Group]
     ) -> list[tuple[Group, tuple[Consumer, ...]]]:
@@ -196,21 +213,15 @@ class WandaImportancePass(ForwardImportancePass):
         return super().score(graph_module, groups)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        axes = facts_of(graph_module)[Dependencies].axes
-        names = {name for name, _ in wanted}
-        consumers = [c for c in find_consumers(graph_module.graph, axes) if c.name in names]
-        uses: dict[str, dict[int, list[Moments]]] = {}
-        for consumer, moments in self.moments(graph_module, consumers).items():
-            uses.setdefault(consumer.name, {}).setdefault(consumer.axis, []).append(moments)
-        found: Positions = {}
-        for name in deal(sorted(names)):  # each process reads its weights alone
-            weight = get_tensor(graph_module, name).detach().float().abs()
-            for axis, there in uses.get(name, {}).items():
+        def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[Moments]]) -> Positions:
+            weight = weight.float().abs()
+            for axis, there in uses.items():
                 squares = torch.stack([moments.squares for moments in there]).sum(0)
                 rms = (squares / max(sum(moments.count for moments in there), 1)).sqrt().float().to(weight.device)
                 weight = weight * rms.view(-1, *[1] * (weight.dim() - axis - 1))
-            found.update({key: axis_sums(weight, key[1]) for key in wanted if key[0] == name})
-        return dict(item for items in gathered([list(found.items())]) for item in items)
+            return {key: axis_sums(weight, key[1]) for key in wanted if key[0] == name}
+
+        return self._by_weight(graph_module, {name for name, _ in wanted}, score)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,20 +254,16 @@ class FlapImportancePass(ForwardImportancePass):
         return Scores({name: (row - row.mean()) / (row.std() or 1.0) for name, row in scores.units.items()})
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        axes = facts_of(graph_module)[Dependencies].axes
-        consumers = [c for c in find_consumers(graph_module.graph, axes) if (c.name, c.axis) in wanted]
-        found: Positions = {}
-        moments_of = self.moments(graph_module, consumers)
-        names = dict.fromkeys(consumer.name for consumer in moments_of)
-        mine = set(deal(list(names)))  # each process reads its weights alone
-        for consumer, moments in moments_of.items():
-            if consumer.name not in mine:
-                continue
-            key = (consumer.name, consumer.axis)
-            columns = axis_sums(get_tensor(graph_module, key[0]).detach().double().square(), key[1])
-            score = moments.variance * columns.to(moments.sums.device)
-            found[key] = found[key] + score if key in found else score
-        return dict(item for items in gathered([list(found.items())]) for item in items)
+        def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[Moments]]) -> Positions:
+            found: Positions = {}
+            for axis, there in uses.items():
+                columns = axis_sums(weight.double().square(), axis)
+                for moments in there:
+                    value = moments.variance * columns.to(moments.sums.device)
+                    found[name, axis] = found[name, axis] + value if (name, axis) in found else value
+            return found
+
+        return self._by_weight(graph_module, {name for name, _ in wanted}, score)
 
 
 @dataclass
@@ -265,16 +272,14 @@ class _GatedOutputs:
 
     Args:
         width: the axis of ``value`` with the outputs of one expert for one token.
-        experts: its axis of experts; None if rows are those of routed tokens.
-        unit: the expert of each position of that axis.
+        experts: its axis of experts, and the expert of each position; None if rows are those of routed tokens.
         routing: the expert of each row; None if an axis holds the experts.
         sums: of the norms of each expert, and its number of tokens: ``(2, experts)``.
     """
 
     value: fx.Node
     width: int
-    experts: int | None
-    unit: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+    experts: tuple[int, Index] | None
     routing: fx.Node | None
     sums: np.ndarray[tuple[int, int], np.dtype[np.float64]]
     rows: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -284,9 +289,9 @@ class _GatedOutputs:
             self.rows = value
             return
         norms = value.double().norm(dim=self.width, keepdim=True)
-        if self.experts is not None and self.unit is not None:
-            by_expert = norms.movedim(self.experts, 0).flatten(1)
-            index = torch.from_numpy(self.unit).to(value.device)[:, None].expand_as(by_expert)
+        if self.experts is not None:
+            by_expert = norms.movedim(self.experts[0], 0).flatten(1)
+            index = torch.from_numpy(self.experts[1]).to(value.device)[:, None].expand_as(by_expert)
         else:
             by_expert, index = norms.flatten(), self.rows.flatten()
         routed = by_expert > 0
@@ -351,12 +356,10 @@ def _gated_outputs(group: Group, consumers: Sequence[Consumer], axes: AxisMap) -
         inner = [expr for expr in weight if group.factor not in factors(expr)]
         exprs = axes.tensors[tensor_name(value)]
         width = [i for i, expr in enumerate(exprs) if expr in inner]
-        experts = [i for i, expr in enumerate(exprs) if group.factor in factors(expr)]
+        experts = [(i, unit_index(expr, group.factor)) for i, expr in enumerate(exprs) if group.factor in factors(expr)]
         routing = None if experts else _routing(consumer, group.factor, axes)
         if len(width) == 1 and len(experts) <= 1 and (experts or routing):
-            unit = unit_index(exprs[experts[0]], group.factor) if experts else None
-            sums = np.zeros((2, group.size))
-            return _GatedOutputs(value, width[0], experts[0] if experts else None, unit, routing, sums)
+            return _GatedOutputs(value, width[0], experts[0] if experts else None, routing, np.zeros((2, group.size)))
     return None
 
 

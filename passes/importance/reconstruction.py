@@ -5,7 +5,7 @@ The score of a unit is what its consumers lose that a fit of the units that stay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxprune.axes import Index
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, units_at
 from fxprune.errors import CalibrationError
@@ -21,13 +22,11 @@ from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import get_tensor
 from fxprune.offload.ranks import all_reduce, deal, gathered
 from fxprune.pipeline.arguments import Memory, argument
-from fxprune.removal.removal import Scores
+from fxprune.removal.removal import Array, Scores
 
 from .base import memory_limit, require_finite, usable_bytes
 from .forward import ForwardImportancePass, Place
 
-Units = np.ndarray[tuple[int], np.dtype[np.int64]]
-Costs = np.ndarray[tuple[int], np.dtype[np.float64]]
 Grams = dict[Place, torch.Tensor]
 Work = tuple[Group, tuple[Consumer, ...]]
 
@@ -45,11 +44,11 @@ class FittedProduct:
 
     inverse: torch.Tensor
     weight: torch.Tensor
-    unit: Units
+    unit: Index
     count: int
 
     @classmethod
-    def of(cls, square: torch.Tensor, weight: torch.Tensor, unit: Units, count: int, ridge: float) -> FittedProduct:
+    def of(cls, square: torch.Tensor, weight: torch.Tensor, unit: Index, count: int, ridge: float) -> FittedProduct:
         """From ``X' X``, with a ridge in units of its mean diagonal."""
         damped = square.double().clone()
         # the tiny number keeps inputs that are all zero from making the matrix singular
@@ -77,7 +76,7 @@ class FittedProduct:
             found[torch.from_numpy(mine).to(found.device)] = (rows * solved).sum((1, 2))
         return found
 
-    def remove(self, units: Units) -> None:
+    def remove(self, units: Index) -> None:
         gone = torch.from_numpy(np.flatnonzero(np.isin(self.unit, units))).to(self.weight.device)
         columns = self.inverse[:, gone]
         solved = _solve(self.inverse[gone][:, gone], torch.cat((columns.T, self.weight[gone]), 1))
@@ -96,28 +95,42 @@ def _solve(blocks: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(blocks))
 
 
-def removal_costs(products: Sequence[FittedProduct], steps: int) -> Costs:
+def removal_costs(products: Sequence[FittedProduct], steps: int) -> Array:
     """Costs ``(units,)`` in the order of removal, made increasing.
 
     Each turn removes the same number of units, at least one: those with the lowest cost, summed over all products.
     """
-    left, order, costs = np.arange(products[0].count), [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-    each = max(1, -(-len(left) // steps))
-    while len(left):
+
+    def take(left: Index, each: int) -> tuple[Index, Array]:
         found = torch.stack([product.costs() for product in products]).sum(0).cpu().numpy()[left]
         picked = np.argsort(found, kind="stable")[:each]
-        order.append(left[picked])
-        costs.append(found[picked])
         if len(picked) < len(left):
             for product in products:
                 product.remove(left[picked])
-        left = np.delete(left, picked)
-    scores = np.zeros(products[0].count)
-    scores[np.concatenate(order)] = increasing_costs(np.concatenate(costs))
+        return left[picked], found[picked]
+
+    return costs_in_turn(products[0].count, steps, take)
+
+
+def costs_in_turn(
+    count: int, steps: int, take: Callable[[Index, int], tuple[Index, Array]], floor: float = 0.0
+) -> Array:
+    """Costs ``(units,)`` of units removed in turns, the same number in each, made increasing from ``floor`` on.
+
+    ``take`` is given the units left and how many to remove, and returns those it removed, in order, and their costs.
+    """
+    left: Index = np.arange(count)
+    turns: list[tuple[Index, Array]] = [(np.zeros(0, dtype=np.int64), np.zeros(0))]
+    while len(left):
+        turns.append(take(left, max(1, -(-count // steps))))
+        left = np.setdiff1d(left, turns[-1][0], assume_unique=True)
+    order, costs = (np.concatenate(parts) for parts in zip(*turns, strict=True))
+    scores = np.zeros(count)
+    scores[order] = increasing_costs(costs, floor)
     return scores
 
 
-def increasing_costs(costs: Costs, floor: float = 0.0) -> Costs:
+def increasing_costs(costs: Array, floor: float = 0.0) -> Array:
     """Costs in the order of removal, made increasing from ``floor`` on, so that sorting by them gives that order."""
     largest = np.maximum.accumulate(np.maximum(costs, floor))
     # a millionth more from first to last breaks ties
@@ -157,7 +170,7 @@ class ReconstructionImportancePass(ForwardImportancePass):
     )
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        units: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+        units: dict[str, Array] = {}
         axes = facts_of(graph_module)[Dependencies].axes
         tokens = sum(sample.labels.numel() for sample in self.calibration(graph_module))
         for chunk in self._chunks(graph_module, groups):

@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx
 
+from fxprune.axes import Index
 from fxprune.data.calibration import Calibration, Sample, batched, clear_sample_errors, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, Groups, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import device_of, find_nonfinite, get_tensor, require_weights, weights
+from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
 from fxprune.masking.masked_run import GatedRun, spread_gates
 from fxprune.masking.objective import sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
@@ -32,14 +33,14 @@ from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
 from fxprune.pipeline.arguments import Memory, Order, argument
 from fxprune.pipeline.contract import PassCost, tracked
-from fxprune.removal.removal import Scores
+from fxprune.removal.removal import Array, Scores
 from fxprune.rules.products import LoneProduct, lone_products
 from fxprune.rules.registry import writes, written_sources
 from fxprune.trace.fidelity import require_gradients
 
 from .base import ImportancePass, Positions, axis_sums, memory_limit, parts_within
 from .forward import ForwardImportancePass
-from .reconstruction import Costs, increasing_costs
+from .reconstruction import costs_in_turn
 
 Axes = Mapping[str, list[int]]
 """The axes of each parameter that scores are wanted for."""
@@ -60,24 +61,22 @@ class RecordedProduct:
     """
 
     product: LoneProduct
-    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
+    pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def record(self, sample: int, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Record the inputs now, and the gradient of ``output`` when it arrives; return the tensor to continue with."""
         output = output if output.requires_grad else output.detach().requires_grad_()
 
         def receive(gradient: torch.Tensor) -> None:
-            self.inputs[sample], self.gradients[sample] = inputs.detach(), gradient
+            self.pairs[sample] = inputs.detach(), gradient
 
         output.register_hook(receive)
         return output
 
     def weight_gradients(self, rows: slice) -> Iterator[torch.Tensor]:
         """Yield some rows of the gradient of the weight in float32, for each sample that has one."""
-        for sample, gradient in self.gradients.items():
-            pair = gradient, self.inputs[sample]
-            given, read = (value.reshape(-1, value.shape[-1]).float() for value in pair)
+        for pair in self.pairs.values():
+            read, given = (value.reshape(-1, value.shape[-1]).float() for value in pair)
             first, second = (given, read) if self.product.axis == 1 else (read, given)
             yield first[:, rows].T @ second
 
@@ -99,56 +98,45 @@ def count_tokens(samples: Sequence[Sample]) -> int:
 
 
 @dataclass
-class _SliceSums:
-    """Slice sums of ``w * g_s`` or of ``w * g_s ** 2 * w`` over samples ``s``; nothing is kept by element."""
+class _Sums:
+    """What scores are made of, summed over samples ``s``, by name of the weight.
+
+    For ``vector`` and ``second`` these are slice sums of ``w * g_s`` or of ``w * g_s ** 2 * w`` for each axis, and
+    nothing is kept by element; for the others, gradients by element, and for ``mix`` their squares.
+    """
 
     order: Order
     axes: Axes
     samples: int
-    slices: Positions = field(default_factory=dict)
+    kept: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        value = weight * gradient if self.order == "vector" else (weight * gradient).square()
-        for axis in self.axes[name]:
-            part = axis_sums(value, axis) / self.samples
-            self.slices[name, axis] = self.slices[name, axis] + part if (name, axis) in self.slices else part
+        kept = self.kept.get(name)
+        if not _KEPT[self.order]:
+            value = weight * gradient if self.order == "vector" else (weight * gradient).square()
+            parts = [axis_sums(value, axis) / self.samples for axis in self.axes[name]]
+            self.kept[name] = parts if kept is None else [a + b for a, b in zip(kept, parts, strict=True)]
+        elif kept is None:
+            self.kept[name] = [gradient.clone(), *([gradient.square()] if self.order == "mix" else ())]
+        else:
+            kept[0].add_(gradient)
+            for squares in kept[1:]:
+                squares.addcmul_(gradient, gradient)  # without a temporary for the square
 
     def all_reduce(self) -> None:
-        all_reduce(self.slices[place] for place in sorted(self.slices))
+        all_reduce(tensor for name in sorted(self.kept) for tensor in self.kept[name])
 
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        return {key: value.abs() for key, value in self.slices.items()}
-
-
-@dataclass
-class _ElementSums:
-    """Sums of gradients by element, and for ``mix`` of their squares; slices are summed once all samples are in."""
-
-    order: Order
-    axes: Axes
-    samples: int
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    squares: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient.clone()
-        if self.order == "mix" and name in self.squares:
-            self.squares[name].addcmul_(gradient, gradient)  # without a temporary for the square
-        elif self.order == "mix":
-            self.squares[name] = gradient.square()
-
-    def all_reduce(self) -> None:
-        for sums in (self.gradients, self.squares):
-            all_reduce(sums[name] for name in sorted(sums))
-
-    def finish(self, values: Mapping[str, torch.Tensor]) -> Positions:
-        found: Positions = {}
-        for name, axes in self.axes.items():
-            if name not in self.gradients:  # no loss reads it
-                continue
-            saliency = self._saliency(name, values[name].detach().float())
-            found.update({(name, axis): axis_sums(saliency, axis) for axis in axes})
-        return found
+    def finish(self, name: str, weight: torch.Tensor) -> Positions:
+        """The slice scores of a weight, or of some rows of it, whose sums are freed; none if no loss reads it."""
+        kept, axes = self.kept.pop(name, ()), self.axes[name]
+        if not kept:
+            return {}
+        if not _KEPT[self.order]:
+            return {(name, axis): sums.abs() for axis, sums in zip(axes, kept, strict=True)}
+        w, means = weight.detach().float(), [sums.div_(self.samples) for sums in kept]
+        change = means[0] if self.order == "first" else means[0] - means[1].mul_(w).mul_(0.5)
+        saliency = (w * change).abs_()
+        return {(name, axis): axis_sums(saliency, axis) for axis in axes}
 
     def by_rows(
         self, name: str, weight: torch.Tensor, gradients: Callable[[slice], Iterable[torch.Tensor]]
@@ -161,29 +149,15 @@ class _ElementSums:
             rows = slice(start, start + step)
             values = weight[rows].detach().float()
             # all processes reduce the same tensors, whether gradients arrive in each of them or not
-            self.gradients[name] = torch.zeros_like(values)
-            if self.order == "mix":
-                self.squares[name] = torch.zeros_like(values)
+            self.kept[name] = [torch.zeros_like(values) for _ in range(_KEPT[self.order])]
             for gradient in gradients(rows):
                 self.add(name, values, gradient)
             self.all_reduce()
-            saliency = self._saliency(name, values)
-            for axis in self.axes[name]:
-                part, before = axis_sums(saliency, axis), found.get((name, axis))
-                joined = part if before is None else torch.cat((before, part)) if axis == 0 else before + part
-                found[name, axis] = joined
+            for place, part in self.finish(name, values).items():
+                before = found.get(place)
+                joined = part if before is None else torch.cat((before, part)) if place[1] == 0 else before + part
+                found[place] = joined
         return found
-
-    def _saliency(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The saliency of each element of a weight, or of some rows of it; frees its sums."""
-        g = self.gradients.pop(name).div_(self.samples)
-        if self.order == "first":
-            return (weight * g).abs_()
-        h = self.squares.pop(name).div_(self.samples)
-        return (weight * (g - h.mul_(weight).mul_(0.5))).abs_()
-
-
-_Sums = _SliceSums | _ElementSums
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,19 +205,8 @@ class TaylorImportancePass(ImportancePass):
         for name, axis in wanted:
             axes.setdefault(name, []).append(axis)
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
-        tokens = count_tokens(samples)
-        costs, recorded = self._costs(graph_module, axes, tokens)
-        parts = parts_within(self.memory, graph_module, costs, tokens)
-        # of a weight that no loss reads, as of a layer behind the one that is used
-        zeros = {(name, axis): torch.zeros(get_tensor(graph_module, name).shape[axis]) for name, axis in wanted}
-        return zeros | _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
-
-    def _costs(
-        self, graph_module: fx.GraphModule, axes: Axes, tokens: int
-    ) -> tuple[dict[str, float], dict[str, LoneProduct]]:
-        """Bytes kept for each weight, itself included if it is prefetched, and the products that are recorded."""
-        tensors = dict(weights(graph_module))
-        kept = _KEPT[self.order]
+        tokens, tensors, kept = count_tokens(samples), dict(weights(graph_module)), _KEPT[self.order]
+        # bytes kept for each weight, itself included if it is prefetched
         costs = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
         recorded: dict[str, LoneProduct] = {}
         for name, product in recordable_products(graph_module).items() if kept else ():
@@ -252,7 +215,10 @@ class TaylorImportancePass(ImportancePass):
                 recorded[name], costs[name] = product, activations
         if current_prefetcher() is not None:
             costs = {name: costs.get(name, 0.0) + tensor.nbytes for name, tensor in tensors.items()}
-        return costs, recorded
+        parts = parts_within(self.memory, graph_module, costs, tokens)
+        # of a weight that no loss reads, as of a layer behind the one that is used
+        zeros = {(name, axis): torch.zeros(tensors[name].shape[axis]) for name, axis in wanted}
+        return zeros | _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
 
 
 class _GradientSweep:
@@ -316,7 +282,7 @@ class _GradientSweep:
             mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
             records = [self.recorded[name] for name in mine if name in self.recorded]
             summed = {name: mine[name] for name in mine if name not in self.recorded}
-            sums = (_ElementSums if _KEPT[self.order] else _SliceSums)(self.order, summed, self.total)
+            sums = _Sums(self.order, summed, self.total)
             watch = partial(self._hooks, records)
             for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss, watch):
                 if sample < len(self.samples) - 1:
@@ -362,13 +328,14 @@ class _GradientSweep:
             weight = self.runs.tensor(name).detach().float()
             sums.add(name, weight, to_device(self.late.pop((name, sample)), weight.device))
         sums.all_reduce()
-        found = sums.finish({name: self.runs.tensor(name) for name in sums.axes})
+        found: Positions = {}
+        for name in sums.axes:
+            found |= sums.finish(name, self.runs.tensor(name))
         for recorded in records:
             name = recorded.product.name
-            rows = _ElementSums(self.order, {name: self.axes[name]}, self.total)
-            found.update(rows.by_rows(name, self.runs.tensor(name), recorded.weight_gradients))
-            recorded.inputs.clear()
-            recorded.gradients.clear()
+            rows = _Sums(self.order, {name: self.axes[name]}, self.total)
+            found |= rows.by_rows(name, self.runs.tensor(name), recorded.weight_gradients)
+            recorded.pairs.clear()
         return {place: to_device(value, self.home) for place, value in found.items()}
 
     def _save(self, number: int, found: Positions) -> None:
@@ -383,7 +350,8 @@ class _GradientSweep:
             late = {f"late {name}": value for (name, one), value in self.late.items() if one == sample}
             _cache_tensors(f"{self._gradients(number)}/{place}.safetensors", gradients | late, own=True)
         barrier()
-        _cache_tensors(self._part(number), {f"score {axis} {name}": value for (name, axis), value in found.items()})
+        scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}
+        _cache_tensors(f"part-{self.cut}-{number}.safetensors", scores)
         if self.saved is not None:
             uncache(self._gradients(self.saved))
         self.saved = number
@@ -391,19 +359,31 @@ class _GradientSweep:
     def _resume(self) -> tuple[int, Positions]:
         """The number of parts left to run, and the scores of those that an interrupted run has finished."""
         found: Positions = {}
-        left = len(self.parts)
         for number in reversed(range(len(self.parts))):
-            file = cached(self._part(number))
+            file = cached(f"part-{self.cut}-{number}.safetensors")
             if file is None:
                 continue
-            left = self.saved = number
+            self.saved = number
             for key, value in load_file(file).items():
                 _, axis, name = key.split(" ", 2)
                 found[name, int(axis)] = value
-        if self.saved is not None:
-            for sample, place in enumerate(self.numbers):
-                self._take_gradients(sample, f"{self._gradients(self.saved)}/{place}.safetensors")
-        return left, found
+        if self.saved is None:
+            return len(self.parts), found
+        for sample, place in enumerate(self.numbers):
+            name = f"{self._gradients(self.saved)}/{place}.safetensors"
+            file = cached(name, own=True)
+            if file is None:
+                what, remedy = f"{name} is missing", "Delete the folder of the unfinished run, and start again"
+                raise CalibrationError(what, where="the run to resume", remedy=remedy)
+            gradients = {}
+            for key, value in load_file(file).items():
+                kind, _, of = key.partition(" ")
+                if kind == "late":
+                    self.late[of, sample] = value
+                else:
+                    gradients[of] = value
+            self.runs.take_gradients(sample, gradients)
+        return self.saved, found
 
     @cached_property
     def cut(self) -> str:
@@ -411,25 +391,9 @@ class _GradientSweep:
         nodes = repr([list(map(str, part.nodes)) for part in self.parts])
         return hashlib.sha256(nodes.encode()).hexdigest()[:8]
 
-    def _part(self, number: int) -> str:
-        """The cached file of the scores of a part."""
-        return f"part-{self.cut}-{number}.safetensors"
-
     def _gradients(self, number: int) -> str:
         """The cached folder of the gradients that parts before a part need: a file a sample, by its number."""
         return f"gradients-{self.cut}-{number}"
-
-    def _take_gradients(self, sample: int, name: str) -> None:
-        file = cached(name, own=True)
-        if file is None:
-            what, remedy = f"{name} is missing", "Delete the folder of the unfinished run, and start again"
-            raise CalibrationError(what, where="the run to resume", remedy=remedy)
-        kinds: dict[str, dict[str, torch.Tensor]] = {"gradient": {}, "late": {}}
-        for key, value in load_file(file).items():
-            kind, _, of = key.partition(" ")
-            kinds[kind][of] = value
-        self.runs.take_gradients(sample, kinds["gradient"])
-        self.late.update({(weight, sample): value for weight, value in kinds["late"].items()})
 
     def _loss(self, sample: int, output: Any) -> torch.Tensor:
         number, name = self.numbers[sample], TaylorImportancePass.name
@@ -496,7 +460,7 @@ class FisherImportancePass(ForwardImportancePass):
         ends = np.cumsum([0, *(prod(group.shape) for group in groups)]).tolist()
         spans = {group.name: slice(*pair) for group, pair in zip(groups, pairwise(ends), strict=True)}
         rows, costs = self._gradients(graph_module, groups, spans), np.zeros(ends[-1])
-        units: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]] = {}
+        units: dict[str, Array] = {}
         for kind in dict.fromkeys(group.kind for group in groups):
             alike = [group for group in groups if group.kind == kind]
             columns = np.r_[tuple(spans[group.name] for group in alike)]
@@ -533,23 +497,18 @@ class FisherImportancePass(ForwardImportancePass):
         return rows
 
 
-def greedy_costs(rows: torch.Tensor, shrinkage: float, steps: int) -> Costs:
+def greedy_costs(rows: torch.Tensor, shrinkage: float, steps: int) -> Array:
     """Costs ``(units,)``, increasing in the order of removal, from gradients by gates ``rows (samples, units)``."""
     samples, count = rows.shape
     alone = rows.double().square().sum(0).div_(2 * samples).cpu().numpy()
-    left, order, costs = np.arange(count), [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     removed = rows.new_zeros(samples)
-    each = max(1, -(-count // steps))
-    while len(left):
+
+    def take(left: Index, each: int) -> tuple[Index, Array]:
         together = ((removed @ rows) * ((1 - shrinkage) / samples)).clamp_min(0).double().cpu().numpy()[left]
         found = alone[left] + together
         picked = np.argpartition(found, each)[:each] if each < len(left) else np.arange(len(left))
         picked = picked[np.argsort(found[picked], kind="stable")]
-        order.append(left[picked])
-        costs.append(found[picked])
-        removed += rows[:, torch.from_numpy(left[picked]).to(rows.device)].sum(1)
-        left = np.delete(left, picked)
-    scores = np.zeros(count)
-    floor = 1e-9 * float(alone.mean()) if count else 0.0
-    scores[np.concatenate(order)] = increasing_costs(np.concatenate(costs), floor)
-    return scores
+        removed.add_(rows[:, torch.from_numpy(left[picked]).to(rows.device)].sum(1))
+        return left[picked], found[picked]
+
+    return costs_in_turn(count, steps, take, 1e-9 * float(alone.mean()) if count else 0.0)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from torch import fx
 
-from fxprune.axes import Factor, Freeze, Keep, unit_index
+from fxprune.axes import Factor, Freeze, Keep, Mask, unit_index
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.explain import frozen_in, unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
@@ -33,11 +32,10 @@ from fxprune.pipeline.arguments import EXACT, Ranking, argument, instance, numbe
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.budget import Budget, by_kind, check_budget, make_budget
 from fxprune.removal.plan import Plan, keep_of, other_model_note
-from fxprune.removal.removal import Removal, Scores
+from fxprune.removal.removal import Array, Removal, Scores
 from fxprune.removal.target import Reached
 
 T = TypeVar("T", int, float)
-Array = npt.NDArray[np.float64]
 
 Choice = tuple[int, int]
 """The option taken of a slot, and the number of its units that are removed."""
@@ -94,27 +92,18 @@ class Rounding:
 
     def step(self, group: Group) -> int:
         """The number whose multiples may stay; at most the size of the group."""
-        block = 1 if group.factor is None else self.blocks.get(group.factor, 1)
-        return min(lcm(self._rounded(group), self._shared(group), block), group.size)
-
-    def _rounded(self, group: Group) -> int:
-        number = of_kind(self.round_to, group.kind, 1)
+        rounded, devices, shared = 1, self.tensor_parallel, 1
         if isinstance(self.round_to, tuple):
-            return number
-        if group.kind == "expert" or group.factor is None:
-            return 1
-        widths = {int((unit_index(member.expr, group.factor) == 0).sum()) for member in group.parameters}
-        return lcm(*(number // gcd(number, width) for width in widths))
-
-    def _shared(self, group: Group) -> int:
-        devices = self.tensor_parallel
+            rounded = of_kind(self.round_to, group.kind, 1)
+        elif group.kind != "expert" and group.factor is not None:
+            widths = {int((unit_index(member.expr, group.factor) == 0).sum()) for member in group.parameters}
+            rounded = lcm(*(self.round_to // gcd(self.round_to, width) for width in widths))
         if group.kind == "mlp":
-            return devices
-        if group.kind != "head":
-            return 1
-        if group.outer is not None:
-            return devices // gcd(devices, group.outer.size)
-        return devices if group.size >= devices else group.size
+            shared = devices
+        elif group.kind == "head":
+            shared = min(devices, group.size) if group.outer is None else devices // gcd(devices, group.outer.size)
+        block = 1 if group.factor is None else self.blocks.get(group.factor, 1)
+        return min(lcm(rounded, shared, block), group.size)
 
 
 @dataclass(frozen=True)
@@ -203,10 +192,16 @@ def make_slots(
     chosen = [g for g in groups if g.is_of(kinds) and g.block not in protected and g.name in scores.units]
     shared: dict[tuple[str, object], list[Option]] = {}
     for group in chosen:
-        if group.factor is not None:
-            rows = np.sort(scores.units[group.name], axis=-1).reshape(-1, group.size)
-            option = Option(group.size, rounding.step(group), rows.mean(axis=0), group)
-            shared.setdefault((group.kind, _slot_key(group)), []).append(option)
+        if group.factor is None:
+            continue
+        key: object = group.factor
+        if group.kind == "head" and group.outer is not None:
+            key = group.outer
+        elif group.kind == "expert":
+            key = group.members[0].name, group.members[0].axis
+        rows = np.sort(scores.units[group.name], axis=-1).reshape(-1, group.size)
+        option = Option(group.size, rounding.step(group), rows.mean(axis=0), group)
+        shared.setdefault((group.kind, key), []).append(option)
     for options in shared.values():  # those with a choice inside each outer unit last, those with more units first
         options.sort(key=lambda option: (option.group is not None and option.group.outer is not None, -option.size))
     slots = [Slot(kind, tuple(options)) for (kind, _), options in shared.items()]
@@ -221,41 +216,29 @@ def _lies_in(path: str, part: str) -> bool:
     return not part or f".{part}." in f".{path}."
 
 
-def _is_inside(group: Group, part: str) -> bool:
-    """Whether all that a group removes lies in a module of this name."""
-    paths = [group.block or ""] if group.factor is None else [member.name for member in group.parameters]
-    return all(_lies_in(path, part) for path in paths)
+def removed_by(budget: Budget, slots: Sequence[Slot], choices: Sequence[tuple[int, float]]) -> float:
+    """What choices for some slots remove of a budget, fractional numbers of units too."""
+    return budget.removed(*left_by(slots, choices))
 
 
-def _slot_key(group: Group) -> object:
-    if group.kind == "head" and group.outer is not None:
-        return group.outer
-    return (group.members[0].name, group.members[0].axis) if group.kind == "expert" else group.factor
+def left_by(
+    slots: Sequence[Slot], choices: Sequence[tuple[int, float]]
+) -> tuple[dict[Factor, float], dict[str, float]]:
+    """The units left of each factor that shrinks, and the removed fraction of each block.
 
-
-def _make_keep(slots: Sequence[Slot], choices: Sequence[Choice], scores: Scores) -> Keep:
-    units: dict[Factor, npt.NDArray[np.bool_]] = {}
-    outer: dict[Factor, Factor] = {}
-    for slot, (i, removed) in zip(slots, choices, strict=True):
-        group = slot.options[i].group
-        if group is None or group.factor is None or not removed:
-            continue
-        lowest = np.argsort(scores.units[group.name], axis=-1, kind="stable")[..., :removed]
-        units[group.factor] = stays = np.ones_like(scores.units[group.name], dtype=bool)
-        np.put_along_axis(stays, lowest, False, axis=-1)
-        if group.outer is not None:
-            outer[group.factor] = group.outer
-    return Keep(units, outer)
-
-
-def units_left(slots: Sequence[Slot], choices: Sequence[tuple[int, float]]) -> dict[Factor, float]:
-    """The units left of each factor that shrinks, for choices with a possibly fractional number removed."""
-    left: dict[Factor, float] = {}
+    A fractional number of layers is spread over all layers of the slot.
+    """
+    units: dict[Factor, float] = {}
+    blocks: dict[str, float] = {}
     for slot, (i, removed) in zip(slots, choices, strict=True):
         group = slot.options[i].group
         if group is not None and group.factor is not None and removed:
-            left[group.factor] = group.size - removed
-    return left
+            units[group.factor] = group.size - removed
+        for number, layer in enumerate(slot.layers):
+            share = removed / len(slot.layers) if removed != int(removed) else float(number < removed)
+            if layer.block is not None and share:
+                blocks[layer.block] = share
+    return units, blocks
 
 
 @dataclass(frozen=True)
@@ -345,13 +328,9 @@ class SelectPass(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.uniform and (any(self.protect or ()) or self.ranking == "global"):
-            raise FxpruneError(
-                f"the same widths in all layers exclude $protect {listed(self.protect)} and $ranking {self.ranking}",
-                where="uniform",
-                remedy="Leave out $protect and $ranking",
-                argument="uniform",
-                value=True,
-            )
+            what = f"the same widths in all layers exclude $protect {listed(self.protect)} and $ranking {self.ranking}"
+            remedy = "Leave out $protect and $ranking"
+            raise FxpruneError(what, where="uniform", remedy=remedy, argument="uniform", value=True)
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse, before any is scored, what cannot be removed whatever the scores are."""
@@ -368,11 +347,9 @@ class SelectPass(Pass):
         groups, scores = facts[Groups], facts[Scores]
         for group in groups.of_kinds(self.kinds):
             if group.name not in scores.units:
-                raise PassError(
-                    f"there are no scores for {group.name}, of the kind {group.kind!r} that may shrink",
-                    where=f"pass {self.name}",
-                    remedy=f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]",
-                )
+                what = f"there are no scores for {group.name}, of the kind {group.kind!r} that may shrink"
+                remedy = f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]"
+                raise PassError(what, where=f"pass {self.name}", remedy=remedy)
         whole = dict[str, str]()
         with _obstacles_named(graph_module, self.kinds):
             while True:
@@ -403,15 +380,16 @@ class SelectPass(Pass):
 
     def _selection(self, graph_module: fx.GraphModule, scores: Scores) -> Selection:
         axes, groups = facts_of(graph_module)[Dependencies].axes, facts_of(graph_module)[Groups]
-        inside = Groups(tuple(group for group in groups.all if _is_inside(group, self.part)))
+
+        def is_inside(group: Group) -> bool:
+            paths = [group.block or ""] if group.factor is None else [member.name for member in group.parameters]
+            return all(_lies_in(path, self.part) for path in paths)
+
+        inside = Groups(tuple(filter(is_inside, groups.all)))
         if self.part and not inside.of_kinds(self.kinds):
-            raise PassError(
-                f"no group of $kinds {listed(self.kinds)} lies in {self.part!r}",
-                where=f"pass {self.name}",
-                remedy="Name a module that the samples reach, as in language_model",
-                argument="part",
-                value=self.part,
-            )
+            what = f"no group of $kinds {listed(self.kinds)} lies in {self.part!r}"
+            remedy = "Name a module that the samples reach, as in language_model"
+            raise PassError(what, where=f"pass {self.name}", remedy=remedy, argument="part", value=self.part)
         blocks = [block for block in axes.blocks if _lies_in(block, self.part)]
         protected = protected_blocks(blocks, () if self.uniform else self.protect)
         round_to = self.round_to
@@ -421,17 +399,26 @@ class SelectPass(Pass):
             add_note(graph_module, f"round_to={AUTO} is {round_to}, as measured on {widths.device}")
         budget = make_budget(self.budget_of(graph_module), graph_module, axes)
         rounding = Rounding(round_to, self.tensor_parallel, budget.blocks)
-        sizes = by_kind(budget, inside.of_kinds(self.kinds))
-        note = partial(add_note, graph_module)
-
         slots = self.slots_of(make_slots(inside.all, scores, self.kinds, protected, rounding), budget)
 
         def removal_for(choices: Sequence[Choice]) -> Removal:
-            layers = [group for slot, (_, n) in zip(slots, choices, strict=True) for group in slot.layers[:n]]
-            blocks = tuple(group.block for group in layers if group.block is not None)
-            return Removal(axes, groups.all, _make_keep(slots, choices, scores), blocks, self.asked, scores)
+            units: dict[Factor, Mask] = {}
+            outer: dict[Factor, Factor] = {}
+            removed_blocks: list[str] = []
+            for slot, (i, removed) in zip(slots, choices, strict=True):
+                removed_blocks += [layer.block for layer in slot.layers[:removed] if layer.block is not None]
+                group = slot.options[i].group
+                if group is None or group.factor is None or not removed:
+                    continue
+                lowest = np.argsort(scores.units[group.name], axis=-1, kind="stable")[..., :removed]
+                units[group.factor] = stays = np.ones_like(scores.units[group.name], dtype=bool)
+                np.put_along_axis(stays, lowest, False, axis=-1)
+                if group.outer is not None:
+                    outer[group.factor] = group.outer
+            return Removal(axes, groups.all, Keep(units, outer), tuple(removed_blocks), self.asked, scores)
 
-        return Selection(slots, budget, sizes, removal_for, note, graph_module)
+        sizes = by_kind(budget, inside.of_kinds(self.kinds))
+        return Selection(slots, budget, sizes, removal_for, partial(add_note, graph_module), graph_module)
 
     @property
     @abstractmethod
@@ -531,11 +518,8 @@ class PlanFromJsonPass(Pass):
 
     def check_arguments(self) -> None:
         if not self.text and not self.file:
-            raise PlanError(
-                "no plan",
-                where=f"pass {self.name}",
-                remedy="Pass text, or file with the path of what Plan.to_json wrote",
-            )
+            remedy = "Pass text, or file with the path of what Plan.to_json wrote"
+            raise PlanError("no plan", where=f"pass {self.name}", remedy=remedy)
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse a plan for another model before samples are made and read."""
@@ -554,9 +538,8 @@ class PlanFromJsonPass(Pass):
         try:
             text = self.text or Path(self.file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise PlanError(
-                f"cannot be read: {error}", where=self.file, remedy="Pass text, or the path of a plan"
-            ) from error
+            what, remedy = f"cannot be read: {error}", "Pass text, or the path of a plan"
+            raise PlanError(what, where=self.file, remedy=remedy) from error
         return Plan.from_json(text)
 
     def _removal(self, graph_module: fx.GraphModule, plan: Plan) -> Removal:

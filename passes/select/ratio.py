@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 from torch import fx, nn
@@ -24,7 +24,7 @@ from fxprune.graph.facts import facts_of
 from fxprune.graph.tensors import device_of
 from fxprune.pipeline.arguments import argument, number
 from fxprune.removal.budget import Budget, check_budget, make_budget
-from fxprune.removal.removal import Removal
+from fxprune.removal.removal import Array, Removal
 from fxprune.removal.target import (
     DEFAULT_RATIO,
     PHASES,
@@ -37,45 +37,20 @@ from fxprune.removal.target import (
 )
 
 from .base import (
-    Array,
     Choice,
-    Option,
     Selection,
     SelectPass,
     Slot,
     by_kind_or_one,
+    left_by,
     listed,
     of_kind,
-    units_left,
+    removed_by,
 )
 
 _INSIDE_BLOCKS = frozenset({"mlp", "head", "conv", "head_dim", "expert", "layer"})
 """Kinds of structures that embedding and output have no part in."""
 
-
-def dense_and_least(model: Any, kinds: Iterable[str], quantity: str, file_format: str = "") -> tuple[float, float]:
-    """The size of a model, and of its embedding and output, which is all that may stay.
-
-    Args:
-        model: a Hugging Face model.
-        kinds: of structures that may go; the second size is 0 if some are part of the embedding.
-        quantity: ``params`` or ``bytes``.
-        file_format: of the bytes of a GGUF file; the first size is then an upper bound, and the second a lower one.
-    """
-    ends = [attempt(model.get_input_embeddings), attempt(model.get_output_embeddings)]
-    inside = {bare_kind(kind) for kind in kinds} <= _INSIDE_BLOCKS
-    stay = {parameter for end in ends if inside and isinstance(end, nn.Module) for parameter in end.parameters()}
-
-    def size(parameters: Iterable[nn.Parameter], each: float) -> float:
-        sizes = ((p.numel(), p.element_size()) for p in parameters)
-        return float(sum(number * (1 if quantity == "params" else each or width) for number, width in sizes))
-
-    least = least_each(file_format) if file_format else 0.0
-    dense = float("inf") if file_format else size(model.parameters(), 0.0)
-    return dense, size(stay, least)
-
-
-_Key = TypeVar("_Key")
 
 _CLOSE = 0.005
 """The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
@@ -107,21 +82,20 @@ def _below_threshold(slots: Sequence[Slot], values: Sequence[Array], threshold: 
 class BudgetSolver:
     """Finds choices that remove the number ``target`` of parameters, or of whatever the budget counts."""
 
-    def __init__(self, selection: Selection, target: float = 0.0) -> None:
+    def __init__(self, selection: Selection, target: float) -> None:
         self.slots = selection.slots
         self.budget = selection.budget
         self.target = target
 
     def removed(self, choices: Sequence[tuple[int, float]]) -> float:
-        """Parameters removed by choices for all slots, fractional ones too."""
-        return self.budget.removed(units_left(self.slots, choices), _blocks_removed(self.slots, choices))
+        return removed_by(self.budget, self.slots, choices)
 
     def most(self) -> list[Choice]:
         """As many units as may be removed, in the option that removes most."""
         best = []
-        for index, slot in enumerate(self.slots):
+        for slot in self.slots:
             picks = [(i, option.most) for i, option in enumerate(slot.options)]
-            best.append(max(picks, key=lambda pick: self._alone(index, pick)))
+            best.append(max(picks, key=lambda pick: removed_by(self.budget, [slot], [pick])))
         return best
 
     def local(self) -> list[Choice]:
@@ -214,32 +188,10 @@ class BudgetSolver:
     def _kinds_by_unit(self) -> list[str]:
         """The kinds present, largest unit first."""
         cost: dict[str, float] = {}
-        for index, slot in enumerate(self.slots):
-            cost[slot.kind] = max(cost.get(slot.kind, 0.0), self._alone(index, (0, slot.options[0].more(0) or 0)))
+        for slot in self.slots:
+            one = removed_by(self.budget, [slot], [(0, slot.options[0].more(0) or 0)])
+            cost[slot.kind] = max(cost.get(slot.kind, 0.0), one)
         return sorted(cost, key=lambda kind: -cost[kind])
-
-    def _alone(self, index: int, pick: Choice) -> float:
-        slots = [self.slots[index]]
-        return self.budget.removed(units_left(slots, [pick]), _blocks_removed(slots, [pick]))
-
-
-def _blocks_removed(slots: Sequence[Slot], choices: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """The removed fraction of each block, of which a fractional number is spread over all layers of the slot."""
-    found: dict[str, float] = {}
-    for slot, (_, count) in zip(slots, choices, strict=True):
-        for i, group in enumerate(slot.layers):
-            share = count / len(slot.layers) if count != int(count) else float(i < count)
-            if group.block is not None and share:
-                found[group.block] = share
-    return found
-
-
-def _replace(held: dict[_Key, float], old: Mapping[_Key, float], new: Mapping[_Key, float]) -> set[_Key]:
-    """Replace some entries by others, and return the keys of those that differ."""
-    for key in old:
-        del held[key]
-    held.update(new)
-    return {key for key in {*old, *new} if old.get(key) != new.get(key)}
 
 
 class _Trial:
@@ -250,17 +202,21 @@ class _Trial:
 
     def __init__(self, slots: Sequence[Slot], budget: Budget, choices: Sequence[Choice]) -> None:
         self.slots, self.budget, self.choices = slots, budget, list(choices)
-        self.counts, self.blocks = units_left(slots, choices), _blocks_removed(slots, choices)
+        self.counts, self.blocks = left_by(slots, choices)
         self.terms = np.zeros(len(budget.terms))
         self._work_out([*self.counts, *self.blocks])
 
     def choose(self, index: int, pick: Choice) -> None:
-        slot, before = [self.slots[index]], [self.choices[index]]
-        units = _replace(self.counts, units_left(slot, before), units_left(slot, [pick]))
-        blocks = _replace(self.blocks, _blocks_removed(slot, before), _blocks_removed(slot, [pick]))
+        slot = [self.slots[index]]
+        (old_counts, old_blocks), (counts, blocks) = left_by(slot, [self.choices[index]]), left_by(slot, [pick])
         self.choices[index] = pick
-        changed: list[Factor | str] = [*units, *blocks]
-        self._work_out(changed)
+        for key in old_counts.keys() - counts.keys():
+            del self.counts[key]
+        for block in old_blocks.keys() - blocks.keys():
+            del self.blocks[block]
+        self.counts |= counts
+        self.blocks |= blocks
+        self._work_out([*(old_counts | counts), *(old_blocks | blocks)])
 
     def removed(self) -> float:
         return float(np.add.accumulate(self.terms)[-1])  # np.sum would add in another order
@@ -286,13 +242,11 @@ def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Ch
     for alike in _slots_over_layers(selection):
         slot = slots[alike[0]]
         fraction = fraction_for(fixed, slot.kind)
-        for pick in _nearest(slot, fraction):
+        for pick in (*_nearest(slot, fraction), (0, 0)):
             trial = {**fixed, **dict.fromkeys(alike, pick)}
             if pick[1] == 0 or accepts(trial):
                 fixed = trial
                 break
-        else:
-            fixed |= dict.fromkeys(alike, (0, 0))
         if fixed[alike[0]][1] == 0 and fraction > 0:
             selection.note(f"{slot.kind} stays whole: no width near the ratio fits the stock config")
     return [fixed[index] for index in range(len(slots))]
@@ -300,8 +254,7 @@ def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Ch
 
 def _slots_over_layers(selection: Selection) -> list[list[int]]:
     """The numbers of slots that differ only in their layer, those with the largest units first."""
-    slots, solver = selection.slots, BudgetSolver(selection)
-    found: dict[object, list[int]] = {}
+    slots, found = selection.slots, dict[object, list[int]]()
     for index, slot in enumerate(slots):
         names = []
         for option in slot.options:
@@ -311,9 +264,8 @@ def _slots_over_layers(selection: Selection) -> list[list[int]]:
         found.setdefault((slot.kind, tuple(names)), []).append(index)
 
     def unit_cost(alike: list[int]) -> float:
-        return solver.removed(
-            [(0, (slot.options[0].more(0) or 0) if i in alike else 0) for i, slot in enumerate(slots)]
-        )
+        same = [slots[i] for i in alike]
+        return removed_by(selection.budget, same, [(0, slot.options[0].more(0) or 0) for slot in same])
 
     return sorted(found.values(), key=lambda alike: -unit_cost(alike))
 
@@ -400,13 +352,9 @@ class SelectByRatioPass(SelectPass):
             return name
         place = times_file(count_parameters(graph_module), device_of(graph_module))
         if not place.is_file():
-            raise ArgumentError(
-                f"$target is {self.target!r}, and this model was not timed on this device",
-                where="target",
-                remedy="Run `fxprune bench MODEL --sweep` first, or name a table, as in '1.3x decode@times.json'",
-                argument="target",
-                value=self.target,
-            )
+            what = f"$target is {self.target!r}, and this model was not timed on this device"
+            remedy = "Run `fxprune bench MODEL --sweep` first, or name a table, as in '1.3x decode@times.json'"
+            raise ArgumentError(what, where="target", remedy=remedy, argument="target", value=self.target)
         return f"{name}@{place}"
 
     def slots_of(self, slots: list[Slot], budget: Budget) -> list[Slot]:
@@ -418,7 +366,7 @@ class SelectByRatioPass(SelectPass):
             return slots
         found = []
         for slot in slots:
-            gains = [_gain(option, slot, budget) for option in slot.options]
+            gains = [removed_by(budget, [slot], [(i, option.size)]) for i, option in enumerate(slot.options)]
             pairs = zip(slot.options, gains, strict=True)
             options = tuple(option for option, gain in pairs if gain > 0 and gain >= max(gains) / 2)
             found += [replace(slot, options=options)] if options else []
@@ -430,8 +378,7 @@ class SelectByRatioPass(SelectPass):
             return self
         name = self.budget_of(graph_module)
         budget = make_budget(name, graph_module, facts_of(graph_module)[Dependencies].axes)
-        ratio = 1 - amount_below(self.target, self._target, budget.total, budget.word) / budget.total
-        return replace(self, target="", context=0, budget=name, ratio=ratio)
+        return replace(self, target="", context=0, budget=name, ratio=self._ratio(budget))
 
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
         target, budget = self._target, selection.budget
@@ -446,7 +393,17 @@ class SelectByRatioPass(SelectPass):
             return
         if target is not None and target.part and file_format:
             return  # a part of a size that the graph will show
-        dense, least = dense_and_least(model, self.kinds, name, file_format)
+        # embedding and output are all that may stay; of a file, whose types are not known yet, with the least bytes
+        ends = [attempt(getattr(model, f"get_{end}_embeddings")) for end in ("input", "output")]
+        inside = {bare_kind(kind) for kind in self.kinds} <= _INSIDE_BLOCKS
+        stay = {parameter for end in ends if inside and isinstance(end, nn.Module) for parameter in end.parameters()}
+        each = least_each(file_format) if file_format else 0.0
+
+        def size(parameters: Iterable[nn.Parameter]) -> float:
+            sizes = ((p.numel(), p.element_size()) for p in parameters)
+            return float(sum(number * (1 if name == "params" else each or width) for number, width in sizes))
+
+        dense, least = float("inf") if file_format else size(model.parameters()), size(stay)
         word = "parameters" if name == "params" else "bytes"
         wanted = (1 - self.ratio + _CLOSE) * dense if target is None else amount_below(self.target, target, dense, word)
         if wanted < least:
@@ -461,18 +418,17 @@ class SelectByRatioPass(SelectPass):
         value = getattr(self, name)
         return RatioError(f"${name} is {value!r}: {what}", where=name, remedy=remedy, argument=name, value=value)
 
-    def _ratio(self, selection: Selection) -> float:
+    def _ratio(self, budget: Budget) -> float:
         """The fraction of the budget to remove."""
         if self._target is None:
             return self.ratio  # type: ignore[return-value]
-        budget = selection.budget
         return 1 - amount_below(self.target, self._target, budget.total, budget.word) / budget.total
 
     def require_reachable(self, selection: Selection) -> None:
         if self.uniform:  # widths that the stock class accepts do not depend on scores
             SelectByRatioPass.choose(self, selection)
         elif not isinstance(self.ratio, tuple):
-            self._require(selection, self._ratio(selection), selection.budget.total)
+            self._require(selection, self._ratio(selection.budget), selection.budget.total)
         for spelled, ratio in self.ratio if isinstance(self.ratio, tuple) and not self.uniform else ():
             kind = bare_kind(spelled)
             self._require(_of_kinds(selection, (kind,), ()), ratio, selection.sizes.get(kind, 0.0))
@@ -481,9 +437,19 @@ class SelectByRatioPass(SelectPass):
         """A solver for a fraction of ``whole``, which can be removed."""
         solver = BudgetSolver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
-        if ratio > largest + _CLOSE:
-            raise self._unreachable(selection, f"{ratio:.1%} of the {selection.budget.word}", largest)
-        return solver
+        if ratio <= largest + _CLOSE:
+            return solver
+        names, word = ("part", "protect", "round_to", "tensor_parallel"), selection.budget.word
+        changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        limits = ", ".join(f"${name} {listed(getattr(self, name))}" for name in ("kinds", *changed))
+        if self.target:
+            error = self._refuse(f"with {limits} at least {(1 - largest) * selection.budget.total:,.0f} {word} stay")
+        else:
+            reachable = f"with {limits} the largest reachable ratio is {largest:.1%}"
+            what = f"{ratio:.1%} of the {word} cannot be removed: {reachable}"
+            error = RatioError(what, where="ratio", remedy=_REMEDY, argument="ratio", value=self.ratio)
+        error.reachable = largest
+        raise error
 
     def choose(self, selection: Selection) -> list[Choice]:
         whole = [(0, 0)] * len(selection.slots)
@@ -492,27 +458,22 @@ class SelectByRatioPass(SelectPass):
                 kind = bare_kind(spelled)
                 whole = self._choose_of(selection, (kind,), whole, ratio, selection.sizes.get(kind, 0.0))
             return whole
-        total, ratio = selection.budget.total, self._ratio(selection)
-        if any(slot.kind in self.first for slot in selection.slots) and not self._is_for_memory(selection):
-            part = _of_kinds(selection, self.first, whole)
-            if BudgetSolver(part, ratio * total).fraction({}) <= _ENOUGH:
-                return self._choose_of(selection, self.first, whole, ratio, total)
-            enough = BudgetSolver(part).removed([(0, _ENOUGH * slot.options[0].most) for slot in part.slots])
-            return self._choose_in_turn(selection, enough, ratio, total)
-        return self._choose(selection, ratio, total)
-
-    def _choose_in_turn(self, selection: Selection, enough: float, ratio: float, total: float) -> list[Choice]:
-        """Choices where the kinds in ``first`` lose about ``enough`` of the budget, and the others the rest.
-
-        The others come first, since their units are larger. All kinds shrink alike where they do not suffice.
-        """
-        target, whole = ratio * total, [(0, 0)] * len(selection.slots)
+        total, ratio = selection.budget.total, self._ratio(selection.budget)
+        own = sum(selection.sizes.get(kind, 0.0) for kind in self.first)
+        for_memory = bool(self.context) and own < sum(selection.sizes.values()) - own  # of which they are a small part
+        if for_memory or not any(slot.kind in self.first for slot in selection.slots):
+            return self._choose(selection, ratio, total)
+        part = _of_kinds(selection, self.first, whole)
+        if BudgetSolver(part, ratio * total).fraction({}) <= _ENOUGH:
+            return self._choose_of(selection, self.first, whole, ratio, total)
+        # the other kinds lose what is left beyond that, and come first, since their units are larger
+        enough = removed_by(part.budget, part.slots, [(0, _ENOUGH * slot.options[0].most) for slot in part.slots])
         others = {slot.kind for slot in selection.slots} - {*self.first}
-        if decided := self._solve_of(selection, others, whole, target - enough):
-            left = target - BudgetSolver(selection).removed(decided)
+        if decided := self._solve_of(selection, others, whole, ratio * total - enough):
+            left = ratio * total - removed_by(selection.budget, selection.slots, decided)
             if choices := self._solve_of(selection, self.first, decided, left):
                 return self._checked(selection, choices, ratio, total)
-        return self._choose(selection, ratio, total)
+        return self._choose(selection, ratio, total)  # all kinds alike where they do not suffice
 
     def _solve_of(
         self, selection: Selection, kinds: Collection[str], decided: Sequence[Choice], target: float
@@ -523,11 +484,6 @@ class SelectByRatioPass(SelectPass):
         if solver.removed(solver.most()) < target:
             return None
         return _merged(selection, kinds, decided, self._solve(part, solver))
-
-    def _is_for_memory(self, selection: Selection) -> bool:
-        """Whether a target is for memory, of which the kinds in ``first`` are the smaller part."""
-        own = sum(selection.sizes.get(kind, 0.0) for kind in self.first)
-        return bool(self.context) and own < sum(selection.sizes.values()) - own
 
     def _choose_of(
         self, selection: Selection, kinds: Sequence[str], decided: Sequence[Choice], ratio: float, whole: float
@@ -546,43 +502,18 @@ class SelectByRatioPass(SelectPass):
 
     def _checked(self, selection: Selection, choices: list[Choice], ratio: float, whole: float) -> list[Choice]:
         """Choices that come near a ratio, with a note if they miss it."""
-        word, achieved = selection.budget.word, BudgetSolver(selection).removed(choices) / max(whole, 1)
+        word, achieved = selection.budget.word, removed_by(selection.budget, selection.slots, choices) / max(whole, 1)
         if self.uniform and ratio - achieved > 0.05:
-            raise RatioError(
-                f"{ratio:.1%} of the {word} cannot be removed with the same widths in all layers: "
-                f"with $kinds {listed(self.kinds)} the stock config accepts {achieved:.1%}",
-                where="uniform",
-                remedy="Leave out $uniform; the checkpoint then has a modelling file of its own",
-                argument="uniform",
-                value=True,
-            )
+            accepted = f"with $kinds {listed(self.kinds)} the stock config accepts {achieved:.1%}"
+            what = f"{ratio:.1%} of the {word} cannot be removed with the same widths in all layers: {accepted}"
+            remedy = "Leave out $uniform; the checkpoint then has a modelling file of its own"
+            raise RatioError(what, where="uniform", remedy=remedy, argument="uniform", value=True)
         if self.budget != "params":  # what became of a target has a line of its own
             selection.note(f"removed {achieved:.1%} of {whole:,.0f} {word}")
         if abs(achieved - ratio) > _CLOSE:
             what = "the target is missed: removed" if self.target else "ratio"
             selection.note(f"{what} {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
         return choices
-
-    def _unreachable(self, selection: Selection, asked: str, largest: float) -> RatioError:
-        defaults = type(self)
-        names = ("part", "protect", "round_to", "tensor_parallel")
-        changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
-        limits = ", ".join(f"${name} {listed(getattr(self, name))}" for name in ("kinds", *changed))
-        if self.target:
-            least = (1 - largest) * selection.budget.total
-            error = self._refuse(f"with {limits} at least {least:,.0f} {selection.budget.word} stay")
-        else:
-            what = f"{asked} cannot be removed: with {limits} the largest reachable ratio is {largest:.1%}"
-            error = RatioError(what, where="ratio", remedy=_REMEDY, argument="ratio", value=self.ratio)
-        error.reachable = largest
-        return error
-
-
-def _gain(option: Option, slot: Slot, budget: Budget) -> float:
-    """The budget of all units of an option, or of all layers of a slot of layers."""
-    if option.group is None or option.group.factor is None:
-        return budget.removed({}, {group.block: 1.0 for group in slot.layers if group.block is not None})
-    return budget.removed({option.group.factor: 0.0}, {})
 
 
 def _merged(

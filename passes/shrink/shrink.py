@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.axes import Index, kept_size
 from fxprune.data.calibration import VerificationInputs, make_inputs
@@ -39,6 +40,7 @@ from fxprune.graph.tensors import (
     get_tensor,
     has_meta_weights,
     map_tensors,
+    named_tensors,
     names_by_identity,
     read_argument,
     set_argument,
@@ -64,7 +66,7 @@ from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.pipeline.pipeline import PassSequence
 from fxprune.removal.budget import cache_size
-from fxprune.removal.removal import Bypassed, Removal, Removed, Scaling, Scores, Sliced, scaled_numbers
+from fxprune.removal.removal import Bypassed, Removal, Removed, Scores, Sliced, scaled_numbers
 from fxprune.trace.fidelity import Fidelity
 from fxprune.trace.inputs import is_hugging_face, meta_twin
 
@@ -94,77 +96,50 @@ class SliceParametersPass(Pass):
         facts = facts_of(graph_module)
         removal, source = facts[Bypassed].removal, facts.get(Source)
         if source is not None and source.shares:
-            _slice_in_place(graph_module, removal, source)
+            source = replace(source, dense=meta_twin(source.model))
+            facts.put(source)
         else:
-            for names, kept, scaling in _tied(graph_module, removal):
-                slim = _rescaled(slice_tensor(get_tensor(graph_module, names[0]), kept), scaling)
-                for name in names:
-                    set_tensor(graph_module, name, slim)
+            source = None
+        aliases = {} if source is None else names_by_identity(source.model)
+        tied: dict[int, list[str]] = {}
+        for name, tensor in weights(graph_module):
+            tied.setdefault(id(tensor), []).append(name)
+        for names in tied.values():
+            kept = next((removal.kept[name] for name in names if name in removal.kept), {})
+            scaling = next((removal.scaled[name] for name in names if name in removal.scaled), None)
+            if source is not None and not kept and scaling is None:
+                continue
+            dense = get_tensor(graph_module, names[0])
+            in_model = aliases.get(id(dense), ())
+            places: list[tuple[nn.Module, str]] = [(graph_module, name) for name in names]
+            slim, pieces = _sliced(dense, kept, in_place=source is not None)
+            if source is not None and in_model:
+                cut = Cut(in_model, pieces) if scaling is None else Cut(in_model, (), dense)
+                source = replace(source, cut=(*source.cut, cut))
+                facts.put(source)
+                places = [*((source.model, name) for name in in_model), *places]
+            slim = slim if scaling is None else as_parameter(scaling.of(slim.detach()), slim)
+            for module, name in places:
+                set_tensor(module, name, slim)
         facts.put(Sliced(removal))
         return PassResult(graph_module, bool(removal.kept or removal.scaled))
 
 
-def _slice_in_place(graph_module: fx.GraphModule, removal: Removal, source: Source) -> None:
-    """Slice the tensors of graph and model in place, one at a time, after recording the removed entries."""
-    facts, model = facts_of(graph_module), source.model
-    aliases, source = names_by_identity(model), replace(source, dense=meta_twin(model))
-    facts.put(source)
-    for names, kept, scaling in _tied(graph_module, removal):
-        if not kept and scaling is None:
-            continue
-        dense = get_tensor(graph_module, names[0])
-        slim, pieces = cut_tensor(dense, kept)
-        in_model = aliases.get(id(dense), ())
-        if in_model:
-            cut = Cut(in_model, pieces) if scaling is None else Cut(in_model, (), dense)
-            source = replace(source, cut=(*source.cut, cut))
-            facts.put(source)
-        slim = _rescaled(slim, scaling)
-        for name in in_model:
-            set_tensor(model, name, slim)
-        for name in names:
-            set_tensor(graph_module, name, slim)
-
-
-def _tied(
-    graph_module: fx.GraphModule, removal: Removal
-) -> Iterator[tuple[list[str], Mapping[int, Index], Scaling | None]]:
-    """For each tensor the graph reads: its names there, the kept indices of axes that shrink, and its rescaling."""
-    tied: dict[int, list[str]] = {}
-    for name, tensor in weights(graph_module):
-        tied.setdefault(id(tensor), []).append(name)
-    kept_of, scaled = removal.kept, removal.scaled
-    for names in tied.values():
-        kept = next((kept_of[name] for name in names if name in kept_of), {})
-        yield names, kept, next((scaled[name] for name in names if name in scaled), None)
-
-
-def _rescaled(tensor: torch.Tensor, scaling: Scaling | None) -> torch.Tensor:
-    return tensor if scaling is None else as_parameter(scaling.of(tensor.detach()), tensor)
-
-
-def slice_tensor(tensor: torch.Tensor, kept: Mapping[int, Index]) -> torch.Tensor:
-    """The kept indices of each axis, or a copy if all are kept; of a parameter, a parameter."""
-    value = read_together(tensor)
-    for axis, index in kept.items():
-        value = value.index_select(axis, torch.from_numpy(index).to(value.device))
-    held = offloaded(value)
-    return as_parameter(held, tensor) if kept or held is not value else copy_tensor(tensor)
-
-
-def cut_tensor(
-    tensor: torch.Tensor, kept: Mapping[int, Index]
+def _sliced(
+    tensor: torch.Tensor, kept: Mapping[int, Index], *, in_place: bool
 ) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
-    """The slice of a tensor, and the removed entries in the form of :class:`~fxprune.graph.facts.Cut`."""
+    """The kept indices of each axis; in place with the entries removed, in the form of a ``Cut``, else a copy."""
     pieces = []
-    value = tensor.detach()
+    value = tensor.detach() if in_place else read_together(tensor)
     for axis, index in kept.items():
-        stays = torch.zeros(value.shape[axis], dtype=torch.bool)
-        stays[index] = True
-        left, gone = (mask.nonzero()[:, 0].to(value.device) for mask in (stays, ~stays))
-        pieces.append((axis, left, gone, value.index_select(axis, gone)))
+        left = torch.from_numpy(index).to(value.device)
+        if in_place:
+            gone = torch.from_numpy(np.delete(np.arange(value.shape[axis]), index)).to(value.device)
+            pieces.append((axis, left, gone, value.index_select(axis, gone)))
         value = value.index_select(axis, left)
-    return as_parameter(value, tensor), tuple(pieces)
+    held = value if in_place else offloaded(value)
+    is_new = in_place or kept or held is not value
+    return as_parameter(held, tensor) if is_new else copy_tensor(tensor), tuple(pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +196,6 @@ class _ShapeRun(FakeTensorProp):
         self._weights: dict[object, torch.Tensor] = {}
         self._changed = set[fx.Node]()
         self._results: dict[object, tuple[Any, Any]] = {}
-        self._keys: dict[fx.Node, object] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """The known value of ``n`` if it is still valid, or the result of a node with the same call."""
@@ -244,21 +218,11 @@ class _ShapeRun(FakeTensorProp):
         """A key for all that the shape of the result depends on; None if that is more than shapes of inputs."""
         if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target._schema.is_mutable:
             return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
-            named = tuple((name, self._key_of(value)) for name, value in n.kwargs.items())
-            return n.target, self._key_of(n.args), named
+            return n.target, shape_key(args), tuple((name, shape_key(value)) for name, value in kwargs.items())
         except TypeError:
             return None
-
-    def _key_of(self, argument: Any) -> object:
-        """The key of an argument of a node; that of a node's value is found once."""
-        if isinstance(argument, tuple | list):
-            return type(argument), tuple(map(self._key_of, argument))
-        if not isinstance(argument, fx.Node):
-            return shape_key(argument)
-        if argument not in self._keys:
-            self._keys[argument] = shape_key(self.env[argument])
-        return self._keys[argument]
 
     def _is_valid(self, n: fx.Node, known: Any) -> bool:
         if n.op in ("placeholder", "output") or n.name not in self._same or not fits_mode(known, self._mode):
@@ -268,23 +232,21 @@ class _ShapeRun(FakeTensorProp):
         value = self.fetch_attr(str(n.target))
         if not isinstance(value, torch.Tensor) or not isinstance(known, torch.Tensor):
             return False
-        traits = value.shape, value.dtype, self._fake_device(value), value.stride()
+        device = self._device if value.is_meta else value.device
+        traits = value.shape, value.dtype, device, value.stride()
         return traits == (known.shape, known.dtype, known.device, known.stride())
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
-        if self._fake_device(value) == value.device:
+        if self._device == value.device or not value.is_meta:
             return self._mode.from_tensor(value, static_shapes=True)
         traits = value.shape, value.stride(), value.dtype
         if traits not in self._weights:
             with self._mode:
                 self._weights[traits] = torch.empty_strided(*traits[:2], dtype=value.dtype, device=self._device)
         return self._weights[traits]
-
-    def _fake_device(self, weight: torch.Tensor) -> torch.device:
-        return self._device if weight.is_meta else weight.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,7 +302,11 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
         error = max(compare(expected.outputs, found), *blocks.values(), 0.0)
         verified = Verified(error, blocks)
         if not error <= TOLERANCE:
-            require_equal(error, _where(graph_module, expected, verified))
+            wrong = (f"{block}, on its masked inputs" for block, one in blocks.items() if not one <= TOLERANCE)
+            where = next(wrong, "the outputs (prune with $inplace=False to see the node)")
+            if expected.dense is not None:
+                where = find_divergence(expected.dense, graph_module, facts[Removed].removal, expected.inputs)
+            require_equal(error, where)
     if verified.blocks:
         largest = f"{verified.blocks[verified.worst]:.1e} in {verified.worst}"
         add_note(graph_module, f"verified block by block: the largest difference is {largest}")
@@ -369,13 +335,6 @@ def _runs(slim: fx.GraphModule) -> Iterator[None]:
         ) from error
 
 
-def _where(slim: fx.GraphModule, expected: MaskedOutputs, verified: Verified) -> str:
-    first = next((block for block, error in verified.blocks.items() if not error <= TOLERANCE), "")
-    if expected.dense is not None:
-        return find_divergence(expected.dense, slim, facts_of(slim)[Removed].removal, expected.inputs)
-    return f"{first}, on its masked inputs" if first else "the outputs (prune with $inplace=False to see the node)"
-
-
 @dataclass(frozen=True, eq=False)
 class BypassBlocksPass(Pass):
     """Replaces each removed block by the identity; eliminate-dead-code then removes its nodes."""
@@ -391,16 +350,12 @@ class BypassBlocksPass(Pass):
         facts = facts_of(graph_module)
         removal, axes = facts[Removal], facts[Dependencies].axes
         if removal.axes is not axes:
-            raise PlanError(
-                "the removal was decided on another graph",
-                where=f"pass {self.name}",
-                remedy="Decide on this one, or carry the plan over as text with plan-from-json",
-            )
+            remedy = "Decide on this one, or carry the plan over as text with plan-from-json"
+            raise PlanError("the removal was decided on another graph", where=f"pass {self.name}", remedy=remedy)
         nodes = {node.name: node for node in graph_module.graph.nodes}
-        order = {name: i for i, name in enumerate(nodes)}
         bypasses = [axes.bypasses[block] for block in removal.removed_blocks]
         # last block first: the input of a block may be the output of another removed one
-        for bypass in sorted(bypasses, key=lambda bypass: -order[bypass.target]):
+        for bypass in sorted(bypasses, key=lambda bypass: nodes[bypass.target], reverse=True):
             nodes[bypass.target].replace_all_uses_with(nodes[bypass.source])
         facts.put(Bypassed(removal))
         return PassResult(graph_module, bool(bypasses))
@@ -486,12 +441,9 @@ class EliminateDeadCodePass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         changed = graph_module.graph.eliminate_dead_code(is_impure)
         read = {name for name, _ in weights(graph_module)}
-        parameters = graph_module.named_parameters(remove_duplicate=False)
-        held = [name for name, _ in (*parameters, *graph_module.named_buffers(remove_duplicate=False))]
-        for name in held:
-            if name not in read:
-                delete_tensor(graph_module, name)
-                changed = True
+        for name in [name for name, _ in named_tensors(graph_module) if name not in read]:
+            delete_tensor(graph_module, name)
+            changed = True
         graph_module.delete_all_unused_submodules()
         if changed:  # an unchanged graph has been linted before
             graph_module.graph.lint()

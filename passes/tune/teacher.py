@@ -107,13 +107,9 @@ class RecordTeacherPass(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.copies > 1 and not self.noise:
-            raise ArgumentError(
-                f"{self.copies} copies without noise are all alike",
-                where="copies",
-                remedy="Pass $noise=0.2, or more epochs to tune: epochs=2",
-                argument="copies",
-                value=self.copies,
-            )
+            what = f"{self.copies} copies without noise are all alike"
+            remedy = "Pass $noise=0.2, or more epochs to tune: epochs=2"
+            raise ArgumentError(what, where="copies", remedy=remedy, argument="copies", value=self.copies)
 
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse samples that cannot be split, or held-out ones that do not fit."""
@@ -131,21 +127,17 @@ class RecordTeacherPass(Pass):
         facts = facts_of(graph_module)
         if self.dense is not None:
             train, stopping = (self._taught(self.dense, group, graph_module) for group in (samples, heldout))
-            facts.put(Teacher(train, stopping, source))
-            facts.put(HeldOut(tuple(one.sample for one in stopping)))
-            return PassResult(graph_module, False)
-        bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
-        samples = self._with_noise(samples, graph_module)
-        with autocast(compute_device(graph_module), bf16):
-            recorded = record_teacher_logits(
-                graph_module,
-                (*samples, *heldout),
-                self.kept,
-                self.batch,
-                lambda batches, total: tracked(batches, "dense model", total),
-            )
-        facts.put(Teacher(recorded[: len(samples)], recorded[len(samples) :], source))
-        facts.put(HeldOut(tuple(heldout)))
+        else:
+            bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
+            samples = self._with_noise(samples, graph_module)
+            every = (*samples, *heldout)
+            with autocast(compute_device(graph_module), bf16):
+                recorded = record_teacher_logits(
+                    graph_module, every, self.kept, self.batch, lambda one, total: tracked(one, "dense model", total)
+                )
+            train, stopping = recorded[: len(samples)], recorded[len(samples) :]
+        facts.put(Teacher(train, stopping, source))
+        facts.put(HeldOut(tuple(one.sample for one in stopping)))
         return PassResult(graph_module, False)
 
     def _taught(
@@ -186,11 +178,8 @@ class RecordTeacherPass(Pass):
         taken = {id(sample) for sample in heldout}
         rest = tuple(sample for sample in samples if id(sample) not in taken)
         if not rest:
-            raise CalibrationError(
-                "one sample is too few to train on and to hold out",
-                where="calibration",
-                remedy="Pass more samples, or a tokenizer",
-            )
+            what, remedy = "one sample is too few to train on and to hold out", "Pass more samples, or a tokenizer"
+            raise CalibrationError(what, where="calibration", remedy=remedy)
         return rest, heldout, "calibration samples held out"
 
     def _built_in(self, samples: tuple[Sample, ...], graph_module: fx.GraphModule) -> tuple[Sample, ...]:

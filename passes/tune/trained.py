@@ -22,9 +22,6 @@ from fxprune.offload.ranks import all_reduce, own_elements, reduce_to_own, start
 from fxprune.removal.removal import Removal
 from fxprune.rules.products import LoneProduct, lone_products
 
-Parts: TypeAlias = Mapping[tuple[str, str], torch.Tensor]
-"""Vectors by key."""
-
 _REACH = 0.5
 """A scale stays between a half and one and a half: a unit is never switched off."""
 
@@ -85,57 +82,23 @@ class TrainedVectors:
     def run(self, graph_module: fx.GraphModule, numbers: Sequence[torch.Tensor]) -> VectorsRun:
         return VectorsRun(graph_module, self, *numbers)
 
-    def parts(self, numbers: torch.Tensor) -> Parts:
-        """Each vector by its key, split from ``numbers`` at once: one backward step gives the gradient of them all."""
-        return dict(zip(self.sizes, numbers.split(list(self.sizes.values())), strict=True))
-
-    def scale(self, parts: Parts, key: tuple[str, str]) -> torch.Tensor | None:
-        """The scale by the vector ``key`` of a product; None if there is none."""
-        part = parts.get(key)
-        return None if part is None else 1 + _REACH * torch.tanh(part)
-
-    def factors(self, parts: Parts, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The two factors, ``(in, rank)`` and ``(rank, out)``, of the update of a product's weight; None for none.
-
-        The first starts at random numbers, the same each time, and the second at 0, so that the update is 0 at first.
-        """
-        down, up = parts.get(("down", node)), parts.get(("up", node))
-        if down is None or up is None:
-            return None
-        down = down.view(-1, self.rank)
-        return self.units[node] * (_start(len(down), self.rank).to(down.device) + down), up.view(self.rank, -1)
-
-    def offset(self, parts: Parts, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A parameter of one axis, moved in units of its root mean square."""
-        part = parts.get(("own", name))
-        if part is None:
-            return value
-        wide = value.float()
-        return (wide + _CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
-
     def folded(
         self, numbers: Sequence[torch.Tensor], graph_module: fx.GraphModule
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the names and the values of tensors that change; each product's weight is made when it is asked for."""
-        (flat,) = numbers
-        parts = self.parts(flat)
+        run = self.run(graph_module, numbers)
         single = [name for kind, name in self.sizes if kind == "own"]
-        values = {name: self.offset(parts, name, get_tensor(graph_module, name)) for name in single}
+        values = {name: run.offset(name, get_tensor(graph_module, name)) for name in single}
         for node, product in self.products.items():
             W = get_tensor(graph_module, product.name)
-            wide, rows, columns = W.float(), self.scale(parts, ("out", node)), self.scale(parts, ("in", node))
-            assert columns is not None
-            wide = wide * (columns if product.axis == 1 else columns[:, None])
-            if rows is not None:
-                wide = wide * (rows[:, None] if product.axis == 1 else rows)
-            low = self.factors(parts, node)
-            if low is not None:
-                update = low[0] @ low[1]
-                wide = wide + (update.T if product.axis == 1 else update)
-            if rows is not None and product.bias is not None:
+            wide = W.float() if product.axis == 1 else W.float().T  # (out, in)
+            wide = run.scaled(run.scaled(wide, ("in", node)).T, ("out", node)).T
+            low = run.factors(node)
+            wide = wide if low is None else wide + (low[0] @ low[1]).T
+            if product.bias is not None:
                 bias = values.get(product.bias, get_tensor(graph_module, product.bias))
-                values[product.bias] = (bias.float() * rows).to(bias.dtype)
-            yield product.name, wide.to(W.dtype)
+                values[product.bias] = run.scaled(bias.float(), ("out", node)).to(bias.dtype)
+            yield product.name, (wide if product.axis == 1 else wide.T).to(W.dtype)
         yield from values.items()
 
 
@@ -159,28 +122,49 @@ class VectorsRun(TrainingRun):
 
     def __init__(self, graph_module: fx.GraphModule, vectors: TrainedVectors, numbers: torch.Tensor) -> None:
         super().__init__(graph_module)
-        self.vectors, self.parts = vectors, vectors.parts(numbers)
+        self.vectors = vectors
+        # by key, split at once: one backward step gives the gradient of them all
+        parts: Sequence[torch.Tensor] = numbers.split(list(vectors.sizes.values()))
+        self.parts = dict(zip(vectors.sizes, parts, strict=True))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        if not isinstance(value, torch.Tensor):
-            return value
-        return self.vectors.offset(self.parts, str(target), value.detach())
+        return self.offset(str(target), value.detach()) if isinstance(value, torch.Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
         product = self.vectors.products.get(n.name)
         if product is None:
             return super().run_node(n)
         source = self.env[product.source]
-        self.env[product.source] = self._scaled(source, ("in", n.name))
-        value = self._scaled(super().run_node(n), ("out", n.name))
+        self.env[product.source] = self.scaled(source, ("in", n.name))
+        value = self.scaled(super().run_node(n), ("out", n.name))
         self.env[product.source] = source
-        low = self.vectors.factors(self.parts, n.name)
+        low = self.factors(n.name)
         return value if low is None else value + source @ low[0].to(source.dtype) @ low[1].to(source.dtype)
 
-    def _scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-        scale = self.vectors.scale(self.parts, key)
-        return value if scale is None else value * scale.to(value.dtype)
+    def scaled(self, value: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
+        """A value whose last axis is scaled by the vector ``key``, if there is one."""
+        part = self.parts.get(key)
+        return value if part is None else value * (1 + _REACH * torch.tanh(part)).to(value.dtype)
+
+    def factors(self, node: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The two factors, ``(in, rank)`` and ``(rank, out)``, of the update of a product's weight; None for none.
+
+        The first starts at random numbers, the same each time, and the second at 0, so that the update is 0 at first.
+        """
+        down, up = self.parts.get(("down", node)), self.parts.get(("up", node))
+        if down is None or up is None:
+            return None
+        rank, down = self.vectors.rank, down.view(-1, self.vectors.rank)
+        return self.vectors.units[node] * (_start(len(down), rank).to(down.device) + down), up.view(rank, -1)
+
+    def offset(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A parameter of one axis, moved in units of its root mean square."""
+        part = self.parts.get(("own", name))
+        if part is None:
+            return value
+        wide = value.float()
+        return (wide + _CAREFUL * wide.square().mean().sqrt() * part).to(value.dtype)
 
 
 @cache
@@ -286,7 +270,6 @@ class StoredWeights:
         """Whole weights; of those that are shared, the elements of other processes are not there."""
         self._own: dict[str, torch.Tensor] = {}
         self._adam: dict[str, torch.optim.Adam] = {}
-        self._rates: dict[str, float] = {}
         self._best: dict[str, torch.Tensor] = {}
         self._counts = True
         for name, weight in weights.items():
@@ -296,8 +279,9 @@ class StoredWeights:
             if whole is wide:
                 continue
             share = whole.view(-1)[own]
-            self.weights[name], self._own[name], self._rates[name] = whole, share, rate * _rate(weight)
-            adam = self._adam[name] = torch.optim.Adam([share], fused=share.device.type == "cpu")
+            self.weights[name], self._own[name] = whole, share
+            group = {"params": [share], "highest": rate * _rate(weight)}
+            adam = self._adam[name] = torch.optim.Adam([group], fused=share.device.type == "cpu")
             moments = {moment: offloaded(torch.zeros_like(share)) for moment in ("exp_avg", "exp_avg_sq")}
             adam.state[share] = {"step": torch.zeros(()), **moments}
 
@@ -309,8 +293,8 @@ class StoredWeights:
             counts: whether this process has samples in it.
         """
         self._counts = counts
-        for name, adam in self._adam.items():
-            adam.param_groups[0]["lr"] = self._rates[name] * factor
+        for adam in self._adam.values():
+            adam.param_groups[0]["lr"] = adam.param_groups[0]["highest"] * factor
 
     def update(self, name: str, gradient: torch.Tensor) -> None:
         """Make a step of Adam with the gradient of a weight, in any dtype; none if it is not finite."""
@@ -343,15 +327,12 @@ class StoredWeights:
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name of each weight and the best so far, whole."""
         for name, best in self._best.items():
-            shape = self.weights[name].shape
-            yield name, _assembled(best, shape) if self._shared else best.view(shape)
-
-
-def _assembled(share: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The tensor of which each process has its share of the elements."""
-    whole = share.new_empty(shape)
-    whole.view(-1)[own_elements(whole.numel())] = share
-    return start_gather(whole)()
+            whole = best
+            if self._shared:
+                whole = best.new_empty(self.weights[name].numel())
+                whole[own_elements(len(whole))] = best
+                whole = start_gather(whole)()
+            yield name, whole.view(self.weights[name].shape)
 
 
 class _Updated(torch.autograd.Function):
@@ -397,17 +378,14 @@ class WeightsRun(TrainingRun):
         value = value.detach()
         if self.stored is None or name not in self.stored.weights:
             return value
-        value = value.to(_dtype_in_product(super().fetch_attr(name)))
+        dtype, device = super().fetch_attr(name).dtype, value.device.type
+        # that in which a product reads the weight, so that under autocast its gradient takes no more bytes either
+        if dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        value = value.to(dtype)
         if torch.is_grad_enabled():
             value = _Updated.apply(self._anchor, value, partial(self.stored.update, name))  # type: ignore[no-untyped-call]
         return value
-
-
-def _dtype_in_product(weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which a product reads a weight, so that under autocast its gradient takes no more bytes either."""
-    device = weight.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_cast and weight.dtype == torch.float32 else weight.dtype
 
 
 Trained: TypeAlias = TrainedVectors | TrainedWeights

@@ -52,6 +52,9 @@ from fxprune.rules.registry import written_sources
 from .teacher import HELDOUT, Teacher
 from .trained import Trained, TrainedVectors, TrainedWeights
 
+_FILE = "tuning.safetensors"
+"""In the folder of a run: all processes read it, and the first one writes it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Progress:
@@ -84,28 +87,24 @@ class Progress:
         broadcast(kept)
         return Progress(step, misses, first, best, kept)
 
-    @staticmethod
-    def file(folder: str) -> Path:
-        """The file in ``folder``: all processes read it, and the first one writes it."""
-        return Path(folder) / "tuning.safetensors"
-
     def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
         """Save all that is needed to resume, in the first process; ``mark`` is the fingerprint of the run."""
         if not is_first():
             return
         held = {f"kept.{i}": tensor for i, tensor in enumerate(self.kept)}
-        for i, numbers in enumerate(_trained(adam)):
+        for i, group in enumerate(adam.param_groups):
+            (numbers,) = group["params"]
             held[f"numbers.{i}"] = numbers.detach()
             held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
         state = {"step": self.step, "misses": self.misses, "first": self.first, "best": self.best}
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
-        with atomic_path(self.file(folder), parents=True) as new:
+        with atomic_path(Path(folder) / _FILE, parents=True) as new:
             save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(state)})
 
     @classmethod
     def load(cls, folder: str, mark: str, adam: torch.optim.Adam) -> Progress | None:
         """Load a run and restore ``adam`` and its tensors; None if the folder holds no run with this fingerprint."""
-        path = cls.file(folder)
+        path = Path(folder) / _FILE
         if not path.is_file():
             return None
         try:
@@ -118,7 +117,8 @@ class Progress:
             return None
         kept = []
         states: dict[int, dict[str, torch.Tensor]] = {}
-        for i, numbers in enumerate(_trained(adam)):
+        for i, group in enumerate(adam.param_groups):
+            (numbers,) = group["params"]
             with torch.no_grad():
                 numbers.copy_(held.pop(f"numbers.{i}"))
             if f"kept.{i}" in held:  # none if nothing was better yet
@@ -128,10 +128,6 @@ class Progress:
             states.setdefault(int(i), {})[name] = value
         adam.load_state_dict({"state": states, "param_groups": adam.state_dict()["param_groups"]})
         return cls(**json.loads(metadata["progress"]), kept=tuple(kept))
-
-
-def _trained(adam: torch.optim.Adam) -> list[torch.Tensor]:
-    return [numbers for group in adam.param_groups for numbers in group["params"]]
 
 
 class Training:
@@ -154,18 +150,16 @@ class Training:
         self.parts = self._parts()
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
         highest = settings.rate or trained.rate
-        self.rates = [highest * rate for rate in trained.rates(graph_module)]
-        groups = [{"params": [n], "lr": rate} for n, rate in zip(self.numbers, self.rates, strict=True)]
+        rates = zip(self.numbers, trained.rates(graph_module), strict=True)
+        groups = [{"params": [numbers], "lr": 0.0, "highest": highest * rate} for numbers, rate in rates]
         self.adam = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         tries = bool(settings.truth) and broadcast_object(self._predicts_next())
         self.truth = settings.truth if tries else 0.0
         self._error = {"divergence": divergence, "acceptance": rejection}[settings.objective]
         self.steps = max(1, round(settings.epochs * len(self.batches)))
+        one = self.batches[0]
         self.bf16 = use_bf16(
-            settings.precision,
-            graph_module,
-            lambda: self._error(self._logits(self.batches[0]), self.batches[0]),
-            settings.name,
+            settings.precision, graph_module, lambda: self._error(self._logits(one), one), settings.name
         )
 
     def run(self) -> Progress:
@@ -237,8 +231,8 @@ class Training:
         # the first steps of Adam are as long as any, and the least informed: the rate rises over a tenth of the steps,
         # then falls along a cosine
         factor = min(1.0, (step + 1) * 10 / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+        for group in self.adam.param_groups:
+            group["lr"] = group["highest"] * factor
         if self.stored is not None:
             self.stored.begin_step(factor, bool(batch.share))
         with torch.enable_grad():
@@ -401,13 +395,8 @@ class TunePass(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights is True and self.rank:
-            raise ArgumentError(
-                "weights that are trained themselves take no low-rank update",
-                where="rank",
-                remedy="Leave out $rank or $weights",
-                argument="rank",
-                value=self.rank,
-            )
+            what, remedy = "weights that are trained themselves take no low-rank update", "Leave out $rank or $weights"
+            raise ArgumentError(what, where="rank", remedy=remedy, argument="rank", value=self.rank)
 
     def cost(self, samples: int) -> PassCost:
         """Three runs of each recorded sample an epoch; trained weights with gradients, moments and the best so far."""
@@ -425,7 +414,11 @@ class TunePass(Pass):
         own = TrainedWeights.of(graph_module, removal, self.everywhere)
         device = device_of(graph_module)
         in_files = is_offloading() and not self.folder and device.type in ("cpu", "meta")
-        if not broadcast_object(self._trains_weights(own, device, in_files)):
+        trains_weights = bool(self.weights)
+        if self.weights == "auto":
+            free = free_disk() if in_files else free_bytes(device)
+            trains_weights = (in_files or not is_offloading()) and 2 * _KEPT * 4 * own.count <= free
+        if not broadcast_object(trains_weights):
             trained: Trained = TrainedVectors.of(graph_module, removal, self.everywhere, self.rank)
         else:
             trained = own.in_files(graph_module, self.rate or own.rate) if in_files else own
@@ -447,10 +440,3 @@ class TunePass(Pass):
         what = "weights" if isinstance(trained, TrainedWeights) else "numbers"
         add_note(graph_module, f"tuned: {trained.count:,} {what}, {len(teacher.train)} samples; {outcome}")
         return PassResult(graph_module, better)
-
-    def _trains_weights(self, trained: TrainedWeights, device: torch.device, in_files: bool) -> bool:
-        if self.weights != "auto":
-            return bool(self.weights)
-        if is_offloading() and not in_files:
-            return False
-        return 2 * _KEPT * 4 * trained.count <= (free_disk() if in_files else free_bytes(device))

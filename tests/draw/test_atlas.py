@@ -20,7 +20,7 @@ from torch import nn
 from fxprune.discovery.dependency import dependency_graph
 from fxprune.draw.atlas import Atlas, block_ranges, find_folds
 from fxprune.draw.graphviz import Legend, _quoted, draw, hue_of
-from fxprune.draw.view import Labels, View, _Web, contracted
+from fxprune.draw.view import Labels, View, _neighbours, contracted
 from fxprune.rules.statements import Axis
 from fxprune.trace import trace
 from tests.models import tiny
@@ -149,7 +149,7 @@ def test_neighbours_hold_a_minimum_spanning_tree(size: int, pairs: set[tuple[int
     for a, b in itertools.combinations(ends, 2):
         if nx.has_path(graph, a, b):
             full.add_edge(a, b, weight=nx.shortest_path_length(graph, a, b))
-    for (a, b), path in _Web(graph, ends).neighbours().items():
+    for (a, b), path in _neighbours(graph, ends).items():
         assert path[0] == a and path[-1] == b and nx.is_path(graph, path)
         few.add_edge(a, b, weight=len(path) - 1)
     total = [nx.minimum_spanning_tree(g).size("weight") for g in (full, few)]

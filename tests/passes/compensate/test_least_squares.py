@@ -245,7 +245,7 @@ def moments(seed: int, tokens: int, noise: float) -> FitMoments:
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(tokens, 4, generator=generator) * torch.tensor([1.0, 1.0, 1.0, 50.0])
     D = X @ torch.tensor([[1.0], [-1.0], [0.5], [0.0]]) + noise * torch.randn(tokens, 1, generator=generator)
-    found = FitMoments.empty(torch.zeros(1, 4))
+    (found,) = StackedMoments.empty(torch.zeros(1, 1, 4)).of_each
     found.add(X, D)
     return found
 
@@ -254,7 +254,7 @@ def moments(seed: int, tokens: int, noise: float) -> FitMoments:
 def test_the_search_finds_the_best_on_the_ladder(each: bool) -> None:
     for noise in (0.01, 3.0, 30.0):
         front, back = moments(0, 8, noise), moments(1, 8, noise)
-        found = best_damping(front, back)
+        found = best_damping(StackedMoments((front,)), StackedMoments((back,)))
         ladder = [Damping(d, each) for d in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)]
         errors = [back.error(front.solve(damping)) for damping in ladder]
         assert back.error(front.solve(found)) <= min(0.0, *errors) + 1e-9
@@ -262,7 +262,7 @@ def test_the_search_finds_the_best_on_the_ladder(each: bool) -> None:
 
 def test_one_large_input_does_not_hold_the_others_fast_and_infinite_damping_holds_all() -> None:
     front, back = moments(0, 200, 0.01), moments(1, 200, 0.01)
-    assert best_damping(front, back).each
+    assert best_damping(StackedMoments((front,)), StackedMoments((back,))).each
     change = front.solve(Damping(0.03, each=True))
     assert torch.allclose(change[:3, 0], torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), atol=0.1)
     assert float(front.solve(Damping(0.03))[:3].abs().max()) < 0.2
@@ -272,7 +272,7 @@ def test_one_large_input_does_not_hold_the_others_fast_and_infinite_damping_hold
 
 def test_matrices_with_few_tokens_are_held_back_more() -> None:
     """All by what a matrix has on average; one with none stays, and one alone is as without the others."""
-    few, many, none = moments(0, 3, 0.01), moments(0, 60, 0.01), FitMoments.empty(torch.zeros(1, 4))
+    few, many, none = moments(0, 3, 0.01), moments(0, 60, 0.01), *StackedMoments.empty(torch.zeros(1, 1, 4)).of_each
     stack = StackedMoments((few, many, none))
     for each in (False, True):
         damping = Damping(1.0, each)
@@ -333,7 +333,7 @@ def test_a_fit_does_not_depend_on_how_tokens_are_divided() -> None:
     """Sums of products were in float64 and the products in float32: a constant that no damping holds amplified that."""
     generator = torch.Generator().manual_seed(0)
     X, D = 5 + torch.randn(96, 8, generator=generator), torch.randn(96, 3, generator=generator)
-    whole, parts = (FitMoments.empty(torch.zeros(3, 8), free=True) for _ in range(2))
+    whole, parts = StackedMoments.empty(torch.zeros(2, 3, 8), free=True).of_each
     whole.add(X, D)
     for rows in range(0, 96, 12):
         parts.add(X[rows : rows + 12], D[rows : rows + 12])
