@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
 from fxprune.emit.patch import NormEpsilons, Resized, enlarged_epsilons, find_epsilons, set_attributes
-from fxprune.emit.snapshot import attention_implementations, run_on_meta, slim_name, using_attention
+from fxprune.emit.snapshot import attention_implementations, common_module, run_on_meta, slim_name, using_attention
 from fxprune.emit.structure import carry_structure, describe_structure
 from fxprune.errors import CheckpointError, PlanError, VerificationError
 from fxprune.graph.context import Refusal, attempt, defer_gc, eval_mode, quiet
@@ -100,7 +99,6 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collect
     if source is None or not is_hugging_face(source.model):
         return {}
     model = source.model
-
     asked = [group for group in removal.groups if group.kind in kinds]
     shrunk = [group for group in asked if group.factor is not None and removal.keep.touches(group.factor)]
     if not shrunk or not _refusal(graph_module, source, removal, shrunk):
@@ -122,9 +120,8 @@ def inexpressible(graph_module: fx.GraphModule, removal: Removal, kinds: Collect
 
 def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, groups: Sequence[Group]) -> str:
     """Why no model can be emitted if ``groups`` alone shrink; empty if one can."""
-    part = replace(
-        removal, keep=removal.keep.only([g.factor for g in groups if g.factor is not None]), removed_blocks=()
-    )
+    keep = removal.keep.only([group.factor for group in groups if group.factor is not None])
+    part = replace(removal, keep=keep, removed_blocks=())
     kept, resized = _kept_units(graph_module, part), _resized(source, part)
     inputs, known = source.example_inputs, source.known
     model: Any = source.model
@@ -132,24 +129,18 @@ def _refusal(graph_module: fx.GraphModule, source: Source, removal: Removal, gro
         left = _left_by(part.axes, part.keep, (), model)
         emission = emit(model, left, kept_units=kept, inputs=inputs, resized=resized, known=known, dry=True)
         if emission.model is not None and not emission.runs_dry and not _is_on_meta(model):
-            agrees = partial(_runs, default_inputs(model, inputs))
-            left = _left_by(part.axes, part.keep, (), model, empty=False)
-            emission = emit(model, left, (), agrees, kept, None, inputs, resized, known)
+            given, left = default_inputs(model, inputs), _left_by(part.axes, part.keep, (), model, empty=False)
+
+            def runs(slim: PreTrainedModel) -> bool:
+                return _own_outputs(slim, given) is not None
+
+            emission = emit(model, left, (), runs, kept, None, inputs, resized, known)
     return "" if emission.model is not None else emission.reasons[0]
 
 
 def _is_on_meta(model: nn.Module) -> bool:
     """Whether a parameter of a model has no storage."""
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _runs(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> bool:
-    """Whether a model runs under the attention implementation that it has, else an error."""
-    with eval_mode(model):
-        got = _outputs(model, inputs, attention_implementations(model)[0])
-    if isinstance(got, Refusal):
-        raise got.error
-    return got is not None
 
 
 @dataclass
@@ -186,10 +177,7 @@ class SlimVerifier:
         """Whether outputs are the same under the attention implementation that the model has."""
         if has_meta_weights(self.slim):
             return True
-        with eval_mode(candidate):
-            got = _outputs(candidate, self.inputs, attention_implementations(candidate)[0])
-        if isinstance(got, Refusal):
-            raise got.error
+        got = _own_outputs(candidate, self.inputs)
         return got is not None and not _fault(self._wanted, got)
 
     @cached_property
@@ -220,6 +208,15 @@ def _fault(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor] | Refusal |
         return f"it does not run: {got}"
     same = got is None or (len(want) == len(got) and all(map(outputs_agree, want, got)))
     return "" if same else _DIFFERS
+
+
+def _own_outputs(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    """Return the outputs of a model, in evaluation mode, as it is; raise the error that stops it."""
+    with eval_mode(model):
+        got = _outputs(model, inputs, attention_implementations(model)[0])
+    if isinstance(got, Refusal):
+        raise got.error
+    return got
 
 
 def _outputs(
@@ -274,12 +271,8 @@ def check_own_forward(
     """Check a module whose tensors were cut in place against the slim graph.
 
     The sizes in a graph are rewritten; those that a module's code holds, such as a number of heads, are not. Norm
-    epsilons are set where attributes hold them.
-
-    Args:
-        source: the module that it came from; a copy that shares its parameters is run. On ``meta`` only shapes are
-            compared.
-        numbers: numbers of the graph that changed, by the name of a node and the place of the argument.
+    epsilons, which are ``numbers`` of the graph by the name of a node and the place of the argument, are set where
+    attributes hold them. On ``meta`` only shapes are compared.
 
     Raises:
         PlanError: the module's own code fails, or computes something else.
@@ -377,26 +370,20 @@ def _resized(source: Source, removal: Removal) -> list[Resized]:
     for group in removal.groups:
         if group.factor is None or group.kind == "channel" or not removal.keep.touches(group.factor):
             continue
-        held = [(name, member) for member in group.members for name in source.names.get(member.name, ())[:1]]
-        paths = [name.split(".")[:-1] for name, _ in held]
-        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         alone = removal.keep.only([group.factor])
-        sizes = {member.expr.size: kept_size(member.expr, alone) for _, member in held}
-        sizes |= {group.size: removal.keep.count(group.factor)}
-        axes = {
-            (name, member.axis): kept_size(member.expr, alone)
-            for member in group.members
-            for name in source.names.get(member.name, ())
-        }
-        found.append(Resized(".".join(parts[0] for parts in shared), sizes, axes))
+        held = [(source.names.get(m.name, ()), m.axis, m.expr.size, kept_size(m.expr, alone)) for m in group.members]
+        sizes = {before: after for names, _, before, after in held if names}
+        axes = {(name, axis): after for names, axis, _, after in held for name in names}
+        sizes[group.size] = removal.keep.count(group.factor)
+        found.append(Resized(common_module(names[0] for names, *_ in held if names), sizes, axes))
     return found
 
 
 def _kept_units(slim: fx.GraphModule, removal: Removal) -> dict[str, dict[int, list[int]]]:
     facts, axes = facts_of(slim), removal.axes
     blocks, constants = frozenset(facts[Blocks].paths), facts[Constants].names
-    found: dict[str, dict[int, list[int]]] = {}
     kept_of = kept_indices(axes, removal.keep, constants)
+    found: dict[str, dict[int, list[int]]] = {}
     for node in slim.graph.nodes:
         if node.op != "get_attr" or node.target not in constants:
             continue

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice, product
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -30,16 +30,15 @@ from fxprune.emit.patch import (
     NormEpsilons,
     Patches,
     Resized,
+    by_module,
     carry_over,
     composed_patches,
     epsilon_fields,
     leaf_patches,
     merged,
-    numbers_of,
     patches_by_hand,
 )
 from fxprune.emit.snapshot import (
-    Axis,
     DryRuns,
     Shape,
     assign_tensors,
@@ -51,6 +50,7 @@ from fxprune.emit.snapshot import (
     shape_errors,
     shapes_of,
     slim_name,
+    take_snapshot,
     use_eager_experts,
     without_storage,
 )
@@ -60,34 +60,12 @@ from fxprune.errors import VerificationError
 from fxprune.graph.context import Refusal, attempt, call_foreign
 from fxprune.graph.facts import within
 from fxprune.graph.tensors import named_tensors
-from fxprune.modelling.blocks import BUILT_AT, flags_of, put_fields
+from fxprune.modelling.blocks import flags_of, put_fields
 from fxprune.modelling.layerwise import OVERRIDES, Overrides, apply_overrides, build_blocks
 from fxprune.trace.inputs import clear_quantisation_marks, meta_twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class EmissionTask:
-    """A dense model and the shapes, by dense name, that are wanted of the tensors of the slim one."""
-
-    model: PreTrainedModel
-    layout: Layout
-    rebuilder: Rebuilder
-    wanted: Mapping[str, Shape]
-    removed: tuple[str, ...] = ()
-    kept_units: KeptUnits = field(default_factory=dict)
-    epsilons: NormEpsilons = field(default_factory=NormEpsilons)
-    resized: tuple[Resized, ...] = ()
-    known: Known = field(default_factory=dict)
-
-    def outside(self) -> dict[str, Shape]:
-        return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
-
-    def request(self) -> tuple[object, ...]:
-        """All that decides how a slim model is built, besides the dense one."""
-        return self.wanted, self.removed, self.kept_units, self.epsilons, self.resized
 
 
 @dataclass(frozen=True)
@@ -137,44 +115,10 @@ def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None 
     return model
 
 
-def candidates_by_hand(task: EmissionTask, every: Iterable[Patches]) -> Iterator[Candidate]:
-    """Yield candidates whose classes build the dense model, with attributes set by hand where tensors are resized."""
-    wrong = frozenset(name for name, _ in mismatches(shapes_of(task.model), task.wanted) if name in task.wanted)
-    built_at = {p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)}
-    gaps = (f"no config field sets {len(wrong)} shapes, such as that of {min(wrong, default='none')}",)
-    for patches in every:
-        blueprint = Blueprint(built_at=built_at, attributes=patches, removed=task.removed)
-        yield Candidate(blueprint, wrong, gaps)
-
-
 _LARGEST_QUOTIENT = 16
 """Attributes that are quotients of numbers of heads are small; larger ones are widths."""
 _MOST_CANDIDATES = 24
 """Bounds the time for one choice of shared widths: each is built and run. The likeliest come first."""
-
-
-def divided_attributes(candidate: Candidate, tensors: Collection[str]) -> Iterator[Candidate]:
-    """Yield a candidate with one small integer attribute divided, in all modules where it is the same number.
-
-    Where widths are set as attributes, an attribute of the module around them, such as how many queries share a key,
-    may still be that of more heads: one attention kernel infers it from shapes, another reads it. The attributes of
-    modules that own one of ``tensors`` are widths, which are right already.
-    """
-    owners = {name.rpartition(".")[0] for name in tensors}
-    attributes = candidate.blueprint.attributes
-    found = {
-        (value, name)
-        for path, here in attributes.items()
-        for name, value in here.items()
-        if path not in owners and isinstance(value, int) and 1 < value <= _LARGEST_QUOTIENT
-    }
-    for value, name in sorted(found):
-        for smaller in (n for n in range(1, value) if value % n == 0):
-            changed = {
-                path: {**here, name: smaller} if path not in owners and here.get(name) == value else here
-                for path, here in attributes.items()
-            }
-            yield dataclasses.replace(candidate, blueprint=dataclasses.replace(candidate.blueprint, attributes=changed))
 
 
 @dataclass(frozen=True)
@@ -191,115 +135,43 @@ class Candidate:
     gaps: tuple[str, ...]
 
 
-_Kind: TypeAlias = tuple[type, frozenset[Axis]]
-"""The class of a block and the axes that change; blocks of one kind are built the same way."""
+def divided_attributes(candidate: Candidate, tensors: Collection[str]) -> Iterator[Candidate]:
+    """Yield a candidate with one small integer attribute divided, in all modules where it is the same number.
+
+    Where widths are set as attributes, an attribute of the module around them, such as how many queries share a key,
+    may still be that of more heads: one attention kernel infers it from shapes, another reads it. The attributes of
+    modules that own one of ``tensors`` are widths, which are right already.
+    """
+    owners = {name.rpartition(".")[0] for name in tensors}
+    attributes = candidate.blueprint.attributes
+    around = {path: own for path, own in attributes.items() if path not in owners}
+    numbers = {(value, name) for own in around.values() for name, value in own.items() if isinstance(value, int)}
+    for value, name in sorted(numbers):
+        divisors = [n for n in range(1, value) if value % n == 0] if value <= _LARGEST_QUOTIENT else []
+        for smaller in divisors:
+            changed = {path: {**own, name: smaller} for path, own in around.items() if own.get(name) == value}
+            blueprint = dataclasses.replace(candidate.blueprint, attributes={**attributes, **changed})
+            yield dataclasses.replace(candidate, blueprint=blueprint)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block that stays, with the ways to build it.
+    """A block that stays, with the ways to build it: those asked for, the likeliest first, and those pending.
 
-    Args:
-        part: of the config that describes it.
-        own: fields in which the dense block already differs from the model's config.
-        kind: the class and the axes that change; blocks of one kind are built the same way.
-        pending: the ways that were not asked for yet; their fields are added to ``own``.
-        fields: for each kind, the names of the fields that its first block is built by; none if by attributes.
+    Their fields are added to its ``own``, in which the dense block already differs from the model's config. Blocks of
+    one kind, which is the class and the axes that change, are built the same way.
     """
 
     part: str
     own: Mapping[str, int]
-    kind: _Kind
+    kind: object
     rebuilder: Rebuilder | None
+    found: list[Choice]
     pending: Iterator[Choice]
-    fields: dict[_Kind, frozenset[str]]
-    _found: list[Choice] = field(default_factory=list)
-
-    def likeliest(self) -> Choice:
-        if not self._found:
-            self._found.append(next(self.pending))
-            first = self._found[0]
-            self.fields.setdefault(self.kind, frozenset(() if first.patches else first.fields))
-        return self._found[0]
 
     def choices(self) -> list[Choice]:
-        self._found.extend(self.pending)
-        return self._found
-
-
-def candidates_for(task: EmissionTask, shared: SharedWidths) -> Iterator[Candidate]:
-    """Yield candidate models for one choice of shared widths, the likeliest first; at most a few dozen."""
-    blocks = _blocks(task, shared)
-    yield _candidate(task, shared, blocks, {path: block.likeliest() for path, block in blocks.items()})
-    kinds = {block.kind: 0 for block in blocks.values()}
-    for block in blocks.values():
-        kinds[block.kind] = max(kinds[block.kind], len(block.choices()))
-    picks = sorted(product(*(range(count) for count in kinds.values())), key=sum)
-    for pick in picks[1:_MOST_CANDIDATES]:
-        rank = dict(zip(kinds, pick, strict=True))
-        ways = {path: block.choices() for path, block in blocks.items()}
-        chosen = {path: found[min(rank[blocks[path].kind], len(found) - 1)] for path, found in ways.items()}
-        yield _candidate(task, shared, blocks, chosen)
-
-
-def _blocks(task: EmissionTask, shared: SharedWidths) -> dict[str, _Block]:
-    """Return the blocks that stay; those of one class, config and shapes share one search."""
-    made: dict[object, _Block] = {}
-    found: dict[str, _Block] = {}
-    fields = dict[_Kind, frozenset[str]]()
-    for path, (index, module) in task.layout.blocks().items():
-        if path in task.removed:
-            continue
-        stack = task.layout.stack_of(path)
-        whole = part_of(task.model.config, stack.part)
-        config = next((vars(m)["config"] for m in module.modules() if "config" in vars(m)), whole)
-        own: dict[str, int] = {}
-        if config is not whole and isinstance(config, PreTrainedConfig):
-            own = {k: v for k, v in vars(config).items() if type(v) in (int, bool) and vars(whole).get(k) != v}
-        wanted, have = names_in(task.wanted, path), shapes_of(module)
-        flags = flags_of(module)
-        key = (type(module), stack.part, *(tuple(sorted(part.items())) for part in (own, flags, wanted, have)))
-        if key not in made:
-            made[key] = _block(task, shared, stack, (index, module), own, wanted, fields)
-        found[path] = made[key]
-    return found
-
-
-def _block(
-    task: EmissionTask,
-    shared: SharedWidths,
-    stack: BlockStack,
-    at: tuple[int, nn.Module],
-    own: Mapping[str, int],
-    wanted: Mapping[str, Shape],
-    fields: dict[_Kind, frozenset[str]],
-) -> _Block:
-    index, module = at
-    is_first = stack.part == task.layout.part
-    depth = task.layout.depth if is_first else len(stack.blocks)
-    flags = {name: value for name, value in own.items() if type(value) is bool}
-    own = {name: value for name, value in own.items() if name not in flags}
-    rebuilder = block_rebuilder(task.model, stack.part, depth, index, module, own, task.known)
-    if flags and not _builds(rebuilder, module):  # a flag may decide what a block consists of
-        flagged = block_rebuilder(task.model, stack.part, depth, index, module, {**own, **flags}, task.known)
-        if _builds(flagged, module):
-            own, rebuilder = {**own, **flags}, flagged
-    outside = task.outside()
-
-    def harm(fields: Mapping[str, int]) -> int:
-        if not is_first:
-            return 0
-        seen = task.rebuilder.observe({**shared.fields, **fields})
-        return len(outside) if seen is None else len(mismatches(seen.shapes, outside))
-
-    seen = rebuilder.observe({}) if rebuilder is not None else None
-    if seen is not None:  # leave out the buffers that the model, not the block's class, adds to a block
-        buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
-        wanted = {name: shape for name, shape in wanted.items() if name in seen.shapes or name not in buffers}
-    bases = [shared.fields, {}] if shared.fields and is_first else [{}]
-    kind = type(module), mismatches(shapes_of(module), wanted)
-    choices = choices_for(module, rebuilder, bases, wanted, harm, lambda: fields.get(kind, frozenset()))
-    return _Block(stack.part, own, kind, rebuilder, choices, fields)
+        self.found.extend(self.pending)
+        return self.found
 
 
 def _builds(rebuilder: Rebuilder | None, block: nn.Module) -> bool:
@@ -308,87 +180,8 @@ def _builds(rebuilder: Rebuilder | None, block: nn.Module) -> bool:
     return seen is not None and seen.shapes.keys() == shapes_of(block).keys()
 
 
-def _candidate(
-    task: EmissionTask, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]
-) -> Candidate:
-    fields, full = _with_adopted(task, shared, blocks, chosen)
-    built, skip = task.rebuilder.build(fields), task.rebuilder.skip
-    around = {} if built is None else leaf_patches(built, task.outside(), skip)
-    dense = vars(part_of(task.model.config, task.layout.part))
-    block_fields, absent = dict[str, dict[str, int]](), dict[str, list[str]]()
-    for path, own in full.items():
-        if blocks[path].part != task.layout.part:
-            block_fields.update({path: own} if own else {})
-            continue
-        whole = {**dense, **fields}
-        # a block whose choice does not name a field of the model needs the dense value of that field
-        held = {**{name: dense[name] for name in fields if name in dense}, **own}
-        differing = {name: value for name, value in held.items() if whole.get(name) != value}
-        lacking = sorted(fields.keys() - dense.keys() - own.keys())
-        block_fields.update({path: differing} if differing else {})
-        absent.update({path: lacking} if lacking else {})
-    attributes: Patches = {}
-    for path, choice in chosen.items():
-        start = numbers_of(task.model.get_submodule(path)) if choice.as_dense else {}
-        for inner, patch in merged(start, choice.patches).items():
-            attributes[f"{path}.{inner}" if inner else path] = patch
-    blueprint = Blueprint(
-        fields=fields,
-        block_fields=block_fields,
-        absent=absent,
-        built_at={p: vars(b)[BUILT_AT] for p, (_, b) in task.layout.blocks().items() if BUILT_AT in vars(b)},
-        attributes={**attributes, **around},
-        removed=task.removed,
-        built_with={name: dense[name] for name in shared.written_afterwards if name in dense},
-        written_afterwards=shared.written_afterwards,
-    )
-    seen = task.rebuilder.observe(fields)
-    loose = {name for name, _ in mismatches(seen.shapes, task.outside())} if seen else set[str]()
-    gaps: list[str] = []
-    for path, choice in chosen.items():
-        if choice.gap:
-            loose.update(f"{path}.{name}" for name in names_in(task.wanted, path))
-            gaps += [f"block {path}: {line}" for line in choice.gap]
-    return Candidate(blueprint, frozenset(loose), tuple(gaps))
-
-
-def _with_adopted(
-    task: EmissionTask, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]
-) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Return the fields of the whole model and of each block; fields that all blocks share are moved to the model."""
-    full = {path: {**block.own, **chosen[path].fields} for path, block in blocks.items()}
-    fields = dict(shared.fields)
-    others = {path: own for path, own in full.items() if blocks[path].part != task.layout.part}
-    full = {path: own for path, own in full.items() if path not in others}
-    for name in sorted({name for own in full.values() for name in own} - fields.keys()):
-        adopted = _adopted(name, blocks, full)
-        if adopted is None:
-            continue
-        before, after = task.rebuilder.observe(fields), task.rebuilder.observe({**fields, name: adopted})
-        harmless = before is after if before is None or after is None else before.shapes == after.shapes
-        if harmless:
-            fields[name] = adopted
-            full = {path: {**own, name: adopted} for path, own in full.items()}
-    return fields, full | others
-
-
-def _adopted(name: str, blocks: Mapping[str, _Block], full: Mapping[str, Mapping[str, int]]) -> int | None:
-    """Return the value of a field that all blocks have or are indifferent to; None if there is none."""
-    values = {fields[name] for fields in full.values() if name in fields}
-    if len(values) != 1:
-        return None
-    value = values.pop()
-    for path, fields in full.items():
-        rebuilder = blocks[path].rebuilder
-        if name in fields:
-            continue
-        if rebuilder is None or rebuilder.observe({**fields, name: value}) != rebuilder.observe(fields):
-            return None
-    return value
-
-
 _FITTED = "fitted"
-"""Key in ``known`` of the latest request with a model, a :class:`_Fitted`."""
+"""Key in ``known`` of the latest request with a model: the request, its candidate, and whether that runs dry."""
 
 Agrees = Callable[["PreTrainedModel"], bool]
 """Whether the outputs of an emitted model are right; a ``VerificationError`` is a no with its reason."""
@@ -452,100 +245,88 @@ def emit(
     layout = attempt(find_layout, model, known)
     if isinstance(layout, Refusal):
         return Emission(None, (f"its blocks cannot be found: {layout}",))
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    epsilons = epsilons or NormEpsilons()
-    refused = _request_errors(model, layout, tensors, removed) or epsilons.reasons[:_MOST_REASONS]
-    if refused:
-        return Emission(None, refused)
-    rebuilder = model_rebuilder(model, layout, known)
-    task = EmissionTask(model, layout, rebuilder, wanted, removed, kept_units or {}, epsilons, tuple(resized), known)
-    return _Emitter(task, tensors, agrees, inputs, dry).first_that_fits(DryRuns(partial(meta_twin, model), inputs))
-
-
-def _request_errors(
-    model: PreTrainedModel, layout: Layout, tensors: Mapping[str, torch.Tensor], removed: tuple[str, ...]
-) -> Reasons:
-    known = layout.blocks()
-    lines = [f"block {path}: not a block of this model" for path in removed if path not in known]
+    epsilons, blocks = epsilons or NormEpsilons(), layout.blocks()
+    lines = [f"block {path}: not a block of this model" for path in removed if path not in blocks]
     if removed and layout.count_field is None:
         lines.append("blocks cannot be removed: no config field sets how many there are")
     lines += [f"{stack.path}: every block removed" for stack in layout.stacks if set(stack.paths()) <= set(removed)]
     names = {name for name in shapes_of(model) if not within(name, removed)}
     lines += [f"{name}: no tensor given for it" for name in sorted(names - tensors.keys())]
     lines += [f"{name}: the dense model has no such tensor" for name in sorted(tensors.keys() - names)]
-    return tuple(lines[:_MOST_REASONS])
+    refused = lines or epsilons.reasons
+    if refused:
+        return Emission(None, tuple(refused[:_MOST_REASONS]))
+    rebuilder, kept = model_rebuilder(model, layout, known), kept_units or {}
+    more = (kept, epsilons, inputs, tuple(resized), known, dry)
+    return _Emitter(model, layout, rebuilder, tensors, removed, agrees, *more).first_that_fits()
 
 
 _MOST_ALONE = 3
 """Attributes that are tried for each kind of group: a wrong number may run as well."""
 
 
-def _start(one: Resized) -> int:
-    """Where the names within the scope of ``one`` start in those of the model."""
-    return len(one.scope) + bool(one.scope)
-
-
 @dataclass(frozen=True, eq=False)
-class _Fitted:
-    """A search for a candidate that fits a request, as far as it went.
-
-    Args:
-        candidate: the one that fitted.
-        runs_dry: as in :class:`Emission`.
-        rest: the candidates that come after it.
-        doubtful: those before it that failed on ``meta``.
-        reasons: why those before it did not fit, in order, each once.
-    """
-
-    request: tuple[object, ...]
-    candidate: Candidate
-    runs_dry: bool
-    rest: Iterator[Candidate]
-    doubtful: list[Candidate]
-    reasons: dict[str, None]
-
-
-@dataclass(frozen=True)
 class _Emitter:
-    task: EmissionTask
+    """The search for a slim model, as :func:`emit` asks for it."""
+
+    model: PreTrainedModel
+    layout: Layout
+    rebuilder: Rebuilder
     tensors: Mapping[str, torch.Tensor]
+    removed: tuple[str, ...]
     agrees: Agrees | None
+    kept_units: KeptUnits
+    epsilons: NormEpsilons
     inputs: Mapping[str, Any] | None
+    resized: tuple[Resized, ...]
+    known: Known
     dry: bool
 
-    def first_that_fits(self, runs: DryRuns) -> Emission:
+    @cached_property
+    def wanted(self) -> dict[str, Shape]:
+        """The shapes of the tensors, by dense name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def outside(self) -> dict[str, Shape]:
+        """Those of the tensors outside the blocks."""
+        return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
+
+    @cached_property
+    def runs(self) -> DryRuns:
+        return DryRuns(partial(meta_twin, self.model), self.inputs)
+
+    def first_that_fits(self) -> Emission:
         """Return the first candidate that fits; those that fail on ``meta`` are tried last.
 
-        The candidate that fitted the latest request comes first if this is the same one, and the search goes on behind
-        it. Which inputs are tables of all units is found anew, on the inputs of this request.
+        The candidate that fitted the latest request comes first if this is the same one. Which inputs are tables of all
+        units is found anew, on the inputs of this request.
         """
-        known, request = self.task.known, self.task.request()
-        reasons, doubtful, rest = dict[str, None](), list[Candidate](), self.candidates()
-        before: _Fitted | None = known.pop(_FITTED, None)
-        if before is not None and before.request == request and not self.task.kept_units:
-            made = self.make(before.candidate)
+        request = self.wanted, self.removed, self.kept_units, self.epsilons, self.resized
+        before = self.known.pop(_FITTED, None)
+        if before is not None and before[0] == request and not self.kept_units:
+            made = self.make(before[1])
             if isinstance(made, transformers.PreTrainedModel):
-                known[_FITTED] = before
-                return Emission(made, runs_dry=before.runs_dry)
-            reasons, doubtful, rest = {**before.reasons, **dict.fromkeys(made)}, before.doubtful, before.rest
-        for candidate in rest:
+                self.known[_FITTED] = before
+                return Emission(made, runs_dry=before[2])
+        reasons, doubtful = dict[str, None](), list[Candidate]()
+        for candidate in self.candidates():
             slim = self.built(candidate)
             if not isinstance(slim, transformers.PreTrainedModel):
                 reasons.update(dict.fromkeys(slim))
                 continue
-            failure = self.failure(candidate, slim, runs)
+            failure = self.failure(candidate, slim)
             if failure is not None:
-                others = divided_attributes(candidate, self.task.wanted)
-                better = next((other for other in others if self.fits(other, runs)), None)
-                failure, candidate = (failure, candidate) if better is None else (None, better)
-            if failure is not None:
-                reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
-                doubtful.append(candidate)
-                continue
+                better = next((one for one in divided_attributes(candidate, self.wanted) if self.fits(one)), None)
+                if better is None:
+                    reasons.update(dict.fromkeys((*candidate.gaps, f"a candidate does not run: {failure}")))
+                    doubtful.append(candidate)
+                    continue
+                candidate = better
             made = slim if self.dry else self.make(candidate)
             if isinstance(made, transformers.PreTrainedModel):
-                known[_FITTED] = _Fitted(request, candidate, runs.show_failures, rest, doubtful, reasons)
-                return Emission(made, runs_dry=runs.show_failures)
+                self.known[_FITTED] = request, candidate, self.runs.show_failures
+                return Emission(made, runs_dry=self.runs.show_failures)
             reasons.update(dict.fromkeys(made))
         for candidate in doubtful if self.agrees is not None else ():
             made = self.make(candidate)
@@ -554,32 +335,156 @@ class _Emitter:
         return Emission(None, tuple(reasons)[:_MOST_REASONS] or ("the model's class cannot be built from its config",))
 
     def candidates(self) -> Iterator[Candidate]:
-        task, tried = self.task, list[Blueprint]()
-        shared_widths = shared_widths_for(task.rebuilder, task.outside())
-        fields = epsilon_fields(task.model, task.layout.part, task.epsilons, task.removed)
-        by_fields = chain.from_iterable(candidates_for(task, shared) for shared in shared_widths)
-        for plain in chain(by_fields, candidates_by_hand(task, self.by_hand()) if task.resized else ()):
-            attributes = {path: dict(own) for path, own in plain.blueprint.attributes.items()}
-            for path, own in task.epsilons.attributes.items():
-                attributes.setdefault(path, {}).update(own)
+        tried = list[Blueprint]()
+        fields = epsilon_fields(self.model, self.layout.part, self.epsilons, self.removed)
+        shared = shared_widths_for(self.rebuilder, self.outside)
+        for plain in chain(chain.from_iterable(map(self.by_fields, shared)), self.by_attributes()):
+            attributes = merged(plain.blueprint.attributes, self.epsilons.attributes)
             blueprint = dataclasses.replace(plain.blueprint, attributes=attributes, epsilons=fields)
-            for found in (*self.with_inputs(blueprint), blueprint):
+            for found in self.with_inputs(blueprint):
                 if found not in tried:
                     tried.append(found)
                     yield dataclasses.replace(plain, blueprint=found)
 
+    def by_fields(self, shared: SharedWidths) -> Iterator[Candidate]:
+        """Yield candidates for one choice of shared widths, the likeliest first; at most a few dozen."""
+        blocks = self.blocks(shared)
+        yield self.assembled(shared, blocks, {path: block.found[0] for path, block in blocks.items()})
+        counts = {block.kind: 0 for block in blocks.values()}
+        for block in blocks.values():
+            counts[block.kind] = max(counts[block.kind], len(block.choices()))
+        picks = sorted(product(*(range(count) for count in counts.values())), key=sum)
+        for pick in picks[1:_MOST_CANDIDATES]:
+            rank = dict(zip(counts, pick, strict=True))
+            chosen = {path: block.found[min(rank[block.kind], len(block.found) - 1)] for path, block in blocks.items()}
+            yield self.assembled(shared, blocks, chosen)
+
+    def blocks(self, shared: SharedWidths) -> dict[str, _Block]:
+        """Return the blocks that stay; those of one class, config and shapes share one search."""
+        made: dict[object, _Block] = {}
+        likely: dict[object, frozenset[str]] = {}
+        found: dict[str, _Block] = {}
+        for path, (index, module) in self.layout.blocks().items():
+            if path in self.removed:
+                continue
+            stack = next(stack for stack in self.layout.stacks if path in stack.paths())
+            whole = part_of(self.model.config, stack.part)
+            config = next((vars(m)["config"] for m in module.modules() if "config" in vars(m)), whole)
+            own: dict[str, int] = {}
+            if config is not whole and isinstance(config, PreTrainedConfig):
+                own = {k: v for k, v in vars(config).items() if type(v) in (int, bool) and vars(whole).get(k) != v}
+            wanted = names_in(self.wanted, path)
+            parts = own, flags_of(module), wanted, shapes_of(module)
+            key = (type(module), stack.part, *(tuple(sorted(part.items())) for part in parts))
+            if key not in made:
+                made[key] = self.block(shared, stack, index, module, own, wanted, likely)
+            found[path] = made[key]
+        return found
+
+    def block(
+        self,
+        shared: SharedWidths,
+        stack: BlockStack,
+        index: int,
+        module: nn.Module,
+        own: dict[str, int],
+        wanted: Mapping[str, Shape],
+        likely: dict[object, frozenset[str]],
+    ) -> _Block:
+        """Return a block with its likeliest way; ``likely`` has the fields by which the first of its kind is built."""
+        is_main = stack.part == self.layout.part
+        depth = self.layout.depth if is_main else len(stack.blocks)
+        flags = {name: value for name, value in own.items() if type(value) is bool}
+        own = {name: value for name, value in own.items() if name not in flags}
+        rebuilder = block_rebuilder(self.model, stack.part, depth, index, module, own, self.known)
+        if flags and not _builds(rebuilder, module):  # a flag may decide what a block consists of
+            flagged = block_rebuilder(self.model, stack.part, depth, index, module, own | flags, self.known)
+            if _builds(flagged, module):
+                own, rebuilder = own | flags, flagged
+
+        def harm(fields: Mapping[str, int]) -> int:
+            seen = self.rebuilder.observe({**shared.fields, **fields}) if is_main else None
+            return len(mismatches(seen.shapes, self.outside)) if seen else len(self.outside) if is_main else 0
+
+        seen = rebuilder.observe({}) if rebuilder is not None else None
+        if seen is not None:  # leave out the buffers that the model, not the block's class, adds to a block
+            buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+            wanted = {name: shape for name, shape in wanted.items() if name in seen.shapes or name not in buffers}
+        bases = [shared.fields, {}] if shared.fields and is_main else [{}]
+        kind = type(module), mismatches(shapes_of(module), wanted)
+        choices = choices_for(module, rebuilder, bases, wanted, harm, likely.get(kind, frozenset()))
+        first = next(choices)
+        likely.setdefault(kind, frozenset(() if first.patches else first.fields))
+        return _Block(stack.part, own, kind, rebuilder, [first], choices)
+
+    def assembled(self, shared: SharedWidths, blocks: Mapping[str, _Block], chosen: Mapping[str, Choice]) -> Candidate:
+        """Return the candidate of some choices; fields that all blocks share are moved to the model."""
+        full = {path: {**block.own, **chosen[path].fields} for path, block in blocks.items()}
+        block_fields = {p: own for p, own in full.items() if own and blocks[p].part != self.layout.part}
+        full = {path: own for path, own in full.items() if blocks[path].part == self.layout.part}
+        fields = dict(shared.fields)
+        for name in sorted({name for own in full.values() for name in own} - fields.keys()):
+            value, *others = {own[name] for own in full.values() if name in own}
+            rest = [(blocks[path].rebuilder, own) for path, own in full.items() if name not in own]
+            if others or not all(r and r.observe({**own, name: value}) == r.observe(own) for r, own in rest):
+                continue  # blocks differ in it, or one without it changes with it
+            before, after = self.rebuilder.observe(fields), self.rebuilder.observe({**fields, name: value})
+            if before is after if before is None or after is None else before.shapes == after.shapes:
+                fields[name] = value
+                full = {path: {**own, name: value} for path, own in full.items()}
+        dense, absent = vars(part_of(self.model.config, self.layout.part)), dict[str, list[str]]()
+        whole = {**dense, **fields}
+        for path, own in full.items():
+            # a block whose choice does not name a field of the model needs the dense value of that field
+            held = {**{name: dense[name] for name in fields if name in dense}, **own}
+            differing = {name: value for name, value in held.items() if whole.get(name) != value}
+            lacking = sorted(fields.keys() - dense.keys() - own.keys())
+            block_fields.update({path: differing} if differing else {})
+            absent.update({path: lacking} if lacking else {})
+        built, seen = self.rebuilder.build(fields), self.rebuilder.observe(fields)
+        attributes: Patches = {} if built is None else leaf_patches(built, self.outside, self.rebuilder.skip)
+        loose = {name for name, _ in mismatches(seen.shapes, self.outside)} if seen else set[str]()
+        gaps: list[str] = []
+        for path, choice in chosen.items():
+            start = by_module(take_snapshot(self.model.get_submodule(path)).numbers) if choice.as_dense else {}
+            for inner, patch in merged(start, choice.patches).items():
+                attributes[f"{path}.{inner}".strip(".")] = patch
+            if choice.gap:
+                loose.update(f"{path}.{name}" for name in names_in(self.wanted, path))
+                gaps += [f"block {path}: {line}" for line in choice.gap]
+        blueprint = Blueprint(
+            fields=fields,
+            block_fields=block_fields,
+            absent=absent,
+            built_at=self.layout.built_at(),
+            attributes=attributes,
+            removed=self.removed,
+            built_with={name: dense[name] for name in shared.written_afterwards if name in dense},
+            written_afterwards=shared.written_afterwards,
+        )
+        return Candidate(blueprint, frozenset(loose), tuple(gaps))
+
+    def by_attributes(self) -> Iterator[Candidate]:
+        """Yield candidates whose classes build the dense model, with attributes set by hand for resized tensors."""
+        if not self.resized:
+            return
+        wrong = frozenset(name for name, _ in mismatches(shapes_of(self.model), self.wanted) if name in self.wanted)
+        gaps = (f"no config field sets {len(wrong)} shapes, such as that of {min(wrong, default='none')}",)
+        for patches in self.by_hand():
+            blueprint = Blueprint(built_at=self.layout.built_at(), attributes=patches, removed=self.removed)
+            yield Candidate(blueprint, wrong, gaps)
+
     def by_hand(self) -> Iterator[Patches]:
         """Yield attributes to set: all that may change; if several groups go, then those found for each alone."""
-        task = self.task
-        every = patches_by_hand(task.model, task.wanted, task.resized)
-        if len(task.resized) == 1:
+        every = patches_by_hand(self.model, self.wanted, self.resized)
+        if len(self.resized) == 1:
             yield from every
             return
         yield from islice(every, 1)
         alike: dict[object, list[Resized]] = {}
-        for one in task.resized:
-            inside = frozenset((name[_start(one) :], axis) for name, axis in one.axes)
-            kind = type(task.model.get_submodule(one.scope))
+        for one in self.resized:
+            inside = frozenset((one.inner(name), axis) for name, axis in one.axes)
+            kind = type(self.model.get_submodule(one.scope))
             alike.setdefault((kind, tuple(one.sizes), inside), []).append(one)
         ways: list[list[Patches]] = []
         for same in alike.values():
@@ -590,84 +495,83 @@ class _Emitter:
         picks += [{i: rank} for rank in range(1, _MOST_ALONE) for i, found in enumerate(ways) if rank < len(found)]
         for pick in picks[:_MOST_CANDIDATES]:
             chosen = [(one, ways[i][pick.get(i, 0)]) for i, same in enumerate(alike.values()) for one in same]
-            yield composed_patches(task.model, task.wanted, chosen)
+            yield composed_patches(self.model, self.wanted, chosen)
 
     def alone(self, one: Resized) -> Iterator[Patches]:
         """Yield attributes with which the dense model runs if ``one`` alone goes, by paths within its scope."""
-        model = self.task.model
-        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(model)}
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named_tensors(self.model)}
         for (name, axis), size in one.axes.items():
             tensors[name] = tensors[name].narrow(axis, 0, size)
-        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        task = dataclasses.replace(self.task, wanted=wanted, removed=(), epsilons=NormEpsilons(), resized=(one,))
-        emitter = dataclasses.replace(self, task=task, tensors=tensors, agrees=None)
-        runs = DryRuns(partial(meta_twin, model), self.inputs)
-        for plain in candidates_by_hand(task, emitter.by_hand()):
-            ways = (*emitter.with_inputs(plain.blueprint), plain.blueprint)
-            if any(emitter.fits(dataclasses.replace(plain, blueprint=way), runs) for way in ways):
-                yield {path[_start(one) :]: dict(own) for path, own in plain.blueprint.attributes.items()}
+        only: dict[str, Any] = {"removed": (), "epsilons": NormEpsilons(), "resized": (one,), "agrees": None}
+        emitter = dataclasses.replace(self, tensors=tensors, **only)
+        for plain in emitter.by_attributes():
+            ways = emitter.with_inputs(plain.blueprint)
+            if any(emitter.fits(dataclasses.replace(plain, blueprint=way)) for way in ways):
+                yield {one.inner(path): dict(own) for path, own in plain.blueprint.attributes.items()}
 
-    def with_inputs(self, blueprint: Blueprint) -> Iterator[Blueprint]:
-        """Yield the blueprint whose blocks select their rows of tables made for all units, if there are such."""
-        task = self.task
-        if not task.kept_units:
-            return
-        slim = build_on_meta(rebuild, task.model, dataclasses.replace(blueprint, removed=()), task.layout)
-        if isinstance(slim, Refusal):
-            return
-        inputs = find_inputs(meta_twin(task.model), slim, task.layout, task.kept_units, self.inputs)
-        if inputs:
-            yield dataclasses.replace(blueprint, inputs=inputs)
+    def with_inputs(self, blueprint: Blueprint) -> list[Blueprint]:
+        """The blueprint whose blocks select their rows of tables made for all units, if there are such, and itself."""
+        whole = dataclasses.replace(blueprint, removed=())
+        slim = build_on_meta(rebuild, self.model, whole, self.layout) if self.kept_units else None
+        if slim is None or isinstance(slim, Refusal):
+            return [blueprint]
+        inputs = find_inputs(meta_twin(self.model), slim, self.layout, self.kept_units, self.inputs)
+        return [dataclasses.replace(blueprint, inputs=inputs), blueprint] if inputs else [blueprint]
 
     def rename(self, name: str) -> str | None:
-        return slim_name(name, self.task.removed)
+        return slim_name(name, self.removed)
 
     def built(self, candidate: Candidate) -> PreTrainedModel | Reasons:
         """Return the model of a candidate without its tensors, or the reasons why it is not the wanted one."""
-        slim = build_on_meta(rebuild, self.task.model, candidate.blueprint, self.task.layout)
+        slim = build_on_meta(rebuild, self.model, candidate.blueprint, self.layout)
         if isinstance(slim, Refusal):
             return (*candidate.gaps, f"a candidate cannot be built: {slim}")
-        unfit = self.unfit(candidate, slim)
-        return (*candidate.gaps, *unfit) if unfit else slim
-
-    def fits(self, candidate: Candidate, runs: DryRuns) -> bool:
-        """Whether a candidate can be built and runs on ``meta``."""
-        slim = self.built(candidate)
-        return isinstance(slim, transformers.PreTrainedModel) and self.failure(candidate, slim, runs) is None
-
-    def failure(self, candidate: Candidate, slim: PreTrainedModel, runs: DryRuns) -> str | None:
-        """Return why the model of a candidate, to be thrown away, does not run on ``meta``; None if it does."""
-        copies = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in self.tensors.values()}
-        tensors = {name: copies[id(tensor)] for name, tensor in self.tensors.items()}
-        assign_tensors(slim, self.task.model, tensors, self.rename)
-        return runs.failure_of(slim, patched=bool(candidate.blueprint.attributes))
-
-    def unfit(self, candidate: Candidate, slim: PreTrainedModel) -> Reasons:
         loose = frozenset(new for name in candidate.loose if (new := self.rename(name)) is not None)
         errors = shape_errors(slim, self.tensors, self.rename, loose)
         there = {path for path, _ in slim.named_modules()}
-        wanted = [new for path, _ in self.task.model.named_modules() if (new := self.rename(path)) is not None]
-        return (*errors, *(f"{path}: the class builds no such module" for path in wanted if path not in there))
+        wanted = [new for path, _ in self.model.named_modules() if (new := self.rename(path)) is not None]
+        errors += [f"{path}: the class builds no such module" for path in wanted if path not in there]
+        return (*candidate.gaps, *errors) if errors else slim
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether a candidate can be built and runs on ``meta``."""
+        slim = self.built(candidate)
+        return isinstance(slim, transformers.PreTrainedModel) and self.failure(candidate, slim) is None
+
+    def failure(self, candidate: Candidate, slim: PreTrainedModel) -> str | None:
+        """Return why the model of a candidate, to be thrown away, does not run on ``meta``; None if it does."""
+        copies = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in self.tensors.values()}
+        tensors = {name: copies[id(tensor)] for name, tensor in self.tensors.items()}
+        assign_tensors(slim, self.model, tensors, self.rename)
+        return self.runs.failure_of(slim, patched=bool(candidate.blueprint.attributes))
 
     def make(self, candidate: Candidate) -> PreTrainedModel | Reasons:
         """Return the model that a candidate gives, or the reasons why it is not the wanted one."""
-        dense, blueprint = self.task.model, candidate.blueprint
-        slim = self.built(candidate)
+        blueprint, slim = candidate.blueprint, self.built(candidate)
         if not isinstance(slim, transformers.PreTrainedModel):
             return slim
-        assign_tensors(slim, dense, self.tensors, self.rename)
+        assign_tensors(slim, self.model, self.tensors, self.rename)
         use_eager_experts(slim)
         empty = names_on_meta(slim)
         if empty and not any(tensor.is_meta for tensor in self.tensors.values()):
             return tuple(f"{name}: left without storage" for name in empty)
-        if hasattr(dense, "generation_config"):
-            slim.generation_config = copy.deepcopy(dense.generation_config)
-        vars(slim)[OVERRIDES] = self.overrides(blueprint)
+        if hasattr(self.model, "generation_config"):
+            slim.generation_config = copy.deepcopy(self.model.generation_config)
+        # by names of the slim model: what cannot be read off it afterwards
+        names = {path: self.rename(path) or path for stack in self.layout.stacks[:1] for path in stack.paths()}
+        vars(slim)[OVERRIDES] = Overrides(
+            block_fields={
+                new: dict(blueprint.block_fields[p]) for p, new in names.items() if p in blueprint.block_fields
+            },
+            absent={new: list(blueprint.absent[p]) for p, new in names.items() if p in blueprint.absent},
+            built_with=dict(blueprint.built_with),
+        )
         vars(slim)["fxprune_blueprint"] = blueprint.as_dict()
         disagreement = self.disagreement(blueprint, slim)
         return slim if disagreement is None else (*candidate.gaps, disagreement)
 
     def disagreement(self, blueprint: Blueprint, slim: PreTrainedModel) -> str | None:
+        """Return what is wrong with the outputs of a slim model; None if nothing is."""
         if self.agrees is None:
             return None
         answer = attempt(self.agrees, slim, refusals=(VerificationError,))
@@ -680,15 +584,3 @@ class _Emitter:
         patched = f"{len(blueprint.attributes)} modules patched"
         fields = f"model fields {dict(blueprint.fields)}, block fields {blocks}, {patched}"
         return f"a candidate computes something else: {fields}"
-
-    def overrides(self, blueprint: Blueprint) -> Overrides:
-        """Return the overrides, by names of the slim model, that cannot be read off the model afterwards."""
-        stacks = self.task.layout.stacks[:1]
-        kept = [path for stack in stacks for path in stack.paths() if path not in blueprint.removed]
-        names = {path: self.rename(path) or path for path in kept}
-        fields, absent = blueprint.block_fields, blueprint.absent
-        return Overrides(
-            block_fields={names[path]: dict(fields[path]) for path in kept if path in fields},
-            absent={names[path]: list(absent[path]) for path in kept if path in absent},
-            built_with=dict(blueprint.built_with),
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -67,6 +66,10 @@ class BlockStack:
         return tuple(f"{self.path}.{index}" for index in range(len(self.blocks)))
 
 
+Known: TypeAlias = dict[object, Any]
+"""Findings about how the classes of one model are built, by subject; kept from one emission to the next."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where blocks are in a model and which config they come from.
@@ -74,28 +77,43 @@ class Layout:
     Args:
         stacks: the outermost module lists, those of the text decoder first where there are others, the longest first.
         part: name of the nested config that describes the first stack; empty for the model's own.
-        find_count: finds :attr:`count_field`.
     """
 
-    stacks: tuple[BlockStack, ...]
-    part: str
-    find_count: Callable[[], str | None] = lambda: None
+    model: PreTrainedModel
+    known: Known
+    stacks: tuple[BlockStack, ...] = ()
+    part: str = ""
 
-    @cached_property
+    @property
     def count_field(self) -> str | None:
         """The field that sets the length of the first stack.
 
         Empty if lists with one entry per block set it, None if nothing does. Models are built to find it.
         """
-        return self.find_count()
+        if "count" not in self.known:
+            self.known["count"] = self._count_field() if self.stacks else None
+        return self.known["count"]  # type: ignore[no-any-return]
+
+    def _count_field(self) -> str | None:
+        total, path = self.depth, self.stacks[0].path
+        fields = vars(part_of(self.model.config, self.part)).items()
+        names = [name for name, value in fields if type(value) is int and value == total]
+        for name, lists in [*((name, False) for name in names), ("", True), *((name, True) for name in names)]:
+            for count in sorted({1, total - 1} - {0, total}):  # one block is soonest built, and some classes need more
+                config = plain_config(self.model)
+                if lists:
+                    keep_blocks(part_of(config, self.part), name, total, range(count))
+                else:
+                    put_fields(part_of(config, self.part), {name: count})
+                built = build_on_meta(stock_class(self.model), config)
+                blocks = dict(built.named_modules()).get(path) if isinstance(built, nn.Module) else None
+                if isinstance(blocks, nn.ModuleList) and len(blocks) == count:
+                    return name
+        return None
 
     @property
     def depth(self) -> int:
         return len(self.stacks[0].blocks) if self.stacks else 0
-
-    def stack_of(self, block: str) -> BlockStack:
-        """The list that holds a block, by the block's module path."""
-        return next(stack for stack in self.stacks if stack.path == block.rpartition(".")[0])
 
     def blocks(self) -> dict[str, tuple[int, nn.Module]]:
         """Index and module of every block by its module path."""
@@ -105,9 +123,9 @@ class Layout:
             for index, (path, block) in enumerate(zip(stack.paths(), stack.blocks, strict=True))
         }
 
-
-Known: TypeAlias = dict[object, Any]
-"""Findings about how the classes of one model are built, by subject; kept from one emission to the next."""
+    def built_at(self) -> dict[str, Any]:
+        """Where blocks are built whose class builds another kind at their index, by module path."""
+        return {path: vars(block)[BUILT_AT] for path, (_, block) in self.blocks().items() if BUILT_AT in vars(block)}
 
 
 def find_layout(model: PreTrainedModel, known: Known | None = None) -> Layout:
@@ -123,22 +141,15 @@ def find_layout(model: PreTrainedModel, known: Known | None = None) -> Layout:
             outer[path] = BlockStack(path, blocks)
     text = model.config.get_text_config(decoder=True)
     stacks = tuple(sorted(outer.values(), key=lambda stack: (config_of(stack) is not text, -len(stack.blocks))))
+    known = {} if known is None else known
     if not stacks:
-        return Layout((), "")
+        return Layout(model, known)
     config = config_of(stacks[0])
     nested = (name for name, value in vars(model.config).items() if value is config)
     part = next(nested, "") if isinstance(config, PreTrainedConfig) else ""
     parts = {stack.path: _part(model.config, config_of(stack), part) for stack in stacks[1:]}
     stacks = tuple(replace(stack, part=parts.get(stack.path, part)) for stack in stacks)
-    known = {} if known is None else known
-    counted = "count", stacks[0].path, part
-
-    def find_count() -> str | None:
-        if counted not in known:
-            known[counted] = _count_field(model, stacks[0], part)
-        return known[counted]  # type: ignore[no-any-return]
-
-    return Layout(stacks, part, find_count)
+    return Layout(model, known, stacks, part)
 
 
 def _part(whole: PreTrainedConfig, config: object, default: str) -> str:
@@ -150,25 +161,6 @@ def _part(whole: PreTrainedConfig, config: object, default: str) -> str:
         found.update((name, value) for name, value in nested if stock_config(type(value)) is type(config))
     same = [path for path, value in found.items() if value is config]
     return same[0] if same else next(iter(found)) if len(found) == 1 else default
-
-
-def _count_field(model: PreTrainedModel, stack: BlockStack, part: str) -> str | None:
-    """Return the integer field that sets the number of blocks; empty if lists with one entry per block do."""
-    total = len(stack.blocks)
-    fields = vars(part_of(model.config, part)).items()
-    names = [name for name, value in fields if type(value) is int and value == total]
-    for name, lists in [*((name, False) for name in names), ("", True), *((name, True) for name in names)]:
-        for count in sorted({1, total - 1} - {0, total}):  # one block is soonest built, and some classes need more
-            config = plain_config(model)
-            if lists:
-                keep_blocks(part_of(config, part), name, total, range(count))
-            else:
-                put_fields(part_of(config, part), {name: count})
-            built = build_on_meta(stock_class(model), config)
-            blocks = dict(built.named_modules()).get(stack.path) if isinstance(built, nn.Module) else None
-            if isinstance(blocks, nn.ModuleList) and len(blocks) == count:
-                return name
-    return None
 
 
 @dataclass

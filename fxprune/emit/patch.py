@@ -13,19 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from fxprune.emit.layout import plain_config, stock_class
 from fxprune.emit.snapshot import (
-    MISSING_AXIS,
     Axis,
     Number,
     Shape,
     Snapshot,
     build_on_meta,
+    common_module,
     is_number,
     mismatches,
     part_of,
@@ -40,50 +40,43 @@ from fxprune.removal.removal import RescaledNumber
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
+
+Attribute = tuple[str, str]
+"""The path of a module, and the name of its attribute."""
+
 Patches = dict[str, dict[str, Number]]
 """Attributes to set, by module path and name."""
 
 
-def numbers_of(module: nn.Module) -> Patches:
-    """Integer attributes of a module and its submodules, by module path."""
-    found: Patches = {}
-    for (path, name), value in take_snapshot(module).numbers.items():
+def by_module(values: Mapping[Attribute, T]) -> dict[str, dict[str, T]]:
+    """Values of attributes by module path and name."""
+    found: dict[str, dict[str, T]] = {}
+    for (path, name), value in values.items():
         found.setdefault(path, {})[name] = value
     return found
 
 
-def merged(first: Patches, second: Patches) -> Patches:
+def merged(
+    first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Both sets of attributes; the second wins."""
     paths = first.keys() | second.keys()
     return {path: {**first.get(path, {}), **second.get(path, {})} for path in sorted(paths)}
 
 
 def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> Patches:
-    """Integer attributes as in a block built with other fields, below the smallest module that holds all of ``wrong``.
+    """Integer attributes of a block that change where it has the wanted sizes on the axes in ``wrong``.
 
-    Args:
-        before: the block as it is.
-        after: the block under an assignment that gives the wanted sizes on the axes in ``wrong``, whatever it
-            does elsewhere.
+    Of the block ``after``, which may have any other sizes, only the smallest module that holds these axes counts.
     """
-    paths = [name.split(".")[:-1] for name, _ in wrong]
-    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    scope = ".".join(parts[0] for parts in shared)
-    found: Patches = {}
-    for (path, name), value in after.numbers.items():
-        inside = not scope or within(f"{path}.", (scope,))
-        if inside and before.numbers.get((path, name), value) != value:
-            found.setdefault(path, {})[name] = value
-    return found
+    scope = common_module(name for name, _ in wrong)
+    inside = {key: value for key, value in after.numbers.items() if not scope or within(f"{key[0]}.", (scope,))}
+    return by_module({key: value for key, value in inside.items() if before.numbers.get(key, value) != value})
 
 
 def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str, ...] = ()) -> Patches:
-    """Attributes of the modules that own a resized tensor, as they follow from the tensor.
-
-    Args:
-        wanted: shapes by name within ``module``.
-        skip: module paths whose subtrees are left alone.
-    """
+    """Attributes of the modules that own a resized tensor, as they follow from it, but for subtrees to ``skip``."""
     found: Patches = {}
     for path, child in module.named_modules():
         if within(f"{path}.", skip):
@@ -117,26 +110,21 @@ def _by_constructor(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
     counts = {name: value for name, value in arguments.items() if type(value) is int and value <= _MOST_COUNTED}
     fewer = [{name: n} for name, value in counts.items() if name not in equal for n in range(value - 1, 0, -1)]
     starts += [{**start, **one} for start in reversed(starts) for one in fewer]
-    first = None
-    for start in starts:
-        moved = dict(start)
+    best: nn.Module | None = None
+    for moved in starts:
         for axis in sorted(mismatches(_own_shapes(built), {**_own_shapes(built), **wanted})):
-            _move_argument(module, moved, axis, wanted)
+            moved = _moved(module, moved, axis, wanted)
         new = _construct(module, moved)
-        first = first or new
-        shapes = {} if new is None else _own_shapes(new)
-        if new is not None and all(shapes.get(name) == shape for name, shape in wanted.items()):
-            return _differing(new, module)
-    return {} if first is None else _differing(first, module)
+        if new is not None and wanted.items() <= _own_shapes(new).items():
+            best = new
+            break
+        best = best or new
+    numbers = {name: value for name, value in vars(best).items() if is_number(value)} if best is not None else {}
+    return {name: value for name, value in numbers.items() if vars(module).get(name, value) != value}
 
 
 _MOST_COUNTED = 64
 """Numbers of groups and the like that are tried one by one."""
-
-
-def _differing(new: nn.Module, module: nn.Module) -> dict[str, Number]:
-    numbers = {name: value for name, value in vars(new).items() if is_number(value)}
-    return {name: value for name, value in numbers.items() if vars(module).get(name, value) != value}
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
@@ -163,8 +151,8 @@ def _construct(module: nn.Module, arguments: Mapping[str, Any]) -> nn.Module | N
     return None if isinstance(built, Refusal) else built
 
 
-def _move_argument(module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Mapping[str, Shape]) -> None:
-    """Set one argument to the value under which an axis has the wanted size, if one drives it."""
+def _moved(module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return arguments of which one has the value that gives an axis the wanted size, if one drives it."""
     name, index = axis
 
     def size_with(changed: Mapping[str, Any]) -> int | None:
@@ -173,23 +161,22 @@ def _move_argument(module: nn.Module, arguments: dict[str, Any], axis: Axis, wan
         return shape[index] if 0 <= index < len(shape) else None
 
     size = size_with({})
-    if index == MISSING_AXIS or size is None:
-        return
-    places = [(argument, value, *place) for argument, value in arguments.items() for place in _items(value)]
-    for argument, value, position, item in places:
+    places = [(argument, position) for argument, value in arguments.items() for position in _positions(value)]
+    for argument, position in places if size is not None else ():
+        value = arguments[argument]
+        item = value if isinstance(value, int) else value[position]
         for delta in (1, item):  # a multiple, where a class insists on divisibility
             nudged = size_with({argument: _with_item(value, position, item + delta)})
             if nudged is None or nudged == size:
                 continue
             step = Fraction((wanted[name][index] - size) * delta, nudged - size)
             if step.denominator == 1 and item + step > 0:
-                arguments[argument] = _with_item(value, position, item + int(step))
-                return
+                return {**arguments, argument: _with_item(value, position, item + int(step))}
+    return arguments
 
 
-def _items(value: object) -> Iterator[tuple[int, int]]:
-    if is_number(value):
-        yield from enumerate(value if isinstance(value, tuple) else (value,))
+def _positions(value: object) -> range:
+    return range(len(value) if isinstance(value, tuple) else 1) if is_number(value) else range(0)
 
 
 def _with_item(value: Number, position: int, item: int) -> Number:
@@ -209,8 +196,7 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
             continue
         if isinstance(value, tuple) and sum(item in moved for item in value) > 1:
             continue  # the sides of a window, not a shape
-        items = [moved.get(item, item) for _, item in _items(value)]
-        new_value = tuple(items) if isinstance(value, tuple) else items[0]
+        new_value = tuple(moved.get(i, i) for i in value) if isinstance(value, tuple) else moved.get(value, value)
         if new_value != value:
             found[name] = new_value
     return found
@@ -218,7 +204,7 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
 
 @dataclass(frozen=True)
 class Resized:
-    """Units that go: a number of units and the sizes of axes that they are on, before and after, if no others go.
+    """Units that go: a number of units and the sizes of axes that they are on, if no others go.
 
     Args:
         scope: path of the smallest module that holds all of these axes.
@@ -230,6 +216,10 @@ class Resized:
     sizes: Mapping[int, int]
     axes: Mapping[Axis, int] = field(default_factory=dict)
 
+    def inner(self, name: str) -> str:
+        """The name within the scope of a tensor or module."""
+        return name[len(self.scope) + bool(self.scope) :]
+
 
 def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequence[Resized]) -> Iterator[Patches]:
     """Yield attributes of a model whose tensors are resized, found by their values where its classes set none.
@@ -237,39 +227,32 @@ def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequ
     Those of torch's modules follow from their tensors. Those of others change if they hold a size of a tensor of their
     own, or a number that changes within their scope: at first all of these, then all but one of a name, then all but
     two.
-
-    Args:
-        model: with its dense attributes.
-        wanted: shapes by name.
-        resized: where numbers change, and which.
     """
     leaves, found = _followers(model, wanted)
     for one in resized:
         for path, module in model.get_submodule(one.scope).named_modules(prefix=one.scope):
-            if _is_of_torch(module):
-                continue
-            for name, value in vars(module).items():
+            for name, value in vars(module).items() if not _is_of_torch(module) else ():
                 if type(value) is int and value in one.sizes and not name.startswith("_"):
-                    found.setdefault(path, {}).setdefault(name, (value, one.sizes[value]))
-    kinds = sorted({(name, old) for own in found.values() for name, (old, _) in own.items()})
+                    found.setdefault((path, name), (value, one.sizes[value]))
+    kinds = sorted({(name, old) for (_, name), (old, _) in found.items()})
     without = itertools.chain.from_iterable(itertools.combinations(kinds, count) for count in range(3))
     for left in itertools.islice(without, _MOST_BY_HAND):
-        changed: Patches = {
-            path: {name: new for name, (old, new) in own.items() if (name, old) not in left}
-            for path, own in found.items()
-        }
-        yield {path: own for path, own in merged(leaves, changed).items() if own}
+        yield by_module(leaves | {place: new for place, (old, new) in found.items() if (place[1], old) not in left})
 
 
-def _followers(model: nn.Module, wanted: Mapping[str, Shape]) -> tuple[Patches, dict[str, dict[str, tuple[int, int]]]]:
+def _followers(
+    model: nn.Module, wanted: Mapping[str, Shape]
+) -> tuple[dict[Attribute, Number], dict[Attribute, tuple[int, int]]]:
     """Return the attributes that follow from resized tensors, and numbers that may follow, before and after."""
-    leaves: Patches = {}
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    leaves: dict[Attribute, Number] = {}
+    found: dict[Attribute, tuple[int, int]] = {}
     for path, own in leaf_patches(model, wanted).items():
-        held, is_guessed = vars(model.get_submodule(path)), not _is_of_torch(model.get_submodule(path))
-        numbers = {name: value for name, value in own.items() if is_guessed and type(value) is int}
-        found[path] = {name: (held[name], value) for name, value in numbers.items()}
-        leaves[path] = {name: value for name, value in own.items() if name not in numbers}
+        module = model.get_submodule(path)
+        for name, value in own.items():
+            if type(value) is int and not _is_of_torch(module):
+                found[path, name] = vars(module)[name], value
+            else:
+                leaves[path, name] = value
     return leaves, found
 
 
@@ -281,7 +264,7 @@ def composed_patches(
     These are by paths within the scope. A number that several groups change is a product of theirs or, where that is no
     whole number, a sum.
     """
-    steps: dict[tuple[str, str], list[int]] = {}
+    steps: dict[Attribute, list[int]] = {}
     for one, patches in alone:
         for path, own in patches.items():
             path = f"{one.scope}.{path}".strip(".")
@@ -289,13 +272,12 @@ def composed_patches(
             for name, value in own.items() if not _is_of_torch(module) else ():
                 if type(value) is int:
                     steps.setdefault((path, name), []).append(one.sizes.get(vars(module)[name], value))
-    found: Patches = {}
+    found, _ = _followers(model, wanted)
     for (path, name), values in steps.items():
         old = vars(model.get_submodule(path))[name]
         scaled = math.prod((Fraction(value, old) for value in values), start=Fraction(old))
-        whole = int(scaled) if scaled.denominator == 1 else old + sum(value - old for value in values)
-        found.setdefault(path, {})[name] = whole
-    return merged(_followers(model, wanted)[0], found)
+        found[path, name] = int(scaled) if scaled.denominator == 1 else old + sum(value - old for value in values)
+    return by_module(found)
 
 
 def _is_of_torch(module: nn.Module) -> bool:
@@ -320,28 +302,21 @@ def carry_over(dense: nn.Module, slim: nn.Module) -> None:
             if buffer is not None and name not in (*twin._buffers, *twin._parameters):
                 persistent = name not in module._non_persistent_buffers_set
                 twin.register_buffer(name, torch.empty_like(buffer, device="meta"), persistent)
-        held = vars(twin)
-        held.update({name: value for name, value in vars(module).items() if _is_kept(name, value, held)})
+        there = vars(twin)
+        there.update({name: value for name, value in vars(module).items() if _is_kept(name, value, there)})
 
 
 def _is_kept(name: str, value: object, there: Mapping[str, object]) -> bool:
     """Whether an attribute keeps its dense value, given the attributes of the slim module."""
-    if name == "training":
-        return False
     if isinstance(value, torch.Tensor):
         return True
-    if name not in there:
-        if isinstance(value, functools.partial):  # set by the user: copied if it holds no module
-            parts = (*value.args, *value.keywords.values())
-            return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)
-        return isinstance(value, float | bool | str) and not name.startswith("_")  # such as a mark of hooks that it has
-    if name.startswith("_") or is_number(there[name]):
+    if isinstance(value, functools.partial) and name not in there:  # set by the user: copied if it holds no module
+        parts = (*value.args, *value.keywords.values())
+        return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)
+    if name == "training" or name.startswith("_") or is_number(there.get(name)):  # "_": such as a mark of hooks
         return False
-    return isinstance(value, float | bool | str) or value is None
+    return isinstance(value, float | bool | str) or (value is None and name in there)
 
-
-Attribute = tuple[str, str]
-"""The path of a module, and the name of its attribute."""
 
 _LARGE = 0.1
 """An epsilon that shows in the output of a norm: next to a mean of squares near 1."""
@@ -363,10 +338,7 @@ class NormEpsilons:
 
     @property
     def attributes(self) -> dict[str, dict[str, float]]:
-        found: dict[str, dict[str, float]] = {}
-        for (path, name), (_, after) in self.values.items():
-            found.setdefault(path, {})[name] = after
-        return found
+        return by_module({place: after for place, (_, after) in self.values.items()})
 
 
 def find_epsilons(
@@ -375,11 +347,8 @@ def find_epsilons(
     """Find the attributes of modules that hold epsilons of a graph.
 
     The attribute belongs to the innermost module around the op that has one of this value. All ops that read the
-    attribute must change alike.
-
-    Args:
-        graph: the graph, before or after the epsilons changed; nodes that it lacks are ignored.
-        changes: numbers of the graph, by the name of a node and the place of the argument.
+    attribute must change alike. ``changes`` are numbers of the graph, by the name of a node and the place of the
+    argument; nodes that it lacks are ignored, and so is whether its numbers have changed already.
     """
     modules = dict(model.named_modules())
     nodes = {node.name: node for node in graph.nodes}
@@ -422,11 +391,7 @@ def _attribute_of(node: fx.Node, modules: Mapping[str, nn.Module], value: float)
 def epsilon_fields(
     model: PreTrainedModel, part: str, epsilons: NormEpsilons, removed: tuple[str, ...] = ()
 ) -> dict[str, float]:
-    """Return the config field that gives all epsilons their new value and changes nothing else; empty if none does.
-
-    Args:
-        part: the nested config that the dense model's blocks are built from; empty for the model's own.
-    """
+    """Return the config field that gives all epsilons their new value and changes nothing else; empty if none does."""
     pairs = set(epsilons.values.values())
     if len(pairs) != 1:
         return {}
@@ -469,19 +434,13 @@ def enlarged_epsilons(
 ) -> Iterator[None]:
     """Set the epsilons of a graph and of its model to large values, each to another one, inside the context.
 
-    Outputs look right even where a small epsilon is wrong; with a large one they do not.
-
-    Args:
-        epsilons: where they are, by module paths of the dense model.
-        names: module paths in ``model``, by those paths.
+    Outputs look right even where a small epsilon is wrong; with a large one they do not. ``names`` are module paths in
+    ``model`` by those in the dense model, which the epsilons have.
     """
     nodes = {node.name: node for node in graph.nodes}
     large = {place: _LARGE * (1 + i / len(epsilons.values)) for i, place in enumerate(epsilons.values)}
     held = [(nodes[name], nodes[name].args, nodes[name].kwargs) for here in epsilons.nodes.values() for name, _ in here]
-    wanted: dict[str, dict[str, float]] = {}
-    for (path, name), value in large.items():
-        wanted.setdefault(names[path], {})[name] = value
-    before = set_attributes(model, wanted)
+    before = set_attributes(model, by_module({(names[path], name): value for (path, name), value in large.items()}))
     try:
         for place, value in large.items():
             for name, where in epsilons.nodes[place]:

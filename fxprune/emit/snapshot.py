@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -51,6 +52,13 @@ def slim_name(name: str, removed_blocks: Collection[str]) -> str | None:
         if within(name, (path,)) and index.isdigit():
             return f"{path}.{int(index) - sum(other < int(index) for other in indices)}{dot}{rest}"
     return name
+
+
+def common_module(names: Iterable[str]) -> str:
+    """Path of the smallest module that holds all tensors of these names; empty for the whole."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 Shape = tuple[int, ...]
@@ -114,42 +122,27 @@ def mismatches(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> froz
 @contextmanager
 def without_storage() -> Iterator[None]:
     """Build modules on ``meta`` inside the context, without gradients and without warnings about odd configs."""
-    with quiet(), _Uninitialised("meta"), torch.no_grad():
+    with quiet(), Uninitialised("meta"), torch.no_grad():
         yield
 
 
-class _Uninitialised(DeviceContext):
-    """A device context that skips initialisation.
+class Uninitialised(DeviceContext):
+    """A device context in which ``nn.init`` returns tensors on ``meta`` unchanged.
 
-    That takes its time also without storage, and so does each context that intercepts calls of torch: this one does
-    both jobs. It lies on top of the contexts of the caller, as ``with torch.device(...)`` does; the one of torch puts
-    itself at the bottom, and loses one of two others.
+    Initialisation takes its time also without storage, and so does each context that intercepts calls of torch: this
+    one does both jobs. It lies on top of the contexts of the caller, as ``with torch.device(...)`` does; the one of
+    torch puts itself at the bottom, and loses one of two others.
     """
 
     __enter__ = TorchFunctionMode.__enter__
     __exit__ = TorchFunctionMode.__exit__
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = _initialised(func, args, kwargs or {})
-        if tensor is not None:
-            return tensor
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-
-class SkippedInitialisation(TorchFunctionMode):
-    """A context in which ``nn.init`` returns tensors on ``meta`` unchanged."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = _initialised(func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if tensor is None else tensor
-
-
-def _initialised(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """The tensor on ``meta`` that a call would fill with initial values; None for other calls."""
-    if getattr(func, "__module__", "") != nn.init.__name__:
-        return None
-    tensor = args[0] if args else kwargs.get("tensor")
-    return tensor if isinstance(tensor, torch.Tensor) and tensor.is_meta else None
 
 
 def build_on_meta(build: Callable[..., T], /, *args: Any, **kwargs: Any) -> T | Refusal:
@@ -158,7 +151,7 @@ def build_on_meta(build: Callable[..., T], /, *args: Any, **kwargs: Any) -> T | 
         return attempt(build, *args, refusals=(CannotBuildError,), **kwargs)
 
 
-_SHARED = frozenset(field.name for field in dataclasses.fields(PreTrainedConfig))
+_SHARED = frozenset(entry.name for entry in dataclasses.fields(PreTrainedConfig))
 """Fields that every config has; none of them is a width."""
 
 
@@ -181,9 +174,9 @@ def part_of(config: PreTrainedConfig, part: str) -> PreTrainedConfig:
     return nested
 
 
-def value_of(config: PreTrainedConfig, field: str) -> int | None:
+def value_of(config: PreTrainedConfig, name: str) -> int | None:
     """Integer that a config field holds, itself or as each entry of a list; else None."""
-    value = vars(config).get(field)
+    value = vars(config).get(name)
     entries = value if type(value) in (list, tuple) and value else [value]
     return entries[0] if all(type(entry) is int and entry == entries[0] for entry in entries) else None
 
@@ -221,12 +214,7 @@ def record_reads(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], o
 
 
 def keep_blocks(config: PreTrainedConfig, count_field: str | None, total: int, kept: Sequence[int]) -> None:
-    """Make a config describe the kept blocks only: their count, and every list with one entry per block.
-
-    Args:
-        count_field: the field with the number of blocks; empty or None if there is none.
-        kept: indices of the blocks that stay, in order.
-    """
+    """Make a config describe the kept blocks only: their count, if a field has it, and lists with an entry for each."""
     for name, value in _lists_by_block(config, total):
         vars(config)[name] = type(value)(value[index] for index in kept)
     if count_field:
@@ -300,11 +288,9 @@ _ROW_BYTES = 16
 def shape_errors(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], rename: Rename, loose: frozenset[str]
 ) -> list[str]:
-    """Return the differences between the tensors of a model and those to be assigned to it, in words.
+    """Return the differences between a model's tensors and those to be assigned to it, by dense name, in words.
 
-    Args:
-        tensors: by dense name.
-        loose: slim names whose shapes may differ: attributes were set to fit them.
+    The shapes of ``loose`` slim names may differ: attributes were set to fit them.
     """
     have = shapes_of(model)
     want = {new: tuple(tensor.shape) for name, tensor in tensors.items() if (new := rename(name)) is not None}
@@ -354,9 +340,9 @@ def run_on_meta(
     """Run a forward pass on ``meta``; return the refusal that stops it, or None.
 
     Args:
-        model: a model on ``meta``, to be thrown away: some classes keep state between passes. It loses its
-            padding token, whose absence from the input cannot be checked without data, and multiplies experts
-            in batches, since grouped kernels refuse some widths on ``meta`` that they accept elsewhere.
+        model: to be thrown away: some classes keep state between passes. It loses its padding token, whose absence from
+            the input cannot be checked without data, and multiplies experts in batches, since grouped kernels refuse
+            some widths on ``meta`` that they accept elsewhere.
         inputs: of the shapes to run on; None for five token ids.
         implementation: of attention; its own if None. One that the model does not accept is no failure.
     """
@@ -395,20 +381,18 @@ def names_on_meta(model: nn.Module) -> list[str]:
     return names
 
 
+@dataclass
 class DryRuns:
     """Forward passes of slim models on ``meta``, under the attention implementations that work for the dense model.
 
-    The dense model is run only if a slim one fails, once per implementation. Both are run on ``inputs`` as
-    :func:`run_on_meta` takes them.
-
-    Args:
-        copy_dense: makes a copy of the dense model on ``meta``, to be thrown away.
+    The dense model, of which ``copy_dense`` makes a copy to be thrown away, is run only if a slim one fails, once per
+    implementation. Failures show nothing where it does not run itself, under its own implementation.
     """
 
-    def __init__(self, copy_dense: Callable[[], PreTrainedModel], inputs: Mapping[str, Any] | None = None) -> None:
-        self._copy_dense, self.inputs = copy_dense, inputs
-        self._dense_works: dict[str, bool] = {}
-        self.show_failures = True  # but not where the dense model itself, under its own implementation, does not run
+    copy_dense: Callable[[], PreTrainedModel]
+    inputs: Mapping[str, Any] | None = None
+    show_failures: bool = True
+    _dense_works: dict[str, bool] = field(default_factory=dict)
 
     def failure_of(self, slim: PreTrainedModel, patched: bool = True) -> str | None:
         """Return why a slim model, to be thrown away, fails where the dense one runs; None if it does not fail.
@@ -423,7 +407,7 @@ class DryRuns:
             if found is None:
                 continue
             if name not in self._dense_works:
-                dense = attempt(self._copy_dense)
+                dense = attempt(self.copy_dense)
                 if isinstance(dense, Refusal):
                     return f"the dense model cannot be copied: {dense}"
                 self._dense_works[name] = run_on_meta(dense, self.inputs, implementation=name) is None

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain, combinations, islice, product
+from itertools import combinations, islice, product
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -167,6 +167,10 @@ class _Probes:
         return frozenset().union(*(mismatches(moved.shapes, self.now.shapes) for moved in self.moved.values()))
 
 
+_PATIENCE = 150
+"""Most assignments tried since one was a solution, or fixed more axes than those before without harming any."""
+
+
 @dataclass
 class Search:
     """A best-first search over fields: one more field at a time, as long as fewer axes are wrong.
@@ -176,11 +180,9 @@ class Search:
 
     Args:
         base: fields fixed beforehand.
-        wanted: shapes to reach, by name.
         counted: axes that must be right; None for all.
         names: fields to change; None for all.
         limit: most assignments tried. Each builds a module on ``meta`` in some milliseconds, so this is seconds.
-        patience: most of them since one was a solution, or fixed more axes than those before without harming any.
         best: set by :meth:`solutions`: the assignment that fixed the most axes without harming any.
     """
 
@@ -190,7 +192,6 @@ class Search:
     counted: frozenset[Axis] | None = None
     names: frozenset[str] | None = None
     limit: int = 400
-    patience: int = 150
     best: dict[str, int] = field(default_factory=dict)
     _tried: set[frozenset[tuple[str, int]]] = field(default_factory=set)
     _probes: dict[str, _Probes] = field(default_factory=dict)
@@ -211,11 +212,11 @@ class Search:
             return []
         found: list[dict[str, int]] = []
         pending: list[tuple[int, int, dict[str, int], frozenset[Axis]]] = [(len(start), 0, {}, start)]
-        fewest, until = len(start), self.patience
+        fewest, until = len(start), _PATIENCE
         while pending and len(self._tried) < min(until, self.limit):
             _, _, fields, wrong = heapq.heappop(pending)
             if not wrong or (wrong <= start and len(wrong) < fewest):
-                until = len(self._tried) + self.patience
+                until = len(self._tried) + _PATIENCE
             if not wrong:
                 found.append(fields)
                 continue
@@ -263,8 +264,17 @@ class Search:
             probes = self._probe({**self.base, **fields}, name)
             if not fields:
                 self._probes[name] = probes
-        found = (self._extrapolated(probes.now, moved, wrong, at) for at, moved in probes.moved.items())
-        return list(dict.fromkeys(chain.from_iterable(found)))
+        found: dict[int, None] = {}
+        for (value, delta), moved in probes.moved.items():
+            for tensor, axis in sorted(wrong):
+                before, after = (s.shapes.get(tensor, ()) for s in (probes.now, moved))
+                if axis == MISSING_AXIS or min(len(before), len(after)) <= axis:
+                    continue
+                # the line through two observations reaches the wanted size of the axis there
+                slope, gap = after[axis] - before[axis], (self.wanted[tensor][axis] - before[axis]) * delta
+                if slope and gap and gap % slope == 0 and value + gap // slope > 0:
+                    found[value + gap // slope] = None
+        return list(found)
 
     def _probe(self, here: Fields, name: str) -> _Probes:
         value, now = self.rebuilder.value(here, name), self.rebuilder.observe(here)
@@ -279,20 +289,6 @@ class Search:
             if len(found.moved) == _SLOPES:
                 break
         return found
-
-    def _extrapolated(
-        self, now: Snapshot, moved: Snapshot, wrong: frozenset[Axis], at: tuple[int, int]
-    ) -> Iterator[int]:
-        """Yield the values at which the line through two observations reaches the wanted size of a wrong axis."""
-        value, delta = at
-        for name, axis in sorted(wrong):
-            if axis == MISSING_AXIS or min(len(s.shapes.get(name, ())) for s in (now, moved)) <= axis:
-                continue
-            size = now.shapes[name][axis]
-            slope = moved.shapes[name][axis] - size
-            gap = (self.wanted[name][axis] - size) * delta
-            if slope and gap and gap % slope == 0 and value + gap // slope > 0:
-                yield value + gap // slope
 
     def scaled(self, fields: dict[str, int], ratios: frozenset[Fraction]) -> Iterator[dict[str, int]]:
         """Yield the assignment with one or two more fields scaled, where the counted axes stay right.
@@ -387,7 +383,7 @@ def choices_for(
     bases: Sequence[Mapping[str, int]],
     wanted: Mapping[str, Shape],
     harm: Callable[[Mapping[str, int]], int],
-    likely: Callable[[], frozenset[str]] = frozenset,
+    likely: frozenset[str] = frozenset(),
 ) -> Iterator[Choice]:
     """Yield different ways to reach the wanted shapes, the likeliest first and lazily.
 
@@ -398,7 +394,7 @@ def choices_for(
         rebuilder: None if its class cannot be called.
         bases: fields to start from: those that the whole model changes, else none.
         harm: counts the shapes outside the blocks that an assignment of config fields would get wrong.
-        likely: returns names of fields, such as those that a like block was built by, that are tried before all.
+        likely: names of fields, such as those that a like block was built by, that are tried before all.
     """
     if rebuilder is None:
         have = shapes_of(block)
@@ -408,7 +404,7 @@ def choices_for(
     ways = _Ways(block, rebuilder, wanted, harm)
     found: list[Choice] = []
     for base in bases:
-        for choice in chain(ways.by_fields(base, likely()), ways.from_base(base)):
+        for choice in ways.from_base(base, likely):
             if choice not in found:
                 found.append(choice)
                 yield choice
@@ -432,34 +428,35 @@ class _Ways:
     def dense(self) -> Snapshot:
         return take_snapshot(self.block)
 
-    def by_fields(self, base: Mapping[str, int], names: frozenset[str]) -> Iterator[Choice]:
-        """Yield the ways by some fields alone; none without names, or if nothing changes."""
-        dense = self.rebuilder.observe(base) if names else None
-        if dense is None or not mismatches(dense.shapes, self.wanted):
-            return
-        search = Search(self.rebuilder, base, self.wanted, names=names)
-        found = [with_companions(self.rebuilder, base, fields) for fields in search.solutions()]
-        yield from (Choice({**base, **fields}) for fields in sorted(found, key=lambda one: self.rank(base, one)))
-
-    def from_base(self, base: Mapping[str, int]) -> Iterator[Choice]:
+    def from_base(self, base: Mapping[str, int], likely: frozenset[str]) -> Iterator[Choice]:
+        """Yield the ways by fields alone, those of ``likely`` names before all, then those with attributes."""
         dense = self.rebuilder.observe(base)
         if dense is None:
             return
         if not mismatches(dense.shapes, self.wanted):
             yield Choice(base)
             return
+        if likely:
+            yield from self.solved(base, {}, likely)[1]
         optional = explicit_fields(self.rebuilder, dense)
+        search, found = self.solved(base, optional)
+        yield from found
         fixed = {**base, **optional}
-        search = Search(self.rebuilder, fixed, self.wanted)
-        solved = [with_companions(self.rebuilder, fixed, fields) for fields in search.solutions()]
-        direct = [minimal(self.rebuilder, base, fields, optional) for fields in solved]
-        if len(direct) > 1:
-            direct.sort(key=lambda fields: self.rank(base, fields))
-        for fields in direct:
-            yield Choice({**base, **fields})
         best = with_companions(self.rebuilder, fixed, search.best)
         partial = {**base, **minimal(self.rebuilder, base, best, optional)}
         yield from self.with_attributes(base, {**fixed, **best}, partial)
+
+    def solved(
+        self, base: Mapping[str, int], optional: Mapping[str, int], names: frozenset[str] | None = None
+    ) -> tuple[Search, list[Choice]]:
+        """Return a search over the fields of some names, and the choices without a gap."""
+        fixed = {**base, **optional}
+        search = Search(self.rebuilder, fixed, self.wanted, names=names)
+        found = [with_companions(self.rebuilder, fixed, fields) for fields in search.solutions()]
+        found = [minimal(self.rebuilder, base, fields, optional) for fields in found]
+        if len(found) > 1:
+            found.sort(key=lambda fields: self.rank(base, fields))
+        return search, [Choice({**base, **fields}) for fields in found]
 
     def rank(self, base: Mapping[str, int], fields: Mapping[str, int]) -> tuple[int, int, int, int]:
         """Sort key: little harm outside the blocks first, then few wrong axes, few changed floats and few fields."""
@@ -472,18 +469,16 @@ class _Ways:
 
     def with_attributes(
         self, base: Mapping[str, int], here: Mapping[str, int], partial: Mapping[str, int]
-    ) -> list[Choice]:
-        """Return choices with the attributes that a block of the wanted sizes has where sizes change.
+    ) -> Iterator[Choice]:
+        """Yield choices with the attributes that a block of the wanted sizes has where sizes change.
 
         ``here`` is the assignment that the search reached from ``base``, with defaults stated explicitly; ``partial``
         is the same without restated defaults, and the block is built with it.
         """
         now, module = self.rebuilder.observe(here), self.rebuilder.build(partial)
-        if now is None or module is None:
-            return []
-        wrong = mismatches(now.shapes, self.wanted)
-        if not wrong or any(axis == MISSING_AXIS for _, axis in wrong):
-            return []
+        wrong = frozenset[Axis]() if now is None else mismatches(now.shapes, self.wanted)
+        if module is None or not wrong or any(axis == MISSING_AXIS for _, axis in wrong):
+            return
         moves = self.moves(base, here, wrong)
         parts: dict[str, set[Axis]] = {}
         for name, axis in sorted(wrong):
@@ -491,14 +486,11 @@ class _Ways:
         if not moves and len(parts) > 1:  # each part of the block may be that of a block of another size
             each = [[*self.moves(base, here, frozenset(part)), {}] for part in parts.values()]
             moves = [functools.reduce(merged, combined, {}) for combined in islice(product(*each), _MOST_COMBINATIONS)]
-        found: list[Choice] = []
         inside = dict(module.named_modules())
         gap, leaves = _shape_gaps(shapes_of(module), self.wanted), leaf_patches(module, self.wanted)
         for moved in moves:
-            choice = Choice(partial, merged({path: own for path, own in moved.items() if path in inside}, leaves), gap)
-            if choice not in found:
-                found.append(choice)
-        return [*found, self.by_leaves(partial)]
+            yield Choice(partial, merged({path: own for path, own in moved.items() if path in inside}, leaves), gap)
+        yield self.by_leaves(partial)
 
     def moves(self, base: Mapping[str, int], here: Mapping[str, int], wrong: frozenset[Axis]) -> list[Patches]:
         """Return attributes as in blocks that have the wanted sizes on the axes in ``wrong``, the likeliest first."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fxprune.emit.layout import BlockStack, Layout, find_layout, stock_class, stock_config
+from fxprune.emit.layout import Layout, find_layout, stock_class, stock_config
 from fxprune.emit.snapshot import (
-    SkippedInitialisation,
+    Uninitialised,
     build_on_meta,
     keep_blocks,
     part_of,
@@ -39,47 +39,43 @@ from fxprune.modelling.table_rows import INPUTS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PRUNED: dict[tuple[type, type], type[PreTrainedModel]] = {}
-_RELAXED: dict[type, type[PreTrainedConfig]] = {}
-
 
 def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """Class like ``stock`` that builds blocks of their own widths from a config that allows them; one for each."""
-    relaxed = _relaxed_config(config)
-    if (stock, relaxed) not in _PRUNED:
-
-        def reduce(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
-            reduced: Any = nn.Module.__reduce_ex__(self, protocol)
-            return _empty, (pruned_class, stock, stock_config(config)), *reduced[2:]
-
-        members = {"config_class": relaxed, "__reduce_ex__": reduce, "__module__": stock.__module__}
-        _PRUNED[stock, relaxed] = type(stock.__name__, (Layerwise, stock), members)
-    return _PRUNED[stock, relaxed]
+    return _pruned_class(stock, _relaxed_config(config))
 
 
+@cache
+def _pruned_class(stock: type[PreTrainedModel], relaxed: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    def reduce(self: PreTrainedModel, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = nn.Module.__reduce_ex__(self, protocol)
+        return _empty, (pruned_class, stock, stock_config(relaxed)), *reduced[2:]
+
+    members = {"config_class": relaxed, "__reduce_ex__": reduce, "__module__": stock.__module__}
+    return type(stock.__name__, (Layerwise, stock), members)
+
+
+@cache
 def _relaxed_config(config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Config class like ``config`` that allows any widths; its instances can be copied and sent to other processes."""
+    """Config class like ``config`` that allows any widths; its instances can be copied and sent to other processes.
+
+    The Auto classes of transformers build pruned models from it: they look up the class of a config by its name.
+    """
     if issubclass(config, AnyWidths):
         return config
 
     def reduce(self: PreTrainedConfig) -> tuple[Any, ...]:
         return _empty, (_relaxed_config, config), dict(vars(self))
 
-    if config not in _RELAXED:
-        members = {"__reduce__": reduce, "__module__": config.__module__}
-        relaxed = _RELAXED[config] = type(config.__name__, (AnyWidths, config), members)
-        if getattr(transformers, config.__name__, None) is config:
-            _register(relaxed, config)
-    return _RELAXED[config]
-
-
-def _register(relaxed: type[PreTrainedConfig], config: type[PreTrainedConfig]) -> None:
-    """Make the Auto classes of transformers build pruned models from the config of one, as they look up its name."""
-    for auto in vars(transformers.models.auto.modeling_auto).values():
+    members = {"__reduce__": reduce, "__module__": config.__module__}
+    relaxed = type(config.__name__, (AnyWidths, config), members)
+    is_known = getattr(transformers, config.__name__, None) is config
+    for auto in vars(transformers.models.auto.modeling_auto).values() if is_known else ():
         known: Any = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
         stock = None if known is None else attempt(known.get, config, None)  # its package may be missing
         if isinstance(stock, type):
             auto.register(relaxed, pruned_class(stock, relaxed), exist_ok=True)
+    return relaxed
 
 
 def _empty(make: Any, *classes: type) -> Any:
@@ -152,14 +148,14 @@ def describe_structure(model: PreTrainedModel) -> Structure:
     overrides = Overrides(
         block_fields=known.block_fields,
         absent=known.absent,
-        built_at={p: vars(block)[BUILT_AT] for p, (_, block) in layout.blocks().items() if BUILT_AT in vars(block)},
+        built_at=layout.built_at(),
         built_with=known.built_with,
         written_afterwards={name: held[name] for name in known.built_with},
         inputs={p: vars(module)[INPUTS] for p, module in model.named_modules() if INPUTS in vars(module)},
     )
     data = parse_config(model.config.to_json_string(use_diff=False))
     data.pop(SECTION, None)
-    twin = _build(model, data, section_of(overrides, where))
+    twin = _built(model, {**data, SECTION: section_of(overrides, where)})
     shapes, built = shapes_of(model), shapes_of(twin)
     odd = sorted(shapes.keys() ^ built.keys())
     paths = ({path for path, _ in m.named_modules(remove_duplicate=False)} for m in (model, twin))
@@ -190,16 +186,13 @@ def carry_structure(model: PreTrainedModel) -> None:
     vars(model)[OVERRIDES] = structure.overrides
 
 
-def _build(model: PreTrainedModel, data: Mapping[str, Any], section: Mapping[str, Any]) -> nn.Module:
-    """Build a model as a loader does: parameters on ``meta``, buffers real."""
-    cls = pruned_class(stock_class(model), type(model.config))
-
-    def build() -> nn.Module:
-        config: Any = cls.config_class
-        return cls(config.from_dict({**data, SECTION: section}))
-
-    with quiet(), _parameters_on_meta(), SkippedInitialisation(), torch.no_grad():
-        twin = attempt(build, refusals=(CannotBuildError,))
+def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> nn.Module:
+    """Build a model from a config as a loader does: parameters on ``meta``, buffers real."""
+    cls: Any = pruned_class(stock_class(model), type(model.config))
+    with quiet(), _parameters_on_meta(), Uninitialised(torch.get_default_device()), torch.no_grad():
+        twin: nn.Module | Refusal = attempt(
+            lambda: cls(cls.config_class.from_dict(dict(data))), refusals=(CannotBuildError,)
+        )
     if isinstance(twin, Refusal):
         raise CheckpointError(
             f"its class cannot be built from its config: {twin}",
@@ -285,27 +278,23 @@ def remove_blocks(model: PreTrainedModel, removed: Collection[str], layout: Layo
     """Remove blocks from a model, which is changed in place, and from its config, and renumber the others."""
     for stack in layout.stacks:
         kept = [index for index, path in enumerate(stack.paths()) if path not in removed]
-        if len(kept) < len(stack.blocks):
-            _shorten(model, layout, stack, kept)
-
-
-def _shorten(model: PreTrainedModel, layout: Layout, stack: BlockStack, kept: Sequence[int]) -> None:
-    """Shorten one list of blocks. The config counts the blocks of the first list only."""
-    counted = stack is layout.stacks[0]
-    blocks, whole = model.get_submodule(stack.path), part_of(model.config, stack.part)
-    shorter = copy.deepcopy(whole)
-    if counted:
-        keep_blocks(shorter, layout.count_field, layout.depth, kept)
-    for new, old in enumerate(kept):
-        if old != new or counted:
-            _move(blocks.get_submodule(str(old)), (whole, old), (shorter, new), counted)
-    if counted:
-        held = [vars(m).get("config") for path in layout.blocks() for m in model.get_submodule(path).modules()]
-        configs = {id(config): config for config in (whole, *held) if isinstance(config, PreTrainedConfig)}
-        for config in configs.values():
-            keep_blocks(config, layout.count_field, layout.depth, kept)
-    for old in reversed(range(len(stack.blocks))):
-        if old not in kept and isinstance(blocks, nn.ModuleList):
+        if len(kept) == len(stack.blocks):
+            continue
+        counted = stack is layout.stacks[0]  # the config counts the blocks of the first list only
+        blocks: Any = model.get_submodule(stack.path)
+        whole = part_of(model.config, stack.part)
+        shorter = copy.deepcopy(whole)
+        if counted:
+            keep_blocks(shorter, layout.count_field, layout.depth, kept)
+        for new, old in enumerate(kept):
+            if old != new or counted:
+                _move(blocks[old], (whole, old), (shorter, new), counted)
+        if counted:
+            held = [vars(m).get("config") for path in layout.blocks() for m in model.get_submodule(path).modules()]
+            configs = {id(config): config for config in (whole, *held) if isinstance(config, PreTrainedConfig)}
+            for config in configs.values():
+                keep_blocks(config, layout.count_field, layout.depth, kept)
+        for old in sorted({*range(len(stack.blocks))} - {*kept}, reverse=True):
             del blocks[old]
 
 
@@ -317,23 +306,20 @@ def _move(
     It is built at both indices, from the config of all blocks and from that of the kept ones: an attribute that differs
     between the two is the index, and a block of another kind shows that its class chooses the kind by index.
     """
-    found: list[nn.Module | None] = []
-    for config, index in (before, after):
-        builder = builder_of(block, vars(block).get(BUILT_AT))
-        built = None if builder is None else build_on_meta(builder, copy.deepcopy(config), index)
-        found.append(None if isinstance(built, Refusal) else built)
-    here, there = found
+    builder = builder_of(block, vars(block).get(BUILT_AT))
+    made = [builder and build_on_meta(builder, copy.deepcopy(config), index) for config, index in (before, after)]
+    built = [one for one in made if isinstance(one, nn.Module)]
+    numbers = [take_snapshot(one).numbers for one in built]
     (whole, old), (shorter, new) = before, after
-    numbers, numbers_there = ({} if one is None else take_snapshot(one).numbers for one in found)
 
     def follows(path: str, name: str) -> bool:
         key = (path, name)
-        if key in numbers and key in numbers_there:
-            return (numbers[key], numbers_there[key]) == (old, new)
+        if len(numbers) == 2 and key in numbers[0] and key in numbers[1]:
+            return (numbers[0][key], numbers[1][key]) == (old, new)
         return names_index(name)
 
     renumber(block, old, new, follows)
-    if not counted or BUILT_AT in vars(block) or here is None or there is None or _kinds(here) == _kinds(there):
+    if not counted or BUILT_AT in vars(block) or len(built) < 2 or _kinds(built[0]) == _kinds(built[1]):
         return
     plain = {name: value for name, value in vars(whole).items() if type(value) in (int, list, tuple)}
     fields = {name: value for name, value in plain.items() if vars(shorter)[name] != value}
@@ -367,20 +353,29 @@ def find_inputs(
     Args:
         model: a copy of the dense model on ``meta``, to be thrown away.
         slim: the slim model on ``meta``, before blocks are removed.
-        inputs: of the shapes that the model runs on, for any number of samples; token ids by default.
+        inputs: of the shapes that the model runs on; token ids by default.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, (units, kept) in _shrunk(model, slim, layout, kept_units).items():
-        recorder = partial(_record_tables, found.setdefault(path, {}), units, kept)
-        model.get_submodule(path).register_forward_pre_hook(recorder, with_kwargs=True)
+    shrunk = _shrunk(model, slim, layout, kept_units)
+
+    def record(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        units, kept = shrunk[path]
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else []
+            axes = [shape.index(size) for size in (_SAMPLES * units, units) if size in shape]
+            if axes:
+                found.setdefault(path, {})[name] = {"axis": axes[0], "of": units, "kept": kept}
+
+    for path in shrunk:
+        model.get_submodule(path).register_forward_pre_hook(partial(record, path), with_kwargs=True)
     with without_storage():
         tokens = {"input_ids": torch.zeros(1, 5, dtype=torch.long)}
         values = {name: value for name, value in (inputs or tokens).items() if isinstance(value, torch.Tensor)}
         given = {name: torch.empty(_SAMPLES, *value.shape[1:], dtype=value.dtype) for name, value in values.items()}
     run_on_meta(model, given)
-    taking = {path: entries for path, entries in found.items() if entries}
     # a block may count the units of the attention that it passes the table on to: select only in the innermost module
-    return {path: entries for path, entries in taking.items() if not any(within(inner, (path,)) for inner in taking)}
+    return {path: entries for path, entries in found.items() if not any(within(inner, (path,)) for inner in found)}
 
 
 def _shrunk(
@@ -407,22 +402,6 @@ def _shrunk(
                     found[path] = (units, list(kept))
                     break
     return found
-
-
-def _record_tables(
-    found: dict[str, dict[str, Any]],
-    units: int,
-    kept: list[int],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-        shape = list(value.shape) if isinstance(value, torch.Tensor) else []
-        axes = [shape.index(size) for size in (_SAMPLES * units, units) if size in shape]
-        if axes:
-            found[name] = {"axis": axes[0], "of": units, "kept": kept}
 
 
 def combined_inputs(
