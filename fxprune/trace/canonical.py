@@ -38,11 +38,18 @@ def fold_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
     for node in constant:
         if node.op == "get_attr" or all(user in constant for user in node.users):
             continue
-        value = values.of(node)
-        if isinstance(value, torch.Tensor) and value.numel() > 1 and bool((value != value.reshape(-1)[0]).any()):
-            name = next(names)
-            graph_module.register_buffer(name, value)
-            _replace_by_buffer(node, name, value, values.dtype_node)
+        value, fake = values.of(node), node.meta["val"]
+        if not isinstance(value, torch.Tensor) or value.numel() < 2 or not bool((value != value.reshape(-1)[0]).any()):
+            continue
+        name = next(names)
+        graph_module.register_buffer(name, value)
+        with node.graph.inserting_before(node):
+            new = node.graph.create_node("get_attr", name, name=name)
+            new.meta = {**node.meta, "val": fake.to(value.dtype)}
+            if fake.dtype != value.dtype:
+                new = node.graph.call_function(aten.to.dtype, (new, values.dtype_node))
+                new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
 
 
 def move_constants(graph_module: fx.GraphModule, model: nn.Module) -> None:
@@ -62,11 +69,11 @@ def _constant_nodes(graph_module: fx.GraphModule, model: nn.Module) -> dict[fx.N
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
             known = not _has(model, str(node.target))
+        elif isinstance(node.target, OpOverload):
+            known = not writes(node) and not is_random(node.target)
         else:
-            inputs_known = all(n in found or n in environment for n in node.all_input_nodes)
-            is_op = isinstance(node.target, OpOverload)
-            known = not writes(node) and not is_random(node.target) if is_op else node.target is operator.getitem
-            known = known and inputs_known
+            known = node.target is operator.getitem
+        known = known and all(source in found or source in environment for source in node.all_input_nodes)
         if known and root[node] not in dirty and _is_small(node.meta.get("val")):
             found[node] = None
     return found
@@ -113,19 +120,6 @@ class _ConstantValues:
             with torch.no_grad():
                 self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.known[node]
-
-
-def _replace_by_buffer(node: fx.Node, name: str, value: torch.Tensor, dtype_node: fx.Node | None) -> None:
-    """Make every use of ``node`` read the buffer ``name``, in the dtype that ``node`` has."""
-    fake = node.meta["val"]
-    with node.graph.inserting_before(node):
-        read = node.graph.create_node("get_attr", name, name=name)
-        read.meta = {**node.meta, "val": fake.to(value.dtype)}
-        new = read
-        if fake.dtype != value.dtype:
-            new = node.graph.call_function(aten.to.dtype, (read, dtype_node))
-            new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
 
 
 def canonicalize(graph_module: fx.GraphModule) -> None:

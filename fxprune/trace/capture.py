@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -45,18 +45,18 @@ from fxprune.trace.inputs import (
     check_copies,
     check_inputs,
     check_model,
-    check_outputs,
     check_runs,
     check_values,
+    deciding_inputs,
     default_inputs,
     dynamic_dims,
     fake_twin,
     hooks_left_out,
+    keep_values,
     model_dtype,
     name_arguments,
     without_cache,
 )
-from fxprune.trace.known import deciding_inputs, keep_values
 from fxprune.trace.lower import PLAIN_OPS, lower
 from fxprune.trace.repeats.copies import skip_repeats
 from fxprune.trace.repeats.grouping import Repeats, find_dependence, find_repeats
@@ -146,15 +146,19 @@ def _first_that_agrees(
         portable = native
     failure: Exception | None = None
     fidelity: Fidelity | None = None
-    deciding = deciding_inputs(model, inputs)
-    repeats = Repeats() if dry_run is None else dry_run.repeats
-    for dtype, free, copied, decided in _exports(native, portable, dynamic, repeats, bool(deciding)):
+    deciding, none = deciding_inputs(model, inputs), Repeats()
+    # from the fastest and most general way to the safest: dtype, dynamic sizes, blocks to copy, and whether values of
+    # inputs that decide the graph are those of the example
+    ways = [(portable, dynamic, dry_run.repeats if dry_run else none, False), (portable, dynamic, none, False)]
+    ways += [(portable, dynamic, none, True)] if deciding else []
+    ways += [(native, dynamic, none, False), (native, False, none, False)]
+    for dtype, free, copied, decided in dict.fromkeys(ways):
         known = deciding if decided else {}
         with defer_gc():
             try:
                 program = _export(model, inputs, native, dtype, free, copied, known)
             except Exception as error:  # torch.export passes on any error of the model's own code
-                if copied == Repeats():
+                if copied == none:
                     failure = failure or error
                     notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
                 continue
@@ -164,7 +168,7 @@ def _first_that_agrees(
         fidelity = compare_with_module(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:
             break
-        if copied == Repeats():
+        if copied == none:
             notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
         raise _trace_error(model, example_inputs, failure, fidelity)
@@ -173,19 +177,6 @@ def _first_that_agrees(
     notes += [f"without the hooks of {', '.join(hooked)}"] if hooked else []
     in_eval = f"the graph is the model in eval(): in train() it differs, first in {depends.mode}"
     return graph_module, fidelity, notes + ([in_eval] if depends.mode else [])
-
-
-def _exports(
-    native: torch.dtype, portable: torch.dtype, dynamic: bool, repeats: Repeats, decided: bool
-) -> Iterable[tuple[torch.dtype, bool, Repeats, bool]]:
-    """Ways to export, from the fastest and most general to the safest: dtype, dynamic sizes, blocks to copy.
-
-    The last is whether values of inputs that decide the graph are those of the example.
-    """
-    none = Repeats()
-    ways = [(portable, dynamic, repeats, False), (portable, dynamic, none, False)]
-    ways += [(portable, dynamic, none, True)] if decided else []
-    return dict.fromkeys([*ways, (native, dynamic, none, False), (native, False, none, False)])
 
 
 def _graph_of(
@@ -207,7 +198,12 @@ def _graph_of(
     move_constants(graph_module, model)
     sizes = input_sizes(graph_module.graph)
     graph_module.graph.eliminate_dead_code(is_impure)
-    check_outputs(graph_module, model)
+    if not graph_module.graph.output_node().all_input_nodes:  # all of it would be dead code
+        raise TraceError(
+            "it returns no tensor",
+            where=f"forward of {type(model).__name__}",
+            remedy="Return tensors, or lists, tuples and dicts of them",
+        )
     pinned = pin_sizes(graph_module)
     limits = [f"runs at the values of {', '.join(known)} that it was traced with"] if known else []
     limits += [f"runs at {pinned}"] if pinned else []
@@ -229,32 +225,22 @@ def _trace_error(
         )
     assert failure is not None
     check_copies(model)
-    every = traceback.extract_tb(failure.__traceback__)
-    library = sysconfig.get_path("stdlib")
-    frames = [
-        frame
-        for frame in every
-        if not re.search("/torch/|/fxprune/|^<", frame.filename)
-        and ("site-packages" in frame.filename or not frame.filename.startswith(library))
-    ]
-    inner = any(re.search("/torch/(_higher_order_ops|nn/attention)/", path) for path, *_ in every)
-    line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""
-    error = TraceError(
-        f"{name} cannot be traced: {_first_line(failure)}",
-        where=line or f"forward of {name}",
-        remedy=PLAIN_OPS if inner else _advice(model, example_inputs),
-    )
-    error.__cause__ = failure
-    return error
-
-
-def _advice(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> str:
-    """The remedy for code that cannot be traced, which may be that the model itself refuses the inputs."""
-    if example_inputs is not None and not any(parameter.is_meta for parameter in model.parameters()):
+    remedy = "Rewrite that line without data-dependent Python, or pass other example_inputs"
+    where = f"forward of {name}"
+    frames = traceback.extract_tb(failure.__traceback__)
+    for frame in frames:
+        builtin = frame.filename.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in frame.filename
+        if not builtin and not re.search("/torch/|/fxprune/|^<", frame.filename):
+            where = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    if any(re.search("/torch/(_higher_order_ops|nn/attention)/", frame.filename) for frame in frames):
+        remedy = PLAIN_OPS
+    elif example_inputs is not None and not any(parameter.is_meta for parameter in model.parameters()):
         found = attempt(check_runs, model, example_inputs, refusals=(ArgumentError,))
         if isinstance(found, Refusal) and isinstance(found.error, ArgumentError):
-            return "The model itself does not run on these example_inputs: pass others"
-    return "Rewrite that line without data-dependent Python, or pass other example_inputs"
+            remedy = "The model itself does not run on these example_inputs: pass others"
+    error = TraceError(f"{name} cannot be traced: {_first_line(failure)}", where=where, remedy=remedy)
+    error.__cause__ = failure
+    return error
 
 
 def _set_facts(
@@ -267,15 +253,11 @@ def _set_facts(
     in_model = names_by_identity(model)
     names = {name: in_model.get(id(tensor), ()) for name, tensor in weights(graph_module)}
     held = {name for several in in_model.values() for name in several}
+    constants = Constants(tuple(name for name in names if name not in held))
+    about = Source(model, names, example_inputs), Blocks(find_blocks(model)), constants, Notes(tuple(notes)), fidelity
     facts = Facts()
-    facts.put(Source(model, names, example_inputs))
-    facts.put(Blocks(find_blocks(model)))
-    facts.put(Constants(tuple(name for name in names if name not in held)))
-    facts.put(Notes(tuple(notes)))
-    facts.put(fidelity)
-    facts.put(Runnable())
-    facts.put(Shaped())
-    facts.put(ShapedCalls(calls_of(graph_module.graph)))
+    for fact in (*about, Runnable(), Shaped(), ShapedCalls(calls_of(graph_module.graph))):
+        facts.put(fact)
     set_facts(graph_module, facts)
     kind = type(model).__name__
     on_hub = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]

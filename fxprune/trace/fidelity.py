@@ -77,26 +77,29 @@ def limit_sizes(graph_module: fx.GraphModule, found: Mapping[Size, int | torch.S
     }
     fixed = {place: size_hint(now) for place, now in input_sizes(graph_module.graph).items() if not is_free(now)}
     checks = _SizeAssertions(graph_module.graph, fixed)
-    for place, size in free.items():
-        checks.tie(place, size)
-    guards = guards_of(next(iter(free.values()))) if free else []
-    notes = [note for expression, line in guards if (note := checks.guard(expression, line))]
-    notes += [note for place, size in free.items() if (note := checks.bound(place, size))]
-    for place, number in fixed.items():
-        checks.compare(operator.eq, place, number)
+    with graph_module.graph.inserting_before(checks.first):
+        for place, size in free.items():
+            checks.tie(place, size)
+        guards = guards_of(next(iter(free.values()))) if free else []
+        notes = [note for expression, line in guards if (note := checks.guard(expression, line))]
+        notes += [note for place, size in free.items() if (note := checks.bound(place, size))]
+        for place, number in fixed.items():
+            checks.compare(operator.eq, place, number)
     return tuple(dict.fromkeys(notes))
 
 
 def limit_size(graph_module: fx.GraphModule, how: Callable[[Any, Any], Any], place: Size, size: int) -> str:
     """Add an assertion that compares the size of an axis with ``size``; return the limit in words."""
-    return _SizeAssertions(graph_module.graph, {}).compare(how, place, size)
+    checks = _SizeAssertions(graph_module.graph, {})
+    with graph_module.graph.inserting_before(checks.first):
+        return checks.compare(how, place, size)
 
 
 _SYMBOLS = {operator.eq: "==", operator.ne: "!=", operator.le: "<="}
 
 
 class _SizeAssertions:
-    """Inserts assertions about sizes before the first op of a graph.
+    """Inserts assertions about sizes into a graph, whose first op is ``first``.
 
     ``fixed`` has the sizes that can be one number only; conditions on these alone hold already.
     """
@@ -108,36 +111,33 @@ class _SizeAssertions:
         self.first = [node for node in graph.nodes if is_input(node)][-1].next
         self.text = {(n, i): f"{name}.shape[{i}]" for n, name in inputs.items() for i in range(n.meta["val"].dim())}
         self.symbols: dict[Any, Size] = {}
-        self.traced: dict[Size, int] = {}
         self.bounded: set[Size] = set()
 
     def tie(self, place: Size, size: torch.SymInt) -> None:
         """Assert a size that tracing found to follow from others; any other size defines its symbol."""
         expression = size.node.expr
-        self.traced[place] = size_hint(size)
         if expression.is_Symbol and expression not in self.symbols:
             self.symbols[expression] = place
         elif expression.free_symbols <= set(self.symbols):
-
-            def follows() -> Any:
-                value = self._evaluate(expression)
-                return operator.eq(self._read(place), value)
-
-            self._assert(follows, f"{self.text[place]} == {self._spell(expression)}")
+            value = self._evaluate(expression)
+            self._assert(operator.eq(self._read(place), value), f"{self.text[place]} == {self._spell(expression)}")
 
     def guard(self, expression: Any, line: str) -> str:
         """Assert a condition if it is on sizes of inputs; return it in words."""
-        known = expression.free_symbols <= set(self.symbols)
-        if not known or all(self.symbols[symbol] in self.fixed for symbol in expression.free_symbols):
+        if not expression.free_symbols <= set(self.symbols):
             return ""
-        if len(expression.free_symbols) == 1 and getattr(expression, "rel_op", "") in ("<", "<="):
-            self.bounded.update(self.symbols[symbol] for symbol in expression.free_symbols)
+        places = [self.symbols[symbol] for symbol in expression.free_symbols]
+        if all(place in self.fixed for place in places):
+            return ""
+        if len(places) == 1 and getattr(expression, "rel_op", "") in ("<", "<="):
+            self.bounded.update(places)
         text = f"{self._spell(expression)} ({line})"
         try:
-            self._assert(lambda: self._evaluate(expression), text)
+            self._assert(self._evaluate(expression), text)
         except Exception:  # torch's arithmetic on sizes may need numbers: then only the traced ones are known to work
-            places = [self.symbols[symbol] for symbol in expression.free_symbols]
-            text = ", ".join(self.compare(operator.eq, place, self.traced[place], f" ({line})") for place in places)
+            traced = [size_hint(node.meta["val"].shape[axis]) for node, axis in places]
+            pairs = zip(places, traced, strict=True)
+            text = ", ".join(self.compare(operator.eq, place, size, f" ({line})") for place, size in pairs)
         return text
 
     def bound(self, place: Size, size: torch.SymInt) -> str:
@@ -150,7 +150,7 @@ class _SizeAssertions:
     def compare(self, how: Callable[[Any, Any], Any], place: Size, number: int, why: str = "") -> str:
         """Assert a comparison of a size with a number; return the condition in words."""
         text = f"{self.text[place]} {_SYMBOLS[how]} {number}{why}"
-        self._assert(lambda: how(self._read(place), number), text)
+        self._assert(how(self._read(place), number), text)
         return text
 
     def _read(self, place: Size) -> fx.Proxy:
@@ -162,10 +162,8 @@ class _SizeAssertions:
         values = {symbol: self._read(self.symbols[symbol]) for symbol in expression.free_symbols}
         return evaluate_expression(expression, values)
 
-    def _assert(self, condition: Callable[[], Any], text: str) -> None:
-        with self.graph.inserting_before(self.first):
-            message = f"{TRACED}for inputs with {text}"
-            self.graph.call_function(aten._assert_scalar.default, (condition().node, message))
+    def _assert(self, condition: Any, text: str) -> None:
+        self.graph.call_function(aten._assert_scalar.default, (condition.node, f"{TRACED}for inputs with {text}"))
 
     def _spell(self, expression: Any) -> str:
         return spell_expression(expression, {s: self.text[place] for s, place in self.symbols.items()})
@@ -307,9 +305,19 @@ class SideBySide:
 
     def first_difference(self) -> str:
         """The first module whose outputs differ, and the node that computes them in the graph."""
-        outputs = self._record_module_outputs()
+        twin, run = alias_twin(self.model, self.written), _AliasRun(self.graph_module, {}, keep=True)
+        outputs: list[tuple[str, torch.Tensor]] = []  # the first of each call, in the order in which calls end
+
+        def record(path: str, output: Any) -> None:
+            found = next((leaf for leaf in tensors_of(output) if leaf.is_floating_point()), None)
+            if found is not None:
+                outputs.append((path, found.clone()))
+
+        for path, module in twin.named_modules():
+            module.register_forward_hook(lambda _module, _args, output, path=path: record(path, output))
+        with torch.no_grad(), _same_randomness(), quiet():
+            twin(**(without_cache(twin) | _copies(self.inputs)))
         with torch.no_grad(), _same_randomness():
-            run = _AliasRun(self.graph_module, {}, keep=True)
             run.run(*_copies(self.inputs).values())
         last: dict[str, tuple[fx.Node, torch.Tensor]] = {}
         for node, value in run.env.items():
@@ -323,22 +331,6 @@ class SideBySide:
             if found.shape == wanted.shape and not _difference([wanted], [found]) <= _TOLERANCE:
                 return f"{node.name} ({node.target}) in {path or 'the model'}"
         return "the outputs"
-
-    def _record_module_outputs(self) -> list[tuple[str, torch.Tensor]]:
-        """The first floating point output of each call of a submodule, in the order in which calls end."""
-        twin = alias_twin(self.model, self.written)
-        outputs: list[tuple[str, torch.Tensor]] = []
-
-        def record(path: str, output: Any) -> None:
-            found = next((leaf for leaf in tensors_of(output) if leaf.is_floating_point()), None)
-            if found is not None:
-                outputs.append((path, found.clone()))
-
-        for path, module in twin.named_modules():
-            module.register_forward_hook(lambda _module, _args, output, path=path: record(path, output))
-        with torch.no_grad(), _same_randomness(), quiet():
-            twin(**(without_cache(twin) | _copies(self.inputs)))
-        return outputs
 
     def is_random(self) -> bool:
         """Whether the outputs of the module, once compared with those of the graph, depend on the random seed."""

@@ -16,23 +16,26 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
+from torch.overrides import TorchFunctionMode
 
 from fxprune.data.calibration import check_names
 from fxprune.data.samples import DECODER
 from fxprune.errors import ArgumentError, FxpruneError, TraceError, UnsupportedModelError
 from fxprune.graph.compat import (
+    SIZE,
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
+    disable_modes,
     fake_like,
     fake_mode,
     storage_of,
     tree_leaves,
     tree_map,
 )
-from fxprune.graph.context import Refusal, attempt, quiet
+from fxprune.graph.context import Refusal, attempt, disable_torch_function, quiet
 from fxprune.graph.tensors import as_parameter, computed_tensors, map_tensors
 from fxprune.offload.ranks import check_one_device, check_unsharded
 from fxprune.pipeline.arguments import format_value, refuse
@@ -105,7 +108,8 @@ def inputs_like(model: nn.Module, data: Any) -> dict[str, torch.Tensor] | None:
     given = _first_row(model, first, made)
     beside = {name: value for name, value in given.items() if name not in made}
     floats = any(value.is_floating_point() for value in beside.values())
-    others = any(name not in _DERIVED and _tells(value) for name, value in beside.items())
+    told = [value for name, value in beside.items() if name not in _DERIVED]  # other integers than all zeros or ones
+    others = any(bool((value != 0).any()) and bool((value != 1).any()) for value in told)
     known = [name for name in given if name in made and made[name].is_floating_point()]
     resized = any(given[name].shape[1:] != made[name].shape[1:] for name in known)
     if not floats and not others and not resized:
@@ -123,11 +127,6 @@ def inputs_like(model: nn.Module, data: Any) -> dict[str, torch.Tensor] | None:
 
 _DERIVED = ("attention_mask", "position_ids")
 """Inputs that models make from the number of tokens where they are not given."""
-
-
-def _tells(value: torch.Tensor) -> bool:
-    """Whether an integer input differs from the usual defaults, which are all zeros or all ones."""
-    return bool((value != 0).any()) and bool((value != 1).any())
 
 
 def _first_row(model: Any, sample: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -231,6 +230,55 @@ def dynamic_dims(inputs: Mapping[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(range(free_axes(value)), auto) if isinstance(value, torch.Tensor) else None
 
     return {name: tree_map(free, value) for name, value in inputs.items()}
+
+
+def deciding_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Inputs of a Hugging Face model whose values may decide its graph: integers and flags other than tokens.
+
+    Python code reads such values, as in ``for t, h, w in grid.tolist()``, and a trace has none. They therefore stay
+    plain tensors: what is computed from them alone is computed at once, and is a constant of the graph.
+    """
+    main = getattr(model, "main_input_name", None)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    whole = {name: value for name, value in tensors.items() if not (value.is_floating_point() or value.is_complex())}
+    return {name: value.cpu() for name, value in whole.items() if main is not None and name not in (main, DECODER)}
+
+
+def keep_values(twin: nn.Module, known: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Make the ``forward`` of a copy read ``known`` in place of the inputs of these names.
+
+    What is cast to ``dtype``, that of the weights while they are traced, is part of the graph.
+    """
+    forward, signature = twin.forward, inspect.signature(twin.forward)
+
+    def with_values(**given: Any) -> Any:
+        with _Computed(dtype):
+            return forward(**{**given, **known})
+
+    with_values.__signature__ = signature  # type: ignore[attr-defined]
+    twin.forward = with_values
+
+
+_MAKERS = (torch.arange, torch.tensor)
+
+
+class _Computed(TorchFunctionMode):
+    """Computes what depends on plain tensors alone, outside of a trace."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        known = func in _MAKERS or bool(tensors)
+        if known and not any(isinstance(leaf, FakeTensor | nn.Parameter | SIZE) for leaf in leaves):
+            with disable_modes(), disable_torch_function():
+                made = func(*args, **(kwargs or {}))
+            if not any(isinstance(leaf, torch.Tensor) and leaf.dtype == self.dtype for leaf in tree_leaves(made)):
+                return made
+        return func(*args, **(kwargs or {}))
 
 
 def blank(value: Any, native: torch.dtype, dtype: torch.dtype) -> Any:
@@ -372,19 +420,16 @@ def _prepare(twin: M) -> M:
         parts: list[Any] = [part for part in twin.modules() if is_hugging_face(part)]
         if any(part.config._attn_implementation not in ("sdpa", "eager") for part in parts):
             model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-        if getattr(model.config, "_experts_implementation", None) is not None and not _has_large_experts(twin):
+        # with values, the plain ops would copy the large matrix of an expert for each token
+        real = (tensor for tensor in twin.parameters() if not isinstance(tensor, FakeTensor) and not tensor.is_meta)
+        large = any(tensor.dim() == 3 and tensor[0].nbytes >= _LARGE for tensor in real)
+        if getattr(model.config, "_experts_implementation", None) is not None and not large:
             model.config._experts_implementation = "batched_mm"
     return twin.eval()
 
 
 _LARGE = 1 << 18
 """Bytes of an expert's matrix from which on a copy of it for each token is not for a run with values."""
-
-
-def _has_large_experts(twin: nn.Module) -> bool:
-    """Whether a twin with values has stacks of large matrices, which plain ATen ops copy for each token."""
-    stacks = (tensor for tensor in twin.parameters() if tensor.dim() == 3 and not isinstance(tensor, FakeTensor))
-    return any(stack[0].nbytes >= _LARGE and stack.device.type != "meta" for stack in stacks)
 
 
 def _hooks(model: nn.Module, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, dict[int, Any], int]]:
@@ -421,14 +466,36 @@ _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize
 
 def check_model(model: Any) -> None:
     """Check that ``model`` can be pruned: a Python module with plain weights, in one piece and on one device."""
-    _check_module(model)
+    if not isinstance(model, nn.Module):
+        wanted = "an instance of torch.nn.Module, such as a model of transformers"
+        if any(hasattr(model, name) for name in ("graph_module", "model")):
+            wanted = "its .model, or the module it was made from"
+        raise refuse("model", model, wanted, UnsupportedModelError)
+    if "_parameters" not in vars(model) and not isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            "it was never initialised", where=type(model).__name__, remedy="Call super().__init__() in its __init__"
+        )
+    for path, module in model.named_modules():
+        what, remedy = _fault_of(module)
+        if what:
+            raise UnsupportedModelError(what, where=path or type(model).__name__, remedy=remedy)
     check_merged(model)
+    _check_weights(model)
+
+
+def _check_weights(model: nn.Module) -> None:
     named = list(model.named_parameters())
     if not named:
         raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
     check_unsharded(model)
-    if is_marked_quantised(model):
-        _check_dequantised(model)
+    for name, parameter in named if is_marked_quantised(model) else ():
+        if type(parameter) is not nn.Parameter:
+            what = f"a {type(parameter).__name__} is a quantised weight"
+            raise UnsupportedModelError(what, where=name, remedy=_DEQUANTISE)
+    for name, buffer in model.named_buffers() if is_marked_quantised(model) else ():
+        if buffer.dim() >= 2 and not buffer.dtype.is_floating_point and buffer.dtype != torch.bool:
+            what = f"{buffer.dtype} of shape {tuple(buffer.shape)} in a model marked as quantised holds packed weights"
+            raise UnsupportedModelError(what, where=name, remedy=_DEQUANTISE)
     for name, parameter in named:
         own = model.get_submodule(name.rpartition(".")[0])._parameters.values()
         _check_parameter(name, parameter, any(one is not None and one is not parameter for one in own))
@@ -447,32 +514,18 @@ def check_merged(model: Any) -> None:
         )
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        wanted = "an instance of torch.nn.Module, such as a model of transformers"
-        if any(hasattr(model, name) for name in ("graph_module", "model")):
-            wanted = "its .model, or the module it was made from"
-        raise refuse("model", model, wanted, UnsupportedModelError)
-    if "_parameters" not in vars(model) and not isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            "it was never initialised", where=type(model).__name__, remedy="Call super().__init__() in its __init__"
-        )
-    for path, module in model.named_modules():
-        where = path or type(model).__name__
-        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
-            remedy = "Call torch.nn.utils.prune.remove on it first"
-            raise UnsupportedModelError("torch.nn.utils.prune masks a weight of it", where=where, remedy=remedy)
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError("it is TorchScript", where=where, remedy="Pass the original Python module")
-        if "_orig_mod" in module._modules:
-            raise UnsupportedModelError(
-                "it is compiled", where=where, remedy="Pass its ._orig_mod, and compile the pruned model"
-            )
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise UnsupportedModelError("it is wrapped for several devices", where=where, remedy="Pass its .module")
-        packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), None)
-        if packed is not None:
-            raise UnsupportedModelError(f"its {packed} holds packed weights", where=where, remedy=_DEQUANTISE)
+def _fault_of(module: nn.Module) -> tuple[str, str]:
+    """What forbids to prune a module, and the remedy; empty if nothing does."""
+    packed = [name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)]
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        return "torch.nn.utils.prune masks a weight of it", "Call torch.nn.utils.prune.remove on it first"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript", "Pass the original Python module"
+    if "_orig_mod" in module._modules:
+        return "it is compiled", "Pass its ._orig_mod, and compile the pruned model"
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "it is wrapped for several devices", "Pass its .module"
+    return (f"its {packed[0]} holds packed weights", _DEQUANTISE) if packed else ("", "")
 
 
 def _check_parameter(name: str, parameter: torch.Tensor, beside: bool) -> None:
@@ -542,43 +595,23 @@ def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         ) from found.error
 
 
-def check_outputs(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Check that a graph returns a tensor: otherwise all of it would be dead code."""
-    if not graph_module.graph.output_node().all_input_nodes:
-        raise TraceError(
-            "it returns no tensor",
-            where=f"forward of {type(model).__name__}",
-            remedy="Return tensors, or lists, tuples and dicts of them",
-        )
-
-
 def check_copies(model: nn.Module) -> None:
     """Check that Python can copy a model, since a graph is traced from a copy."""
     parts = (*model.modules(), *model.parameters(), *model.buffers(), *computed_tensors(model))
     memo = {id(part): part for part in parts}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            refused = None if name.endswith("_hooks") else _refused_copy(value, memo)
-            if refused is not None:
-                raise UnsupportedModelError(
-                    f"{format_value(value)} that cannot be copied: {refused}",
-                    where=f"{path}.{name}" if path else name,
-                    remedy="Remove the attribute while the model is pruned, or define __deepcopy__ on it",
-                )
-    for path, module in model.named_modules():
-        others = {key: value for key, value in memo.items() if value is not module}
-        refused = _refused_copy(module, others)
-        if refused is not None:
+    held = [(path, vars(module).items()) for path, module in model.named_modules()]
+    every = [(f"{path}.{name}".strip("."), x) for path, own in held for name, x in own if not name.endswith("_hooks")]
+    for where, value in (*every, *model.named_modules()):
+        is_part = isinstance(value, nn.Module) and id(value) in memo
+        others = {key: part for key, part in memo.items() if part is not value} if is_part else dict(memo)
+        refused = attempt(copy.deepcopy, value, others, refusals=(FxpruneError,))
+        if isinstance(refused, Refusal):
+            remedy = "Remove the attribute while the model is pruned, or define __deepcopy__ on it"
             raise UnsupportedModelError(
-                f"a {type(module).__name__} that cannot be copied: {refused}",
-                where=path or "model",
-                remedy="Correct its __deepcopy__ or __getstate__",
+                f"{f'a {type(value).__name__}' if is_part else format_value(value)} that cannot be copied: {refused}",
+                where=where or "model",
+                remedy="Correct its __deepcopy__ or __getstate__" if is_part else remedy,
             )
-
-
-def _refused_copy(value: Any, memo: Mapping[int, Any]) -> Refusal | None:
-    found = attempt(copy.deepcopy, value, dict(memo), refusals=(FxpruneError,))
-    return found if isinstance(found, Refusal) else None
 
 
 def is_marked_quantised(model: nn.Module) -> bool:
@@ -591,21 +624,6 @@ def clear_quantisation_marks(model: nn.Module) -> None:
     for name in _MARKS:
         vars(model).pop(name, None)
         vars(getattr(model, "config", model)).pop(name, None)
-
-
-def _check_dequantised(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if type(parameter) is not nn.Parameter:
-            raise UnsupportedModelError(
-                f"a {type(parameter).__name__} is a quantised weight", where=name, remedy=_DEQUANTISE
-            )
-    for name, buffer in model.named_buffers():
-        if buffer.dim() >= 2 and not buffer.dtype.is_floating_point and buffer.dtype != torch.bool:
-            raise UnsupportedModelError(
-                f"{buffer.dtype} of shape {tuple(buffer.shape)} in a model marked as quantised holds packed weights",
-                where=name,
-                remedy=_DEQUANTISE,
-            )
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -8,9 +8,8 @@ Devices and the dtype of the model are read from inputs and weights at run time:
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -169,19 +168,22 @@ class _CastRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-Specs = Sequence[tuple[fx.Node, InputSpec]]
-
-
 def _add_inputs(
     graph: fx.Graph, called: Mapping[str, Any], model: nn.Module, taken: Container[str | None]
 ) -> dict[str, fx.Node]:
-    """Add a placeholder for each keyword to an empty graph.
+    """Add a placeholder for each keyword to an empty graph, of another name if that is ``taken`` by a weight.
 
-    ``called`` has the old placeholder, or container of placeholders, of each keyword of ``forward``; an input whose
-    name is ``taken`` by a weight gets a node of another name.
+    ``called`` has the old placeholder, or container of placeholders, of each keyword of ``forward``.
     """
+    optional, parameters = set[str](), forward_parameters(model)
+    for name in reversed(list(called)):  # trailing inputs whose values are the defaults, which callers may omit
+        value, parameter = _example(called[name]), parameters.get(name)
+        if parameter is None or not isinstance(called[name], fx.Node) or isinstance(value, torch.Tensor):
+            break
+        if type(value) is not type(parameter.default) or value != parameter.default:
+            break
+        optional.add(name)
     made: dict[str, fx.Node] = {}
-    optional = _optional(called, forward_parameters(model))
     for name, value in called.items():
         default = (_example(value),) if name in optional else ()
         node = graph.create_node("placeholder", name, default, name=f"{name}_input" if name in taken else name)
@@ -213,19 +215,6 @@ def _read_leaves(graph: fx.Graph, called: Mapping[str, Any], made: Mapping[str, 
 
 def _example(value: Any) -> Any:
     return value.meta.get("val") if isinstance(value, fx.Node) else value
-
-
-def _optional(called: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> set[str]:
-    """The trailing inputs whose values are the defaults of ``forward``, which callers may omit."""
-    found: set[str] = set()
-    for name in reversed(list(called)):
-        value, parameter = called[name], parameters.get(name)
-        if parameter is None or not isinstance(value, fx.Node) or isinstance(_example(value), torch.Tensor):
-            break
-        if type(_example(value)) is not type(parameter.default) or _example(value) != parameter.default:
-            break
-        found.add(name)
-    return found
 
 
 def _leaves(value: Any, name: str, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
@@ -271,7 +260,13 @@ def lower(
     called = {name: value for name, value in keywords.items() if name not in fixed}
     made = _add_inputs(graph, called, model, {spec.target for _, spec in specs})
     env: dict[fx.Node, Any] = {}
-    attributes = _lower_weights(program, model, specs, graph, env)
+    attributes: dict[str, torch.Tensor] = {}
+    for node, spec in specs:  # before all ops, so that none of them takes the name of a weight
+        if spec.kind != InputKind.USER_INPUT:
+            name = str(spec.target)
+            attributes[name] = _real_tensor(program, model, node, spec)
+            env[node] = graph.create_node("get_attr", name, name=node.name if "." in name else name)
+            env[node].meta = dict(node.meta)
     env.update(_read_leaves(graph, called, made))
     for name, value in known.items():
         same = graph.call_function(has_values, (made[name], value.tolist()))
@@ -293,32 +288,17 @@ def lower(
     return CheckedGraph({name: value for name, value in attributes.items() if name in used}, graph)
 
 
-def _lower_weights(
-    program: torch.export.ExportedProgram, model: nn.Module, specs: Specs, graph: fx.Graph, env: dict[fx.Node, Any]
-) -> dict[str, torch.Tensor]:
-    """Add ``get_attr`` nodes for weights; return the weights by name.
-
-    Weights without a dot in their names are added first, so that no other node takes such a name.
-    """
-    attributes: dict[str, torch.Tensor] = {}
-    for node, spec in specs:
-        if spec.kind == InputKind.USER_INPUT:
-            continue
-        if spec.kind not in _WEIGHTS or spec.target is None:
-            raise TraceError(
-                f"it takes the input {node.name}, a {spec.kind.name} instead of a tensor",
-                where=f"forward of {type(model).__name__}",
-                remedy="Remove objects other than tensors from its attributes and inputs",
-            )
-        name = spec.target
-        attributes[name] = _real_tensor(program, model, spec)
-        env[node] = new = graph.create_node("get_attr", name, name=node.name if "." in name else name)
-        new.meta = dict(node.meta)
-    return attributes
-
-
-def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: InputSpec) -> torch.Tensor:
-    assert spec.target is not None
+def _real_tensor(
+    program: torch.export.ExportedProgram, model: nn.Module, node: fx.Node, spec: InputSpec
+) -> torch.Tensor:
+    """The tensor of the model, or of the program alone, that a placeholder stands for."""
+    where = f"forward of {type(model).__name__}"
+    if spec.kind not in _WEIGHTS or spec.target is None:
+        raise TraceError(
+            f"it takes the input {node.name}, a {spec.kind.name} instead of a tensor",
+            where=where,
+            remedy="Remove objects other than tensors from its attributes and inputs",
+        )
     owner, _, leaf = spec.target.rpartition(".")
     try:
         value = getattr(model.get_submodule(owner), leaf)
@@ -328,7 +308,7 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
     if isinstance(value, FakeTensor):
         raise TraceError(
             f"a tensor of shape {tuple(value.shape)} that is computed from inputs becomes a constant",
-            where=f"forward of {type(model).__name__}",
+            where=where,
             remedy="Write x.detach() instead of x.data, which tracing does not follow",
         )
     if spec.kind == InputKind.CONSTANT_TENSOR and not value.is_meta:
@@ -336,7 +316,7 @@ def _real_tensor(program: torch.export.ExportedProgram, model: nn.Module, spec: 
         if (held := next(own, None)) is not None:
             raise TraceError(
                 f"it reads {held} of the model itself, which a function such as a decorated forward holds",
-                where=f"forward of {type(model).__name__}",
+                where=where,
                 remedy="Decorate forward in the class, not on the instance",
             )
     return value
@@ -370,14 +350,14 @@ def _replace_literals(graph: fx.Graph, attributes: dict[str, torch.Tensor], dtyp
     weights = [n for n in named if n.meta["val"].dtype == dtype and id(attributes[str(n.target)]) in read]
     with graph.inserting_before(body):
         device = graph.call_function(getattr, (tensors[0], "device"))
-        dtype_node = graph.call_function(getattr, (weights[0], "dtype")) if dtype is not None and weights else None
+        dtypes = {dtype: graph.call_function(getattr, (weights[0], "dtype"))} if dtype is not None and weights else {}
 
     def swap(value: Any) -> Any:
         if isinstance(value, torch.device):
             return device
-        return dtype_node if dtype_node is not None and isinstance(value, torch.dtype) and value == dtype else value
+        return dtypes.get(value, value) if isinstance(value, torch.dtype) else value
 
     for node in graph.nodes:
-        if node.op == "call_function" and node is not device and node is not dtype_node:
+        if node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, swap)
             node.kwargs = fx.node.map_aggregate(node.kwargs, swap)

@@ -60,8 +60,9 @@ class _TracedBlock:
         """The nodes except those that compute sizes, of which lowering keeps one for each expression."""
         return [node for node in self.nodes if not is_size(node)]
 
-    def input_nodes(self) -> list[fx.Node | None]:
-        return [_node(leaf, self.tracer) for leaf in self.inputs]
+    def given_nodes(self) -> list[fx.Node | None]:
+        """The nodes of its inputs and weights."""
+        return [*(_node(leaf, self.tracer) for leaf in self.inputs), *self.weights.values()]
 
 
 @dataclass
@@ -125,16 +126,15 @@ class _BlockForward:
         mode = next((leaf.fake_mode for leaf in source.leaves if isinstance(leaf, FakeTensor)), None)
         before = None if mode is None else shape_env_state(mode)
         traced, result = self._trace(source.tracer, args, kwargs)
-        if mode is not None and shape_env_state(mode) != before:
-            raise _difference_error(traced, "it branches on sizes and others do not")
+        what = ""
         with disable_torch_function():
-            if self.group.copies and not (_same_inputs(source, traced) and _same_nodes(source, traced)):
-                raise _difference_error(traced, "it does not trace to the same nodes as others")
+            if mode is not None and shape_env_state(mode) != before:
+                what = "it branches on sizes and others do not"
+            elif self.group.copies and not (_same_inputs(source, traced) and _same_nodes(source, traced)):
+                what = "it does not trace to the same nodes as others"
+        if what:
+            raise TraceError(what, where=traced.stack[-1][0], remedy="Export every block")
         return result
-
-
-def _difference_error(traced: _TracedBlock, what: str) -> TraceError:
-    return TraceError(what, where=traced.stack[-1][0], remedy="Export every block")
 
 
 def _begin(tracer: Any, block: nn.Module, args: Any, kwargs: Any) -> _TracedBlock:
@@ -150,7 +150,7 @@ def _node(value: Any, tracer: Any) -> fx.Node | None:
 
 def _can_be_copied(traced: _TracedBlock) -> bool:
     """Whether a block computes on its inputs, its weights and sizes alone, and returns only inputs and new tensors."""
-    inside = {*traced.nodes, *traced.input_nodes(), *traced.weights.values()}
+    inside = {*traced.nodes, *traced.given_nodes()}
     for node in traced.nodes:
         outer = [source for source in node.all_input_nodes if source not in inside]
         if node.op != "call_function" or has_unbacked_sizes(node.meta.get("val")) or not all(map(is_size, outer)):
@@ -179,13 +179,12 @@ def _same_inputs(source: _TracedBlock, here: _TracedBlock) -> bool:
 
 def _images(source: _TracedBlock, here: _TracedBlock) -> dict[fx.Node, fx.Node] | None:
     """The nodes of a block's inputs and weights by those of the source; None if they do not match one to one."""
-    mine = [*source.input_nodes(), *source.weights.values()]
-    others = [*here.input_nodes(), *here.weights.values()]
     images: dict[fx.Node, fx.Node] = {}
-    for one, other in zip(mine, others, strict=True):
-        if (one is None) != (other is None):
-            return None
-        if one is not None and other is not None and images.setdefault(one, other) is not other:
+    for one, other in zip(source.given_nodes(), here.given_nodes(), strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return None
+        elif images.setdefault(one, other) is not other:
             return None
     return images
 
@@ -200,16 +199,12 @@ def _copy(source: _TracedBlock, here: _TracedBlock) -> Any:
         new = graph.create_node(node.op, node.target, args, kwargs, name=base_name(node))
         new.meta = {**node.meta, "nn_module_stack": _renamed_stack(node, source, here)}
         images[node] = new
-    given = {id(leaf): place for place, leaf in enumerate(source.inputs) if isinstance(leaf, torch.Tensor)}
-    made: dict[int, Any] = {}
+    pairs = zip(source.inputs, here.inputs, strict=True)
+    made = {id(leaf): image for leaf, image in pairs if isinstance(leaf, torch.Tensor)}
     for leaf, result in zip(source.leaves, source.results, strict=True):
-        if id(leaf) in made:
-            continue
         if not isinstance(leaf, torch.Tensor):
             made[id(leaf)] = leaf
-        elif id(leaf) in given:
-            made[id(leaf)] = here.inputs[given[id(leaf)]]
-        else:
+        elif id(leaf) not in made:
             assert result is not None
             with pause_tracing(), leaf.fake_mode:  # type: ignore[attr-defined]
                 made[id(leaf)] = aten.alias.default(leaf)
@@ -222,17 +217,16 @@ def _renamed_stack(node: fx.Node, source: _TracedBlock, here: _TracedBlock) -> d
     depth = len(source.stack) - 1
     (old_key, old_path), (new_key, new_path) = source.stack[-1], here.stack[-1]
     renamed: dict[str, tuple[str, str]] = {}
+
+    def replaced(name: str, old: str, new: str) -> str:
+        return new + name.removeprefix(old) if name == old or name.startswith((f"{old}.", f"{old}@")) else name
+
     for place, (key, (path, kind)) in enumerate((node.meta.get("nn_module_stack") or {}).items()):
         if place < depth:
             renamed[here.stack[place][0]] = (here.stack[place][1], kind)
         else:
-            new_name = _replace_prefix(str(key), old_key, new_key)
-            renamed[new_name] = (_replace_prefix(str(path), old_path, new_path), kind)
+            renamed[replaced(str(key), old_key, new_key)] = (replaced(str(path), old_path, new_path), kind)
     return renamed
-
-
-def _replace_prefix(name: str, old: str, new: str) -> str:
-    return new + name.removeprefix(old) if name == old or name.startswith((f"{old}.", f"{old}@")) else name
 
 
 def _same_nodes(source: _TracedBlock, traced: _TracedBlock) -> bool:
@@ -246,15 +240,13 @@ def _same_nodes(source: _TracedBlock, traced: _TracedBlock) -> bool:
             return False
         images[node] = other
     results = zip(source.leaves, source.results, traced.leaves, traced.results, strict=True)
-    for leaf, result, other_leaf, other_result in results:
-        if not isinstance(leaf, torch.Tensor):
-            if leaf is not other_leaf and leaf != other_leaf:
-                return False
-        elif (
-            result is None
-            or images.get(result, result) is not other_result
-            or [given is leaf for given in source.inputs] != [given is other_leaf for given in traced.inputs]
-        ):
+    for mine, result, theirs, image in results:
+        if isinstance(mine, torch.Tensor):
+            passed_on = [[given is leaf for given in b.inputs] for leaf, b in ((mine, source), (theirs, traced))]
+            same = result is not None and images.get(result, result) is image and passed_on[0] == passed_on[1]
+        else:
+            same = mine is theirs or mine == theirs
+        if not same:
             return False
     return True
 

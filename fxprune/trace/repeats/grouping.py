@@ -11,9 +11,9 @@ runs in another dtype and in training mode find code that reads ``torch.finfo(x.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from types import MappingProxyType
@@ -24,7 +24,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from fxprune.graph.compat import (
-    FakeTensorMode,
     TorchDispatchMode,
     fake_mode,
     storage_of,
@@ -53,9 +52,9 @@ class CallRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in self._names:
-            self._names[func] = resolve_name(func) or getattr(func, "__name__", str(func))
-        name = self._names[func]
+        name = self._names.get(func)
+        if name is None:
+            name = self._names[func] = resolve_name(func) or getattr(func, "__name__", str(func))
         idle = name.endswith("dropout") and 0.0 in (*args[1:2], (kwargs or {}).get("p"))
         if not name.endswith("__get__") and not idle:
             leaves = tree_leaves((args, kwargs, result))
@@ -96,11 +95,17 @@ class BlockCall:
 
 
 class BlockRecorder(TorchDispatchMode):
-    """Records the ops of blocks, whose calls are delimited by :meth:`enter` and :meth:`leave`."""
+    """Records the ops of the blocks of a copy of a model, whose calls of torch functions another mode records.
+
+    Attributes:
+        calls: the calls of blocks.
+        groups: once the copy has run, the paths of at least three alike blocks each, in the order of their calls.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[BlockCall] = []
+        self.groups: list[tuple[str, ...]] = []
         self._current: BlockCall | None = None
         self._returned: set[Key] = set()  # tensors made outside of blocks, or returned by one
         self._makers: dict[int, BlockCall] = {}
@@ -117,8 +122,23 @@ class BlockRecorder(TorchDispatchMode):
                 self._record_op(self._current, func, args, kwargs or {}, result)
         return result
 
-    def enter(self, path: str, block: nn.Module, args: Any, kwargs: Any, start: int) -> None:
-        """Begin the call of a block with its arguments, after ``start`` calls of torch functions."""
+    def watch(self, twin: nn.Module, recorder: CallRecorder) -> None:
+        """Record the blocks of a copy that have no hooks; none if a module has two names, which tracing mixes up."""
+        names = [name for name, _ in twin.named_modules(remove_duplicate=False)]
+        for path in find_blocks(twin) if len(names) == sum(1 for _ in twin.modules()) else ():
+            block = twin.get_submodule(path)
+            if not (block._forward_hooks or block._forward_pre_hooks or "forward" in vars(block)):
+                block.forward = partial(self._call, path, block, recorder)
+
+    def _call(self, path: str, block: nn.Module, recorder: CallRecorder, /, *args: Any, **kwargs: Any) -> Any:
+        with disable_torch_function():
+            self._enter(path, block, args, kwargs, len(recorder.calls))
+        result = type(block).forward(block, *args, **kwargs)
+        with disable_torch_function():
+            self._leave(result, len(recorder.calls))
+        return result
+
+    def _enter(self, path: str, block: nn.Module, args: Any, kwargs: Any, start: int) -> None:
         if self._current is not None:
             raise RuntimeError(f"{path} is called by {self._current.path}")
         self.use_outside((args, kwargs))
@@ -138,8 +158,7 @@ class BlockRecorder(TorchDispatchMode):
         self.calls.append(call)
         self._current = call
 
-    def leave(self, result: Any, end: int) -> None:
-        """End the call of a block with its result, after ``end`` calls of torch functions."""
+    def _leave(self, result: Any, end: int) -> None:
         call, self._current = self._current, None
         assert call is not None
         call.end = end
@@ -158,14 +177,19 @@ class BlockRecorder(TorchDispatchMode):
             if maker is not None and _key(tensor) not in self._returned:
                 maker.side_effect = maker.side_effect or "an internal tensor is used elsewhere"
 
-    def groups(self) -> list[list[BlockCall]]:
-        """Blocks that were called once, those with the same computation together, in call order."""
+    def finish(self, twin: nn.Module, result: Any) -> None:
+        """Group the blocks that were called once and have the same computation and state, after a run of the copy."""
+        self.use_outside(result)
         times = Counter(call.path for call in self.calls)
-        groups: dict[object, list[BlockCall]] = {}
+        same: dict[object, list[str]] = {}
         for call in self.calls:
             if not call.side_effect and times[call.path] == 1:
-                groups.setdefault(tuple(call.record), []).append(call)
-        return list(groups.values())
+                same.setdefault(tuple(call.record), []).append(call.path)
+        for left in same.values():
+            while len(left) >= _FEWEST:
+                alike = [path for path in left if _same_state(left[0], path, twin)]
+                left = [path for path in left if path not in alike]
+                self.groups += [tuple(alike)] if len(alike) >= _FEWEST else []
 
     def _record_op(self, call: BlockCall, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         named = tuple((name, _entry(value, call)) for name, value in kwargs.items())
@@ -251,45 +275,26 @@ def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtyp
     whether calls depend on these; or if it is not the same, in ``native``, the dtype of the weights, and evaluation.
     Only shape and dtype of the inputs matter.
     """
-    blocks, recorder = BlockRecorder(), CallRecorder()
-    try:
-        twin = fake_twin(model, None, native, native)
-        for path in _recordable_blocks(twin):
-            block = twin.get_submodule(path)
-            block.forward = _recorded(path, block, blocks, recorder)
-        _run(twin, inputs, native, native, None, recorder, blocks)
-        groups = []
-        for left in blocks.groups():
-            while len(left) >= _FEWEST:
-                alike = [call for call in left if _same_state(left[0].path, call.path, twin)]
-                left = [call for call in left if call not in alike]
-                groups += [tuple(call.path for call in alike)] if len(alike) >= _FEWEST else []
-        repeats = Repeats(tuple(groups))
-    except Exception:  # the model's code may raise anything on meta; every block is then exported
+    blocks = BlockRecorder()
+    whole = record_calls(model, inputs, native, native, blocks=blocks)
+    if whole is None:  # every block is then exported
         return None
-    if repeats.groups:
-        calls, place = [], 0
-        for call in blocks.calls:
-            if call.path in repeats.skipped:
-                calls += recorder.calls[place : call.start]
-                place = call.end
-        calls += recorder.calls[place:]
-        confirmed = _confirmed(DryRun(repeats, calls), model, inputs, native, other)
-        if confirmed is not None:
-            return confirmed
-    return DryRun(_NO_REPEATS, recorder.calls)
-
-
-def _confirmed(
-    guess: DryRun, model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype, other: torch.dtype
-) -> DryRun | None:
-    """The dry run, if one that skips alike blocks makes the calls that it has outside of them."""
+    repeats = Repeats(tuple(blocks.groups))
+    skipped = repeats.skipped
+    calls, place = [], 0
+    for call in blocks.calls:
+        if call.path in skipped:
+            calls += whole[place : call.start]
+            place = call.end
+    calls += whole[place:]
     modes = _modes(model)
-    if (modes or other != native) and len(set(modes.values())) < 2:
-        calls = record_calls(model, inputs, native, other, guess.repeats, modes)
-        if calls and not _first_difference(guess.calls, calls, native, other):
-            return replace(guess, independent=True)
-    return guess if record_calls(model, inputs, native, native, guess.repeats) == guess.calls else None
+    if repeats.groups and (modes or other != native) and len(set(modes.values())) < 2:
+        both = record_calls(model, inputs, native, other, repeats, modes)
+        if both and not _first_difference(calls, both, native, other):
+            return DryRun(repeats, calls, independent=True)
+    if repeats.groups and record_calls(model, inputs, native, native, repeats) == calls:
+        return DryRun(repeats, calls)
+    return DryRun(_NO_REPEATS, whole)
 
 
 def record_calls(
@@ -300,6 +305,7 @@ def record_calls(
     repeats: Repeats = _NO_REPEATS,
     modes: Mapping[str, bool] = MappingProxyType({}),
     fake: bool = False,
+    blocks: BlockRecorder | None = None,
 ) -> list[CallRecord] | None:
     """The calls of torch functions in a dry run of a copy of ``model``; None if its code raises.
 
@@ -309,6 +315,7 @@ def record_calls(
         repeats: groups of alike blocks, most of which return copies of the first block's results.
         modes: whether each module is in training, by path; all in evaluation if empty.
         fake: run on fake tensors instead of ``meta``.
+        blocks: records the blocks of the copy.
     """
     recorder, mode = CallRecorder(), fake_mode(fixed=True) if fake else None
     try:
@@ -317,53 +324,17 @@ def record_calls(
             twin.get_submodule(path).training = training
         for group in repeats.groups:
             _replay_first_block(twin, group)
-        _run(twin, inputs, native, dtype, mode, recorder)
+        if blocks is not None:
+            blocks.watch(twin, recorder)
+        with mode or torch.device("meta"), nullcontext() if fake else mark_exporting(), quiet(), torch.no_grad():
+            values = {name: blank(value, native, dtype) for name, value in inputs.items()}
+            with nullcontext() if fake else MetaOpCache(), recorder, blocks or nullcontext():
+                result = twin(**values, **without_cache(twin))
+        if blocks is not None:
+            blocks.finish(twin, result)
     except Exception:  # the model's code may raise anything; tracing reports the error
         return None
     return recorder.calls
-
-
-def _run(
-    twin: nn.Module,
-    inputs: Mapping[str, Any],
-    native: torch.dtype,
-    dtype: torch.dtype,
-    mode: FakeTensorMode | None,
-    recorder: CallRecorder,
-    blocks: BlockRecorder | None = None,
-) -> None:
-    on_meta = mode is None
-    with mode or torch.device("meta"), mark_exporting() if on_meta else nullcontext(), quiet(), torch.no_grad():
-        values = {name: blank(value, native, dtype) for name, value in inputs.items()}
-        with MetaOpCache() if on_meta else nullcontext(), recorder, blocks or nullcontext():
-            result = twin(**values, **without_cache(twin))
-    if blocks is not None:
-        blocks.use_outside(result)
-
-
-def _recordable_blocks(twin: nn.Module) -> list[str]:
-    """The blocks without hooks; none if a module has two names, since tracing could not tell them apart."""
-    names = [name for name, _ in twin.named_modules(remove_duplicate=False)]
-    if len(names) != sum(1 for _ in twin.modules()):
-        return []
-    blocks = ((path, twin.get_submodule(path)) for path in find_blocks(twin))
-    return [
-        path
-        for path, block in blocks
-        if not (block._forward_hooks or block._forward_pre_hooks or "forward" in vars(block))
-    ]
-
-
-def _recorded(path: str, block: nn.Module, blocks: BlockRecorder, recorder: CallRecorder) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with disable_torch_function():
-            blocks.enter(path, block, args, kwargs, len(recorder.calls))
-        result = type(block).forward(block, *args, **kwargs)
-        with disable_torch_function():
-            blocks.leave(result, len(recorder.calls))
-        return result
-
-    return forward
 
 
 def _same_state(one: str, other: str, twin: nn.Module) -> bool:
@@ -413,14 +384,12 @@ def _replay_first_block(twin: nn.Module, group: tuple[str, ...]) -> None:
     """Make all blocks of a group but the first and the last return copies of the first block's results."""
     first: Any = twin.get_submodule(group[0])
     inputs: list[Any] = []
-    results: list[Any] = []
-    spec: Any = None
+    flat: Any = None
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        nonlocal spec
+        nonlocal flat
         result = type(first).forward(first, *args, **kwargs)
-        inputs[:] = tree_leaves((args, kwargs))
-        results[:], spec = tree_flatten(result)
+        inputs[:], flat = tree_leaves((args, kwargs)), tree_flatten(result)
         return result
 
     def replay(*args: Any, **kwargs: Any) -> Any:
@@ -434,12 +403,11 @@ def _replay_first_block(twin: nn.Module, group: tuple[str, ...]) -> None:
             return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
 
         with disable_torch_function():
-            return tree_unflatten([copy(leaf) for leaf in results], spec)
+            return tree_unflatten([copy(leaf) for leaf in flat[0]], flat[1])
 
     first.forward = record
     for path in group[1:-1]:
-        block: Any = twin.get_submodule(path)
-        block.forward = replay
+        twin.get_submodule(path).forward = replay
 
 
 @dataclass(frozen=True)
@@ -462,44 +430,31 @@ def find_dependence(
         native: the dtype of its weights; ``other`` is the one to try.
         dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
-    modes = _modes(model)
-    if (not modes and other == native) or (dry_run is not None and dry_run.independent):
+    modes, varies = _modes(model), other != native
+    if not (modes or varies) or (dry_run is not None and dry_run.independent):
         return Dependence()
-    if dry_run is not None and (not dry_run.repeats.groups or len(set(modes.values())) < 2):
-        run = partial(record_calls, model, inputs, native, repeats=dry_run.repeats)
-        found, finished = _compare_runs(run, dry_run.calls, native, other, modes)
-        if finished:
-            return found
-    run_fake = partial(record_calls, model, inputs, native, fake=True)
-    return _compare_runs(run_fake, run_fake(native), native, other, modes)[0]
+    found = Dependence()
+    on_meta = dry_run is not None and (not dry_run.repeats.groups or len(set(modes.values())) < 2)
+    for known in (dry_run, None) if on_meta else (None,):
+        fake, repeats = known is None, _NO_REPEATS if known is None else known.repeats
+        run = partial(record_calls, model, inputs, native, repeats=repeats, fake=fake)
+        plain = run(native) if known is None else known.calls
+        both = run(other, modes=modes) if plain and modes and varies else None
+        if both and not _first_difference(plain, both, native, other):
+            return Dependence()
+        by_dtype = run(other) if varies else plain
+        by_mode = run(native, modes=modes) if modes else plain
+        unlike = _first_difference(plain, by_dtype, native, other)
+        found = Dependence(unlike, _first_difference(plain, by_mode, native, native))
+        if plain is not None and by_dtype is not None and by_mode is not None:
+            break
+    return found
 
 
 def _modes(model: nn.Module) -> Mapping[str, bool]:
     """Whether each module is in training, by path; empty if none is."""
     modes = {path: module.training for path, module in model.named_modules()}
     return modes if any(modes.values()) else {}
-
-
-def _compare_runs(
-    run: Callable[..., list[CallRecord] | None],
-    plain: list[CallRecord] | None,
-    native: torch.dtype,
-    other: torch.dtype,
-    modes: Mapping[str, bool],
-) -> tuple[Dependence, bool]:
-    """The dependence of a model, by runs compared with ``plain``, and whether all runs finished."""
-    varies = other != native
-    if plain and modes and varies:
-        both = run(other, modes=modes)
-        if both and not _first_difference(plain, both, native, other):
-            return Dependence(), True
-    by_dtype = run(other) if varies else plain
-    by_mode = run(native, modes=modes) if modes else plain
-    finished = plain is not None and by_dtype is not None and by_mode is not None
-    found = Dependence(
-        _first_difference(plain, by_dtype, native, other), _first_difference(plain, by_mode, native, native)
-    )
-    return found, finished
 
 
 def _first_difference(
