@@ -162,7 +162,9 @@ def _moved(module: nn.Module, arguments: dict[str, Any], axis: Axis, wanted: Map
 
     size = size_with({})
     places = [(argument, position) for argument, value in arguments.items() for position in _positions(value)]
-    for argument, position in places if size is not None else ():
+    if size is None:
+        return arguments
+    for argument, position in places:
         value = arguments[argument]
         item = value if isinstance(value, int) else value[position]
         for delta in (1, item):  # a multiple, where a class insists on divisibility
@@ -196,7 +198,9 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
             continue
         if isinstance(value, tuple) and sum(item in moved for item in value) > 1:
             continue  # the sides of a window, not a shape
-        new_value = tuple(moved.get(i, i) for i in value) if isinstance(value, tuple) else moved.get(value, value)
+        items: tuple[int, ...] = value if isinstance(value, tuple) else (value,)
+        changed = [moved.get(item, item) for item in items]
+        new_value: Number = tuple(changed) if isinstance(value, tuple) else changed[0]
         if new_value != value:
             found[name] = new_value
     return found

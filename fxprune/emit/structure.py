@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 def pruned_class(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """Class like ``stock`` that builds blocks of their own widths from a config that allows them; one for each."""
-    return _pruned_class(stock, _relaxed_config(config))
+    return _pruned_class(stock, _relaxed_config(config))  # type: ignore[arg-type]  # mypy: a class has no hash
 
 
 @cache
@@ -307,7 +307,7 @@ def _move(
     between the two is the index, and a block of another kind shows that its class chooses the kind by index.
     """
     builder = builder_of(block, vars(block).get(BUILT_AT))
-    made = [builder and build_on_meta(builder, copy.deepcopy(config), index) for config, index in (before, after)]
+    made = [] if builder is None else [build_on_meta(builder, copy.deepcopy(c), i) for c, i in (before, after)]
     built = [one for one in made if isinstance(one, nn.Module)]
     numbers = [take_snapshot(one).numbers for one in built]
     (whole, old), (shorter, new) = before, after
