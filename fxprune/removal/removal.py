@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -35,11 +35,10 @@ from fxprune.removal.target import Reached
 
 Array = npt.NDArray[np.float64]
 
+_OVER_MEMBERS: tuple[Callable[..., Array], ...] = (np.sum, np.prod, np.max, np.mean)
+
 REDUCTIONS: dict[str, Callable[[Array], Array]] = {
-    "sum": lambda members: members.sum(axis=0),
-    "prod": lambda members: members.prod(axis=0),
-    "max": lambda members: members.max(axis=0),
-    "mean": lambda members: members.mean(axis=0),
+    **{reduce.__name__: partial(reduce, axis=0) for reduce in _OVER_MEMBERS},
     "first": lambda members: members[0],
     "last": lambda members: members[-1],
 }
@@ -100,11 +99,11 @@ class Scores(Fact):
         self, groups: Iterable[Group], remedy: str = "Use scores of this model as it is, or score it again"
     ) -> None:
         """Check that the scores are of ``groups``, finite, one for each unit; some groups may have none."""
-        if not isinstance(self.units, Mapping):
-            what = f"they are {format_value(self.units)}"
+        units: Any = self.units  # a criterion of the user's own may have made them
+        if not isinstance(units, Mapping):
+            what = f"they are {format_value(units)}"
             raise PlanError(what, where="scores", remedy="Use scores of an earlier run")
         shapes = {group.name: group.shape for group in groups}
-        units: Mapping[str, Any] = self.units  # a criterion of the user's own may have made them
         for name, row in units.items():
             if not isinstance(row, np.ndarray) or row.dtype.kind not in "biuf":
                 raise PlanError(f"its scores are {format_value(row)}", where=str(name), remedy="Pass arrays of float64")
