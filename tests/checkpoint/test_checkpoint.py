@@ -171,7 +171,7 @@ def test_a_model_with_adapters_is_not_taken_for_a_slim_one(uneven: fxprune.Resul
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def dense(tmp_path: Path) -> Path:
     tiny("llama").save_pretrained(tmp_path / "dense")
     return tmp_path / "dense"
 
@@ -181,42 +181,42 @@ def set_fields(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def test_weights_of_blocks_that_the_config_lacks_are_refused(folder: Path) -> None:
-    set_fields(folder, num_hidden_layers=tiny("llama").config.num_hidden_layers - 1)
+def test_weights_of_blocks_that_the_config_lacks_are_refused(dense: Path) -> None:
+    set_fields(dense, num_hidden_layers=tiny("llama").config.num_hidden_layers - 1)
     with pytest.raises(CheckpointError, match=r"more are of a block that its config does not have.*number of layers"):
-        load_model(folder)
+        load_model(dense)
 
 
-def test_code_in_a_folder_is_never_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_folder_is_never_run(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers asks on a terminal, and a "y" on standard input ran it."""
-    (folder / "own.py").write_text("raise SystemExit('the code of the folder ran')")
-    set_fields(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (dense / "own.py").write_text("raise SystemExit('the code of the folder ran')")
+    set_fields(dense, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for load in (load_model, load_tokenizer, fxprune.prune):
         with pytest.raises(CheckpointError):
-            load(folder)
+            load(dense)
     with pytest.raises(CheckpointError):
-        fxprune.prune_checkpoint(folder, folder.parent / "slim", importance="l2")
-    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Words", null]}}')
-    save = fxprune.load_pass("save-checkpoint", folder=str(folder.parent / "saved"), tokenizer=str(folder))
+        fxprune.prune_checkpoint(dense, dense.parent / "slim", importance="l2")
+    (dense / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Words", null]}}')
+    save = fxprune.load_pass("save-checkpoint", folder=str(dense.parent / "saved"), tokenizer=str(dense))
     steps = ["find-groups", "l2", "select-by-ratio", "shrink", "emit-model", "make-report", save]
     with pytest.raises(CheckpointError):
         fxprune.Pipeline(steps)(fxprune.trace(tiny("llama")).graph_module)
 
 
-def test_a_run_resumes_only_for_the_same_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_only_for_the_same_question(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = token_ids(2, 8)
-    key = request_key(folder, ids, "l2")
-    assert key == request_key(folder, ids.clone(), "l2")
-    others = [request_key(folder, ids.view(1, 16), "l2"), request_key(folder, ids.int(), "l2")]
-    others += [request_key(folder, ids, "l1"), request_key(folder, None, "l2")]
+    key = request_key(dense, ids, "l2")
+    assert key == request_key(dense, ids.clone(), "l2")
+    others = [request_key(dense, ids.view(1, 16), "l2"), request_key(dense, ids.int(), "l2")]
+    others += [request_key(dense, ids, "l1"), request_key(dense, None, "l2")]
     monkeypatch.setattr("fxprune.checkpoint.low_memory.package_versions", lambda: {"fxprune": "9"})
-    others.append(request_key(folder, ids, "l2"))
+    others.append(request_key(dense, ids, "l2"))
     monkeypatch.undo()
-    before = (folder / "config.json").stat()
-    set_fields(folder, rms_norm_eps=1e-3)
-    os.utime(folder / "config.json", ns=(before.st_atime_ns, before.st_mtime_ns))
-    others.append(request_key(folder, ids, "l2"))
+    before = (dense / "config.json").stat()
+    set_fields(dense, rms_norm_eps=1e-3)
+    os.utime(dense / "config.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    others.append(request_key(dense, ids, "l2"))
     assert key not in others and len(set(others)) == len(others)
 
 
@@ -265,12 +265,12 @@ def test_adapters_are_merged_first() -> None:
             door()
 
 
-def test_offloading_is_an_option_of_a_prune(folder: Path) -> None:
+def test_offloading_is_an_option_of_a_prune(dense: Path) -> None:
     """The weights stay in files, the result is the same, and nothing is left beside the folder."""
     options: dict[str, Any] = {"importance": "l2", "compensate": "none", "tune": "none", "ratio": 0.2}
-    inside = fxprune.prune(folder, **options)
-    outside = fxprune.prune(folder, offload=folder.parent / "work", **options)
+    inside = fxprune.prune(dense, **options)
+    outside = fxprune.prune(dense, offload=dense.parent / "work", **options)
     assert outside.plan.to_json() == inside.plan.to_json()
     ids = token_ids(2, 8)
     assert torch.equal(outside.model(ids).logits, inside.model(ids).logits)
-    assert [path.name for path in folder.parent.iterdir()] == ["dense"]
+    assert [path.name for path in dense.parent.iterdir()] == ["dense"]
