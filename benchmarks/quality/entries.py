@@ -146,6 +146,11 @@ ABLATIONS = (
         Entry(f"fast{ranked}, on the given text alone", {"recipe": _on_the_given_text(), **ranking})
         for ranked, ranking in _RANKED.items()
     ),
+    _changed(
+        "balanced",
+        "scored on fewer samples",
+        importance="multiply-scores{criteria=[wanda{readers_only, samples=128}, taylor{order=second, samples=64}]}",
+    ),
     _changed("balanced", "not fitted", compensate="none"),
     Entry("balanced, no samples given", {}, samples=0),
     _changed("balanced", "by updates of rank 8", tune="tune{weights=False}"),
