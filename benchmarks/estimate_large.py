@@ -330,17 +330,18 @@ class Meter(TorchDispatchMode):
             (dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine] * len(found))),
             (dist, "broadcast_object_list", lambda *_, **__: None),
         ]
-        for place, name, other in patches:
-            stack.enter_context(mock.patch.object(place, name, other))
-        for name in COLLECTIVES:
-            stack.enter_context(mock.patch.object(dist, name, counted(name, self.note)))
-        return stack
+        with stack:  # none stays if a name is gone
+            for place, name, other in patches:
+                stack.enter_context(mock.patch.object(place, name, other))
+            for name in COLLECTIVES:
+                stack.enter_context(mock.patch.object(dist, name, counted(name, self.note)))
+            return stack.pop_all()
 
 
 def _even_data(site: Any, run: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Inputs and targets of each expert's fit, with the tokens dealt evenly."""
     product = site.product
-    count = site.weight.meta["val"].shape[product.order[0]]
+    count = product.weight.meta["val"].shape[product.order[0]]
     x = torch.cat([one.env[product.source].permute(product.source_order).flatten(0, -2) for one in run.masked])
     y = torch.cat([one.env[product.node].permute(product.out_order).flatten(0, -2) for one in run.dense])
     rows = max(1, len(x) // count)

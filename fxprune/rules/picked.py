@@ -22,6 +22,12 @@ def picks_matrices(node: fx.Node) -> bool:
     return len(inputs) == 2 and inputs[0].op == "get_attr" and getattr(node.meta.get("val"), "ndim", 0) == 3
 
 
+def _is_large(weight: torch.Tensor, index: torch.Tensor) -> bool:
+    """Whether a copy of a matrix of ``weight`` for each of the rows would be large."""
+    has_values = weight.device.type != "meta" and not isinstance(weight, FakeTensor)
+    return has_values and index.numel() * weight[0].nbytes >= _LARGE
+
+
 class PickingRun(fx.Interpreter):
     """An interpreter that multiplies with picked matrices one by one where copies of them would be large."""
 
@@ -40,9 +46,7 @@ class PickingRun(fx.Interpreter):
         if picks_matrices(n):
             weight, index = (self.env[source] for source in n.all_input_nodes)
             (user,) = n.users
-            has_values = weight.device.type != "meta" and not isinstance(weight, FakeTensor)
-            is_large = has_values and index.numel() * weight[0].nbytes >= _LARGE
-            product = stacked_product(user) if is_large else None
+            product = stacked_product(user) if _is_large(weight, index) else None
             if product is not None and product.picked is not None:
                 self._picking[user] = product
                 return weight, index
