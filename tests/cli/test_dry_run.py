@@ -90,8 +90,8 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
         ("fast", 3 * 22 + (64 + 3 * 48) + 4 * 64),
         ("fast, given text", 3 * 32 + (96 + 3 * 48) + 4 * 96),
         # generated samples, scores of two criteria, teacher logits, a fit, an epoch, measurements
-        ("balanced", 3 * 128 + (128 + 3 * 64) + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
-        ("balanced, twice", 3 * 128 + (128 + 3 * 64) + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
+        ("balanced", 3 * 128 + (192 + 3 * 128) + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
+        ("balanced, twice", 3 * 128 + (192 + 3 * 128) + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
         # generated samples, scores, teacher logits of three copies, a fit, an epoch of tuning, nine measurements
         ("best", 3 * (1024 - GENERAL) + (128 + 3 * 64) + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients of as many samples as the paper uses

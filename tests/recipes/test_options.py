@@ -88,7 +88,7 @@ def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
 def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
     balanced = lines(calibration=IDS)
     assert balanced == lines(calibration=IDS, recipe="balanced")
-    inherited = {"taylor{order=second}": "samples=64", "wanda": "samples=128", "flap": "samples=128"}
+    inherited = {"taylor{order=second}": "samples=128", "wanda": "samples=192", "flap": "samples=192"}
     for spelled, arguments in inherited.items():  # of the criterion of its name, if there is one, else of the first
         other = lines(calibration=IDS, importance=spelled)
         (found,) = (new for old, new in zip(balanced, other, strict=True) if old != new)
