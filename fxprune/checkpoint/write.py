@@ -300,10 +300,7 @@ def save_pretrained(
         record = None
         if forward is not None:
             record = check_written(model, forward, read_model(work, stock_class(model)))
-        name = getattr(model.config, "_name_or_path", "")
-        source = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
-        if report is not None:
-            source["parameters"] = report.parameters[0]
+        source = _source_of(model, report)
         manifest = Manifest(source, structure.is_stock, weight_files(work), plan_digest=digest, forward=record)
         _describe(work, Path(folder), model, manifest, tokenizer, plan, report)
         if also is not None:
@@ -313,6 +310,13 @@ def save_pretrained(
     with _written_by_all(model, folder, save_model) if together else nullcontext() as place:
         run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
+
+
+def _source_of(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:
+    """Class, name and number of parameters of the dense model, as far as they are known."""
+    name = getattr(model.config, "_name_or_path", "")
+    source = {"class": stock_class(model).__name__, "name": Path(name).name if os.path.isdir(name) else name}
+    return source if report is None else source | {"parameters": report.parameters[0]}
 
 
 @contextmanager

@@ -168,11 +168,7 @@ def estimate(
     if not low_memory and options.get("eval", True) and report.tokens and not isinstance(prepared.samples, list):
         flops += 2 * sum(report.macs) / worked * WINDOW * WINDOWS
     free = free_bytes(torch.device("cpu"))
-    read = written = 0.0
-    if low_memory:  # beside one sweep a pass; each parameter that is trained has 12 bytes of state
-        written = 12.0 * report.parameters[1] * sum(cost.updates for _, cost in costs)
-        swept = sum(cost.sweeps * (slim if step.stage == "tune" else dense) for step, cost in costs)
-        read = swept + written
+    read, written = _disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
     return dict(
         parameters=report.parameters,
         widths=dict(report.widths),
@@ -185,6 +181,21 @@ def estimate(
         read=read,
         written=written,
     )
+
+
+def _disk_traffic(
+    costs: Sequence[tuple[Any, Any]], weights: tuple[float, float], parameters: int
+) -> tuple[float, float]:
+    """Bytes read and written beside one sweep a pass, if memory holds none of the weights.
+
+    Args:
+        weights: bytes of the dense and of the slim ones.
+        parameters: of the slim model: each has 12 bytes of state where it is trained.
+    """
+    dense, slim = weights
+    updates = 12.0 * parameters * sum(cost.updates for _, cost in costs)
+    swept = sum(cost.sweeps * (slim if step.stage == "tune" else dense) for step, cost in costs)
+    return swept + updates, updates
 
 
 def _count_samples(prepared: Prepared, text: CalibrationText, traced: int = TOKENS) -> tuple[int, int]:

@@ -169,10 +169,6 @@ class _Block:
     found: list[Choice]
     pending: Iterator[Choice]
 
-    def choices(self) -> list[Choice]:
-        self.found.extend(self.pending)
-        return self.found
-
 
 def _builds(rebuilder: Rebuilder | None, block: nn.Module) -> bool:
     """Whether a block is built with the tensors that it has."""
@@ -289,7 +285,7 @@ class _Emitter:
 
     @cached_property
     def outside(self) -> dict[str, Shape]:
-        """Those of the tensors outside the blocks."""
+        """The shapes of the tensors outside the blocks, by dense name."""
         return {name: shape for name, shape in self.wanted.items() if not within(name, self.rebuilder.skip)}
 
     @cached_property
@@ -303,14 +299,16 @@ class _Emitter:
         units is found anew, on the inputs of this request.
         """
         request = self.wanted, self.removed, self.kept_units, self.epsilons, self.resized
+        reasons, doubtful, failed = dict[str, None](), list[Candidate](), list[Candidate]()
         before = self.known.pop(_FITTED, None)
         if before is not None and before[0] == request and not self.kept_units:
             made = self.make(before[1])
             if isinstance(made, transformers.PreTrainedModel):
                 self.known[_FITTED] = before
                 return Emission(made, runs_dry=before[2])
-        reasons, doubtful = dict[str, None](), list[Candidate]()
-        for candidate in self.candidates():
+            failed.append(before[1])
+            reasons.update(dict.fromkeys(made))
+        for candidate in (one for one in self.candidates() if one not in failed):
             slim = self.built(candidate)
             if not isinstance(slim, transformers.PreTrainedModel):
                 reasons.update(dict.fromkeys(slim))
@@ -352,7 +350,8 @@ class _Emitter:
         yield self.assembled(shared, blocks, {path: block.found[0] for path, block in blocks.items()})
         counts = {block.kind: 0 for block in blocks.values()}
         for block in blocks.values():
-            counts[block.kind] = max(counts[block.kind], len(block.choices()))
+            block.found.extend(block.pending)
+            counts[block.kind] = max(counts[block.kind], len(block.found))
         picks = sorted(product(*(range(count) for count in counts.values())), key=sum)
         for pick in picks[1:_MOST_CANDIDATES]:
             rank = dict(zip(counts, pick, strict=True))
@@ -367,7 +366,7 @@ class _Emitter:
         for path, (index, module) in self.layout.blocks().items():
             if path in self.removed:
                 continue
-            stack = next(stack for stack in self.layout.stacks if path in stack.paths())
+            stack = next(stack for stack in self.layout.stacks if stack.path == path.rpartition(".")[0])
             whole = part_of(self.model.config, stack.part)
             config = next((vars(m)["config"] for m in module.modules() if "config" in vars(m)), whole)
             own: dict[str, int] = {}
@@ -403,8 +402,10 @@ class _Emitter:
                 own, rebuilder = own | flags, flagged
 
         def harm(fields: Mapping[str, int]) -> int:
-            seen = self.rebuilder.observe({**shared.fields, **fields}) if is_main else None
-            return len(mismatches(seen.shapes, self.outside)) if seen else len(self.outside) if is_main else 0
+            if not is_main:
+                return 0
+            seen = self.rebuilder.observe({**shared.fields, **fields})
+            return len(self.outside) if seen is None else len(mismatches(seen.shapes, self.outside))
 
         seen = rebuilder.observe({}) if rebuilder is not None else None
         if seen is not None:  # leave out the buffers that the model, not the block's class, adds to a block
@@ -428,8 +429,9 @@ class _Emitter:
             rest = [(blocks[path].rebuilder, own) for path, own in full.items() if name not in own]
             if others or not all(r and r.observe({**own, name: value}) == r.observe(own) for r, own in rest):
                 continue  # blocks differ in it, or one without it changes with it
-            before, after = self.rebuilder.observe(fields), self.rebuilder.observe({**fields, name: value})
-            if before is after if before is None or after is None else before.shapes == after.shapes:
+            trials = map(self.rebuilder.observe, (fields, {**fields, name: value}))
+            before, after = (None if seen is None else seen.shapes for seen in trials)
+            if before == after:
                 fields[name] = value
                 full = {path: {**own, name: value} for path, own in full.items()}
         dense, absent = vars(part_of(self.model.config, self.layout.part)), dict[str, list[str]]()
@@ -510,7 +512,7 @@ class _Emitter:
                 yield {one.inner(path): dict(own) for path, own in plain.blueprint.attributes.items()}
 
     def with_inputs(self, blueprint: Blueprint) -> list[Blueprint]:
-        """The blueprint whose blocks select their rows of tables made for all units, if there are such, and itself."""
+        """The blueprint, after one whose blocks select their rows of tables made for all units, if there are such."""
         whole = dataclasses.replace(blueprint, removed=())
         slim = build_on_meta(rebuild, self.model, whole, self.layout) if self.kept_units else None
         if slim is None or isinstance(slim, Refusal):
@@ -558,12 +560,12 @@ class _Emitter:
         if hasattr(self.model, "generation_config"):
             slim.generation_config = copy.deepcopy(self.model.generation_config)
         # by names of the slim model: what cannot be read off it afterwards
-        names = {path: self.rename(path) or path for stack in self.layout.stacks[:1] for path in stack.paths()}
+        paths = self.layout.stacks[0].paths() if self.layout.stacks else ()
+        names = {new: path for path in paths if (new := self.rename(path)) is not None}
+        fields, absent = blueprint.block_fields, blueprint.absent
         vars(slim)[OVERRIDES] = Overrides(
-            block_fields={
-                new: dict(blueprint.block_fields[p]) for p, new in names.items() if p in blueprint.block_fields
-            },
-            absent={new: list(blueprint.absent[p]) for p, new in names.items() if p in blueprint.absent},
+            block_fields={new: dict(fields[path]) for new, path in names.items() if path in fields},
+            absent={new: list(absent[path]) for new, path in names.items() if path in absent},
             built_with=dict(blueprint.built_with),
         )
         vars(slim)["fxprune_blueprint"] = blueprint.as_dict()
@@ -571,7 +573,7 @@ class _Emitter:
         return slim if disagreement is None else (*candidate.gaps, disagreement)
 
     def disagreement(self, blueprint: Blueprint, slim: PreTrainedModel) -> str | None:
-        """Return what is wrong with the outputs of a slim model; None if nothing is."""
+        """The fault that the check of a slim model's outputs finds; None for no fault."""
         if self.agrees is None:
             return None
         answer = attempt(self.agrees, slim, refusals=(VerificationError,))

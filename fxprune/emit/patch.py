@@ -66,7 +66,7 @@ def merged(
 
 
 def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> Patches:
-    """Integer attributes of a block that change where it has the wanted sizes on the axes in ``wrong``.
+    """Integer attributes in which ``after``, of the wanted sizes on the axes in ``wrong``, differs from ``before``.
 
     Of the block ``after``, which may have any other sizes, only the smallest module that holds these axes counts.
     """
@@ -76,7 +76,7 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
 
 
 def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str, ...] = ()) -> Patches:
-    """Attributes of the modules that own a resized tensor, as they follow from it, but for subtrees to ``skip``."""
+    """New values of the attributes of modules that own a resized tensor, outside the subtrees to ``skip``."""
     found: Patches = {}
     for path, child in module.named_modules():
         if within(f"{path}.", skip):
@@ -208,7 +208,7 @@ def _by_equal_sizes(module: nn.Module, have: Mapping[str, Shape], wanted: Mappin
 
 @dataclass(frozen=True)
 class Resized:
-    """Units that go: a number of units and the sizes of axes that they are on, if no others go.
+    """The changes in a number of units, and in the sizes of the axes that they are on, if no others go.
 
     Args:
         scope: path of the smallest module that holds all of these axes.
@@ -317,7 +317,7 @@ def _is_kept(name: str, value: object, there: Mapping[str, object]) -> bool:
     if isinstance(value, functools.partial) and name not in there:  # set by the user: copied if it holds no module
         parts = (*value.args, *value.keywords.values())
         return inspect.isfunction(value.func) and not any(isinstance(part, nn.Module) for part in parts)
-    if name == "training" or name.startswith("_") or is_number(there.get(name)):  # "_": such as a mark of hooks
+    if name == "training" or name.startswith("_") or is_number(there.get(name)):  # private: such as a mark of hooks
         return False
     return isinstance(value, float | bool | str) or (value is None and name in there)
 
@@ -352,7 +352,7 @@ def find_epsilons(
 
     The attribute belongs to the innermost module around the op that has one of this value. All ops that read the
     attribute must change alike. ``changes`` are numbers of the graph, by the name of a node and the place of the
-    argument; nodes that it lacks are ignored, and so is whether its numbers have changed already.
+    argument; nodes that it lacks are ignored. The graph may be that before or after the change.
     """
     modules = dict(model.named_modules())
     nodes = {node.name: node for node in graph.nodes}

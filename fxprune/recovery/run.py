@@ -8,14 +8,14 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 
 from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
 from fxprune.graph.context import preserve_rng, quiet, wrap_errors
@@ -298,7 +298,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _without_fp16(model: PreTrainedModel) -> list[str]:
-    """Cast a model with parameters in fp16 to a wider dtype, as loading a checkpoint in it does; note what was done.
+    """Cast a model with parameters in fp16 to a wider dtype, as loading a checkpoint does; returns a note of it.
 
     Buffers that are not persistent, such as the frequencies of positions, keep theirs.
     """
@@ -363,26 +363,24 @@ def _train(
         if not sharded:
             wrapped.unload()
         raise
-    state = trainer.state
-    before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
-    best, step = state.best_metric, state.best_global_step
-    assert best is not None and step is not None, "the trainer always evaluates the last step"
     if error > TOLERANCE:
         notes.append(f"merging rounded the weights and moved the logits by {error:.1e} of the largest")
     if start is not None:
         notes.append(f"resumed at step {start.name.rpartition('-')[2]}")
+    return {**_course(trainer.state, notes), "trained": trained, "merge_error": error}
+
+
+def _course(state: TrainerState, notes: Sequence[str]) -> dict[str, Any]:
+    """The course of a training by field of :class:`Recovery`, with what is to note about it after ``notes``."""
+    before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+    best, step = state.best_metric, state.best_global_step
+    assert best is not None and step is not None, "the trainer always evaluates the last step"
+    found = list(notes)
     if state.global_step < state.max_steps:
-        notes.append(f"stopped early at step {state.global_step} of {state.max_steps}")
+        found.append(f"stopped early at step {state.global_step} of {state.max_steps}")
     if best >= before:
-        notes.append(
+        found.append(
             f"the held-out loss did not fall: {before:.3f} before, {best:.3f} after; "
             "try another learning_rate, more data or more epochs"
         )
-    return {
-        "held_out": (before, best),
-        "history": tuple(state.log_history),
-        "steps": step,
-        "trained": trained,
-        "merge_error": error,
-        "notes": tuple(notes),
-    }
+    return {"held_out": (before, best), "history": tuple(state.log_history), "steps": step, "notes": tuple(found)}

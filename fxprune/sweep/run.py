@@ -66,11 +66,13 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
         model: as for :func:`fxprune.prune`; it stays as it is, and its weights are in memory.
         calibration: as for :func:`fxprune.prune`, in memory: it is read more than once.
         out: the folder for ``sweep.json``, ``sweep.md``, ``sweep.svg`` where matplotlib is installed, and the models.
+        ratio: fractions of the parameters to remove.
+        recipe: recipes, as for :func:`fxprune.prune`.
         keep: the slim models that stay on disk, each in a folder named after its recipe and ratio: ``all`` of them,
             ``best``, those that nothing else beats, or ``none``.
         bench: measure the time of a generated token as well, dense and slim side by side.
         force: replace the table of another model or of other samples.
-        options: as for :func:`fxprune.prune`, for all of them, as is each ``recipe`` and each ``ratio``.
+        options: as for :func:`fxprune.prune`, for all of them.
 
     Raises:
         FxpruneError: as for :func:`fxprune.prune`; rows that are done stay.
@@ -78,17 +80,7 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     asked = check_sweep(ratio, recipe, keep, options)
     folder = Path(as_path("out", out))
     bench, force = flag("bench", bench), flag("force", force)
-    given: dict[str, Any] = {**options}
-    if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
-        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
-    if not isinstance(model, nn.Module):
-        if given.get("tokenizer") is None:
-            given["tokenizer"] = load_tokenizer(model)
-        model = load_model(model)
-    if given.get("tokenizer") is None:
-        raise invalid("tokenizer", None, "quality cannot be measured without one", "Pass the tokenizer of the model")
-    if is_text(calibration):
-        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
+    model, calibration, given = _read_inputs(model, calibration, options)
     source = _digest(model, calibration)
     found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
     rows, made = {row.name: row for row in found}, set[str]()
@@ -111,15 +103,26 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
             run_on_first(partial(_write, done, source, made if keep == "best" else ()), CheckpointError)
             del result, row  # before the next one is made
     done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
-
-    def write_pages() -> None:
-        _write(done, source)
-        write_file(folder / "sweep.md", done.to_markdown())
-        with suppress(EvaluationError), atomic_path(folder / "sweep.svg") as picture:  # there may be no matplotlib
-            done.plot(picture)
-
-    run_on_first(write_pages, CheckpointError)
+    run_on_first(partial(_write_pages, done, source), CheckpointError)
     return done
+
+
+def _read_inputs(
+    model: nn.Module | str | os.PathLike[str], calibration: Any, options: Mapping[str, Any]
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model, the samples and the options of all prunes, with a tokenizer."""
+    given = {**options}
+    if calibration is not None and not is_text(calibration) and not is_in_memory(calibration):
+        raise refuse("calibration", calibration, "samples in memory, as in list(loader): a sweep reads them repeatedly")
+    if not isinstance(model, nn.Module):
+        if given.get("tokenizer") is None:
+            given["tokenizer"] = load_tokenizer(model)
+        model = load_model(model)
+    if given.get("tokenizer") is None:
+        raise invalid("tokenizer", None, "quality cannot be measured without one", "Pass the tokenizer of the model")
+    if is_text(calibration):
+        calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
+    return model, calibration, given
 
 
 def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -240,3 +243,10 @@ def _write(done: Sweep, source: str, made: Collection[str] = ()) -> None:
     for row in done.rows:
         if row.name in made and row not in done.best and (done.folder / row.name / MANIFEST).is_file():
             shutil.rmtree(done.folder / row.name)
+
+
+def _write_pages(done: Sweep, source: str) -> None:
+    _write(done, source)
+    write_file(done.folder / "sweep.md", done.to_markdown())
+    with suppress(EvaluationError), atomic_path(done.folder / "sweep.svg") as picture:  # there may be no matplotlib
+        done.plot(picture)

@@ -305,7 +305,7 @@ class SideBySide:
 
     def first_difference(self) -> str:
         """The first module whose outputs differ, and the node that computes them in the graph."""
-        twin, run = alias_twin(self.model, self.written), _AliasRun(self.graph_module, {}, keep=True)
+        twin = alias_twin(self.model, self.written)
         outputs: list[tuple[str, torch.Tensor]] = []  # the first of each call, in the order in which calls end
 
         def record(path: str, output: Any) -> None:
@@ -317,6 +317,8 @@ class SideBySide:
             module.register_forward_hook(lambda _module, _args, output, path=path: record(path, output))
         with torch.no_grad(), _same_randomness(), quiet():
             twin(**(without_cache(twin) | _copies(self.inputs)))
+        del twin, module  # before the graph runs, which keeps all its values
+        run = _AliasRun(self.graph_module, {}, keep=True)
         with torch.no_grad(), _same_randomness():
             run.run(*_copies(self.inputs).values())
         last: dict[str, tuple[fx.Node, torch.Tensor]] = {}

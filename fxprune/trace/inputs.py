@@ -420,11 +420,11 @@ def _prepare(twin: M) -> M:
         parts: list[Any] = [part for part in twin.modules() if is_hugging_face(part)]
         if any(part.config._attn_implementation not in ("sdpa", "eager") for part in parts):
             model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-        # with values, the plain ops would copy the large matrix of an expert for each token
-        real = (tensor for tensor in twin.parameters() if not isinstance(tensor, FakeTensor) and not tensor.is_meta)
-        large = any(tensor.dim() == 3 and tensor[0].nbytes >= _LARGE for tensor in real)
-        if getattr(model.config, "_experts_implementation", None) is not None and not large:
-            model.config._experts_implementation = "batched_mm"
+        if getattr(model.config, "_experts_implementation", None) is not None:
+            # with values, the plain ops would copy the large matrix of an expert for each token
+            real = (tensor for tensor in twin.parameters() if not isinstance(tensor, FakeTensor) and not tensor.is_meta)
+            if not any(tensor.dim() == 3 and tensor[0].nbytes >= _LARGE for tensor in real):
+                model.config._experts_implementation = "batched_mm"
     return twin.eval()
 
 
@@ -488,11 +488,12 @@ def _check_weights(model: nn.Module) -> None:
     if not named:
         raise UnsupportedModelError("it has no parameters", where=type(model).__name__, remedy="Pass one with weights")
     check_unsharded(model)
-    for name, parameter in named if is_marked_quantised(model) else ():
+    marked = is_marked_quantised(model)
+    for name, parameter in named if marked else ():
         if type(parameter) is not nn.Parameter:
             what = f"a {type(parameter).__name__} is a quantised weight"
             raise UnsupportedModelError(what, where=name, remedy=_DEQUANTISE)
-    for name, buffer in model.named_buffers() if is_marked_quantised(model) else ():
+    for name, buffer in model.named_buffers() if marked else ():
         if buffer.dim() >= 2 and not buffer.dtype.is_floating_point and buffer.dtype != torch.bool:
             what = f"{buffer.dtype} of shape {tuple(buffer.shape)} in a model marked as quantised holds packed weights"
             raise UnsupportedModelError(what, where=name, remedy=_DEQUANTISE)
@@ -515,7 +516,7 @@ def check_merged(model: Any) -> None:
 
 
 def _fault_of(module: nn.Module) -> tuple[str, str]:
-    """What forbids to prune a module, and the remedy; empty if nothing does."""
+    """The reason why a module cannot be pruned, and the remedy; empty if it can be."""
     packed = [name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)]
     if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
         return "torch.nn.utils.prune masks a weight of it", "Call torch.nn.utils.prune.remove on it first"
@@ -599,19 +600,29 @@ def check_copies(model: nn.Module) -> None:
     """Check that Python can copy a model, since a graph is traced from a copy."""
     parts = (*model.modules(), *model.parameters(), *model.buffers(), *computed_tensors(model))
     memo = {id(part): part for part in parts}
-    held = [(path, vars(module).items()) for path, module in model.named_modules()]
-    every = [(f"{path}.{name}".strip("."), x) for path, own in held for name, x in own if not name.endswith("_hooks")]
-    for where, value in (*every, *model.named_modules()):
-        is_part = isinstance(value, nn.Module) and id(value) in memo
-        others = {key: part for key, part in memo.items() if part is not value} if is_part else dict(memo)
-        refused = attempt(copy.deepcopy, value, others, refusals=(FxpruneError,))
-        if isinstance(refused, Refusal):
-            remedy = "Remove the attribute while the model is pruned, or define __deepcopy__ on it"
-            raise UnsupportedModelError(
-                f"{f'a {type(value).__name__}' if is_part else format_value(value)} that cannot be copied: {refused}",
-                where=where or "model",
-                remedy="Correct its __deepcopy__ or __getstate__" if is_part else remedy,
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            refused = None if name.endswith("_hooks") else _refused_copy(value, memo)
+            if refused is not None:
+                what, remedy = (
+                    format_value(value),
+                    "Remove the attribute while the model is pruned, or define __deepcopy__ on it",
+                )
+                where = f"{path}.{name}" if path else name
+                raise UnsupportedModelError(f"{what} that cannot be copied: {refused}", where=where, remedy=remedy)
+    for path, module in model.named_modules():
+        refused = _refused_copy(module, {key: part for key, part in memo.items() if part is not module})
+        if refused is not None:
+            what, remedy = (
+                f"a {type(module).__name__} that cannot be copied",
+                "Correct its __deepcopy__ or __getstate__",
             )
+            raise UnsupportedModelError(f"{what}: {refused}", where=path or "model", remedy=remedy)
+
+
+def _refused_copy(value: Any, memo: Mapping[int, Any]) -> Refusal | None:
+    found = attempt(copy.deepcopy, value, dict(memo), refusals=(FxpruneError,))
+    return found if isinstance(found, Refusal) else None
 
 
 def is_marked_quantised(model: nn.Module) -> bool:

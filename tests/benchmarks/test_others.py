@@ -268,42 +268,42 @@ def test_each_half_of_the_questions_is_asked_by_itself(files: dict[str, Path]) -
     assert run_main(recover.main, "--half", "secnd").exit_code == 2
 
 
-@pytest.mark.slow
-def test_a_run_writes_the_section_of_the_results_page(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of results of a recovery, by a tiny model in place of the demo model."""
     monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
     monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
+    return recover.RESULTS
+
+
+@pytest.mark.slow
+def test_a_run_writes_the_section_of_the_results_page(recovered: Path, files: dict[str, Path], tmp_path: Path) -> None:
     options = "--samples 2 --recipe fast --windows 2 --window 64 --asked 3 --learning-rate 5e-3 --json"
     paths = {"data": files["rows.json"], "text": files["book.txt"], "questions": files["quiz.jsonl"]}
     command = [*options.split(), *(part for name, path in paths.items() for part in (f"--{name}", str(path)))]
     command += ["--out", str(tmp_path / "out")]
     outcome = run_main(recover.main, *command)
     assert outcome.exit_code == 0
-    data = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    data = json.loads(recovered.read_text())
     assert [column["name"] for column in data["columns"]] == ["dense", "pruned", "recovered"]
     assert data["columns"][1]["parameters"] == data["columns"][2]["parameters"] < data["columns"][0]["parameters"]
     assert data["settings"]["held_out_loss"][1] < data["settings"]["held_out_loss"][0]
     assert data["settings"]["data"] == ["rows.json"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("json", "md", "png")}
-    page = results_page(tmp_path / "results")
+    page = results_page(recovered.parent)
     assert "## Recovery: `make bench-recover`" in page
     assert ("| average accuracy retained on quiz | 100.0% ± 0.0% |" in page) is (data["retained_of"] == ["quiz"])
 
 
 @pytest.mark.slow
-def test_a_slim_model_saved_before_is_recovered(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recover, "load_demo_model", lambda *_: (tiny("llama"), character_tokenizer()))
-    monkeypatch.setattr(recover, "RESULTS", tmp_path / "results" / "recovery.json")
+def test_a_slim_model_saved_before_is_recovered(recovered: Path, files: dict[str, Path], tmp_path: Path) -> None:
     result = fxprune.prune(tiny("llama"), ratio=0.2, recipe="llm-pruner", importance="l2")
     result.save_pretrained(tmp_path / "slim")
     command = ["--slim", str(tmp_path / "slim"), "--recipe", "fast", "--windows", "2", "--window", "64", "--json"]
     command += ["--data", str(files["rows.json"]), "--text", str(files["book.txt"]), "--keep", str(tmp_path / "kept")]
     outcome = run_main(recover.main, *command)
     assert outcome.exit_code == 0
-    data = json.loads((tmp_path / "results" / "recovery.json").read_text())
+    data = json.loads(recovered.read_text())
     assert data["columns"][1]["parameters"] == result.report.parameters[1]
     assert data["settings"]["passes"] == json.loads(json.dumps(result.report.passes))
     assert data["settings"]["slim"] == "slim" and "keep" not in data["settings"]

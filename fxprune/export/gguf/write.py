@@ -157,9 +157,12 @@ def export_gguf(
 def check_gguf(
     model: PreTrainedModel, *, tokenizer: Any = None, like: str | os.PathLike[str] | None = None
 ) -> tuple[Contents, list[Entry]]:
-    """Contents of a file for a model and entries for its tokenizer; what the format cannot express is refused.
+    """Tensors and metadata of a model for a GGUF file, and the entries of its tokenizer.
 
     The widths and numbers of heads after a prune may still be refused later.
+
+    Raises:
+        ExportError: the format cannot express the model.
     """
     decoder = read_decoder(model)
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())

@@ -95,7 +95,7 @@ class BlockCall:
 
 
 class BlockRecorder(TorchDispatchMode):
-    """Records the ops of the blocks of a copy of a model, whose calls of torch functions another mode records.
+    """Records the ops of each block while a copy of a model runs, and groups the blocks that do the same.
 
     Attributes:
         calls: the calls of blocks.
@@ -116,7 +116,7 @@ class BlockRecorder(TorchDispatchMode):
         with disable_torch_function():
             self._kept += (args, kwargs, result)  # a freed tensor would leave its storage to others
             if self._current is None:
-                self.use_outside((args, kwargs))
+                self._use_outside((args, kwargs))
                 self._returned.update(map(_key, _tensors(result)))
             else:
                 self._record_op(self._current, func, args, kwargs or {}, result)
@@ -141,7 +141,7 @@ class BlockRecorder(TorchDispatchMode):
     def _enter(self, path: str, block: nn.Module, args: Any, kwargs: Any, start: int) -> None:
         if self._current is not None:
             raise RuntimeError(f"{path} is called by {self._current.path}")
-        self.use_outside((args, kwargs))
+        self._use_outside((args, kwargs))
         call = BlockCall(path, start)
         inputs, spec = tree_flatten((args, kwargs))
         call.record.append(repr(spec))
@@ -170,7 +170,7 @@ class BlockRecorder(TorchDispatchMode):
         self._returned.update(map(_key, _tensors(leaves)))
         self._kept.append(result)
 
-    def use_outside(self, values: Any) -> None:
+    def _use_outside(self, values: Any) -> None:
         """Record a use of values outside of blocks: a block whose internal tensor is used cannot be skipped."""
         for tensor in _tensors(values):
             maker = self._makers.get(storage_of(tensor))
@@ -179,7 +179,7 @@ class BlockRecorder(TorchDispatchMode):
 
     def finish(self, twin: nn.Module, result: Any) -> None:
         """Group the blocks that were called once and have the same computation and state, after a run of the copy."""
-        self.use_outside(result)
+        self._use_outside(result)
         times = Counter(call.path for call in self.calls)
         same: dict[object, list[str]] = {}
         for call in self.calls:
