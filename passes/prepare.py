@@ -264,8 +264,18 @@ class CalibratePass(Pass):
                 # a cache of many samples would be larger than what memory holds of weights in files
                 most = _CACHE * weight_bytes(graph_module)
                 rows = rows_at_once(model, few, tokens, most) if is_offloading() else None
-                more: dict[str, Any] = {"chats": chats, "programs": self.programs, "rows": rows}
-                return generated_samples(model, self.tokenizer, vocabulary, count, tokens, self.seed, tracked, **more)
+                return generated_samples(
+                    model,
+                    self.tokenizer,
+                    vocabulary,
+                    count,
+                    tokens,
+                    self.seed,
+                    tracked,
+                    chats=chats,
+                    programs=self.programs,
+                    rows=rows,
+                )
 
         found = attempt(decide_on_first, generate, PassError)
         return f"the model generated none: {found}" if isinstance(found, Refusal) else found

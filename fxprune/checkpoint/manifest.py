@@ -140,7 +140,7 @@ def check_loaded(model: PreTrainedModel, record: Mapping[str, Any], where: str) 
 
 
 def check_written(model: PreTrainedModel, own: Forward | Refusal, loaded: PreTrainedModel) -> dict[str, Any]:
-    """Compare a model, by a forward pass of its ``own``, with the one loaded from its checkpoint; return the record.
+    """Compare a model, whose forward pass is ``own``, with the one loaded from its checkpoint; return the record.
 
     The loaded one computes on the CPU, or with the parameters of ``model`` on the one other device that they are on.
 
@@ -148,32 +148,34 @@ def check_written(model: PreTrainedModel, own: Forward | Refusal, loaded: PreTra
         CheckpointError: they compute something else, or a module is of another class.
     """
     difference, is_class = next(_differences(model, loaded), ("", False))
-    fault = difference if is_class else ""
-    if not fault:
-        devices = {parameter.device for parameter in model.parameters()}
-        sharded = is_sharded(model)
-        for theirs, ours in zip(configs_of(loaded), configs_of(model), strict=False):
-            names = ("_attn_implementation_internal", "_experts_implementation_internal")
-            vars(theirs).update({name: vars(ours)[name] for name in names if name in vars(ours)})
-        if len(devices) == 1 and devices != {torch.device("cpu")} and not sharded:
-            _move(loaded, model, *devices)
-        again = run_forward(loaded, own.inputs if isinstance(own, Forward) else None)
-        if isinstance(own, Refusal) and (sharded or isinstance(again, Refusal)):
+    if is_class:
+        raise _changed(difference)
+    devices, sharded = {parameter.device for parameter in model.parameters()}, is_sharded(model)
+    for theirs, ours in zip(configs_of(loaded), configs_of(model), strict=False):
+        names = ("_attn_implementation_internal", "_experts_implementation_internal")
+        vars(theirs).update({name: vars(ours)[name] for name in names if name in vars(ours)})
+    if len(devices) == 1 and devices != {torch.device("cpu")} and not sharded:
+        _move(loaded, model, *devices)
+    again = run_forward(loaded, own.inputs if isinstance(own, Forward) else None)
+    if isinstance(own, Refusal):
+        if sharded or isinstance(again, Refusal):
             return {"note": f"not compared with the model: {own}"}
-        if isinstance(own, Refusal):
-            fault = f"only the loaded one runs: {own}"
-        elif isinstance(again, Refusal):
-            fault = f"the loaded one does not run: {again}"
-        else:
-            want, got = (found.output.cpu().nan_to_num() for found in (own, again))
-            if outputs_agree(want, got):
-                return again.record(loaded)
-            fault = f"its outputs are {list(want.shape)}, those of the loaded one {list(got.shape)}"
-            if want.shape == got.shape:
-                fault = f"outputs differ by up to {float((want - got).abs().max()):.1e}"
-        fault = f"{fault}; {difference}" if difference else fault
+        fault = f"only the loaded one runs: {own}"
+    elif isinstance(again, Refusal):
+        fault = f"the loaded one does not run: {again}"
+    else:
+        want, got = (found.output.cpu().nan_to_num() for found in (own, again))
+        if outputs_agree(want, got):
+            return again.record(loaded)
+        fault = f"its outputs are {list(want.shape)}, those of the loaded one {list(got.shape)}"
+        if want.shape == got.shape:
+            fault = f"outputs differ by up to {float((want - got).abs().max()):.1e}"
+    raise _changed(f"{fault}; {difference}" if difference else fault)
+
+
+def _changed(fault: str) -> CheckpointError:
     remedy = "Undo what was changed beside weights and config; save_pretrained(verify=False) saves it without"
-    raise CheckpointError(f"the checkpoint would not be this model: {fault}", where="model", remedy=remedy)
+    return CheckpointError(f"the checkpoint would not be this model: {fault}", where="model", remedy=remedy)
 
 
 def _move(loaded: nn.Module, model: nn.Module, device: torch.device) -> None:
@@ -372,8 +374,9 @@ def has_user_card(folder: Path) -> bool:
 
 def _earlier_manifest(folder: Path) -> Manifest | None:
     """The manifest of the checkpoint that a folder holds; None if it has none that can be read."""
-    with suppress(CheckpointError):
-        return read_manifest(folder)
+    if (folder / MANIFEST).is_file():
+        with suppress(CheckpointError):
+            return read_manifest(folder)
     return None
 
 

@@ -135,10 +135,14 @@ LOADING: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_si
 """Options with which ``from_pretrained`` of transformers returns what :func:`require_all_weights` takes."""
 
 
+_BLOCK = re.compile(r"\.\d+(?=\.)")
+"""Number of a block in the name of a tensor."""
+
+
 def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any], model: PreTrainedModel) -> None:
     """Refuse a model in which transformers initialised weights that the files lack, by its loading info."""
-    loaded = {_NUMBER.sub(".*", name) for name in model.state_dict()}
-    surplus = [name for name in info.get("unexpected_keys") or () if _NUMBER.sub(".*", name) in loaded]
+    loaded = {_BLOCK.sub(".*", name) for name in model.state_dict()}
+    surplus = [name for name in info.get("unexpected_keys") or () if _BLOCK.sub(".*", name) in loaded]
     fault, remedy = "of another shape than its config says", "Save it again with its config"
     if model.config.to_dict().get("per_layer_config"):  # the stock class does not read it
         fault, remedy = "of another shape than its class builds", UNEVEN
@@ -153,9 +157,6 @@ def require_all_weights(source: str | os.PathLike[str], info: Mapping[str, Any],
             others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             line = f"cannot be loaded: {names[0]}{others} {'are' if others else 'is'} {fault}"
             raise CheckpointError(line, where=os.fspath(source), remedy=remedy)
-
-
-_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def from_pretrained(

@@ -290,12 +290,13 @@ def save_pretrained(
 
     def fill(work: Path) -> None:
         def move_or_save(tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
-            if place is not None and (place / Path(file).name).is_file():  # another process wrote it
+            assert place is not None
+            if (place / Path(file).name).is_file():  # another process wrote it
                 os.replace(place / Path(file).name, file)
             else:
                 save_file(tensors, file, **options)
 
-        save_model(work, move_or_save, state)
+        save_model(work, None if place is None else move_or_save, state)
         _add_settings(model, work, structure)
         record = None
         if forward is not None:
@@ -392,7 +393,7 @@ def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object],
         finish_files(work)
         for path in [*foreign_files(target), *([target / CARD] if has_user_card(target) else [])]:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
-            if not (work / path.name).exists():
+            if not os.path.lexists(work / path.name):
                 copy(path, work / path.name)
         replace_folder(work, target)
 
@@ -473,12 +474,12 @@ def _save_model(
     structure: Structure,
     max_shard_size: int | str,
     work: Path,
-    save_weights: Callable[..., None],
+    save_weights: Callable[..., None] | None,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the config, and the weights by ``save_weights``, as transformers does, which copies those of experts."""
-    by_ours = replaced(transformers.modeling_utils, safe_save_file=save_weights)
-    with by_ours, _savable(model, structure), offload_large():
+    """Write the config and the weights, by ``save_weights`` if given, as transformers does, which copies experts."""
+    own = None if save_weights is None else replaced(transformers.modeling_utils, safe_save_file=save_weights)
+    with own or nullcontext(), _savable(model, structure), offload_large():
         save = partial(stock_class(model).save_pretrained, model, work, max_shard_size=max_shard_size, state_dict=state)
         try:
             save()

@@ -135,8 +135,10 @@ class ZeroWalk:
             return self.called(op.node, factor, sources)
         if rule is not None and values is Values.PRODUCT:
             return self.multiplied(place, factor, sources, op.arg(rule.added) if rule.added else None)
-        moves, names = values in (Values.MOVED, Values.PICKED), {x.name for x in op.first}
-        moved = [source for source in sources if source.tensor in names] if moves else sources
+        moves, moved = values in (Values.MOVED, Values.PICKED), sources
+        if moves:
+            names = {x.name for x in op.first}
+            moved = [source for source in sources if source.tensor in names]
         copied = self.count(place, factor) > sum(self.count(source, factor) for source in moved)
         if copied or not (moves or values is Values.REDUCED):
             return _ANYTHING  # copies are separate units

@@ -202,7 +202,7 @@ class _Forms:
     """Forms of blocks: their parts of the graph without names and sizes."""
 
     def __init__(self, atlas: Atlas) -> None:
-        """Index the axes of each block, in order, and the couplings by its ops, and the blocks that read each tensor.
+        """Index the axes and couplings of each block, in order, and the blocks that read each tensor from outside.
 
         Names of tensors are relative to the block.
         """
@@ -213,10 +213,12 @@ class _Forms:
         places: dict[str, dict[str, int]] = {block: {} for block in axes.blocks}
         for axis in atlas.graph.nodes:
             block = axes.block_of(atlas.module(axis))
-            if block is not None:
-                number = places[block].setdefault(axis.tensor, len(places[block]))
-                is_weight = axis.tensor in atlas.weights
-                self.inside[block][axis] = axis.tensor[len(block) + 1 :] if is_weight else f"#{number}"
+            if block is None:
+                continue
+            name = axis.tensor[len(block) + 1 :]
+            if axis.tensor not in atlas.weights:
+                name = f"#{places[block].setdefault(axis.tensor, len(places[block]))}"
+            self.inside[block][axis] = name
         for a, b, data in atlas.graph.edges(data=True):
             block = axes.block_of(axes.modules.get(data["node"], ""))
             if block is not None:

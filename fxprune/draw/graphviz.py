@@ -269,9 +269,9 @@ class _Picture:
         among = self.atlas.axes.blocks
         names = block_ranges(fold.blocks, among)
         names = names[len(above) + 1 :] if above else names
-        sizes = (len({factor.size for factor in alike}) > 1 for alike in fold.factors.values())
-        alike = "equal except for widths" if any(sizes) else "the same"
-        label = f"{names}: {plural(len(fold.blocks), 'block')}, {alike}" if fold.hidden else names
+        differ = any(len({factor.size for factor in alike}) > 1 for alike in fold.factors.values())
+        how = "equal except for widths" if differ else "the same"
+        label = f"{names}: {plural(len(fold.blocks), 'block')}, {how}" if fold.hidden else names
         removed = [block for block in fold.blocks if block in self.atlas.removed]
         return f"{label}\n{block_ranges(removed, among)} removed as a whole\n" if removed else label
 

@@ -145,11 +145,10 @@ def compare_answers(answers: Answers, reference: Answers | None = None) -> Gener
         # an end counts as a token
         measured["same_start"] = [common_prefix([*a, -1], [*b, -1]) / (len(b) + 1) for a, b in pairs]
         measured["same"] = [float(a == b) for a, b in pairs]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {f"distinct_{size}": _distinct(answers.ids, size) for size in (1, 2)}
     for name, values in measured.items():
         found[name], found[f"{name}_error"] = mean_and_error(values)
-    distinct = (_distinct(answers.ids, size) for size in (1, 2))
-    return Generation(len(answers.ids), found.pop("repetition"), found.pop("repetition_error"), *distinct, **found)
+    return Generation(len(answers.ids), **found)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

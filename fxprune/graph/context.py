@@ -184,7 +184,7 @@ def call_foreign(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
 
 
 def _own_place(error: Exception) -> str:
-    """File and line of this package that raised ``error``; empty if other code did, called by :func:`call_foreign`."""
+    """The file and line that raised ``error`` if this package did; empty for other code and :func:`call_foreign`."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     if package != __name__.partition(".")[0] or frame.f_code is call_foreign.__code__:

@@ -161,6 +161,7 @@ class SampleSizes:
         self.chosen = chosen
         self.known: dict[Any, int] = {}
         self._counted: dict[object, int] = {}
+        self._values: dict[fx.Node, Any] = {}
 
     def operations(self, node: fx.Node) -> int:
         """Return the operations that torch counts for a node; raises if its shapes do not tell."""
@@ -180,7 +181,9 @@ class SampleSizes:
             source, name = node.args
             assert isinstance(source, fx.Node) and isinstance(name, str)
             return getattr(self.of(source), name)
-        return tree_map(self._leaf, node.meta["val"])
+        if node not in self._values:
+            self._values[node] = tree_map(self._leaf, node.meta["val"])
+        return self._values[node]
 
     def _leaf(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

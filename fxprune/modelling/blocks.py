@@ -119,12 +119,12 @@ def builder_of(block: nn.Module, built_at: Mapping[str, Any] | None) -> Builder 
         start, fields, values = at.get("index", index), at.get("fields", {}), vars(config)
         own = {name: values[name] for name in fields}
         values.update(fields)
-        block = kind(config, **held, **{place: start})
+        made = kind(config, **held, **{place: start})
         values.update(own)
         if at:
-            vars(block)[BUILT_AT] = at
-        renumber(block, start, index)
-        return block
+            vars(made)[BUILT_AT] = at
+        renumber(made, start, index)
+        return made
 
     return build
 

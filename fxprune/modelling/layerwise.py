@@ -203,7 +203,7 @@ class Layerwise:
 
 
 def _fill(fill: Callable[[nn.Module], None], module: nn.Module) -> None:
-    """Fill a module, which may fail on one whose tensors are all in the checkpoint."""
+    """Fill a module by stock code, which may fail if all its tensors are in the checkpoint."""
     try:
         fill(module)
     except (RuntimeError, ValueError, IndexError):  # stock code that initialises by the dense widths

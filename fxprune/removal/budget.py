@@ -252,7 +252,8 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
     """
     graph = graph_module.graph
     quantity, at, detail = name.partition("@")
-    own = {name: float(tensor.element_size()) for name, tensor in weights(graph_module)}
+    weighed = quantity in ("bytes", "memory")
+    own = {one: float(tensor.element_size()) for one, tensor in weights(graph_module)} if weighed else {}
     if name == "macs":
         found = Budget(_work(graph, axes), "multiply-accumulates")
     elif name == "kv":

@@ -56,14 +56,7 @@ class Plan:
     parameters: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for what, value in (("kept", self.kept), ("sizes", self.sizes)):
-            for name, axes in _items(what, value):
-                for axis, held in _items(f"{what}[{name!r}]", axes):
-                    place, numbers = f"{what}[{name!r}][{axis!r}]", held if what == "kept" else [held]
-                    if not isinstance(name, str) or type(axis) is not int:
-                        raise _no_plan(place, "its keys are not a name and the number of an axis")
-                    if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
-                        raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
+        self._check_axes()
         blocks: Any = self.removed_blocks
         if not isinstance(blocks, tuple) or not all(isinstance(block, str) for block in blocks):
             raise _no_plan("removed_blocks", f"they are {format_value(blocks)}, not a tuple of module paths")
@@ -74,6 +67,20 @@ class Plan:
             raise _no_plan("norm", f"it is {format_value(self.norm)}, not one of {', '.join(NORMS)}")
         if self.parameters is not None and type(self.parameters) is not int:
             raise _no_plan("parameters", f"it is {format_value(self.parameters)}, not a whole number")
+
+    def _check_axes(self) -> None:
+        checked: dict[int, Any] = {}  # axes that lose the same units may share a list
+        for what, value in (("kept", self.kept), ("sizes", self.sizes)):
+            for name, axes in _items(what, value):
+                for axis, held in _items(f"{what}[{name!r}]", axes):
+                    place, numbers = f"{what}[{name!r}][{axis!r}]", held if what == "kept" else [held]
+                    if not isinstance(name, str) or type(axis) is not int:
+                        raise _no_plan(place, "its keys are not a name and the number of an axis")
+                    if id(numbers) in checked:
+                        continue
+                    checked[id(numbers)] = numbers
+                    if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
+                        raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
 
     def __repr__(self) -> str:
         return f"<Plan {self._summary}>"
@@ -184,7 +191,8 @@ def plan_of(axes: AxisMap, keep: Keep, removed_blocks: tuple[str, ...] = ()) -> 
 
     names = [name for name in axes.weights() if name not in axes.constants and not within(name, removed_blocks)]
     indices = kept_indices(axes, keep, names)
-    lists = {id(index): index.tolist() for by_axis in indices.values() for index in by_axis.values()}
+    arrays = {id(index): index for by_axis in indices.values() for index in by_axis.values()}  # many axes share one
+    lists = {key: index.tolist() for key, index in arrays.items()}
     kept = {name: {axis: lists[id(index)] for axis, index in by_axis.items()} for name, by_axis in indices.items()}
     sizes = {name: {axis: axes.tensors[name][axis].size for axis in by_axis} for name, by_axis in kept.items()}
     return Plan(kept, removed_blocks, sizes, axes.norm, parameters=_parameters(axes))

@@ -130,7 +130,8 @@ def scaled_dot_product_attention(op: OpSite) -> None:
     op.tie(q, -2, op.out, -2)
     op.tie(v, -1, op.out, -1)
     _tie_heads(op, q, k, v)
-    for mask in op.list_of("attn_mask"):
+    mask = op.tensor("attn_mask")
+    if mask is not None:
         for i in range(1, mask.rank + 1):
             if mask.sizes[-i] != 1:
                 op.tie(mask, -i, *((k, -2) if i == 1 else (q, -i)))

@@ -38,7 +38,8 @@ def convolution(op: OpSite) -> None:
         op.link(x, channel, op.out, channel)
         op.link(weight, 0, *whole)
         op.size_argument("groups", groups)
-    for bias in op.list_of("bias"):
+    bias = op.tensor("bias")
+    if bias is not None:
         op.tie(bias, 0, op.out, channel)
     for tap in range(2, weight.rank):
         i = channel + tap - 1

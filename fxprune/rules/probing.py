@@ -20,7 +20,7 @@ _COUNT = 32
 
 @dataclass(frozen=True)
 class _Operand:
-    """Stands for a node among the arguments of an op: a tensor of a ``number``, or of random ones times ``factor``."""
+    """Stands for a node of an op's arguments: a tensor of one ``number``, or of random numbers times ``factor``."""
 
     dtype: torch.dtype
     number: float | None = None
@@ -66,7 +66,7 @@ def _constant_result(function: Any, args: Any, kwargs: Any) -> float | None:
 
 
 def _results(function: Any, args: Any, kwargs: Any, use_numbers: bool) -> torch.Tensor:
-    """All results of ``function`` for its operands, as one tensor; without ``use_numbers``, for random numbers."""
+    """All results of ``function`` as one tensor; with ``use_numbers``, operands that have a number hold it."""
     generator = torch.Generator().manual_seed(0)
 
     def fill(argument: Any) -> Any:

@@ -42,7 +42,7 @@ class Contraction:
 
 
 def contractions(node: fx.Node) -> Iterator[Contraction]:
-    """The contractions that ``node`` is, with either tensor as the weight, which alone may be one of the model's."""
+    """The contractions that ``node`` is, with either tensor as the weight; the other is not read from the model."""
     rule = find_rule(node.target)
     if rule is None or rule.values is not Values.PRODUCT:
         return

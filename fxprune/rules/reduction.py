@@ -12,7 +12,7 @@ from fxprune.rules.statements import TensorAxes
 
 def _reduced(op: OpSite) -> tuple[TensorAxes, tuple[int, ...]]:
     """The input and its reduced axes, non-negative; all axes if ``dim`` names none."""
-    x, dim = op.tensors[0], op.arg("dim")
+    x, dim = op.need(next((name for name in ("x", "A") if op.has(name)), "self")), op.arg("dim")
     if dim is None or (isinstance(dim, Sequence) and not dim):
         return x, tuple(range(x.rank))
     return x, tuple(i % max(x.rank, 1) for i in (dim if isinstance(dim, Sequence) else (dim,)))

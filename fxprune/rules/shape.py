@@ -32,15 +32,15 @@ def reshape(op: OpSite) -> None:
         elif j < op.out.rank and op.out.sizes[j] == 1:
             j += 1
         else:
-            first, second, size, out_size = i, j, x.sizes[i], op.out.sizes[j]
+            start, out_start, size, out_size = i, j, x.sizes[i], op.out.sizes[j]
             i, j = i + 1, j + 1
             while size != out_size:  # the shortest runs of equal size
                 if size < out_size:
                     size, i = size * x.sizes[i], i + 1
                 else:
                     out_size, j = out_size * op.out.sizes[j], j + 1
-            op.equate(product(*x.axes[first:i]), product(*op.out.axes[second:j]))
-            for a, b in itertools.product(range(first, i), range(second, j)):
+            op.equate(product(*x.axes[start:i]), product(*op.out.axes[out_start:j]))
+            for a, b in itertools.product(range(start, i), range(out_start, j)):
                 op.link(x, a, op.out, b)
     name = next((name for name in ("shape", "size", "sizes") if op.has(name)), None)
     first = op.arg("dim", 0) % x.rank if name == "sizes" else 0
@@ -52,6 +52,7 @@ def reshape(op: OpSite) -> None:
 def unsqueeze(op: OpSite) -> None:
     """A new axis at ``dim``: of size 1, or frozen if tensors are stacked along it."""
     at = op.arg("dim", 0) % op.out.rank
+    assert op.tensors, f"{op.node.name} has no tensor"
     if op.name == "stack":
         op.freeze(op.out, at, "stacked by position")
     for x in op.tensors:
@@ -166,7 +167,7 @@ def split_with_sizes(op: OpSite) -> None:
 
 @rule("unbind", "select", values="moved")
 def select(op: OpSite) -> None:
-    """One position along ``dim``, which is frozen, or one output for each."""
+    """One position along ``dim``, or an output for each position; that axis is frozen."""
     x = op.need("self")
     at = op.arg("dim", 0) % x.rank
     op.freeze(x, at, f"{'unbound' if op.name == 'unbind' else 'selected'} by position")

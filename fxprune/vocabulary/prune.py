@@ -153,7 +153,7 @@ class VocabularyReport:
 
 @dataclass(frozen=True)
 class PrunedVocabulary:
-    """A model and a tokenizer with fewer tokens, and those of the whole tokenizer."""
+    """A model and a tokenizer with fewer tokens, and the tokens of the whole tokenizer."""
 
     model: PreTrainedModel
     tokenizer: Any

@@ -103,8 +103,10 @@ def trim_first(
     if isinstance(calibration, list):
         use = measure_use(model, (sample["input_ids"].tolist() for sample in calibration))
     else:  # the whole text, not only the samples of it
-        built_in = f"{built_in_text()}\n\n{general_chats(tokenizer)}" if calibration is None else ""
-        text = built_in or calibration_text(calibration.text, tokenizer)
+        if calibration is None:
+            text = f"{built_in_text()}\n\n{general_chats(tokenizer)}"
+        else:
+            text = calibration_text(calibration.text, tokenizer)
         use = measure_use(model, text_ids(tokenizer, [text]), opening_tokens(tokenizer))
     free = others and not isinstance(ratio, Mapping)
     found = trim(model, tokenizer, use, size, free=free, round_to=1 if step == "auto" else step, share=True)

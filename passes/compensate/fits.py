@@ -206,7 +206,8 @@ class FitPass(Pass):
     The weights before a fitted one are fitted already, so it compensates for their remaining error; a weight that lost
     nothing can do so too.
 
-    Processes share the samples. A subclass all-reduces what it sums, and gives the same values in all of them.
+    Processes share the samples. A subclass all-reduces what it sums, and gives the same values in all of them. Of the
+    dense run it reads :attr:`FitSite.reads` alone, without which a sweep does not run the rest again.
     """
 
     stage: ClassVar[str] = "compensate"

@@ -143,7 +143,7 @@ class ForwardImportancePass(ImportancePass):
         names: Set[str],
         score: Callable[[str, torch.Tensor, Mapping[int, Sequence[Moments]]], Positions],
     ) -> Positions:
-        """Scores of weights, given the moments of their inputs by contracted axis; each process reads its weights."""
+        """Scores of weights from the moments of their inputs, by summed axis; each process scores its own weights."""
         axes = facts_of(graph_module)[Dependencies].axes
         consumers = [c for c in find_consumers(graph_module.graph, axes) if c.name in names]
         uses: dict[str, dict[int, list[Moments]]] = {}

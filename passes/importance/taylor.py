@@ -99,7 +99,7 @@ def count_tokens(samples: Sequence[Sample]) -> int:
 
 @dataclass
 class _Sums:
-    """What scores are made of, summed over samples ``s``, by name of the weight.
+    """Sums over samples ``s`` that scores are made of, by name of the weight.
 
     For ``vector`` and ``second`` these are slice sums of ``w * g_s`` or of ``w * g_s ** 2 * w`` for each axis, and
     nothing is kept by element; for the others, gradients by element, and for ``mix`` their squares.

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import fx, nn
@@ -216,7 +216,9 @@ class _Trial:
             del self.blocks[block]
         self.counts |= counts
         self.blocks |= blocks
-        self._work_out([*(old_counts | counts), *(old_blocks | blocks)])
+        units = [key for key in old_counts | counts if old_counts.get(key) != counts.get(key)]
+        layers = [block for block in old_blocks | blocks if old_blocks.get(block) != blocks.get(block)]
+        self._work_out([*units, *layers])
 
     def removed(self) -> float:
         return float(np.add.accumulate(self.terms)[-1])  # np.sum would add in another order
@@ -394,7 +396,8 @@ class SelectByRatioPass(SelectPass):
         if target is not None and target.part and file_format:
             return  # a part of a size that the graph will show
         # embedding and output are all that may stay; of a file, whose types are not known yet, with the least bytes
-        ends = [attempt(getattr(model, f"get_{end}_embeddings")) for end in ("input", "output")]
+        held: Any = model
+        ends = [attempt(held.get_input_embeddings), attempt(held.get_output_embeddings)]
         inside = {bare_kind(kind) for kind in self.kinds} <= _INSIDE_BLOCKS
         stay = {parameter for end in ends if inside and isinstance(end, nn.Module) for parameter in end.parameters()}
         each = least_each(file_format) if file_format else 0.0

@@ -128,7 +128,7 @@ class SliceParametersPass(Pass):
 def _sliced(
     tensor: torch.Tensor, kept: Mapping[int, Index], *, in_place: bool
 ) -> tuple[torch.Tensor, tuple[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
-    """The kept indices of each axis; in place with the entries removed, in the form of a ``Cut``, else a copy."""
+    """A tensor cut to its kept indices, with the pieces of a ``Cut`` if ``in_place``; otherwise a copy, and none."""
     pieces = []
     value = tensor.detach() if in_place else read_together(tensor)
     for axis, index in kept.items():
@@ -196,6 +196,7 @@ class _ShapeRun(FakeTensorProp):
         self._weights: dict[object, torch.Tensor] = {}
         self._changed = set[fx.Node]()
         self._results: dict[object, tuple[Any, Any]] = {}
+        self._keys: dict[fx.Node, object] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """The known value of ``n`` if it is still valid, or the result of a node with the same call."""
@@ -218,11 +219,20 @@ class _ShapeRun(FakeTensorProp):
         """A key for all that the shape of the result depends on; None if that is more than shapes of inputs."""
         if n.op != "call_function" or not isinstance(n.target, OpOverload) or n.target._schema.is_mutable:
             return None
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
-            return n.target, shape_key(args), tuple((name, shape_key(value)) for name, value in kwargs.items())
+            return n.target, self._key_of(n.args), tuple((name, self._key_of(x)) for name, x in n.kwargs.items())
         except TypeError:
             return None
+
+    def _key_of(self, argument: Any) -> object:
+        """The key of an argument of a node; that of a node's value is found once."""
+        if isinstance(argument, tuple | list):
+            return type(argument), tuple(map(self._key_of, argument))
+        if not isinstance(argument, fx.Node):
+            return shape_key(argument)
+        if argument not in self._keys:
+            self._keys[argument] = shape_key(self.env[argument])
+        return self._keys[argument]
 
     def _is_valid(self, n: fx.Node, known: Any) -> bool:
         if n.op in ("placeholder", "output") or n.name not in self._same or not fits_mode(known, self._mode):

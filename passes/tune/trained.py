@@ -378,7 +378,8 @@ class WeightsRun(TrainingRun):
         value = value.detach()
         if self.stored is None or name not in self.stored.weights:
             return value
-        dtype, device = super().fetch_attr(name).dtype, value.device.type
+        weight = super().fetch_attr(name)
+        dtype, device = weight.dtype, weight.device.type
         # that in which a product reads the weight, so that under autocast its gradient takes no more bytes either
         if dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

@@ -97,7 +97,7 @@ def _known_modules() -> dict[str, tuple[gguf.MODEL_TENSOR, ...]]:
     found: dict[str, tuple[gguf.MODEL_TENSOR, ...]] = {}
     tables = gguf.TensorNameMap
     for tensor, modules in (*tables.mappings_cfg.items(), *tables.block_mappings_cfg.items()):
-        for module in dict.fromkeys(modules):
+        for module in modules:
             found[module] = (*found.get(module, ()), tensor)
     return found
 
@@ -110,7 +110,7 @@ def place_of(parameter: str) -> tuple[int | None, str]:
 
 
 def names_in_format(module: str, arch: Arch | None = None) -> tuple[str, ...]:
-    """Names in the format of the tensors of a module, such as ``attn_q``; empty if an architecture, or any, has none.
+    """Names in the format of the tensors of a module, such as ``attn_q``, in one architecture or in any; else empty.
 
     Pieces of its fused tensors, and fused tensors of its pieces, count as well.
     """

@@ -259,7 +259,7 @@ def _split_tensors(block: _BlockTensors, layout: TensorLayout) -> None:
 
 
 def _complete(block: _BlockTensors, arch: Arch, sizes: tuple[int, int], embedding: torch.Tensor, first: bool) -> None:
-    """Add a small attention or MLP of zeros to a block without one, if the format cannot leave it out; check the rest.
+    """Give a block without attention or MLP a small one of zeros if it must have one; refuse tensors without a place.
 
     An architecture reads its sizes from block 0, and one that can leave out attention drops blocks without an MLP.
     """

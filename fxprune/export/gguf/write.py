@@ -105,6 +105,7 @@ def _write_gguf(
             writer.write_padding(file, file.tell())
             file.write(np.ascontiguousarray(packed).data)  # the writer's own way loses the error of a full disk
             writer.write_padding(file, packed.nbytes)
+            del values, packed  # before those of the next tensor are made
 
 
 def export_gguf(
