@@ -130,7 +130,7 @@ def _print_agreement(
 
 
 def _reports(models: Sequence[str], compare: str | None, *, low_memory: bool) -> dict[str, Any]:
-    """The reports that figures are written into; refused without these or a dense model to compare with."""
+    """The reports of slim models by folder, to write figures into; an error without these or a dense model."""
     from fxprune.checkpoint.manifest import read_manifest
 
     if compare is None or low_memory:

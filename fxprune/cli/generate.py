@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -74,14 +73,17 @@ def chat(
         raise FxpruneError("its tokenizer has no chat template", where=model, remedy=remedy)
     loaded = load(model, dtype=dtype, device=device)
     messages = [] if system is None else [{"role": "system", "content": system}]
-    with suppress(EOFError):
-        while True:
+    while True:
+        try:
             text = console.input("> ").strip()
-            if text:
-                messages.append({"role": "user", "content": text})
-                inputs = _turns(tokenizer, messages)
-                answer = _generate(loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
-                messages.append({"role": "assistant", "content": answer})
+        except EOFError:
+            break
+        if not text:
+            continue
+        messages.append({"role": "user", "content": text})
+        inputs = _turns(tokenizer, messages)
+        answer = _generate(loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
+        messages.append({"role": "assistant", "content": answer})
     print_lines([""])
 
 

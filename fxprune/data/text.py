@@ -158,7 +158,8 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Token ids ``(samples, tokens)`` of windows that do not overlap, spread evenly over the text.
 
-    Each begins with the tokens that the tokenizer puts before a text. None for as many as fit, up to ``most``.
+    Each begins with the tokens that the tokenizer puts before a text. If ``samples`` is None, there are as many as
+    fit, up to ``most``.
     """
     count, found = _all_windows(tokenizer, text, tokens)
     wanted = min(max(len(found), 1), most) if samples is None else samples

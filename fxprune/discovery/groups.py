@@ -20,11 +20,10 @@ from torch import fx
 
 from fxprune.axes import Expr, Factor, Index, Product, beside, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, axis_map
-from fxprune.errors import ArgumentError
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact
 from fxprune.graph.tensors import starred, tensor_name, upstream
-from fxprune.pipeline.arguments import EXACT, KINDS, Kind, one_of, refuse
+from fxprune.pipeline.arguments import EXACT, KINDS, Kind, invalid, one_of, refuse
 from fxprune.pipeline.pipeline import html_table
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, values_of
@@ -43,8 +42,7 @@ def as_kinds(name: str, kinds: Any) -> tuple[str, ...]:
         raise refuse(name, kinds, f"one or more of {', '.join(KINDS)}")
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not named:
-        remedy = f"Name one or more of {', '.join(KINDS)}"
-        raise ArgumentError(f"${name} is empty", where=name, remedy=remedy, argument=name, value=kinds)
+        raise invalid(name, kinds, f"${name} is empty", f"Name one or more of {', '.join(KINDS)}")
     # no norm runs over a layer, so that the prefix makes no difference there
     return tuple("layer" if one_of("kind", bare_kind(kind), KINDS) == "layer" else str(kind) for kind in named)
 

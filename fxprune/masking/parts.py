@@ -233,7 +233,7 @@ def run_in_parts(run: UntouchedRun, parts: Sequence[Part], inputs: Iterable[Any]
 def _run_part(
     run: UntouchedRun, part: Part, takes: Mapping[fx.Node, Any], watch: Hooks = _NO_HOOKS
 ) -> Mapping[fx.Node, Any]:
-    """Run the ops of a part on the values that it takes; return those that it gives, and the last."""
+    """Run the ops of a part on the values that it takes; return the values that it gives, and that of its last op."""
     run.env = dict(takes)
     try:
         for node in part.nodes:

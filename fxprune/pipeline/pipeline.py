@@ -144,8 +144,7 @@ class PassSequence(Pass):
         modified = False
         steps = _quick_first(self.steps)
         for number, (place, step) in enumerate(steps):
-            with _named(step), resume_scope(f"{place}-{step.name}"):
-                result = self._run_step(step, graph_module)
+            result = self._run_step(place, step, graph_module)
             graph_module, modified = result.graph_module, modified or result.modified
             for _, later in steps[number + 1 :]:
                 if later.changes != "nothing" or set(step.gives).intersection(later.gives):
@@ -154,8 +153,9 @@ class PassSequence(Pass):
                     later.foresee(graph_module, step.gives)
         return PassResult(graph_module, modified)
 
-    def _run_step(self, step: Pass, graph_module: fx.GraphModule) -> PassResult:
-        return step(graph_module, inplace=True)
+    def _run_step(self, place: int, step: Pass, graph_module: fx.GraphModule) -> PassResult:
+        with _named(step), resume_scope(f"{place}-{step.name}"):
+            return step(graph_module, inplace=True)
 
 
 @contextmanager
@@ -246,11 +246,11 @@ class Pipeline(PassSequence):
         with tracking(self.track):
             return super().call(graph_module)
 
-    def _run_step(self, step: Pass, graph_module: fx.GraphModule) -> PassResult:
+    def _run_step(self, place: int, step: Pass, graph_module: fx.GraphModule) -> PassResult:
         if self.on_pass is not None:
             self.on_pass(step)
         start = perf_counter()
-        result = super()._run_step(step, graph_module)
+        result = super()._run_step(place, step, graph_module)
         if not isinstance(step, Pipeline):
             facts, spelling, seconds = facts_of(result.graph_module), str(step), perf_counter() - start
             shown = spelling if len(spelling) <= 1000 else f"{step.name}{{...}}"  # a plan as text has many more

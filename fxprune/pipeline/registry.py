@@ -11,11 +11,12 @@ from typing import Any
 
 import networkx as nx
 
-from fxprune.errors import ArgumentError, PassError, UnknownNameError
+from fxprune.errors import PassError, UnknownNameError
 from fxprune.graph.facts import Fact, set_giver_lookup
 from fxprune.pipeline.arguments import (
     declared,
     default_of,
+    invalid,
     one_of,
     read_spelling,
     refuse,
@@ -81,8 +82,8 @@ def pass_argument(stage: str) -> Callable[[str, Any], Pass]:
         if not isinstance(made, Pass):
             raise refuse(name, value, f"a pass of the stage {stage!r}, or its spelling as text")
         if made.stage != stage:
-            what, remedy = f"{made.name} is of the stage {made.stage!r}", f"Name a pass of the stage {stage!r}"
-            raise ArgumentError(what, where=name, remedy=remedy, argument=name, value=value)
+            remedy = f"Name a pass of the stage {stage!r}"
+            raise invalid(name, value, f"{made.name} is of the stage {made.stage!r}", remedy)
         return made
 
     return check

@@ -8,13 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from rich.table import Table
 
@@ -50,8 +51,16 @@ _DECISIVE = {"importance": "Scored by", "select": "chosen by", "compensate": "fi
 """Stages that decide which units are removed and how the others change, in words."""
 
 
-_TIDY: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
-_PAGES = Environment(loader=PackageLoader("fxprune.report", ""), autoescape=True, undefined=StrictUndefined, **_TIDY)
+@cache
+def _page() -> Template:
+    pages = Environment(
+        loader=PackageLoader("fxprune.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template("page.html")
 
 
 @dataclass(frozen=True)
@@ -292,9 +301,8 @@ class Report(Fact):
             values = {name: _as_tuples(value) for name, value in data.items() if name in known}
             if values.get("quality") is not None:
                 values["quality"] = Quality.from_dict(values["quality"])
-            for name, made in dict[str, Any](calibration=SamplesUsed, reached=Reached).items():
-                if values.get(name) is not None:
-                    values[name] = made(**values[name])
+            made: dict[str, Any] = {"calibration": SamplesUsed, "reached": Reached}
+            values |= {name: made[name](**values[name]) for name in made if values.get(name) is not None}
             values["groups"] = tuple(GroupSize(**size) for size in values.get("groups", ()))
             values["scores"] = {place: Spread(**spread) for place, spread in values.get("scores", {}).items()}
             return cls(**values)
@@ -305,7 +313,7 @@ class Report(Fact):
         for group, nodes in self.renormalised.items():
             names = dict.fromkeys(re.sub(r"_\d+$", "", node) for node in nodes)
             statistics[group] = f"a statistic runs over it: {', '.join(names)}"
-        return _PAGES.get_template("page.html").render(
+        return _page().render(
             report=self,
             frozen=_by_reason(self.frozen),
             renormalised=_by_reason(statistics),

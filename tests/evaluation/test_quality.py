@@ -239,8 +239,9 @@ def test_models_that_cannot_be_timed_are_refused(model: PreTrainedModel) -> None
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+@pytest.fixture
+def widths_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file of measured widths, apart for a test."""
     monkeypatch.setenv("FXPRUNE_WIDTHS", str(tmp_path / "cache" / "widths.json"))
     return tmp_path / "cache" / "widths.json"
 
@@ -272,14 +273,14 @@ def test_costs_are_over_the_least_and_each_width_is_measured_once(monkeypatch: p
             measure_widths(hidden, width)  # type: ignore[arg-type]
 
 
-def test_what_was_measured_is_kept_by_device(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_is_kept_by_device(widths_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_widths(Widths("another", {1: 1.0}))
     here = Widths(speed.device_name(CPU), {1: 1.5, 8: 1.0})
-    assert write_widths(here) == kept and read_widths(CPU) == here
+    assert write_widths(here) == widths_file and read_widths(CPU) == here
     write_widths(Widths(here.device, {1: 1.0, 8: 1.5}))
-    assert read_widths(CPU).best() == 1 and "another" in kept.read_text()
+    assert read_widths(CPU).best() == 1 and "another" in widths_file.read_text()
     for text in ("[", "[1]", '{"x": {"a": 1}}', '{"x": 3}'):
-        kept.write_text(text)
+        widths_file.write_text(text)
         with pytest.raises(ArgumentError, match="holds no widths"):
             read_widths(CPU)
     monkeypatch.delenv("FXPRUNE_WIDTHS")
@@ -287,7 +288,7 @@ def test_what_was_measured_is_kept_by_device(kept: Path, monkeypatch: pytest.Mon
     assert speed.widths_file() == Path("/somewhere/fxprune/widths.json")
 
 
-def test_a_prune_reads_it(kept: Path) -> None:
+def test_a_prune_reads_it(widths_file: Path) -> None:
     options: dict[str, Any] = {"importance": "l2", "ratio": 0.1, "kinds": "mlp", "round_to": "auto"}
     with pytest.raises(ArgumentError, match=r"measured on .*none"):
         remembered.pruned("llama", **options)
