@@ -39,18 +39,21 @@ def test_it_tells_its_version() -> None:
     assert python("-m", "fxprune", "--version").stdout.strip() == f"fxprune {fxprune.__version__}"
 
 
-def test_threads_wait_without_spinning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable is read when torch is imported, which a command does after it is set."""
+def test_threads_sleep_after_a_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables are read when torch is imported, which a command does after they are set."""
     monkeypatch.setattr(sys, "argv", ["fxprune", "--version"])
     monkeypatch.setattr("fxprune.cli.console.install", lambda: None)
     monkeypatch.setattr("fxprune.cli.console.finish", lambda: None)
-    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        if before is not None:
-            monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    count = fxprune.cli.SPIN_COUNT
+    for policy, before, after in ((None, None, count), (None, "7", "7"), ("ACTIVE", None, None), ("PASSIVE", "7", "7")):
+        for name, value in (("OMP_WAIT_POLICY", policy), ("GOMP_SPINCOUNT", before)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit):
             fxprune.cli.main()
-        assert os.environ["OMP_WAIT_POLICY"] == after
+        assert os.environ.get("GOMP_SPINCOUNT") == after
+        assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -10,7 +10,11 @@ from fxprune.cli import console
 if TYPE_CHECKING:
     from fxprune.cli.console import app
 
-__all__ = ["app", "main"]
+__all__ = ["SPIN_COUNT", "app", "main"]
+
+SPIN_COUNT = "5000"
+"""Turns that a thread of a command spins while it waits for another one, before it sleeps: enough for the pauses
+between ops, and no more, because beside other work the core that it takes is the one that the other thread needs."""
 
 
 def __getattr__(name: str) -> Any:
@@ -27,8 +31,8 @@ def main() -> None:
     """Run a command; processes of ``torchrun`` share the samples."""
     console.install()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line reports the error, not each attempt
-    # a thread that spins while it waits for another one takes the core that the other one needs, beside other work
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     from fxprune.cli import app
 
     try:

@@ -205,10 +205,10 @@ def test_an_error_is_a_row() -> None:
 
 
 @pytest.mark.slow
-def test_both_policies_are_timed_alone_and_beside_other_work() -> None:
+def test_ways_to_wait_are_timed_alone_and_beside_other_work() -> None:
     done = run_main(waiting.main, "--steps", "1", "--rounds", "1")
     assert done.exit_code == 0, done.output
-    assert "ACTIVE" in done.output and "PASSIVE" in done.output and "beside a busy process" in done.output
+    assert "spin briefly" in done.output and "sleep at once" in done.output and "beside a busy process" in done.output
 
 
 SUMS = [{"instruction": f"Add {i} and 1.", "input": "", "output": f"It is {i + 1}."} for i in range(40)]
