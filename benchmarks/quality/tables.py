@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.entries import is_ablation, place_of_entry
+from benchmarks.quality.entries import is_ablation, is_current, place_of_entry
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, compare, over_dense, read_rows
 from fxprune.evaluation import Perplexity
 
@@ -73,7 +73,7 @@ class Section:
         for name, drawn in self.entries(ratio):
             threads = max(row.threads for row in drawn)  # times with other numbers of threads do not compare
             yield {
-                "entry": name,
+                "entry": titled(name, drawn),
                 "parameters": fmean(row.parameters for row in drawn),
                 "trained": drawn[0].trained,
                 "trained_tokens": max(row.trained_tokens for row in drawn),
@@ -89,17 +89,17 @@ class Section:
         for name, drawn in self.entries(ratio):
             found = self._by_text(drawn, length).items()
             ratios = ([over_dense(one, dense[text]) for one in each] for text, each in found)
-            yield name, [over([ratio for ratio in each if ratio is not None]) for each in ratios]
+            yield titled(name, drawn), [over([ratio for ratio in each if ratio is not None]) for each in ratios]
 
     def divergence_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
         """For each entry, divergence from the dense model, its tail, and agreement, on each text."""
         for name, drawn in self.entries(ratio):
-            yield name, [_apart(found) for found in self._by_text(drawn, length).values()]
+            yield titled(name, drawn), [_apart(found) for found in self._by_text(drawn, length).values()]
 
     def bit_rows(self, ratio: float, length: int) -> Iterator[tuple[str, list[str]]]:
         """For the dense model and each entry, bits per byte on each text."""
         for name, drawn in ((DENSE, [self.dense]), *self.entries(ratio)):
-            yield name, [_bits(found) for found in self._by_text(drawn, length).values()]
+            yield titled(name, drawn), [_bits(found) for found in self._by_text(drawn, length).values()]
 
     def short_rows(self, ratio: float, length: int) -> Iterator[list[str]]:
         """For each entry its draws, means over all texts, and the least and the largest perplexity over dense.
@@ -119,7 +119,7 @@ class Section:
             same, mean = fmean(each.agreement for each in every), fmean(each.mean for each in every)
             spread = f"x{_short(min(ratios))} to x{_short(max(ratios))}"
             cells = [f"x{_short(fmean(ratios))} ± {_short(error)}", spread]
-            yield [name, str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
+            yield [titled(name, drawn), str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
 
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
         """For each recipe with a control, its perplexity over that of random units, from the same draws and windows."""
@@ -135,7 +135,8 @@ class Section:
         self, ratio: float, length: int, pairs: Sequence[tuple[str, str]]
     ) -> Iterator[tuple[str, int, list[str]]]:
         """For each pair of entries, the number of draws of both, and the ratio of their perplexities on each text."""
-        drawn = {name: {row.draw: row.at(length) for row in rows} for name, rows in self.entries(ratio)}
+        every = dict(self.entries(ratio))
+        drawn = {name: {row.draw: row.at(length) for row in rows} for name, rows in every.items()}
         for name, other in pairs:
             ours, theirs = drawn[name], drawn.get(other, {})
             draws = sorted(ours.keys() & theirs.keys())
@@ -145,7 +146,13 @@ class Section:
                 for text in self.texts(length)
             ]  # fmt: skip
             if draws:
-                yield name, len(draws), [over(each) for each in by_text]
+                yield titled(name, [*every[name], *every[other]]), len(draws), [over(each) for each in by_text]
+
+
+def titled(name: str, rows: Sequence[QualityRow]) -> str:
+    """The name of an entry, with a mark if one of its rows was measured with an earlier version of the recipe."""
+    current = all(is_current(row.entry, row.ratio, row.draw, row.passes) for row in rows)
+    return name if current else f"{name} †"
 
 
 def _unchanged(name: str) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPIN_COUNT", "app", "main"]
 
-SPIN_COUNT = "5000"
+SPIN_COUNT = "10000"
 """Turns that a thread of a command spins while it waits for another one, before it sleeps: enough for the pauses
 between ops, and no more, because beside other work the core that it takes is the one that the other thread needs."""
 

@@ -123,7 +123,7 @@ def built_in_samples(
 _TEMPERATURE = 0.8
 """Sampling temperature: at 1 a small model rambles, far below 1 it repeats itself."""
 
-_BATCH = 64
+_BATCH = 96
 """Samples generated at once: each step reads all weights anyway, and more would take more memory for the cache."""
 
 _MARK = "0a9f3c"
@@ -131,10 +131,6 @@ _MARK = "0a9f3c"
 
 _LONGEST = 4
 """At most one token in four of a sample comes from the chat template or an opening."""
-
-_FOREIGN = 4
-"""One sample in four that is no chat and no program begins with an opening: random tokens of an English vocabulary lead
-to English."""
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -179,7 +175,7 @@ def generate_samples(
         model: one that :func:`can_generate`.
         starts: token ids ``(starts, fewer than tokens)`` that samples begin with, in turn.
         seed: seed of the draws; the caller's random state is restored.
-        rows: samples that are generated at once, which what is drawn does not depend on; None for 64.
+        rows: samples that are generated at once, which what is drawn does not depend on; None for 96.
     """
     device = next(model.parameters()).device
     length = tokens - starts.shape[1]
@@ -207,21 +203,21 @@ def generate_samples(
     return torch.cat(written)
 
 
-def generation_rounds(samples: int, programs: float, chats: bool = True) -> int:
+def generation_rounds(samples: int, programs: float, languages: float, chats: bool = True) -> int:
     """About how many batches :func:`generated_samples` generates, one token of each sample at a time."""
-    return sum(-(-count // _BATCH) for count in _kinds(samples, programs, chats, foreign=True))
+    return sum(-(-count // _BATCH) for count in _kinds(samples, programs, languages, chats))
 
 
-def _kinds(samples: int, programs: float, chats: bool, foreign: bool) -> tuple[int, int, int, int]:
+def _kinds(samples: int, programs: float, languages: float, chats: bool) -> tuple[int, int, int, int]:
     """How many samples are programs, chats, begin in another language, and begin with a random token."""
     coded = round(samples * programs)
     talks = (samples - coded) // 2 if chats else 0
-    others = (samples - coded - talks) // _FOREIGN if foreign else 0
+    others = int((samples - coded - talks) * languages)
     return coded, talks, others, samples - coded - talks - others
 
 
 def rows_at_once(model: Any, ids: torch.Tensor, tokens: int, most: float) -> int:
-    """How many samples of ``tokens`` tokens to generate at once: up to 64, with a cache of ``most`` bytes if need be.
+    """How many samples of ``tokens`` tokens to generate at once: up to 96, with a cache of ``most`` bytes if need be.
 
     The cache is measured with ``ids (1, any number of tokens)``.
     """
@@ -250,14 +246,15 @@ def generated_samples(
     track: Track,
     chats: bool = True,
     programs: float = 0.0,
+    languages: float = 0.25,
     rows: int | None = None,
 ) -> torch.Tensor:
     """Calibration samples ``(samples, tokens)`` that a model generates itself.
 
     Each begins as the tokenizer begins a text. A fraction ``programs`` of them go on with the first lines of a program.
     Of the others, with ``chats`` and if the tokenizer has a chat template, half go on as a chat does, up to the user's
-    message; of the rest, a quarter with the opening of a text in another language, the remainder with one token drawn
-    from the vocabulary.
+    message; of the rest, a fraction ``languages`` with the opening of a text in another language, the remainder with
+    one token drawn from the vocabulary.
 
     Sources: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language Models" (arXiv 2305.17888),
     for the token; Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing"
@@ -266,14 +263,14 @@ def generated_samples(
     Args:
         model: one that :func:`can_generate`.
         vocabulary: the token ids to draw from, ``(ids,)``.
-        rows: samples that are generated at once; None for 64.
+        rows: samples that are generated at once; None for 96.
     """
     draw = torch.Generator().manual_seed(seed)
     chat = chat_start(tokenizer)[-max(1, tokens // _LONGEST) :]
     opened = opening_rows(tokenizer, tokens // _LONGEST, opening_texts())
     code = opening_rows(tokenizer, tokens // _LONGEST, program_texts())
     coded, talks, foreign, plain = _kinds(
-        samples, programs if len(code) else 0.0, bool(chat) and chats, len(opened) > 0
+        samples, programs if len(code) else 0.0, languages if len(opened) else 0.0, bool(chat) and chats
     )
     opened = opened[torch.randperm(len(opened), generator=draw)]
     drawn = vocabulary[torch.randint(len(vocabulary), (plain,), generator=draw)][:, None]

@@ -113,7 +113,7 @@ class _Sums:
     def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         kept = self.kept.get(name)
         if not _KEPT[self.order]:
-            value = weight * gradient if self.order == "vector" else (weight * gradient).square()
+            value = weight * gradient if self.order == "vector" else (weight * gradient).square_()
             parts = [axis_sums(value, axis) / self.samples for axis in self.axes[name]]
             self.kept[name] = parts if kept is None else [a + b for a, b in zip(kept, parts, strict=True)]
         elif kept is None:

@@ -12,7 +12,11 @@ from benchmarks.estimate_large import CARDS, META, Meter, count_passes, main, tr
 from fxprune.recipes.texts import recipe_text
 from tests.benchmarks.command import run_main
 
-RECIPE = recipe_text("balanced").replace("ranking=auto", "ranking=local").replace(", added=192, programs=0.125", "")
+RECIPE = (
+    recipe_text("balanced")
+    .replace("ranking=auto", "ranking=local")
+    .replace(", added=200, programs=0.25, languages=0.5", "")
+)
 """As the default, with widths that do not depend on scores, and without text that the model generates."""
 
 CONFIG = LlamaConfig(

@@ -222,10 +222,13 @@ ENVIRONMENT = {"cpu": "c", "threads": 1, "torch": "t", "transformers": "t"}
 
 
 def row(name: str, draw: int, value: float, cpu: str = "fast one") -> QualityRow:
-    """A row whose windows differ by what their perplexity does."""
+    """A row of an entry as it is, if there is one, whose windows differ by what their perplexity does."""
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    passes = [str(fxprune.prune_pipeline(ids, ratio=0.2, seed=draw, **entry.options)) for entry in entries([name])]
     apart = None if name == "dense" else Divergence(0.5, 0.02, 3.0, 0.64, 0.01, value / 10, 0.02)
     texts = {"text": (measured(value, (15 * value, 15 * value + 3), apart),)}
-    return QualityRow(name, 0.2 * (name != "dense"), draw, PROTOCOL, 80, texts, 10.0, 1.0, "l1", 2, cpu, "vectors", 640)
+    own = ("".join(passes), 2, cpu, "vectors", 640)
+    return QualityRow(name, 0.2 * (name != "dense"), draw, PROTOCOL, 80, texts, 10.0, 1.0, *own)
 
 
 def as_data(*rows: QualityRow) -> dict[str, Any]:
@@ -249,6 +252,16 @@ def test_rows_of_another_protocol_stand_apart_unless_they_were_measured_by_both(
     ours, _, others = page.partition("## Rows of another protocol")
     assert "| balanced | x1.40 ± 0.02 |" in ours and "| fast |" not in ours
     assert "| fast | x1.30 ± 0.02 |" in others and "| balanced | x1.20" not in others
+
+
+def test_rows_of_an_earlier_version_of_a_recipe_are_marked() -> None:
+    dense, fast, best, changed = (row(name, 0, 12.0) for name in ("dense", "fast", "best", "fast, heads too"))
+    earlier = [replace(best, passes=passes) for passes in (fast.passes, best.passes + "\nof-once", "l2{of_once=1}")]
+    for one in (*earlier, replace(best, entry="of once")):
+        page = quality_page(as_data(dense, fast, one, changed))
+        assert f"| {one.entry} † | 1 | x" in page and "| fast | 1 | x" in page and "| fast, heads too | 1 |" in page
+    page = quality_page(as_data(dense, replace(fast, passes=best.passes), best, changed))
+    assert "| best | 1 | x" in page and "| fast, heads too † | 1 | x1.00" in page, "compared with an earlier version"
 
 
 def test_rows_are_compared_window_by_window() -> None:

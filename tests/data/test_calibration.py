@@ -392,7 +392,7 @@ def test_generated_samples_depend_on_starts_and_seed_alone() -> None:
     assert torch.equal(generate_samples(model, STARTS, 5, 7, 0, rows=2), written), "fewer at once, and less cache"
     each = 3 * 2 * 4 * 24  # three layers, keys and values, float32, three heads of 8
     fitting = [rows_at_once(model, STARTS[:1], 7, most) for most in (0, 7 * each * 3, 7 * each * 3 - 1, 1e9)]
-    assert fitting == [1, 3, 2, 64]
+    assert fitting == [1, 3, 2, 96]
     assert model.generation_config is own and own.num_beams == 2
 
 
@@ -435,7 +435,7 @@ def test_a_chat_begins_with_what_stands_before_the_user() -> None:
 
 
 def _own(
-    tokenizer: Any, samples: int = 8, tokens: int = 16, seed: int = 0, programs: float = 0.0
+    tokenizer: Any, samples: int = 8, tokens: int = 16, seed: int = 0, **shares: float
 ) -> tuple[torch.Tensor, list[str]]:
     shown: list[str] = []
 
@@ -444,7 +444,7 @@ def _own(
         return items
 
     model, words = tiny("llama"), torch.tensor([7, 9])
-    return generated_samples(model, tokenizer, words, samples, tokens, seed, track, programs=programs), shown
+    return generated_samples(model, tokenizer, words, samples, tokens, seed, track, **shares), shown
 
 
 def test_without_a_chat_each_sample_begins_with_a_token_of_the_vocabulary() -> None:
@@ -453,16 +453,18 @@ def test_without_a_chat_each_sample_begins_with_a_token_of_the_vocabulary() -> N
     assert torch.equal(written, _own(None)[0]) and not torch.equal(written, _own(None, seed=1)[0])
 
 
-def test_one_sample_in_four_begins_with_a_language_that_the_tokenizer_can_write() -> None:
+def test_a_fraction_of_the_samples_begins_with_a_language_that_the_tokenizer_can_write() -> None:
     tokenizer = character_tokenizer()
     assert len(opening_texts()) == len(set(opening_texts())) == 30 and min(map(len, opening_texts())) > 50
     rows = opening_rows(tokenizer, 4, opening_texts())
     assert 0 < len(rows) < 30 and rows.shape[1] == 4 and tokenizer.unk_token_id not in rows
     assert {tokenizer.decode(row) for row in rows} <= {text[:4] for text in opening_texts()}
     assert opening_rows(None, 4, opening_texts()).numel() == opening_rows(tokenizer, 0, opening_texts()).numel() == 0
-    written, shown = _own(tokenizer)
-    begun = [any(torch.equal(sample[:4], row) for row in rows) for sample in written]
-    assert sum(begun) == 2 and shown == ["the model writes 1", "the model writes in other languages 1"]
+    for shares, count in (({}, 2), ({"languages": 0.5}, 4), ({"languages": 0.8}, 6)):
+        written, shown = _own(tokenizer, **shares)
+        begun = [any(torch.equal(sample[:4], row) for row in rows) for sample in written]
+        assert sum(begun) == count and shown == ["the model writes 1", "the model writes in other languages 1"]
+    assert _own(tokenizer, languages=0.0)[1] == ["the model writes 1"]
 
 
 def test_a_fraction_of_the_samples_begins_as_programs_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,9 +208,9 @@ def test_replacing_a_stage_is_an_assignment() -> None:
     recipe["tune"] = None
     del recipe["teach"]
     recipe["compensate"] = load_pass("rotation")
-    expected = "calibrate{written=384, added=192, programs=0.125}\nfind-groups{norm=masked}\ntaylor{order=second}\n"
-    expected += "select-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}\nrotation\nshrink{verify}\n"
-    expected += "emit-model\nmake-report"
+    expected = "calibrate{written=384, added=200, programs=0.25, languages=0.5}\nfind-groups{norm=masked}\n"
+    expected += "taylor{order=second}\nselect-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}\nrotation\n"
+    expected += "shrink{verify}\nemit-model\nmake-report"
     assert str(recipe) == str(recipe.pipeline) == expected
     assert "wanda" in str(read_recipe("balanced")), "the installed one stays as it is"
     with pytest.raises(UnknownNameError, match=r"unknown stage 'import'.*Did you mean 'importance'"):
