@@ -289,14 +289,7 @@ def save_pretrained(
         state = _gathered(model)
 
     def fill(work: Path) -> None:
-        def move_or_save(tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
-            assert place is not None
-            if (place / Path(file).name).is_file():  # another process wrote it
-                os.replace(place / Path(file).name, file)
-            else:
-                save_file(tensors, file, **options)
-
-        save_model(work, None if place is None else move_or_save, state)
+        save_model(work, None if place is None else partial(_move_or_save, place), state)
         _add_settings(model, work, structure)
         record = None
         if forward is not None:
@@ -311,6 +304,15 @@ def save_pretrained(
     with _written_by_all(model, folder, save_model) if together else nullcontext() as place:
         run_on_first(lambda: write_folder(folder, fill, force=force), CheckpointError)
     return structure
+
+
+def _move_or_save(place: Path, tensors: dict[str, torch.Tensor], file: str | os.PathLike[str], **options: Any) -> None:
+    """Move a file of weights from ``place`` if another process wrote it there; else write it."""
+    written = place / Path(file).name
+    if written.is_file():
+        os.replace(written, file)
+    else:
+        save_file(tensors, file, **options)
 
 
 def _source_of(model: PreTrainedModel, report: Report | None) -> dict[str, Any]:

@@ -131,12 +131,7 @@ def recover(
         distil = distil.check(source, tokenizer)
     targets = find_targets(source, plan if result is None else result.plan)
     samples = read_training_data(data, tokenizer, chosen)
-    embedding: Any = source.get_input_embeddings()
-    rows = len(embedding.weight)
-    largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
-    if largest >= rows:
-        what = f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}"
-        raise DataError(what, where="tokenizer", remedy="Pass the tokenizer of this model")
+    _check_ids(source, samples)
     model, result = (source, result) if inplace else copy_for_training(source, result)
     with checkpoint_folder(folder) as path, restored_state(model), preserve_rng():
         # all that must be equal for a run to resume from a checkpoint
@@ -172,6 +167,16 @@ def _check_model(model: Any, result: Result | None, tokenizer: Any, inplace: boo
     missing = [name for name in ("pad_token_id", "eos_token_id") if not hasattr(tokenizer, name)]
     if missing:
         raise RecoveryError(f"it has no {missing[0]}", where="tokenizer", remedy="Pass the tokenizer of the model")
+
+
+def _check_ids(model: PreTrainedModel, samples: TrainingData) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
+    if largest >= rows:
+        what = f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}"
+        raise DataError(what, where="tokenizer", remedy="Pass the tokenizer of this model")
 
 
 def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
@@ -371,7 +376,7 @@ def _train(
 
 
 def _course(state: TrainerState, notes: Sequence[str]) -> dict[str, Any]:
-    """The course of a training by field of :class:`Recovery`, with what is to note about it after ``notes``."""
+    """Losses, log, steps and notes of a finished training, by field of :class:`Recovery`; its notes come last."""
     before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
     best, step = state.best_metric, state.best_global_step
     assert best is not None and step is not None, "the trainer always evaluates the last step"
