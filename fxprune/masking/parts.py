@@ -10,6 +10,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,9 @@ from fxprune.data.calibration import Sample, clear_sample_errors, stacked
 from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
-from fxprune.masking.masked_run import PreciseRun, UntouchedRun, at_least_float32
+from fxprune.masking.masked_run import PreciseRun, TrainingRun, UntouchedRun, at_least_float32
 from fxprune.offload.files import is_offloading, offload_to, offloaded, release_freed
-from fxprune.offload.prefetch import compute_device, current_prefetcher, free_bytes, to_device
+from fxprune.offload.prefetch import autocast, compute_device, current_prefetcher, free_bytes, to_device
 from fxprune.offload.ranks import broadcast_object
 from fxprune.rules.picked import picks_matrices
 from fxprune.rules.registry import alias_roots, writes, written_sources
@@ -256,6 +257,7 @@ class PartRuns:
         reached: names of weights whose gradients are wanted.
         precise: compute in at least float32, whatever the dtypes of weights and casts.
         forward_only: no part runs again, so that values are freed after their last use.
+        bf16: compute products in bfloat16; if False, in the precision that the caller has set.
     """
 
     def __init__(
@@ -267,8 +269,9 @@ class PartRuns:
         *,
         precise: bool = False,
         forward_only: bool = False,
+        bf16: bool = False,
     ) -> None:
-        self.parts = parts
+        self.parts, self.bf16 = parts, bf16
         self.last_taker = {node: part for part in parts for node in part.takes} if forward_only else {}
         self.graph_module = graph_module
         self.home, self.place = device_of(graph_module), compute_device(graph_module)
@@ -296,7 +299,7 @@ class PartRuns:
         release_freed()
         self._load(part, 1)
         for number, values in enumerate(self.values):
-            with torch.no_grad(), clear_sample_errors(self.inputs[number]):
+            with torch.no_grad(), self._precision(), clear_sample_errors(self.inputs[number]):
                 takes = {node: to_device(values[node], self.place) for node in part.takes}
                 env = self.run.part(part, takes, {}, watch)
             values.update({node: self._to_home(env[node]) for node in part.gives})
@@ -329,7 +332,8 @@ class PartRuns:
             with clear_sample_errors(self.inputs[number]):
                 # views, so that ops may write to them without writing to a leaf that requires gradients
                 takes = {n: v.view_as(v) if getattr(v, "requires_grad", False) else v for n, v in leaves.items()}
-                env = self.run.part(part, takes, weights(number), watch(number))
+                with self._precision():
+                    env = self.run.part(part, takes, weights(number), watch(number))
             if last:
                 loss(number, env[part.nodes[-1]]).backward()
             else:
@@ -369,6 +373,9 @@ class PartRuns:
         """A weight of the running part, or of the last one, on the device that it runs on."""
         return self.run.held[name] if name in self.run.held else get_tensor(self.graph_module, name)
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        return autocast(self.place, True) if self.bf16 else nullcontext()
+
     def _load(self, part: Part, step: int) -> None:
         """Fetch the weights of a part to the device, and prefetch those of the next, ``step`` parts on."""
         if self.prefetcher is None or part is self.loaded:
@@ -392,7 +399,7 @@ class PartRuns:
         return value.detach().requires_grad_()
 
 
-class _PartRun(UntouchedRun):
+class _PartRun(TrainingRun):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.weights: Mapping[str, torch.Tensor] = {}

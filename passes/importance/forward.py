@@ -19,8 +19,10 @@ from fxprune.errors import PassError
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import get_tensor, require_weights, tensor_name
 from fxprune.masking.parts import Observers, observe_nodes
+from fxprune.masking.teacher import logits_use_bf16
+from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.offload.ranks import all_reduce, batch_for_all, check_enough, deal, gathered
-from fxprune.pipeline.arguments import argument
+from fxprune.pipeline.arguments import Precision, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
 from fxprune.rules.registry import Values, find_rule
@@ -203,6 +205,14 @@ class WandaImportancePass(ForwardImportancePass):
         """Count only the weights that read a unit, if there are any. Those that compute it have other units as inputs,
         whose norms say nothing about this one; a few of these norms are often hundreds of times the others.""",
     )
+    precision: Precision = argument(
+        "float32",
+        """Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it
+        natively and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes.""",
+    )
+
+    def cost(self, samples: int) -> PassCost:
+        return replace(super().cost(samples), weights=0.0 if self.precision == "float32" else 0.5)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         if self.readers_only:
@@ -221,7 +231,9 @@ class WandaImportancePass(ForwardImportancePass):
                 weight = weight * rms.view(-1, *[1] * (weight.dim() - axis - 1))
             return {key: axis_sums(weight, key[1]) for key in wanted if key[0] == name}
 
-        return self._by_weight(graph_module, {name for name, _ in wanted}, score)
+        bf16 = logits_use_bf16(self.precision, graph_module, self.calibration(graph_module)[0], self.name)
+        with autocast(compute_device(graph_module), bf16):
+            return self._by_weight(graph_module, {name for name, _ in wanted}, score)
 
 
 @dataclass(frozen=True, eq=False)

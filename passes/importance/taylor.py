@@ -19,23 +19,25 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.axes import Index
-from fxprune.data.calibration import Calibration, Sample, batched, clear_sample_errors, spread
+from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, clear_sample_errors, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Consumer, Group, Groups, units_at
 from fxprune.errors import CalibrationError
+from fxprune.graph.compat import is_free
 from fxprune.graph.facts import Fact, Runnable, facts_of
 from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
-from fxprune.masking.masked_run import GatedRun, spread_gates
-from fxprune.masking.objective import sample_loss
+from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
+from fxprune.masking.objective import Objective, gives_classes, sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
+from fxprune.masking.teacher import batch_size, logits_use_bf16
 from fxprune.offload.files import cached, caching, is_caching, offloaded, uncache
 from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
-from fxprune.pipeline.arguments import Memory, Order, argument
+from fxprune.pipeline.arguments import Memory, Order, Precision, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Array, Scores
 from fxprune.rules.products import LoneProduct, lone_products
-from fxprune.rules.registry import writes, written_sources
+from fxprune.rules.registry import regroups, writes, written_sources
 from fxprune.trace.fidelity import require_gradients
 
 from .base import ImportancePass, Positions, axis_sums, memory_limit, parts_within
@@ -47,6 +49,9 @@ Axes = Mapping[str, list[int]]
 
 _BLOCK = 2**20
 """Elements of a weight that are summed at a time if sums are not kept for all of them."""
+
+_CACHED = 2**18
+"""Elements of a gradient that are formed at a time on a CPU if only slice sums of it are kept."""
 
 _KEPT = {"vector": 0, "first": 1, "second": 0, "mix": 2}
 """Float32 tensors of the size of a weight that each order keeps while samples arrive."""
@@ -65,20 +70,37 @@ class RecordedProduct:
 
     def record(self, sample: int, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Record the inputs now, and the gradient of ``output`` when it arrives; return the tensor to continue with."""
-        output = output if output.requires_grad else output.detach().requires_grad_()
 
         def receive(gradient: torch.Tensor) -> None:
             self.pairs[sample] = inputs.detach(), gradient
 
-        output.register_hook(receive)
-        return output
+        return _on_gradient(output, receive)
 
     def weight_gradients(self, rows: slice) -> Iterator[torch.Tensor]:
         """Yield some rows of the gradient of the weight in float32, for each sample that has one."""
         for pair in self.pairs.values():
-            read, given = (value.reshape(-1, value.shape[-1]).float() for value in pair)
-            first, second = (given, read) if self.product.axis == 1 else (read, given)
+            first, second = _gradient_factors(self.product, *(value.float() for value in pair))
             yield first[:, rows].T @ second
+
+
+def _on_gradient(output: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """Call a function with the gradient of a tensor when it arrives; return the tensor to continue with."""
+    output = output if output.requires_grad else output.detach().requires_grad_()
+    output.register_hook(receive)
+    return output
+
+
+def _gradient_factors(
+    product: LoneProduct, inputs: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of a weight as ``first.T @ second``, ``(tokens, rows)`` and ``(tokens, columns)``.
+
+    Args:
+        inputs: those of the product.
+        gradient: that of its outputs.
+    """
+    read, given = (value.reshape(-1, value.shape[-1]) for value in (inputs, gradient))
+    return (given, read) if product.axis == 1 else (read, given)
 
 
 def recordable_products(graph_module: fx.GraphModule) -> dict[str, LoneProduct]:
@@ -95,6 +117,17 @@ def count_tokens(samples: Sequence[Sample]) -> int:
     """Tokens of all samples: elements of the largest input of each."""
     sizes = ([v.numel() for v in sample.inputs.values() if isinstance(v, torch.Tensor)] for sample in samples)
     return sum(max(each, default=0) for each in sizes)
+
+
+def _is_by_sample(product: LoneProduct) -> bool:
+    """Whether the rows of the inputs of a product are those of one sample after the other."""
+    source = product.source
+    graph = source.graph
+    given = next(node for node in graph.nodes if node.op == "placeholder" and node.meta["val"].dim()).meta["val"]
+    while source.meta["val"].dim() == 2 and regroups(source):
+        source = source.all_input_nodes[0]  # in row-major order
+    value = source.meta["val"]
+    return bool(value.dim() > 2 and is_free(value.shape[0]) and value.shape[0].node.expr == given.shape[0].node.expr)
 
 
 @dataclass
@@ -122,6 +155,45 @@ class _Sums:
             kept[0].add_(gradient)
             for squares in kept[1:]:
                 squares.addcmul_(gradient, gradient)  # without a temporary for the square
+
+    def add_product(
+        self, product: LoneProduct, weight: torch.Tensor, inputs: torch.Tensor, batch: int, given: torch.Tensor
+    ) -> None:
+        """Add the gradients of the weight of a product for each sample of a batch; only slice sums of them are kept.
+
+        They are formed for some rows at a time, which a processor holds in its cache, in the dtype of the weight.
+
+        Args:
+            inputs: those of the product: of one sample after the other, of as many tokens each.
+            given: the gradient of its outputs.
+        """
+        first, second = _gradient_factors(product, inputs.to(weight.dtype), given.to(weight.dtype))
+        pairs = list(zip(first.chunk(batch), second.chunk(batch), strict=True))
+        step = max(1, _CACHED // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+        sums = [torch.zeros(size, device=weight.device) for size in weight.shape]
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            value = self._times(weight[rows], [(a[:, rows].T @ b).float() for a, b in pairs])
+            sums[0][rows] = value.sum(1)
+            sums[1] += value.sum(0)
+        self._add_sums(product.name, sums)
+
+    def add_bias(self, name: str, bias: torch.Tensor, batch: int, given: torch.Tensor) -> None:
+        """Add the gradients of the bias of a product for each sample of a batch, from that of its outputs."""
+        rows = given.reshape(-1, given.shape[-1]).float().chunk(batch)
+        self._add_sums(name, [self._times(bias, [one.sum(0) for one in rows])])
+
+    def _times(self, weight: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum over the samples of what counts for each element, from gradients that are overwritten."""
+        total, *others = gradients if self.order == "vector" else [one.square_() for one in gradients]
+        for other in others:
+            total.add_(other)
+        return total.mul_(weight.float() if self.order == "vector" else weight.float().square())
+
+    def _add_sums(self, name: str, sums: Sequence[torch.Tensor]) -> None:
+        kept = self.kept.setdefault(name, [torch.zeros_like(sums[axis]) for axis in self.axes[name]])
+        for axis, one in zip(self.axes[name], kept, strict=True):
+            one += sums[axis] / self.samples
 
     def all_reduce(self) -> None:
         all_reduce(tensor for name in sorted(self.kept) for tensor in self.kept[name])
@@ -194,11 +266,24 @@ class TaylorImportancePass(ImportancePass):
         check=memory_limit,
     )
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
+    precision: Precision = argument(
+        "float32",
+        """Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it
+        natively and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes.""",
+    )
+    batch: int = argument(
+        1,
+        """Samples that run at once. Their gradients stay apart: for ``vector`` and ``second``, where the loss is that
+        of next tokens and every scored weight is in a product whose rows belong to one sample each, or is a bias there;
+        else they run one by one.""",
+        least=1,
+    )
 
     def cost(self, samples: int) -> PassCost:
         taken = min(self.samples or samples, samples)
         sums = LOW_MEMORY if self.memory == "low" and _KEPT[self.order] else _KEPT[self.order]
-        return PassCost(runs=3.0 * taken, batch=1, backward=True, outputs=3, weights=sums)
+        sums += 0.0 if self.precision == "float32" else 0.5
+        return PassCost(runs=3.0 * taken, batch=min(self.batch, taken), backward=True, outputs=3, weights=sums)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         axes: dict[str, list[int]] = {}
@@ -206,6 +291,7 @@ class TaylorImportancePass(ImportancePass):
             axes.setdefault(name, []).append(axis)
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
         tokens, tensors, kept = count_tokens(samples), dict(weights(graph_module)), _KEPT[self.order]
+        bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
         # bytes kept for each weight, itself included if it is prefetched
         costs = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
         recorded: dict[str, LoneProduct] = {}
@@ -214,34 +300,53 @@ class TaylorImportancePass(ImportancePass):
             if activations < costs.get(name, 0.0):
                 recorded[name], costs[name] = product, activations
         if current_prefetcher() is not None:
-            costs = {name: costs.get(name, 0.0) + tensor.nbytes for name, tensor in tensors.items()}
+            stored = 1.5 if bf16 else 1.0
+            costs = {name: costs.get(name, 0.0) + stored * tensor.nbytes for name, tensor in tensors.items()}
         parts = parts_within(self.memory, graph_module, costs, tokens)
         # of a weight that no loss reads, as of a layer behind the one that is used
         zeros = {(name, axis): torch.zeros(tensors[name].shape[axis]) for name, axis in wanted}
-        return zeros | _GradientSweep(graph_module, samples, axes, self.order, parts, recorded).run()
+        batches = self._batches(graph_module, samples, axes)
+        return zeros | _GradientSweep(graph_module, batches, axes, self.order, parts, recorded, bf16=bf16).run()
+
+    def _batches(self, graph_module: fx.GraphModule, samples: Sequence[Sample], axes: Axes) -> list[list[Sample]]:
+        """The samples that run at once: one, unless :attr:`batch` allows more."""
+        objective = facts_of(graph_module).get(Objective) or Objective()
+        size = 1 if _KEPT[self.order] else batch_size(graph_module, samples, self.batch)
+        next_token = objective.next_token and all(sample.labels.numel() for sample in samples)
+        if size > 1 and next_token and objective.own is None and gives_classes(graph_module):
+            apart = [one for one in recordable_products(graph_module).values() if _is_by_sample(one)]
+            if axes.keys() <= {name for one in apart if one.name in axes for name in (one.name, one.bias)}:
+                numbers = batch_indices(samples, graph_module, size)
+                return [[samples[i] for i in together] for together in numbers]
+        return [[sample] for sample in samples]
 
 
 class _GradientSweep:
-    """Samples forward and back, part by part; each gradient is added to sums as it arrives, and freed.
+    """Batches of samples forward and back, part by part; each gradient is added to sums as it arrives, and freed.
 
     The graph runs on detached aliases of its parameters, so that the caller's ``.grad`` stays as it is; tied names
     share one alias, whose gradient is then that of all its uses. Weights and inputs that are written to are copied.
-    The gradients of a weight that several parts read are summed for each sample before they count.
+    The gradients of a weight that several parts read are summed for each batch before they count. In bfloat16, a
+    weight of one product is cast once for all samples of a part; there, and in batches of several samples, its gradient
+    is never formed as a whole where nothing is kept by element.
     """
 
     def __init__(
         self,
         graph_module: fx.GraphModule,
-        samples: Sequence[Sample],
+        batches: Sequence[Sequence[Sample]],
         axes: Axes,
         order: Order,
         parts: Sequence[Part],
         recorded: Mapping[str, LoneProduct],
+        *,
+        bf16: bool = False,
     ) -> None:
-        self.graph_module, self.total, self.order = graph_module, len(samples), order
-        self.numbers = shard(range(len(samples)))
-        """Of the samples of this process, among those of all."""
-        self.samples = [samples[number] for number in self.numbers]
+        self.graph_module, self.total, self.order = graph_module, sum(map(len, batches)), order
+        self.numbers = shard(range(len(batches)))
+        """Of the batches of this process, among those of all."""
+        self.batches = [batches[number] for number in self.numbers]
+        self.sizes = [len(batch) for batch in batches]
         self.saved: int | None = None
         """The last part that was saved."""
         self.parts, self.axes, self.home = parts, axes, device_of(graph_module)
@@ -251,82 +356,114 @@ class _GradientSweep:
         self.wanted = {name: names[id(t)] for name, t in tensors.items() if id(t) in names}
         self.reads = [{self.wanted[name] for name in part.reads if name in self.wanted} for part in parts]
         self.recorded = {name: RecordedProduct(product) for name, product in recorded.items()}
+        self.narrow: dict[str, torch.Tensor] = {}
+        """Weights of the running part in bfloat16, by name."""
+        at_once = bf16 or self.total > len(batches)
+        products = recordable_products(graph_module) if at_once else {}
+        self.cast = set(products) if bf16 else set()
+        """Weights that are cast once for all samples of a part."""
+        self.summed = [one for one in products.values() if one.name in axes and not _KEPT[order]]
+        """Products whose weights, and biases, have gradients that become slice sums at once."""
+        self.apart = {name for one in self.summed for name in (one.name, one.bias)}
+        """The names of these."""
         self.late: dict[tuple[str, int], torch.Tensor] = {}
-        """By weight and sample: the gradient from later parts of a weight that an earlier part reads too."""
+        """By weight and batch: the gradient from later parts of a weight that an earlier part reads too."""
         inputs = [
             {
                 name: value.to(self.home, copy=name in self.written) if isinstance(value, torch.Tensor) else value
-                for name, value in sample.inputs.items()
+                for name, value in batched(batch, graph_module).items()
             }
-            for sample in self.samples
+            for batch in self.batches
         ]
-        self.runs = PartRuns(graph_module, parts, inputs, self.wanted)
+        self.runs = PartRuns(graph_module, parts, inputs, self.wanted, bf16=bf16)
 
     def run(self) -> Positions:
         left, found = self._resume()
-        count = max(2 * left - 1, 0) * len(self.samples)
+        count = max(2 * left - 1, 0) * len(self.batches)
         for done in tracked(self._steps(left), "gradients", count):
             found.update(done)
         return found
 
     def _steps(self, left: int) -> Iterator[Positions]:
-        """Run the first ``left`` parts; after each sample, yield the scores that are complete."""
+        """Run the first ``left`` parts; after each batch, yield the scores that are complete."""
         for part in self.parts[: max(left - 1, 0)]:
             for _ in self.runs.forward(part):
                 yield {}
         for number, part in reversed(list(enumerate(self.parts[:left]))):
             if not self.runs.needs_gradients(part):
-                yield from [{}] * len(self.samples)
+                yield from [{}] * len(self.batches)
                 continue
             before = set[str]().union(*self.reads[:number])
             mine = {name: self.axes[name] for name in self.axes if name in self.reads[number] - before}
             records = [self.recorded[name] for name in mine if name in self.recorded]
             summed = {name: mine[name] for name in mine if name not in self.recorded}
             sums = _Sums(self.order, summed, self.total)
-            watch = partial(self._hooks, records)
-            for sample in self.runs.backward(part, partial(self._aliases, part, sums), self._loss, watch):
-                if sample < len(self.samples) - 1:
+            watch = partial(self._hooks, records, sums)
+            self.narrow.clear()
+            for batch in self.runs.backward(part, partial(self._aliases, part, sums), self._loss, watch):
+                if batch < len(self.batches) - 1:
                     yield {}
             found = self._scores(sums, records)
             self._save(number, found)
             yield found
 
-    def _aliases(self, part: Part, sums: _Sums, sample: int) -> dict[str, torch.Tensor]:
+    def _aliases(self, part: Part, sums: _Sums, batch: int) -> dict[str, torch.Tensor]:
         shared: dict[int, torch.Tensor] = {}
         for name in part.reads:
             tensor = self.runs.tensor(name)
             if id(tensor) not in shared:
-                alias = tensor.detach().clone() if name in self.written else tensor.detach()
-                if name in self.wanted and name not in self.recorded:
+                alias = tensor.detach().clone() if name in self.written else self._read(name)
+                if name in self.wanted and name not in self.recorded and name not in self.apart:
                     alias.requires_grad_().register_post_accumulate_grad_hook(
-                        partial(self._receive, self.wanted[name], sums, sample)
+                        partial(self._receive, self.wanted[name], sums, batch)
                     )
                 shared[id(tensor)] = alias
         return {name: shared[id(self.runs.tensor(name))] for name in part.reads}
 
-    def _receive(self, name: str, sums: _Sums, sample: int, alias: torch.Tensor) -> None:
+    def _read(self, name: str) -> torch.Tensor:
+        """A weight that is not written to, as its products read it."""
+        if name not in self.cast:
+            return self.runs.tensor(name).detach()
+        if name not in self.narrow:
+            self.narrow[name] = self.runs.tensor(name).detach().to(torch.bfloat16)
+        return self.narrow[name].detach()
+
+    def _receive(self, name: str, sums: _Sums, batch: int, alias: torch.Tensor) -> None:
         """Add the gradient of a weight to the sums; keep it if an earlier part reads the weight too."""
         gradient, alias.grad = alias.grad, None
         assert gradient is not None
-        late = self.late.pop((name, sample), None)
+        late = self.late.pop((name, batch), None)
         whole = gradient.float() if late is None else gradient.float() + to_device(late, gradient.device)
         if name in sums.axes:
             sums.add(name, alias.detach().float(), whole)
         else:
-            self.late[name, sample] = offloaded(to_device(whole, self.home))
+            self.late[name, batch] = offloaded(to_device(whole, self.home))
 
-    def _hooks(self, records: Sequence[RecordedProduct], sample: int) -> Hooks:
+    def _hooks(self, records: Sequence[RecordedProduct], sums: _Sums, batch: int) -> Hooks:
+        count = len(self.batches[batch])
 
         def record(recorded: RecordedProduct, value: torch.Tensor) -> torch.Tensor:
-            return recorded.record(sample, self.runs.value(recorded.product.source), value)
+            return recorded.record(batch, self.runs.value(recorded.product.source), value)
 
-        return {recorded.product.node: partial(record, recorded) for recorded in records}
+        def add(product: LoneProduct, value: torch.Tensor) -> torch.Tensor:
+            inputs = self.runs.value(product.source).detach()
+            weight, bias = self._read(product.name), product.bias
+
+            def receive(given: torch.Tensor) -> None:
+                sums.add_product(product, weight, inputs, count, given)
+                if bias is not None and bias in sums.axes:
+                    sums.add_bias(bias, self.runs.tensor(bias).detach(), count, given)
+
+            return _on_gradient(value, receive)
+
+        added = {one.node: partial(add, one) for one in self.summed if one.name in sums.axes}
+        return added | {recorded.product.node: partial(record, recorded) for recorded in records}
 
     def _scores(self, sums: _Sums, records: Sequence[RecordedProduct]) -> Positions:
         """The scores of weights that no earlier part reads."""
-        for name, sample in [key for key in self.late if key[0] in sums.axes]:  # this part reads only its dtype
+        for name, batch in [key for key in self.late if key[0] in sums.axes]:  # this part reads only its dtype
             weight = self.runs.tensor(name).detach().float()
-            sums.add(name, weight, to_device(self.late.pop((name, sample)), weight.device))
+            sums.add(name, weight, to_device(self.late.pop((name, batch)), weight.device))
         sums.all_reduce()
         found: Positions = {}
         for name in sums.axes:
@@ -339,15 +476,15 @@ class _GradientSweep:
         return {place: to_device(value, self.home) for place, value in found.items()}
 
     def _save(self, number: int, found: Positions) -> None:
-        """Save a part for a run of any number of processes: a file of gradients for each sample, then the scores.
+        """Save a part for a run of any number of processes: a file of gradients for each batch, then the scores.
 
         Those of the part before it are of no more use.
         """
         if not is_caching():
             return
-        for sample, place in enumerate(self.numbers):
-            gradients = {f"gradient {name}": value for name, value in self.runs.gradients_by_name(sample).items()}
-            late = {f"late {name}": value for (name, one), value in self.late.items() if one == sample}
+        for batch, place in enumerate(self.numbers):
+            gradients = {f"gradient {name}": value for name, value in self.runs.gradients_by_name(batch).items()}
+            late = {f"late {name}": value for (name, one), value in self.late.items() if one == batch}
             _cache_tensors(f"{self._gradients(number)}/{place}.safetensors", gradients | late, own=True)
         barrier()
         scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}
@@ -369,7 +506,7 @@ class _GradientSweep:
                 found[name, int(axis)] = value
         if self.saved is None:
             return len(self.parts), found
-        for sample, place in enumerate(self.numbers):
+        for batch, place in enumerate(self.numbers):
             name = f"{self._gradients(self.saved)}/{place}.safetensors"
             file = cached(name, own=True)
             if file is None:
@@ -379,25 +516,29 @@ class _GradientSweep:
             for key, value in load_file(file).items():
                 kind, _, of = key.partition(" ")
                 if kind == "late":
-                    self.late[of, sample] = value
+                    self.late[of, batch] = value
                 else:
                     gradients[of] = value
-            self.runs.take_gradients(sample, gradients)
+            self.runs.take_gradients(batch, gradients)
         return self.saved, found
 
     @cached_property
     def cut(self) -> str:
-        """Fingerprint of the parts: another number of processes may cut the graph into others."""
-        nodes = repr([list(map(str, part.nodes)) for part in self.parts])
-        return hashlib.sha256(nodes.encode()).hexdigest()[:8]
+        """Fingerprint of parts and batches, which another number of processes may cut in another way."""
+        found = repr((self.sizes, [list(map(str, part.nodes)) for part in self.parts]))
+        return hashlib.sha256(found.encode()).hexdigest()[:8]
 
     def _gradients(self, number: int) -> str:
-        """The cached folder of the gradients that parts before a part need: a file a sample, by its number."""
+        """The cached folder of the gradients that parts before a part need: a file a batch, by its number."""
         return f"gradients-{self.cut}-{number}"
 
-    def _loss(self, sample: int, output: Any) -> torch.Tensor:
-        number, name = self.numbers[sample], TaylorImportancePass.name
-        return finite_loss(self.graph_module, output, self.samples[sample], number, name)
+    def _loss(self, batch: int, output: Any) -> torch.Tensor:
+        """The losses of the samples of a batch, summed."""
+        samples, number, name = self.batches[batch], self.numbers[batch], TaylorImportancePass.name
+        # split, whose gradient is one concatenation, where that of a slice is as large as the whole
+        outputs = [output] if len(samples) == 1 else output_tensors(output)[0].split(1)
+        pairs = zip(outputs, samples, strict=True)
+        return torch.stack([finite_loss(self.graph_module, one, sample, number, name) for one, sample in pairs]).sum()
 
 
 def finite_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, number: int, name: str) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from fxprune.axes import factors
-from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
-from fxprune.masking.masked_run import UntouchedRun, at_least_float32
+from fxprune.graph.tensors import device_of, get_tensor, weights
+from fxprune.masking.masked_run import TrainingRun, UntouchedRun
 from fxprune.offload.files import offloaded, release_freed, write_back
 from fxprune.offload.prefetch import gathers_weights
 from fxprune.offload.ranks import all_reduce, own_elements, reduce_to_own, start_gather
@@ -100,21 +100,6 @@ class TrainedVectors:
                 values[product.bias] = run.scaled(bias.float(), ("out", node)).to(bias.dtype)
             yield product.name, (wide if product.axis == 1 else wide.T).to(W.dtype)
         yield from values.items()
-
-
-class TrainingRun(UntouchedRun):
-    """An interpreter for runs whose gradients are due: on a CPU attention is in float32.
-
-    Its gradient takes twice as long there in bfloat16.
-    """
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        attention = target is torch.ops.aten.scaled_dot_product_attention.default and args[0].device.type == "cpu"
-        if not (attention and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
-            return super().call_function(target, args, kwargs)
-        with torch.autocast("cpu", enabled=False):
-            wide = map_tensors((args, kwargs), at_least_float32)
-            return super().call_function(target, *wide).to(args[0].dtype)
 
 
 class VectorsRun(TrainingRun):

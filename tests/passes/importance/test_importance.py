@@ -221,6 +221,89 @@ def test_scores_from_activations_are_those_from_gradients(
             np.testing.assert_allclose(found.units[group], row, rtol=1e-5, atol=1e-6 * row.max())
 
 
+class TokensFirst(nn.Module):
+    """Its products read tokens before samples: in a batch their rows are not those of one sample after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.head = (
+            nn.Embedding(30, 6),
+            nn.Linear(6, 8),
+            nn.Linear(8, 6),
+            nn.Linear(6, 30),
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        tokens, samples = ids.shape[1], ids.shape[0]
+        rows = self.embed(ids).transpose(0, 1).reshape(tokens * samples, 6)
+        x = rows + self.down(self.up(rows).relu())
+        return self.head(x).reshape(tokens, samples, 30).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "model",
+    tiers(
+        [
+            ("llama", "vector", True),
+            ("qwen2", "second", True),  # with biases
+            ("qwen3", "second", True),
+            ("phi3", "second", True),
+            ("gpt2", "vector", True),  # with biases, and samples and tokens in one axis
+            ("tokens first", "second", False),
+            ("mixtral", "second", False),  # whose experts read some rows
+            ("llama", "mix", False),
+        ],
+        ("qwen2", "second", True),
+        ("gpt2", "vector", True),
+        ("tokens first", "second", False),
+        ("mixtral", "second", False),
+    ),
+)
+def test_a_batch_gives_the_scores_of_its_samples_one_by_one(model: tuple[str, str, bool]) -> None:
+    name, order, together = model
+    torch.manual_seed(0)
+    if name == "tokens first":
+        dense = discover(TokensFirst().eval(), {"ids": token_ids() % 30})
+    else:
+        dense = discover(tiny(name))
+    with torch.no_grad():
+        for bias in (p for n, p in dense.named_parameters() if n.endswith("bias")):
+            bias.normal_(std=0.1)
+    short = [row[None, :5] for row in token_ids(2)]
+    calibrate(dense, [row % 30 for row in (*token_ids(3).split(1), *short)])
+    before = {n: p.detach().clone() for n, p in dense.named_parameters()}
+    totals: list[int] = []
+
+    def track(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        totals.append(total)
+        return items
+
+    want = scores_of(dense, "taylor", order=order, memory="fast")
+    for memory in ("fast", 1e-9):
+        found = scores_of(dense, "taylor", order=order, memory=memory, batch=2, track=track)
+        for group, row in want.units.items():
+            np.testing.assert_allclose(found.units[group], row, rtol=2e-5, atol=1e-6 * row.max())
+    assert totals[0] == (3 if together else 5), "two of three samples, one, and two shorter ones"
+    assert all(torch.equal(p, before[n]) for n, p in dense.named_parameters())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_in_bfloat16_scores_are_close_and_weights_untouched(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taylor, "_CACHED", 300)  # some rows at a time
+    torch.manual_seed(0)
+    dense = discover(tiny("qwen2"))
+    calibrate(dense, token_ids(4))
+    before = {n: p.detach().clone() for n, p in dense.named_parameters()}
+    for name, arguments in (("taylor", {"order": order}), ("wanda", {"readers_only": True})):
+        want = scores_of(dense, name, **arguments)
+        for memory in ({"memory": "fast"}, {"memory": 1e-9}, {"batch": 2}) if name == "taylor" else ({},):
+            found = scores_of(dense, name, precision="bf16", **arguments, **memory)
+            for group, row in want.units.items():
+                np.testing.assert_allclose(found.units[group], row, rtol=0.1, atol=0.05 * row.mean())
+            assert any((found.units[group] != row).any() for group, row in want.units.items())
+    assert all(torch.equal(p, before[n]) for n, p in dense.named_parameters())
+
+
 @pytest.mark.parametrize(("order", "memory"), [("mix", "fast"), ("first", "low"), ("second", "fast")])
 def test_units_that_no_loss_reads_score_zero(order: str, memory: str) -> None:
     """As those of a tower whose output the loss leaves out."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
 from fxprune.passes.tune.teacher import Teacher
-from fxprune.passes.tune.trained import StoredWeights, TrainedVectors, TrainedWeights, TrainingRun, VectorsRun
+from fxprune.passes.tune.trained import StoredWeights, TrainedVectors, TrainedWeights, VectorsRun
 from fxprune.passes.tune.tune import Training
 from torch import fx, nn
 
@@ -23,7 +23,7 @@ from fxprune.errors import ArgumentError, CalibrationError
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
 from fxprune.masking.compare import Verified
-from fxprune.masking.masked_run import UntouchedRun
+from fxprune.masking.masked_run import TrainingRun, UntouchedRun
 from fxprune.masking.teacher import TeacherBatches, TeacherLogits, divergence, rejection, run_logits
 from fxprune.offload import files, prefetch
 from fxprune.offload.files import offload_to
