@@ -134,24 +134,18 @@ def estimate(
     if has_vocab(options):
         what = "the vocabulary is chosen by the calibration text, which is not read"
         raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
-    # with random scores, and without what needs weights or samples
-    changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
-    given = {name: value for name, value in options.items() if name != "memory"} | changes
-    passes = fxprune.prune_pipeline(None, **given).passes
-    if any(step.stage == "select" and needs_samples(step) for step in passes):
-        passes = fxprune.prune_pipeline(None, **{**given, "select": "select-by-ratio"}).passes
-    quick = [step for step in passes if step.name != "emit-model"]
+    passes = _without_weights(options)
+    choosing = next(place for place, step in enumerate(passes) if step.stage == "select")
     with working("tracing the model without its weights"):
         empty = load_config_only(locate_model(model), gguf_file)
-        for step in quick:
+        for step in passes:
             step.foresee_model(empty)
         inputs = inputs_like(empty, prepared.samples)
         # a cache and activations are counted for each token, which takes axes of any number of tokens
         traced = fxprune.trace(empty, inputs, dynamic=options.get("target") is not None).graph_module
-        choosing = next(place for place, step in enumerate(quick) if step.stage == "select")
-        fxprune.Pipeline(quick[:choosing])(traced)  # these change nothing, and record facts in the graph
-        result = fxprune.Result.of(fxprune.Pipeline(quick[choosing:])(traced).graph_module)
-        reachable = _reachable(quick[choosing], traced)
+        fxprune.Pipeline(passes[:choosing])(traced)  # these change nothing, and record facts in the graph
+        result = fxprune.Result.of(fxprune.Pipeline(passes[choosing:])(traced).graph_module)
+        reachable = _reachable(passes[choosing], traced)
     named = getattr(empty.config, "dtype", None) if dtype is None else getattr(torch, dtype)
     size = named.itemsize if isinstance(named, torch.dtype) else 4
     report = result.report
@@ -181,6 +175,16 @@ def estimate(
         read=read,
         written=written,
     )
+
+
+def _without_weights(options: Mapping[str, Any]) -> list[Any]:
+    """The passes of a prune with random scores, and without what needs weights or samples."""
+    changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
+    given = {name: value for name, value in options.items() if name != "memory"} | changes
+    passes = fxprune.prune_pipeline(None, **given).passes
+    if any(step.stage == "select" and needs_samples(step) for step in passes):
+        passes = fxprune.prune_pipeline(None, **{**given, "select": "select-by-ratio"}).passes
+    return [step for step in passes if step.name != "emit-model"]
 
 
 def _disk_traffic(
