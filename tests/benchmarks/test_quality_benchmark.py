@@ -262,6 +262,8 @@ def test_rows_of_an_earlier_version_of_a_recipe_are_marked() -> None:
         assert f"| {one.entry} † | 1 | x" in page and "| fast | 1 | x" in page and "| fast, heads too | 1 |" in page
     page = quality_page(as_data(dense, replace(fast, passes=best.passes), best, changed))
     assert "| best | 1 | x" in page and "| fast, heads too † | 1 | x1.00" in page, "compared with an earlier version"
+    own = quality_page(as_data(dense, row("fast, random units", 0, 14.0)))
+    assert "| fast, random units | 1 | x" in own, "a pass of the benchmark's own, which no text names"
 
 
 def test_rows_are_compared_window_by_window() -> None:
