@@ -138,7 +138,7 @@ class Section:
         every = dict(self.entries(ratio))
         drawn = {name: {row.draw: row.at(length) for row in rows} for name, rows in every.items()}
         for name, other in pairs:
-            ours, theirs = drawn[name], drawn.get(other, {})
+            ours, theirs = drawn.get(name, {}), drawn.get(other, {})
             draws = sorted(ours.keys() & theirs.keys())
             by_text = [
                 [compare(ours[draw][text], theirs[draw][text]) for draw in draws
