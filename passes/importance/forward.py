@@ -27,7 +27,7 @@ from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
 from fxprune.rules.registry import Values, find_rule
 
-from .base import ImportancePass, Positions, axis_sums, require_finite
+from .base import PRECISION, ImportancePass, Positions, axis_sums, require_finite
 
 Place = tuple[fx.Node, int]
 """A value, and the axis of it that products sum over."""
@@ -205,11 +205,7 @@ class WandaImportancePass(ForwardImportancePass):
         """Count only the weights that read a unit, if there are any. Those that compute it have other units as inputs,
         whose norms say nothing about this one; a few of these norms are often hundreds of times the others.""",
     )
-    precision: Precision = argument(
-        "float32",
-        """Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it
-        natively and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes.""",
-    )
+    precision: Precision = argument("float32", PRECISION)
 
     def cost(self, samples: int) -> PassCost:
         return replace(super().cost(samples), weights=0.0 if self.precision == "float32" else 0.5)

@@ -40,7 +40,7 @@ from fxprune.rules.products import LoneProduct, lone_products
 from fxprune.rules.registry import regroups, writes, written_sources
 from fxprune.trace.fidelity import require_gradients
 
-from .base import ImportancePass, Positions, axis_sums, memory_limit, parts_within
+from .base import PRECISION, ImportancePass, Positions, axis_sums, memory_limit, parts_within
 from .forward import ForwardImportancePass
 from .reconstruction import costs_in_turn
 
@@ -266,11 +266,7 @@ class TaylorImportancePass(ImportancePass):
         check=memory_limit,
     )
     samples: int | None = argument(None, "Calibration samples, evenly spread; None for all.", least=1)
-    precision: Precision = argument(
-        "float32",
-        """Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it
-        natively and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes.""",
-    )
+    precision: Precision = argument("float32", PRECISION)
     batch: int = argument(
         1,
         """Samples that run at once. Their gradients stay apart: for ``vector`` and ``second``, where the loss is that
@@ -295,7 +291,8 @@ class TaylorImportancePass(ImportancePass):
         # bytes kept for each weight, itself included if it is prefetched
         costs = {name: 4.0 * (max(kept, 1) if self.memory == "low" else kept) * tensors[name].numel() for name in axes}
         recorded: dict[str, LoneProduct] = {}
-        for name, product in recordable_products(graph_module).items() if kept else ():
+        products = recordable_products(graph_module) if kept or bf16 or self.batch > 1 else {}
+        for name, product in products.items() if kept else ():
             activations = 4.0 * tokens * sum(tensors[name].shape)
             if activations < costs.get(name, 0.0):
                 recorded[name], costs[name] = product, activations
@@ -305,16 +302,19 @@ class TaylorImportancePass(ImportancePass):
         parts = parts_within(self.memory, graph_module, costs, tokens)
         # of a weight that no loss reads, as of a layer behind the one that is used
         zeros = {(name, axis): torch.zeros(tensors[name].shape[axis]) for name, axis in wanted}
-        batches = self._batches(graph_module, samples, axes)
-        return zeros | _GradientSweep(graph_module, batches, axes, self.order, parts, recorded, bf16=bf16).run()
+        batches = self._batches(graph_module, samples, axes, products.values())
+        sweep = _GradientSweep(graph_module, batches, axes, self.order, parts, products, recorded, bf16=bf16)
+        return zeros | sweep.run()
 
-    def _batches(self, graph_module: fx.GraphModule, samples: Sequence[Sample], axes: Axes) -> list[list[Sample]]:
+    def _batches(
+        self, graph_module: fx.GraphModule, samples: Sequence[Sample], axes: Axes, products: Iterable[LoneProduct]
+    ) -> list[list[Sample]]:
         """The samples that run at once: one, unless :attr:`batch` allows more."""
         objective = facts_of(graph_module).get(Objective) or Objective()
         size = 1 if _KEPT[self.order] else batch_size(graph_module, samples, self.batch)
         next_token = objective.next_token and all(sample.labels.numel() for sample in samples)
         if size > 1 and next_token and objective.own is None and gives_classes(graph_module):
-            apart = [one for one in recordable_products(graph_module).values() if _is_by_sample(one)]
+            apart = [one for one in products if _is_by_sample(one)]
             if axes.keys() <= {name for one in apart if one.name in axes for name in (one.name, one.bias)}:
                 numbers = batch_indices(samples, graph_module, size)
                 return [[samples[i] for i in together] for together in numbers]
@@ -338,6 +338,7 @@ class _GradientSweep:
         axes: Axes,
         order: Order,
         parts: Sequence[Part],
+        products: Mapping[str, LoneProduct],
         recorded: Mapping[str, LoneProduct],
         *,
         bf16: bool = False,
@@ -359,10 +360,9 @@ class _GradientSweep:
         self.narrow: dict[str, torch.Tensor] = {}
         """Weights of the running part in bfloat16, by name."""
         at_once = bf16 or self.total > len(batches)
-        products = recordable_products(graph_module) if at_once else {}
         self.cast = set(products) if bf16 else set()
         """Weights that are cast once for all samples of a part."""
-        self.summed = [one for one in products.values() if one.name in axes and not _KEPT[order]]
+        self.summed = [one for one in products.values() if at_once and one.name in axes and not _KEPT[order]]
         """Products whose weights, and biases, have gradients that become slice sums at once."""
         self.apart = {name for one in self.summed for name in (one.name, one.bias)}
         """The names of these."""
