@@ -35,8 +35,8 @@ from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.removal.removal import REDUCTIONS, Scores, score_groups
 
 PRECISION = (
-    "Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it natively "
-    "and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes."
+    "Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it "
+    "natively and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes."
 )
 """What the argument ``precision`` of a criterion says of itself."""
 
