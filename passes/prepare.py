@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -93,11 +94,12 @@ class CalibratePass(Pass):
     added: int = argument(
         0,
         """Largest number of samples that the model generates, in all kinds of text that it knows, in addition to those
-        given: the given text alone makes a model good at such text and worse at others. Of the given samples, at most
-        twice this number are used, evenly spread, and half as many as are used are generated; none if the model cannot
-        generate, or reads more than token ids.""",
+        given: the given text alone makes a model good at such text and worse at others. For each given sample
+        ``per_given`` are generated, and no more of the given ones are used, evenly spread, than that takes; none are
+        generated if the model cannot generate, or reads more than token ids.""",
         least=0,
     )
+    per_given: float = argument(0.5, "Samples that the model generates for each one given, up to ``added``.", above=0)
     programs: float = argument(
         0.0,
         """Fraction of the generated samples that begin like programs, in ten programming languages, so that a model
@@ -135,10 +137,14 @@ class CalibratePass(Pass):
         if self.substitutes:
             sweeps = self.tokens * generation_rounds(self.generated, self.programs, self.languages)
             return PassCost(runs=3.0 * self.generated, batch=1, sweeps=sweeps)
-        taken = min(samples, 2 * self.added) if self.added else samples
-        generated = min(self.added, taken // 2)
+        taken, generated = self._shares(samples)
         sweeps = self.tokens * generation_rounds(generated, self.programs, self.languages, chats=False)
         return PassCost(runs=3.0 * generated, batch=1, given=taken + generated, sweeps=sweeps)
+
+    def _shares(self, given: int) -> tuple[int, int]:
+        """How many of the given samples are used, and how many are generated in addition."""
+        taken = min(given, math.ceil(self.added / self.per_given)) if self.added else given
+        return taken, min(self.added, int(taken * self.per_given))
 
     def check_arguments(self) -> None:
         if is_text(self.data):
@@ -234,12 +240,12 @@ class CalibratePass(Pass):
 
     def _with_added(self, graph_module: fx.GraphModule, every: tuple[Sample, ...]) -> tuple[tuple[Sample, ...], int]:
         """Samples given and samples that the model generated, shuffled, and the number of the latter."""
-        name, given = token_input(graph_module), spread(every, 2 * self.added)
+        taken, count = self._shares(len(every))
+        name, given = token_input(graph_module), spread(every, taken)
         read = {key for sample in given for key, value in sample.inputs.items() if isinstance(value, torch.Tensor)}
-        if len(given) < 2 or name is None or read != {name} or any(sample.own is not None for sample in given):
+        if not count or name is None or read != {name} or any(sample.own is not None for sample in given):
             return every, 0
         length = int(median_low(sample.inputs[name].shape[-1] for sample in given))
-        count = min(self.added, len(given) // 2)
         found = broadcast_object(self._generate(graph_module, count, min(length, self.tokens), chats=False))
         if isinstance(found, str):
             return every, 0

@@ -304,6 +304,6 @@ def test_what_was_trained_is_read_from_the_pipeline() -> None:
     }
     assert told["fast"] == ("", 0)
     assert told["balanced"] == ("all weights", (300 + 150) * 128)
-    assert told["best"] == ("all weights", 3 * (300 + 150) * 128)
+    assert told["best"] == ("all weights", 3 * (300 + 600) * 128)
     written = fxprune.prune_pipeline(None, recipe="balanced", tokenizer=character_tokenizer())
     assert trained_by(written, 0, 128)[1] == 384 * 128

@@ -93,7 +93,7 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
         ("balanced", 3 * 128 + (192 + 3 * 128) + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
         ("balanced, twice", 3 * 128 + (192 + 3 * 128) + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
         # generated samples, scores, teacher logits of three copies, a fit, an epoch of tuning, nine measurements
-        ("best", 3 * (1024 - GENERAL) + (256 + 3 * 128) + (3 * 1024 + 16) + 4 * 128 + 3 * 3 * 1024 + 9 * 16),
+        ("best", 3 * (3072 - GENERAL) + (256 + 3 * 256) + (3 * 3072 + 16) + 4 * 128 + 3 * 3 * 3072 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients of as many samples as the paper uses
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
     ],

@@ -111,6 +111,10 @@ def test_generated_samples_are_added_to_those_given(graph_module: fx.GraphModule
     many = CalibratePass(data=given, tokenizer=character_tokenizer(), added=99, samples=6)
     assert facts_of(many(fork(graph_module)).graph_module)[Calibration].written == 3
     assert many.cost(6).runs == 9 and CalibratePass(added=4, written=9).cost(0).runs == 9
+    shares = [CalibratePass(added=8, per_given=2.0, written=9, data=given).cost(n) for n in (1, 3, 9)]
+    assert [(cost.given, cost.runs) for cost in shares] == [(3, 6), (9, 18), (12, 24)], "two for each, of four"
+    few = CalibratePass(data=given, tokenizer=character_tokenizer(), added=4, per_given=0.1)
+    assert few.cost(9).given == 9 and facts_of(few(fork(graph_module)).graph_module)[Calibration].written == 0
     with offload_to(tmp_path):
         there = facts_of(step(fork(graph_module)).graph_module)[Calibration]
     assert there.written == 4, "weights in files generate too"

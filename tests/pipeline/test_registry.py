@@ -110,7 +110,7 @@ def test_an_argument_that_is_an_object_has_no_default_to_write() -> None:
     arguments = {argument: (default, doc) for argument, default, doc in arguments_of(pass_class("calibrate"))}
     assert arguments["tokens"][0] == "128" and arguments["tokens"][1]
     assert arguments["data"][0] == "" and arguments["file"][0] == "''"
-    expected = "calibrate{tokens=128, written=0, added=0, programs=0.0, languages=0.25, seed=0}"
+    expected = "calibrate{tokens=128, written=0, added=0, per_given=0.5, programs=0.0, languages=0.25, seed=0}"
     assert example_of(pass_class("calibrate")) == expected
     assert (
         plain("``ratio`` of :data:`ORDERS`, see :func:`~fxprune.prune`") == "`ratio` of `ORDERS`, see `fxprune.prune`"
