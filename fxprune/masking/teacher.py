@@ -13,16 +13,20 @@ from torch.autograd.function import once_differentiable
 from fxprune.data.calibration import IGNORED, Sample, batch_indices, batched, next_token_loss
 from fxprune.errors import PassError
 from fxprune.graph.tensors import returned_nodes, weight_bytes
-from fxprune.masking.masked_run import UntouchedRun, output_tensors
+from fxprune.masking.masked_run import MaskedRun, UntouchedRun, output_tensors
 from fxprune.masking.objective import class_scores, gives_classes
 from fxprune.masking.parts import Part, PartRuns, output_numel, parts_by_weights, run_in_parts
 from fxprune.offload.files import is_offloading
-from fxprune.offload.prefetch import compute_device, current_prefetcher, gathers_weights, use_bf16
+from fxprune.offload.prefetch import autocast, compute_device, current_prefetcher, gathers_weights, use_bf16
 from fxprune.offload.ranks import batch_for_all, deal, gathered, shard_indices
+from fxprune.removal.removal import Removal
 from fxprune.rules.registry import written_sources
 
 _LARGEST_LOGITS = 0.05
 """Logits of a batch beside the bytes of weights in files: three copies of them are as much as a part of the model."""
+
+_KEPT, _BATCH = 64, 4
+"""Classes at each position, and samples that run at once, of the divergence of a masked graph."""
 
 _LEAST = 1e-7
 """Floor of a probability: a step of float32 at 1, below which a sum of probabilities is not resolved."""
@@ -192,6 +196,44 @@ class TeacherBatches:
             share=len(mine) / len(numbers),
             counted=sum(counts[i] for i in mine) / max(1, sum(counts.values())),
         )
+
+
+def mean_error(
+    error: Callable[[torch.Tensor, TeacherBatch], torch.Tensor],
+    logits: Callable[[TeacherBatch], torch.Tensor],
+    dealt: Iterable[tuple[TeacherBatch, bool]],
+    positions: int,
+) -> float:
+    """The mean over positions of an error of logits, over the batches of all processes: see :func:`deal_in_step`."""
+    with torch.no_grad():
+        found = [(float(error(logits(batch), batch)) * batch.positions, counts) for batch, counts in dealt]
+    return sum(gathered([value for value, counts in found if counts])) / positions
+
+
+def divergence_by_removal(
+    graph_module: fx.GraphModule, samples: Sequence[Sample], where: str
+) -> Callable[[Removal], float]:
+    """A function that gives the divergence of the masked graph from the dense one, in nats per position.
+
+    Both run in bfloat16 if the device supports it natively and no op of the graph refuses it.
+
+    Args:
+        where: the name of the pass, for messages.
+    """
+    bf16, device = logits_use_bf16("auto", graph_module, samples[0], where), compute_device(graph_module)
+    with autocast(device, bf16):
+        recorded = record_teacher_logits(graph_module, samples, _KEPT, _BATCH, lambda batches, _: batches)
+    batches = TeacherBatches(recorded, graph_module, batch_size(graph_module, samples, _BATCH))
+    dealt = deal_in_step(batches)
+
+    def of(removal: Removal) -> float:
+        def logits(batch: TeacherBatch) -> torch.Tensor:
+            return run_logits(MaskedRun(graph_module, removal).in_step(), batch.inputs)
+
+        with autocast(device, bf16):
+            return mean_error(divergence, logits, dealt, batches.positions)
+
+    return of
 
 
 def deal_in_step(batches: TeacherBatches) -> list[tuple[TeacherBatch, bool]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from math import prod
@@ -21,7 +21,7 @@ from torch import fx
 from fxprune.axes import Index
 from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, clear_sample_errors, spread
 from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.groups import Consumer, Group, Groups, units_at
+from fxprune.discovery.groups import Consumer, Group, Groups, bare_kind, units_at
 from fxprune.errors import CalibrationError
 from fxprune.graph.compat import is_free
 from fxprune.graph.facts import Fact, Runnable, facts_of
@@ -30,7 +30,7 @@ from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
 from fxprune.masking.objective import Objective, gives_classes, sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
 from fxprune.masking.teacher import batch_size, logits_use_bf16
-from fxprune.offload.files import cached, caching, is_caching, offloaded, uncache
+from fxprune.offload.files import cached, caching, is_caching, offloaded, resume_scope, uncache
 from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
 from fxprune.pipeline.arguments import Memory, Order, Precision, argument
@@ -274,12 +274,32 @@ class TaylorImportancePass(ImportancePass):
         else they run one by one.""",
         least=1,
     )
+    channel_samples: int | None = argument(
+        None,
+        """Samples for residual width beside other kinds, over which its scores settle sooner: each is a sum over nearly
+        all weights, and takes as long as the scores of all other kinds. None for all.""",
+        least=1,
+    )
 
     def cost(self, samples: int) -> PassCost:
         taken = min(self.samples or samples, samples)
+        kinds = {*map(bare_kind, self.kinds)}
+        again = min(self.channel_samples or 0, samples) if "channel" in kinds and len(kinds) > 1 else 0
         sums = LOW_MEMORY if self.memory == "low" and _KEPT[self.order] else _KEPT[self.order]
         sums += 0.0 if self.precision == "float32" else 0.5
-        return PassCost(runs=3.0 * taken, batch=min(self.batch, taken), backward=True, outputs=3, weights=sums)
+        runs = 3.0 * (taken + again)
+        return PassCost(runs=runs, batch=min(self.batch, taken), backward=True, outputs=3, weights=sums)
+
+    def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
+        channels = tuple(group for group in groups if group.kind == "channel")
+        others = tuple(group for group in groups if group.kind != "channel")
+        if self.channel_samples is None or not channels or not others:
+            return super().score(graph_module, groups)
+        found = super().score(graph_module, others)
+        with resume_scope("channels"):
+            again = replace(self, samples=self.channel_samples, channel_samples=None).score(graph_module, channels)
+        units = {**found.units, **again.units}
+        return Scores({group.name: units[group.name] for group in groups})
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
         axes: dict[str, list[int]] = {}

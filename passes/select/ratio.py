@@ -13,6 +13,7 @@ import numpy as np
 from torch import fx, nn
 
 from fxprune.axes import Factor
+from fxprune.data.calibration import Calibration, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups, as_kinds, bare_kind
 from fxprune.emit import stock_check
@@ -20,9 +21,11 @@ from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.speed import times_file
 from fxprune.graph.context import attempt
 from fxprune.graph.counting import count_parameters
-from fxprune.graph.facts import facts_of
+from fxprune.graph.facts import Fact, facts_of
 from fxprune.graph.tensors import device_of
-from fxprune.pipeline.arguments import argument, number
+from fxprune.masking.teacher import divergence_by_removal
+from fxprune.pipeline.arguments import argument, number, refuse
+from fxprune.pipeline.contract import PassCost
 from fxprune.removal.budget import Budget, check_budget, make_budget
 from fxprune.removal.removal import Array, Removal
 from fxprune.removal.target import (
@@ -57,6 +60,12 @@ _CLOSE = 0.005
 
 _REMEDY = "Ask for less, protect fewer layers or allow more kinds"
 _LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
+
+_MEASURED = 16
+"""Samples that a masked model is run on: differences between parts of the width are many times their error."""
+
+_ROUNDS = 4
+"""How often the rest is chosen, until it fits beside the residual width that goes."""
 
 _ENOUGH = 0.85
 """Threshold above which the kinds not in ``first`` shrink too, as a fraction of the units of those in it.
@@ -284,6 +293,16 @@ def _nearest(slot: Slot, fraction: float) -> Iterator[Choice]:
         yield i, removed
 
 
+def _check_parts(name: str, value: Any) -> tuple[float, ...]:
+    wanted = "fractions above 0 and at most 1, in rising order"
+    if not isinstance(value, tuple | list):
+        raise refuse(name, value, wanted)
+    found = tuple(float(number(name, one, above=0, most=1)) for one in value)
+    if list(found) != sorted({*found}):
+        raise refuse(name, value, wanted)
+    return found
+
+
 _check_ratio = partial(by_kind_or_one, check=partial(number, least=0, below=1, error=RatioError))
 
 
@@ -317,6 +336,15 @@ class SelectByRatioPass(SelectPass):
         check=check_target,
     )
     context: int = argument(0, "Tokens of context, for a target of memory; 0 for none.", least=0)
+    width: tuple[float, ...] = argument(
+        (),
+        """Parts of what is removed that residual width may be, in rising order, if ``channel`` is one of several
+        ``kinds``: the width stays, or the masked model is run on calibration samples with no part, the first, the
+        second, ..., as long as its divergence from the dense one falls. How much of its width a model can lose differs:
+        one with a large vocabulary has many parameters there.""",
+        check=_check_parts,
+    )
+    wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -427,9 +455,16 @@ class SelectByRatioPass(SelectPass):
             return self.ratio  # type: ignore[return-value]
         return 1 - amount_below(self.target, self._target, budget.total, budget.word) / budget.total
 
+    def cost(self, samples: int) -> PassCost:
+        """The dense model and every masked one, if residual width may go."""
+        if not self.width or "channel" not in map(bare_kind, self.kinds):
+            return PassCost()
+        measured = min(_MEASURED, samples)
+        return PassCost(runs=(2 + len(self.width)) * measured, batch=min(4, measured), outputs=4)
+
     def require_reachable(self, selection: Selection) -> None:
-        if self.uniform:  # widths that the stock class accepts do not depend on scores
-            SelectByRatioPass.choose(self, selection)
+        if self.uniform or self._width_is_measured(selection):  # widths that may be chosen do not depend on scores
+            next(self._trials(selection))
         elif not isinstance(self.ratio, tuple):
             self._require(selection, self._ratio(selection.budget), selection.budget.total)
         for spelled, ratio in self.ratio if isinstance(self.ratio, tuple) and not self.uniform else ():
@@ -455,13 +490,77 @@ class SelectByRatioPass(SelectPass):
         raise error
 
     def choose(self, selection: Selection) -> list[Choice]:
+        trials = self._trials(selection)
+        part, choices, notes = next(trials)
+        known = facts_of(selection.graph_module).get(Calibration)
+        if known is not None and self._width_is_measured(selection):
+            measure = divergence_by_removal(selection.graph_module, spread(known.samples, _MEASURED), self.name)
+            least = first = measure(selection.removal_for(choices))
+            for trial in trials:
+                found = measure(selection.removal_for(trial[1]))
+                if found >= least:
+                    break
+                least, (part, choices, notes) = found, trial
+            if part:
+                change = f"divergence of the masked model {least:.2f} in place of {first:.2f}"
+                selection.note(f"residual width is {part:.0%} of what is removed: {change}")
+        for line in notes:
+            selection.note(line)
+        return choices
+
+    def _width_is_measured(self, selection: Selection) -> bool:
+        """Whether residual width is one of several kinds that may shrink, and ``width`` says how far."""
+        kinds = {slot.kind for slot in selection.slots}
+        return bool(self.width) and not isinstance(self.ratio, tuple) and "channel" in kinds and len(kinds) > 1
+
+    def _trials(self, selection: Selection) -> Iterator[tuple[float, list[Choice], list[str]]]:
+        """Yield parts of what is removed that are residual width, with the choices for all slots and their notes.
+
+        Raises:
+            RatioError: there are no such choices with any part.
+        """
+        if not self._width_is_measured(selection):
+            notes: list[str] = []
+            yield 0.0, self._choose_all(replace(selection, note=notes.append)), notes
+            return
+        whole, total = [(0, 0)] * len(selection.slots), selection.budget.total
+        wanted, others = self._ratio(selection.budget) * total, {slot.kind for slot in selection.slots} - {"channel"}
+        tried, refused = list[list[Choice]](), None
+        for part in (0.0, *self.width):
+            decided = self._solve_of(selection, ("channel",), whole, part * wanted) if part else whole
+            if decided is None:
+                break
+            if decided in tried:  # the same width after rounding
+                continue
+            notes = []
+            rest = replace(_of_kinds(selection, others, decided), note=notes.append)
+            left = wanted - removed_by(selection.budget, selection.slots, decided)
+            try:
+                for _ in range(_ROUNDS):  # what is both a channel and in a narrower layer counts once
+                    notes.clear()
+                    choices = _merged(selection, others, decided, self._choose_rest(rest, max(left, 0.0) / total))
+                    left += wanted - removed_by(selection.budget, selection.slots, choices)
+            except RatioError as error:
+                refused = error
+            else:
+                tried.append(decided)
+                yield part, choices, notes
+        if not tried and refused is not None:
+            raise refused
+
+    def _choose_all(self, selection: Selection) -> list[Choice]:
+        """Choices for all slots, whatever ``width`` says."""
+        if not isinstance(self.ratio, tuple):
+            return self._choose_rest(selection, self._ratio(selection.budget))
         whole = [(0, 0)] * len(selection.slots)
-        if isinstance(self.ratio, tuple):
-            for spelled, ratio in self.ratio:
-                kind = bare_kind(spelled)
-                whole = self._choose_of(selection, (kind,), whole, ratio, selection.sizes.get(kind, 0.0))
-            return whole
-        total, ratio = selection.budget.total, self._ratio(selection.budget)
+        for spelled, ratio in self.ratio:
+            kind = bare_kind(spelled)
+            whole = self._choose_of(selection, (kind,), whole, ratio, selection.sizes.get(kind, 0.0))
+        return whole
+
+    def _choose_rest(self, selection: Selection, ratio: float) -> list[Choice]:
+        """Choices that remove a fraction of the budget, by the kinds in ``first`` if they suffice."""
+        whole, total = [(0, 0)] * len(selection.slots), selection.budget.total
         own = sum(selection.sizes.get(kind, 0.0) for kind in self.first)
         for_memory = bool(self.context) and own < sum(selection.sizes.values()) - own  # of which they are a small part
         if for_memory or not any(slot.kind in self.first for slot in selection.slots):

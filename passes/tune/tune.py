@@ -30,6 +30,7 @@ from fxprune.masking.teacher import (
     batch_size,
     deal_in_step,
     divergence,
+    mean_error,
     rejection,
     run_logits,
 )
@@ -41,7 +42,6 @@ from fxprune.offload.ranks import (
     broadcast,
     broadcast_object,
     check_same,
-    gathered,
     is_first,
 )
 from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty, refuse
@@ -256,12 +256,8 @@ class Training:
 
     def _measure(self) -> float:
         """The error on held-out samples, a mean over positions, in the precision of a step."""
-        with torch.no_grad(), autocast(self.device, self.bf16):
-            found = [
-                (float(self._error(self._logits(batch), batch)) * batch.positions, counts)
-                for batch, counts in self.heldout
-            ]
-        return sum(gathered([error for error, counts in found if counts])) / self.measured
+        with autocast(self.device, self.bf16):
+            return mean_error(self._error, self._logits, self.heldout, self.measured)
 
     def _predicts_next(self) -> bool:
         """Whether the model predicts next tokens: the label is an input, and no output depends on later inputs."""

@@ -1,7 +1,7 @@
 """Every criterion against plain PyTorch: gradients by autograd, slices by hand, formulas as the design has them."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx, nn
 import fxprune
 from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import facts_of
+from fxprune.offload.files import offload_to
 from fxprune.pipeline.contract import Track, tracking
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import REDUCTIONS, Removal, Scores
@@ -498,3 +499,25 @@ def test_a_criterion_that_runs_backward_leaves_no_gradient() -> None:
 
     fxprune.prune(model, importance=criterion(give), **OPTIONS)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_residual_width_is_scored_on_fewer_samples_beside_other_kinds(tmp_path: Path) -> None:
+    work = discover(tiny("llama"))
+    load_pass("calibrate", data=token_ids(6, 8))(work)
+    kinds = ("mlp", "channel")
+
+    def scores(**arguments: Any) -> Mapping[str, Any]:
+        load_pass("taylor", order="second", **arguments)(work)
+        return facts_of(work)[Scores].units
+
+    both, few = scores(kinds=kinds, samples=6, channel_samples=2), scores(kinds=("channel",), samples=2)
+    alone, every = scores(kinds=("channel",), samples=6, channel_samples=2), scores(kinds=kinds, samples=6)
+    (wide,) = few
+    assert list(both) == list(every)
+    assert all(np.array_equal(both[name], every[name]) for name in both if name != wide)
+    np.testing.assert_array_equal(both[wide], few[wide])
+    np.testing.assert_array_equal(alone[wide], every[wide])
+    with offload_to(tmp_path):
+        np.testing.assert_allclose(scores(kinds=kinds, samples=6, channel_samples=2)[wide], few[wide], rtol=1e-5)
+    step = load_pass("taylor", kinds=kinds, channel_samples=2)
+    assert step.cost(6).runs == 24 and load_pass("taylor", channel_samples=2).cost(6).runs == 18

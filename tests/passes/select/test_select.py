@@ -12,8 +12,10 @@ from fxprune.passes.select.base import Option, Rounding, make_slots, protected_b
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
+from torch.fx import Interpreter
 
 from fxprune.axes import Factor, product
+from fxprune.data.calibration import Calibration
 from fxprune.discovery.groups import Group, Member
 from fxprune.errors import (
     ArgumentError,
@@ -24,7 +26,9 @@ from fxprune.errors import (
     UnknownNameError,
 )
 from fxprune.graph.counting import count_parameters
-from fxprune.graph.facts import Notes, facts_of
+from fxprune.graph.facts import Notes, facts_of, fork
+from fxprune.masking.masked_run import MaskedRun
+from fxprune.masking.teacher import divergence_by_removal
 from fxprune.pipeline.arguments import read_steps
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
@@ -75,6 +79,108 @@ def widths(state: Removal, kind: str, size: int | None = None) -> list[int]:
     """Units left in the groups of a kind, block by block."""
     groups = [g for g in state.groups if g.kind == kind and g.factor is not None and size in (None, g.size)]
     return [state.keep.count(group.factor) for group in groups if group.factor is not None]
+
+
+@pytest.fixture
+def calibrated(dense: fx.GraphModule) -> fx.GraphModule:
+    """A copy with calibration samples, and scores of all kinds."""
+    work = fork(dense)
+    load_pass("calibrate", data=token_ids(4, 12))(work)
+    load_pass("l2", kinds=(*BOTH, "channel"))(work)
+    return work
+
+
+def choose_width(graph: fx.GraphModule, **arguments: Any) -> Removal:
+    """What is decided with some parts of the residual width to try."""
+    made = {"kinds": (*BOTH, "channel"), "ratio": 0.2, "width": (0.25, 0.5, 0.75), "protect": ()}
+    load_pass("select-by-ratio", **made | arguments)(graph)
+    return facts_of(graph)[Removal]
+
+
+@pytest.mark.parametrize(
+    ("measured", "part"), [([3, 4], 0), ([3, 2, 2], 0.25), ([3, 2, 1, 5], 0.5), ([4, 3, 2, 1], 0.75)]
+)
+def test_residual_width_goes_as_far_as_the_divergence_falls(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, measured: list[int], part: float
+) -> None:
+    left = list(measured)
+
+    def measure(*_: Any) -> Any:
+        return lambda _: left.pop(0)
+
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", measure)
+    state = choose_width(calibrated, first=("mlp",))
+    assert widths(state, "channel") == [round(128 * (1 - 0.2 * part))] and widths(state, "head", KV) == [KV] * LAYERS
+    assert parameters_left(calibrated, state.plan) == pytest.approx(0.8 * count_parameters(calibrated), rel=0.005)
+    notes = [line for line in facts_of(calibrated)[Notes].lines if "residual width is" in line]
+    assert len(notes) == (part > 0) and not left, "none is measured once one is no better"
+    assert all(f"is {part:.0%} of what is removed: divergence of the masked model" in line for line in notes)
+
+
+def test_a_width_that_rounding_makes_the_same_is_measured_once(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def measure(*_: Any) -> Any:
+        def of(removal: Removal) -> float:
+            measured.extend(widths(removal, "channel"))
+            return -len(measured)
+
+        return of
+
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", measure)
+    state = choose_width(calibrated, width=(0.01, 0.25, 0.3, 0.9), round_to={"channel": 16})
+    assert measured == [128, 112]
+    assert widths(state, "channel") == measured[-1:]
+
+
+def test_the_divergence_of_a_removal_is_that_of_the_masked_model(calibrated: fx.GraphModule) -> None:
+    samples = facts_of(calibrated)[Calibration].samples
+    measure = divergence_by_removal(calibrated, samples, "here")
+    found = {}
+    for part in (0.0, 0.5):
+        state = choose_width(calibrated, width=(), ratio={"channel": 0.2 * part, "mlp": 0.2})
+        divergences = []
+        with torch.no_grad():
+            for sample in samples:
+                ids = sample.inputs["input_ids"]
+                p, q = (
+                    run.run(ids)[0].log_softmax(-1) for run in (MaskedRun(calibrated, state), Interpreter(calibrated))
+                )
+                divergences.append(float((q.exp() * (q - p)).sum(-1).mean()))
+        found[part] = measure(state)
+        assert found[part] == pytest.approx(float(np.mean(divergences)), rel=0.05), (
+            "bfloat16, and the likeliest classes"
+        )
+    assert measure(state) == found[0.5] != found[0.0] > 0
+
+
+def test_width_stays_whole_without_samples_and_is_not_measured_alone(
+    dense: fx.GraphModule, calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", None)
+    alone = choose_width(calibrated, kinds=("channel",))
+    assert widths(alone, "channel") == [pytest.approx(128 * 0.8, abs=1)]
+    by_kind = choose_width(calibrated, ratio={"channel": 0.1, "mlp": 0.1})
+    assert widths(by_kind, "channel") == [pytest.approx(128 * 0.9, abs=1)]
+    without = choose_width(calibrated, kinds=BOTH)
+    assert widths(without, "channel") == [128]
+    load_pass("l2", kinds=(*BOTH, "channel"))(dense)
+    assert widths(choose_width(dense), "channel") == [128], "no samples"
+    assert load_pass("select-by-ratio", kinds=("mlp", "exact-channel"), width=(0.3, 0.5)).cost(99).runs == 4 * 16
+    assert load_pass("select-by-ratio", width=(0.3, 0.5)).cost(99).runs == 0
+    for wrong in ((0.5, 0.25), (0.0,), (1.5,), 0.5, (0.5, 0.5), "half"):
+        with pytest.raises(ArgumentError, match="width"):
+            load_pass("select-by-ratio", width=wrong)
+
+
+def test_a_ratio_beyond_all_other_kinds_takes_width_and_one_beyond_all_is_refused(calibrated: fx.GraphModule) -> None:
+    state = choose_width(calibrated, kinds=("head", "channel"), ratio=0.3)
+    assert widths(state, "channel")[0] < 128
+    assert parameters_left(calibrated, state.plan) == pytest.approx(0.7 * count_parameters(calibrated), rel=0.01)
+    with pytest.raises(RatioError, match="cannot be removed"):
+        choose_width(calibrated, kinds=("head", "channel"), ratio=0.9, width=(0.1,))
 
 
 def test_a_part_alone_loses_units_and_the_whole_counts_in_the_ratio(dense: fx.GraphModule) -> None:
