@@ -14,7 +14,7 @@ from torch import fx
 import fxprune
 from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.groups import Groups
+from fxprune.discovery.groups import DEFAULT_KINDS, Groups
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
 from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
@@ -94,7 +94,7 @@ def _less_varied() -> Recipe:
 
 def _width_too(name: str) -> Recipe:
     """A recipe that removes residual width as far as the masked model agrees better with the dense one then."""
-    recipe, kinds = read_recipe(name), ("mlp", "head", "conv", "channel")
+    recipe, kinds = read_recipe(name), (*DEFAULT_KINDS, "channel")
     recipe.set_arguments("importance", {"kinds": kinds, "channel_samples": 24})
     recipe.set_arguments("select", {"kinds": kinds, "width": (0.2, 0.35, 0.5, 0.65)})
     return recipe

@@ -38,7 +38,7 @@ PRECISION = (
     "Precision of the products: ``float32``, ``bf16``, or ``auto``, which is ``bf16`` if the device supports it "
     "natively and no op of the graph refuses it. In ``bf16`` there is a copy of the weights in half their bytes."
 )
-"""What the argument ``precision`` of a criterion says of itself."""
+"""Documentation of the argument ``precision``, the same for all criteria that have it."""
 
 Positions = dict[tuple[str, int], torch.Tensor]
 """By parameter and axis: a score for each position along the axis."""

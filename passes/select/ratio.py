@@ -65,7 +65,7 @@ _MEASURED = 16
 """Samples that a masked model is run on: differences between parts of the width are many times their error."""
 
 _ROUNDS = 4
-"""How often the rest is chosen, until it fits beside the residual width that goes."""
+"""Solutions for the other kinds beside a given residual width, each corrected by what the last one missed."""
 
 _ENOUGH = 0.85
 """Threshold above which the kinds not in ``first`` shrink too, as a fraction of the units of those in it.
@@ -338,10 +338,10 @@ class SelectByRatioPass(SelectPass):
     context: int = argument(0, "Tokens of context, for a target of memory; 0 for none.", least=0)
     width: tuple[float, ...] = argument(
         (),
-        """Parts of what is removed that residual width may be, in rising order, if ``channel`` is one of several
-        ``kinds``: the width stays, or the masked model is run on calibration samples with no part, the first, the
-        second, ..., as long as its divergence from the dense one falls. How much of its width a model can lose differs:
-        one with a large vocabulary has many parameters there.""",
+        """Candidate shares of residual width in the removed parameters, in rising order, tried if ``channel`` is one of
+        several ``kinds``. Starting from no share, the masked model is run on calibration samples with each, as long as
+        its divergence from the dense model falls. A model with a large vocabulary has many parameters there, and can
+        lose more of its width. Empty, or without samples: the width stays whole.""",
         check=_check_parts,
     )
     wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration)
@@ -514,10 +514,10 @@ class SelectByRatioPass(SelectPass):
         return bool(self.width) and not isinstance(self.ratio, tuple) and "channel" in kinds and len(kinds) > 1
 
     def _trials(self, selection: Selection) -> Iterator[tuple[float, list[Choice], list[str]]]:
-        """Yield parts of what is removed that are residual width, with the choices for all slots and their notes.
+        """Candidate selections by rising share of residual width: the share, the choice for each slot, and notes.
 
         Raises:
-            RatioError: there are no such choices with any part.
+            RatioError: the ratio is out of reach with every share.
         """
         if not self._width_is_measured(selection):
             notes: list[str] = []
@@ -536,7 +536,8 @@ class SelectByRatioPass(SelectPass):
             rest = replace(_of_kinds(selection, others, decided), note=notes.append)
             left = wanted - removed_by(selection.budget, selection.slots, decided)
             try:
-                for _ in range(_ROUNDS):  # what is both a channel and in a narrower layer counts once
+                # an element in the row of a channel and in that of another unit counts once
+                for _ in range(_ROUNDS if part else 1):
                     notes.clear()
                     choices = _merged(selection, others, decided, self._choose_rest(rest, max(left, 0.0) / total))
                     left += wanted - removed_by(selection.budget, selection.slots, choices)

@@ -167,7 +167,8 @@ def test_width_stays_whole_without_samples_and_is_not_measured_alone(
     without = choose_width(calibrated, kinds=BOTH)
     assert widths(without, "channel") == [128]
     load_pass("l2", kinds=(*BOTH, "channel"))(dense)
-    assert widths(choose_width(dense), "channel") == [128], "no samples"
+    whole = choose_width(dense)
+    assert widths(whole, "channel") == [128] and whole.plan.kept == without.plan.kept, "no samples"
     assert load_pass("select-by-ratio", kinds=("mlp", "exact-channel"), width=(0.3, 0.5)).cost(99).runs == 4 * 16
     assert load_pass("select-by-ratio", width=(0.3, 0.5)).cost(99).runs == 0
     for wrong in ((0.5, 0.25), (0.0,), (1.5,), 0.5, (0.5, 0.5), "half"):
