@@ -24,7 +24,7 @@ from fxprune.data.built_in import can_generate
 from fxprune.data.calibration import Calibration
 from fxprune.data.samples import check_tokens, read_token_rows
 from fxprune.data.text import is_text
-from fxprune.discovery.groups import as_kinds
+from fxprune.discovery.groups import as_kinds, bare_kind
 from fxprune.emit.emitted import PLAN_DIGEST
 from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.evaluation.comparison import graph_predictor, measure_quality, token_twin, window_of
@@ -297,7 +297,8 @@ def _pipeline(
     has_data = calibration is not None or values["tokenizer"] is not None or recipe.reads_samples()
     fits = any(choices[stage] not in (None, NONE) for stage in ("compensate", "tune"))
     if not (has_data or fits or any(map(needs_samples, recipe["importance"]))):
-        # Criteria that need no data are used without any: nothing is fitted or tuned, and no selection searches.
+        # Criteria that need no data are used without any: nothing is fitted, tuned, searched or measured.
+        _leave_width_whole(recipe, arguments["select"].get("kinds"), named=isinstance(choices["importance"], str))
         for stage in ("teach", "compensate", "tune"):
             recipe[stage] = None
         if any(map(needs_samples, recipe["select"])) and choices["select"] is None:
@@ -310,6 +311,20 @@ def _pipeline(
     if not values["verify"]:
         recipe.set_arguments("shrink", {"verify": False})
     return Pipeline(recipe.passes, track=values["track"])
+
+
+def _leave_width_whole(recipe: Recipe, kinds: Any, *, named: bool) -> None:
+    """Take residual width out of a selection that would measure how far it goes, which takes samples.
+
+    Args:
+        kinds: Kinds that options name, which shrink; None for those of the recipe.
+        named: Whether the criterion was given as text, and so scores what the recipe's would.
+    """
+    for step in recipe["select"]:
+        if getattr(step, "width", ()):
+            stay = kinds or tuple(kind for kind in step.kinds if bare_kind(kind) != "channel")  # type: ignore[attr-defined]
+            recipe.set_arguments("select", {"kinds": stay, "width": ()})
+            recipe.set_arguments("importance", {"kinds": stay} if named else {})
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:

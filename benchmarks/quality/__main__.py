@@ -17,7 +17,7 @@ from rich.console import Console
 import fxprune
 from benchmarks import common
 from benchmarks.common import load_named, write_results
-from benchmarks.quality.entries import Entry, entries
+from benchmarks.quality.entries import Entry, entries, is_current
 from benchmarks.quality.measure import Bench, ask_questions, describe, saved_models, with_earlier
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, read_rows
@@ -106,6 +106,13 @@ def main(
     keep: Annotated[
         Path | None, typer.Option(help="Keep slim models, and the dense one's predictions, in this folder.")
     ] = None,
+    carry: Annotated[
+        bool,
+        typer.Option(
+            "--carry",
+            help="Measure nothing; keep rows of earlier versions of recipes that choose the same plan as today's.",
+        ),
+    ] = False,
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--float32", help="Type to measure in; default bfloat16 where the CPU has it.")
     ] = None,
@@ -152,6 +159,11 @@ def main(
         bench = Bench(dense, tokenizer, texts, protocol, reference, keep)
         # a row without one of the texts is measured anew, which costs little where its model was kept
         done = [row for row in rows if row.protocol == protocol and row.texts.keys() >= texts.heldout.keys()]
+        if carry:
+            _carry(
+                bench, [row for row in done if row.ratio in ratios and (not names or row.entry in names)], add, report
+            )
+            return
         _measure(bench, done, smaller or (), list(_missing(done, ratios, draws, names)), add, report)
     if keep is not None and asked:
         own = [row for row in rows if row.protocol == protocol and row.ratio in ratios]
@@ -160,6 +172,21 @@ def main(
         console.print(compared.table(f"{name}, all questions" if most is None else f"{name}, up to {most} questions"))
         if json_:
             write_results(answers, with_earlier(compared.to_dict(), answers))
+
+
+def _carry(
+    bench: Bench, rows: Sequence[QualityRow], add: Callable[[QualityRow], None], report: Callable[[str], None]
+) -> None:
+    """Rows of earlier versions of recipes with the passes of today, where these choose the same plan."""
+    for row in rows:
+        if row.entry == DENSE or is_current(row.entry, row.ratio, row.draw, row.passes):
+            continue
+        for entry in entries([row.entry]):
+            same = bench.carried(row, entry)
+            if same is not None:
+                add(same)
+            found = "another plan, or another treatment" if same is None else "the same plan"
+            report(f"{row.ratio:.0%}, draw {row.draw}: {row.entry}: {found}")
 
 
 def _measure(

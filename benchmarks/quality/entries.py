@@ -92,14 +92,6 @@ def _less_varied() -> Recipe:
     return recipe
 
 
-def _width_too(name: str) -> Recipe:
-    """A recipe that removes residual width as far as the masked model agrees better with the dense one then."""
-    recipe, kinds = read_recipe(name), (*DEFAULT_KINDS, "channel")
-    recipe.set_arguments("importance", {"kinds": kinds, "channel_samples": 24})
-    recipe.set_arguments("select", {"kinds": kinds, "width": (0.2, 0.35, 0.5, 0.65)})
-    return recipe
-
-
 def _on_the_given_text() -> Recipe:
     """The fast recipe without samples that the model generates."""
     recipe = _calibrated("fast", added=0, programs=0.0)
@@ -147,7 +139,7 @@ ABLATIONS = (
         for ranked, ranking in _RANKED.items()
         if ranking
     ),
-    *(Entry(f"{name}, width too", {"recipe": _width_too(name)}) for name in ("fast", "balanced")),
+    *(_changed(name, "width whole", kinds=DEFAULT_KINDS) for name in ("fast", "balanced")),
     _changed("fast", "by gradients alone", importance="taylor{order=second}"),
     _changed("fast", "by forward passes alone", importance="wanda{readers_only}"),
     _changed("fast", "heads too", select="select-by-ratio{first=[]}"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 import fxprune
 from benchmarks.common import cpu_name, local_tasks, memory_bytes, reset_peak_memory
@@ -22,8 +23,11 @@ from benchmarks.quality.texts import Texts, beginning
 from fxprune.evaluation import Evaluation, LocalTask, Perplexity, TaskScore, text_perplexity, zero_shot
 from fxprune.evaluation.comparison import Column, Comparison, as_column
 from fxprune.evaluation.tasks import Task, named_tasks
+from fxprune.graph.facts import facts_of
 from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.pipeline import Pipeline
+from fxprune.removal.plan import Plan
+from fxprune.removal.removal import Removal
 
 _BATCH_TOKENS = 512
 """Tokens of the windows that run at once; a longer window runs alone."""
@@ -89,6 +93,26 @@ class Bench:
             slim.to(self.reference.model.dtype)
         return replace(row, protocol=self.protocol, texts=self._measure(slim, self.tokenizer))
 
+    def carried(self, row: QualityRow, entry: Entry) -> QualityRow | None:
+        """A row of an earlier version of a recipe with the passes of today; None if these may give another model.
+
+        They give the same one if they prepare and treat the same samples alike, and choose the same plan: scores and
+        selection run for both, nothing else does.
+        """
+        samples = self._samples(entry, row.draw)
+        options: Any = {"tokenizer": self.tokenizer, "ratio": row.ratio, "seed": row.draw}
+        now = fxprune.prune_pipeline(samples, **{**entry.options, **options})
+        try:
+            earlier = fxprune.prune_pipeline(samples, recipe=row.passes, **options)
+        except fxprune.FxpruneError:  # a pass or an argument that is no more
+            return None
+        if _around_the_plan(now) != _around_the_plan(earlier):
+            return None
+        graph_module = fxprune.trace(self.model).graph_module
+        Pipeline([step for step in now.passes if step.stage in ("prepare", "discover")])(graph_module)
+        same = _plan(now, graph_module) == _plan(earlier, graph_module)
+        return replace(row, passes=str(now)) if same else None
+
     def _prune(
         self, row: QualityRow, samples: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[QualityRow, Any]:
@@ -142,6 +166,21 @@ class Bench:
 
 def _folder_of(keep: Path, row: QualityRow) -> Path:
     return keep / f"{row.entry}-{row.ratio:g}-{row.draw}"
+
+
+_CHOOSES = "importance", "select"
+"""Stages that make the plan."""
+
+
+def _around_the_plan(pipeline: Pipeline) -> list[str]:
+    """Passes of a pipeline that neither score nor select, as text."""
+    return [str(step) for step in pipeline.passes if step.stage not in _CHOOSES]
+
+
+def _plan(pipeline: Pipeline, graph_module: fx.GraphModule) -> Plan:
+    """The plan that a pipeline chooses for a graph whose samples and groups are known."""
+    Pipeline([step for step in pipeline.passes if step.stage in _CHOOSES])(graph_module)
+    return facts_of(graph_module)[Removal].plan
 
 
 def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]:

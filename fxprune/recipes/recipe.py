@@ -23,7 +23,7 @@ _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in t
 
 _INHERITED = (
     *("kinds", "part", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
-    *("target", "context", "reduction", "samples", "reach"),
+    *("target", "context", "reduction", "samples", "reach", "channel_samples"),
 )
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
 

@@ -346,7 +346,7 @@ class SelectPass(Pass):
         facts = facts_of(graph_module)
         groups, scores = facts[Groups], facts[Scores]
         for group in groups.of_kinds(self.kinds):
-            if group.name not in scores.units:
+            if group.name not in scores.units and group.kind not in self.optional_kinds:
                 what = f"there are no scores for {group.name}, of the kind {group.kind!r} that may shrink"
                 remedy = f"Score it: run an importance pass with kinds=[{', '.join(self.kinds)}]"
                 raise PassError(what, where=f"pass {self.name}", remedy=remedy)
@@ -356,7 +356,8 @@ class SelectPass(Pass):
                 notes: list[str] = []  # those of the last round
                 selection = replace(self._selection(graph_module, scores), note=notes.append)
                 removal = _of_first(selection.removal_for(self.choose(selection)))
-                refused = {} if self.uniform else inexpressible(graph_module, removal, DEFAULT_KINDS)
+                kinds = (*DEFAULT_KINDS, *self.optional_kinds)
+                refused = {} if self.uniform else inexpressible(graph_module, removal, kinds)
                 if not refused:
                     break
                 whole |= refused
@@ -369,6 +370,11 @@ class SelectPass(Pass):
     def reached(self, selection: Selection, removal: Removal) -> Reached | None:
         """The target of the pass and its outcome; None without a target."""
         return None
+
+    @property
+    def optional_kinds(self) -> tuple[str, ...]:
+        """Kinds that stay whole where nothing scored them, or the classes of the model cannot express fewer units."""
+        return ()
 
     def budget_of(self, graph_module: fx.GraphModule) -> str:
         """The name of the budget of a graph."""

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import lcm
 from typing import Any, ClassVar
 
 import numpy as np
@@ -63,6 +64,9 @@ _LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
 
 _MEASURED = 16
 """Samples that a masked model is run on: differences between parts of the width are many times their error."""
+
+_BLOCK = 32
+"""Numbers in a block of a quantised file, along the width: a width that is a multiple of it stays one."""
 
 _ROUNDS = 4
 """Solutions for the other kinds beside a given residual width, each corrected by what the last one missed."""
@@ -339,9 +343,11 @@ class SelectByRatioPass(SelectPass):
     width: tuple[float, ...] = argument(
         (),
         """Candidate shares of residual width in the removed parameters, in rising order, tried if ``channel`` is one of
-        several ``kinds``. Starting from no share, the masked model is run on calibration samples with each, as long as
-        its divergence from the dense model falls. A model with a large vocabulary has many parameters there, and can
-        lose more of its width. Empty, or without samples: the width stays whole.""",
+        several ``kinds`` and has scores. Starting from no share, the masked model is run on calibration samples with
+        each, as long as its divergence from the dense model falls. A model with a large vocabulary has many parameters
+        there, and can lose more of its width. A width that is a multiple of 32, as the blocks of quantised files are,
+        stays one unless ``round_to`` says otherwise. Empty: it shrinks as other kinds do. Without samples it stays
+        whole, and where the classes of the model cannot express less.""",
         check=_check_parts,
     )
     wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration)
@@ -374,6 +380,12 @@ class SelectByRatioPass(SelectPass):
         by_target = isinstance(self.ratio, tuple) or self.budget != "params" or self.target
         return {} if by_target else {"ratio": self.ratio}  # type: ignore[dict-item]
 
+    @property
+    def optional_kinds(self) -> tuple[str, ...]:
+        """Residual width, if it is measured how far it goes."""
+        beside = {*map(bare_kind, self.kinds)} - {"channel"}
+        return ("channel",) if self.width and beside and not isinstance(self.ratio, tuple) else ()
+
     def budget_of(self, graph_module: fx.GraphModule) -> str:
         if self._target is None:
             return self.budget
@@ -390,8 +402,9 @@ class SelectByRatioPass(SelectPass):
     def slots_of(self, slots: list[Slot], budget: Budget) -> list[Slot]:
         """Options that shrink the budget, and at least half as much as the best one of their slot.
 
-        So no MLP goes for a smaller cache, and of heads those of keys and values.
+        So no MLP goes for a smaller cache, and of heads those of keys and values. Residual width goes in blocks.
         """
+        slots = [self._in_blocks(slot) for slot in slots]
         if self.budget == "params" and not self.target:
             return slots
         found = []
@@ -401,6 +414,14 @@ class SelectByRatioPass(SelectPass):
             options = tuple(option for option, gain in pairs if gain > 0 and gain >= max(gains) / 2)
             found += [replace(slot, options=options)] if options else []
         return found
+
+    def _in_blocks(self, slot: Slot) -> Slot:
+        """The slot, with steps of blocks if it is of a measured residual width that ``round_to`` says nothing of."""
+        rounded = self.round_to != 1 if not isinstance(self.round_to, tuple) else "channel" in dict(self.round_to)
+        if rounded or slot.kind not in self.optional_kinds:
+            return slot
+        options = (replace(one, step=lcm(one.step, _BLOCK)) if one.size % _BLOCK == 0 else one for one in slot.options)
+        return replace(slot, options=tuple(options))
 
     def without_target(self, graph_module: fx.GraphModule) -> SelectByRatioPass:
         """The same with a ratio that removes as much as the target asks for."""
@@ -477,6 +498,10 @@ class SelectByRatioPass(SelectPass):
         largest = solver.removed(solver.most()) / max(whole, 1)
         if ratio <= largest + _CLOSE:
             return solver
+        raise self._out_of_reach(selection, ratio, largest)
+
+    def _out_of_reach(self, selection: Selection, ratio: float, largest: float) -> RatioError:
+        """The refusal of a ratio, by the largest that can be reached."""
         names, word = ("part", "protect", "round_to", "tensor_parallel"), selection.budget.word
         changed = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         limits = ", ".join(f"${name} {listed(getattr(self, name))}" for name in ("kinds", *changed))
@@ -487,7 +512,7 @@ class SelectByRatioPass(SelectPass):
             what = f"{ratio:.1%} of the {word} cannot be removed: {reachable}"
             error = RatioError(what, where="ratio", remedy=_REMEDY, argument="ratio", value=self.ratio)
         error.reachable = largest
-        raise error
+        return error
 
     def choose(self, selection: Selection) -> list[Choice]:
         trials = self._trials(selection)
@@ -525,7 +550,7 @@ class SelectByRatioPass(SelectPass):
             return
         whole, total = [(0, 0)] * len(selection.slots), selection.budget.total
         wanted, others = self._ratio(selection.budget) * total, {slot.kind for slot in selection.slots} - {"channel"}
-        tried, refused = list[list[Choice]](), None
+        tried, refused, reached = list[list[Choice]](), None, list[float]()
         for part in (0.0, *self.width):
             decided = self._solve_of(selection, ("channel",), whole, part * wanted) if part else whole
             if decided is None:
@@ -543,11 +568,13 @@ class SelectByRatioPass(SelectPass):
                     left += wanted - removed_by(selection.budget, selection.slots, choices)
             except RatioError as error:
                 refused = error
+                # with a share of the width, the others lose what is left of the ratio
+                reached += [] if error.reachable is None or part == 1 else [error.reachable / (1 - part)]
             else:
                 tried.append(decided)
                 yield part, choices, notes
         if not tried and refused is not None:
-            raise refused
+            raise self._out_of_reach(selection, wanted / total, max(reached)) if reached else refused
 
     def _choose_all(self, selection: Selection) -> list[Choice]:
         """Choices for all slots, whatever ``width`` says."""

@@ -89,6 +89,28 @@ def test_it_measures_each_entry_once_and_prints_the_protocol(small: Path, monkey
     assert "## 10% of the parameters" in page and page.count("| x") >= 2 and "| l1 | " in page
 
 
+def test_a_row_of_an_earlier_recipe_is_carried_over_if_the_plan_is_the_same(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small, "--only", "l1")
+    (dense, now) = found_rows()
+    monkeypatch.setattr(fxprune, "prune", None)
+
+    def carried(*replaced: str) -> tuple[str, str]:
+        """What is printed, and the passes of the row, of which some text was another before."""
+        before = now["passes"].replace(*replaced)
+        quality.RESULTS.write_text(json.dumps({"rows": [dense, {**now, "passes": before}]}))
+        return run(small, "--carry"), found_rows()[-1]["passes"]
+
+    printed, passes = carried("ratio=0.1", "ratio=0.1, width=[0.5]")
+    assert "10%, draw 0: l1: the same plan" in printed and passes == now["passes"]
+    for replaced in (("l1", "random"), ("shrink", "least-squares\nshrink"), ("l1", "no-more"), ("_in=10", "_in=9")):
+        printed, passes = carried(*replaced)
+        assert "10%, draw 0: l1: another plan, or another treatment" in printed
+        assert passes == now["passes"].replace(*replaced)
+    assert "l1" not in carried("ratio=0.1", "ratio=0.1")[0], "it is of today's recipe"
+
+
 @pytest.mark.slow
 def test_a_kept_model_is_measured_by_another_protocol_without_a_prune(
     small: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,8 @@ from tests.models import tiny
 NO_TEXT = CalibrationText(None, None, None)
 BUILT_IN = len(built_in_text()) // (4 * 128)
 GENERAL = len(general_text()) // (4 * 128)
+WIDTHS = 3 * 24 + 6 * 16
+"""Runs that score residual width, and those that tell how far it goes: of the dense model and of five masked ones."""
 DEMO = Activations(total=800_000, alive=5_000, outputs=49_152)
 DEMO_WEIGHTS = (0.538e9, 0.43e9)
 
@@ -86,14 +88,14 @@ def planned(text: CalibrationText = NO_TEXT, **options: Any) -> tuple[tuple[Any,
 @pytest.mark.parametrize(
     ("recipe", "runs"),
     [
-        # generated samples, scores of two criteria, and a fit
-        ("fast", 3 * 22 + (64 + 3 * 48) + 4 * 64),
-        ("fast, given text", 3 * 32 + (96 + 3 * 48) + 4 * 96),
-        # generated samples, scores of two criteria, teacher logits, a fit, an epoch, measurements
-        ("balanced", 3 * 128 + (192 + 3 * 128) + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
-        ("balanced, twice", 3 * 128 + (192 + 3 * 128) + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
-        # generated samples, scores, teacher logits of three copies, a fit, an epoch of tuning, nine measurements
-        ("best", 3 * (3072 - GENERAL) + (256 + 3 * 256) + (3 * 3072 + 16) + 4 * 128 + 3 * 3 * 3072 + 9 * 16),
+        # generated samples, scores of two criteria, widths, and a fit
+        ("fast", 3 * 22 + (64 + 3 * 48) + WIDTHS + 4 * 64),
+        ("fast, given text", 3 * 32 + (96 + 3 * 48) + WIDTHS + 4 * 96),
+        # generated samples, scores of two criteria, widths, teacher logits, a fit, an epoch, measurements
+        ("balanced", 3 * 128 + (192 + 3 * 128) + WIDTHS + (384 + 16) + 4 * 64 + 3 * 384 + 4 * 16),
+        ("balanced, twice", 3 * 128 + (192 + 3 * 128) + WIDTHS + (384 + 16) + 4 * 64 + 2 * 3 * 384 + 4 * 16),
+        # generated samples, scores, widths, teacher logits of three copies, a fit, an epoch, nine measurements
+        ("best", 3 * (3072 - GENERAL) + (256 + 3 * 256) + WIDTHS + (3 * 3072 + 16) + 4 * 128 + 3 * 3 * 3072 + 9 * 16),
         ("llm-pruner", 3 * 10),  # gradients of as many samples as the paper uses
         ("calibrate\nfind-groups\nscore-in-steps{steps=3, importance='wanda{samples=5}'}\nselect-by-ratio", 3 * 5),
     ],

@@ -88,11 +88,16 @@ def test_a_recipe_runs_as_it_is_printed(name: str) -> None:
 def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
     balanced = lines(calibration=IDS)
     assert balanced == lines(calibration=IDS, recipe="balanced")
-    inherited = {"taylor{order=second}": "samples=128", "wanda": "samples=192", "flap": "samples=192"}
-    for spelled, arguments in inherited.items():  # of the criterion of its name, if there is one, else of the first
+    kinds = "kinds=[mlp, head, conv, exact-channel]"
+    inherited = {  # of the criterion of its name, if there is one, else of the first
+        "taylor{order=second}": f"taylor{{{kinds}, order=second, samples=128, channel_samples=24}}",
+        "wanda": f"wanda{{{kinds}, samples=192}}",
+        "flap": f"flap{{{kinds}, samples=192}}",
+    }
+    for spelled, expected in inherited.items():
         other = lines(calibration=IDS, importance=spelled)
         (found,) = (new for old, new in zip(balanced, other, strict=True) if old != new)
-        assert found.startswith(spelled.partition("}")[0]) and arguments in found
+        assert found == expected
 
 
 def test_without_data_nothing_is_fitted_or_tuned() -> None:
@@ -209,7 +214,8 @@ def test_replacing_a_stage_is_an_assignment() -> None:
     del recipe["teach"]
     recipe["compensate"] = load_pass("rotation")
     expected = "calibrate{written=384, added=200, programs=0.25, languages=0.5}\nfind-groups{norm=masked}\n"
-    expected += "taylor{order=second}\nselect-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}\nrotation\n"
+    expected += "taylor{order=second}\nselect-by-ratio{kinds=[mlp, head, conv, exact-channel], ranking=auto, "
+    expected += "protect=[0.07, 0.04], first=[mlp], width=[0.2, 0.35, 0.5, 0.65]}\nrotation\n"
     expected += "shrink{verify}\nemit-model\nmake-report"
     assert str(recipe) == str(recipe.pipeline) == expected
     assert "wanda" in str(read_recipe("balanced")), "the installed one stays as it is"

@@ -92,7 +92,13 @@ def calibrated(dense: fx.GraphModule) -> fx.GraphModule:
 
 def choose_width(graph: fx.GraphModule, **arguments: Any) -> Removal:
     """What is decided with some parts of the residual width to try."""
-    made = {"kinds": (*BOTH, "channel"), "ratio": 0.2, "width": (0.25, 0.5, 0.75), "protect": ()}
+    made = {
+        "kinds": (*BOTH, "channel"),
+        "ratio": 0.2,
+        "width": (0.25, 0.5, 0.75),
+        "protect": (),
+        "round_to": {"channel": 1},
+    }
     load_pass("select-by-ratio", **made | arguments)(graph)
     return facts_of(graph)[Removal]
 
@@ -133,6 +139,10 @@ def test_a_width_that_rounding_makes_the_same_is_measured_once(
     state = choose_width(calibrated, width=(0.01, 0.25, 0.3, 0.9), round_to={"channel": 16})
     assert measured == [128, 112]
     assert widths(state, "channel") == measured[-1:]
+    for round_to, narrower in ((1, 96), ({"mlp": 2}, 96), (3, 105), ({"channel": 3}, 105)):
+        measured.clear()
+        choose_width(calibrated, width=(0.9,), round_to=round_to)
+        assert measured == [128, narrower], "a multiple of 32 stays one, unless another is asked for"
 
 
 def test_the_divergence_of_a_removal_is_that_of_the_masked_model(calibrated: fx.GraphModule) -> None:
@@ -180,8 +190,15 @@ def test_a_ratio_beyond_all_other_kinds_takes_width_and_one_beyond_all_is_refuse
     state = choose_width(calibrated, kinds=("head", "channel"), ratio=0.3)
     assert widths(state, "channel")[0] < 128
     assert parameters_left(calibrated, state.plan) == pytest.approx(0.7 * count_parameters(calibrated), rel=0.01)
-    with pytest.raises(RatioError, match="cannot be removed"):
+    with pytest.raises(
+        RatioError, match=r"90\.0% of the parameters cannot be removed: .*the largest reachable"
+    ) as told:
         choose_width(calibrated, kinds=("head", "channel"), ratio=0.9, width=(0.1,))
+    largest = told.value.reachable
+    assert largest is not None and 0 < largest < 0.9
+    choose_width(calibrated, kinds=("head", "channel"), ratio=largest - 0.01, width=(0.1,))
+    with pytest.raises(RatioError, match=f"{largest + 0.02:.1%} of the parameters cannot be removed"):
+        choose_width(calibrated, kinds=("head", "channel"), ratio=largest + 0.02, width=(0.1,))
 
 
 def test_a_part_alone_loses_units_and_the_whole_counts_in_the_ratio(dense: fx.GraphModule) -> None:
