@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice, pairwise
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -56,9 +56,9 @@ from fxprune.rules import picked
 aten = torch.ops.aten
 META = torch.device("meta")
 
-prepare, fits, scores, select, shrink, tune = (
-    importlib.import_module(f"fxprune.passes.{name}")
-    for name in ("prepare", "compensate.fits", "importance.base", "select.base", "shrink.shrink", "tune.tune")
+_PLACES = "prepare", "compensate.fits", "importance.base", "select.base", "select.ratio", "shrink.shrink", "tune.tune"
+prepare, fits, scores, select, ratio, shrink, tune = (
+    importlib.import_module(f"fxprune.passes.{name}") for name in _PLACES
 )
 
 CARDS: dict[str, dict[Any, float]] = {
@@ -273,6 +273,16 @@ class Meter(TorchDispatchMode):
 
         return call
 
+    def measured(self, true: Callable[..., Any], *args: Any) -> Callable[[Any], float]:
+        """Measurements of widths, each above the last: the first share that is tried is no better than none."""
+        measure, numbers = true(*args), count()
+
+        def call(removal: Any) -> float:
+            measure(removal)
+            return float(next(numbers))
+
+        return call
+
     def during(self, state: str, true: Callable[..., Any]) -> Callable[..., Any]:
         """A function while which the meter is ``paused``, as values are at hand, or ``writes`` weights to files."""
 
@@ -293,7 +303,10 @@ class Meter(TorchDispatchMode):
         """Results of this process in place of those of others."""
         true(mine)
         pairs = zip(islice(cycle(mine), len(self.pieces)), self.pieces, strict=False)
-        return [one[: len(piece)] if isinstance(one, list) and isinstance(piece, list) else one for one, piece in pairs]
+        return [
+            list(islice(cycle(one), len(piece))) if isinstance(one, list) and isinstance(piece, list | tuple) else one
+            for one, piece in pairs
+        ]
 
     def stands_in(self, experts: int) -> ExitStack:
         """A context in which passes run on ``meta`` as if there were values; of experts in one tensor, so many."""
@@ -320,6 +333,7 @@ class Meter(TorchDispatchMode):
             (fx.Interpreter, "call_function", lambda run, *given: _call_function(call, run, *given)),
             (ranks, "_waiting_group", lambda: None),
             (select, "inexpressible", self.during("paused", select.inexpressible)),
+            (ratio, "divergence_by_removal", partial(self.measured, ratio.divergence_by_removal)),
             (fits, "_stacked_data", _even_data),
             (picked, "_is_large", lambda weight, index: index.numel() * weight[0].nbytes >= picked._LARGE),
             (picked, "_rows_by_number", lambda index: _even_rows(index, experts)),

@@ -26,7 +26,7 @@ from fxprune.graph.compat import is_free, size_hint
 from fxprune.graph.tensors import input_tensors, returned_nodes
 from fxprune.offload.prefetch import free_bytes
 from fxprune.pipeline.arguments import has_vocab
-from fxprune.recipes.recipe import needs_samples
+from fxprune.recipes.recipe import changed, needs_samples
 from fxprune.trace.inputs import inputs_like
 
 
@@ -134,7 +134,7 @@ def estimate(
     if has_vocab(options):
         what = "the vocabulary is chosen by the calibration text, which is not read"
         raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
-    passes = _without_weights(options)
+    passes = _without_weights(options, prepared.passes)
     choosing = next(place for place, step in enumerate(passes) if step.stage == "select")
     with working("tracing the model without its weights"):
         empty = load_config_only(locate_model(model), gguf_file)
@@ -177,14 +177,23 @@ def estimate(
     )
 
 
-def _without_weights(options: Mapping[str, Any]) -> list[Any]:
-    """The passes of a prune with random scores, and without what needs weights or samples."""
+def _without_weights(options: Mapping[str, Any], real: Sequence[Any]) -> list[Any]:
+    """The passes of a prune with random scores, and without what needs weights or samples.
+
+    Args:
+        real: the passes with both, whose selection is taken if residual width may go.
+    """
     changes = {"importance": "random", "compensate": "none", "tune": "none", "verify": False, "inplace": False}
     given = {name: value for name, value in options.items() if name != "memory"} | changes
     passes = fxprune.prune_pipeline(None, **given).passes
     if any(step.stage == "select" and needs_samples(step) for step in passes):
         passes = fxprune.prune_pipeline(None, **{**given, "select": "select-by-ratio"}).passes
-    return [step for step in passes if step.name != "emit-model"]
+    kept = [step for step in passes if step.name != "emit-model"]
+    select = next(step for step in real if step.stage == "select")
+    if not getattr(select, "width", ()):
+        return kept
+    scored = {"importance": {"kinds": select.kinds}}
+    return [select if step.stage == "select" else changed(step, scored.get(step.stage, {})) for step in kept]
 
 
 def _disk_traffic(

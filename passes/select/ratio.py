@@ -65,8 +65,8 @@ _LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
 _MEASURED = 16
 """Samples that a masked model is run on: differences between parts of the width are many times their error."""
 
-_BLOCK = 32
-"""Numbers in a block of a quantised file, along the width: a width that is a multiple of it stays one."""
+_BLOCKS = 256, 32
+"""Numbers in a block of a quantised file, along the width: a multiple of the first of them that fits stays one."""
 
 _ROUNDS = 4
 """Solutions for the other kinds beside a given residual width, each corrected by what the last one missed."""
@@ -345,9 +345,9 @@ class SelectByRatioPass(SelectPass):
         """Candidate shares of residual width in the removed parameters, in rising order, tried if ``channel`` is one of
         several ``kinds`` and has scores. Starting from no share, the masked model is run on calibration samples with
         each, as long as its divergence from the dense model falls. A model with a large vocabulary has many parameters
-        there, and can lose more of its width. A width that is a multiple of 32, as the blocks of quantised files are,
-        stays one unless ``round_to`` says otherwise. Empty: it shrinks as other kinds do. Without samples it stays
-        whole, and where the classes of the model cannot express less.""",
+        there, and can lose more of its width. A width that is a multiple of 256, or else of 32, as the blocks of
+        quantised files are, stays one unless ``round_to`` says otherwise. Empty: it shrinks as other kinds do. Without
+        samples it stays whole, and where the classes of the model cannot express less.""",
         check=_check_parts,
     )
     wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration)
@@ -420,8 +420,8 @@ class SelectByRatioPass(SelectPass):
         rounded = self.round_to != 1 if not isinstance(self.round_to, tuple) else "channel" in dict(self.round_to)
         if rounded or slot.kind not in self.optional_kinds:
             return slot
-        options = (replace(one, step=lcm(one.step, _BLOCK)) if one.size % _BLOCK == 0 else one for one in slot.options)
-        return replace(slot, options=tuple(options))
+        block = {one.size: next((size for size in _BLOCKS if one.size % size == 0), 1) for one in slot.options}
+        return replace(slot, options=tuple(replace(one, step=lcm(one.step, block[one.size])) for one in slot.options))
 
     def without_target(self, graph_module: fx.GraphModule) -> SelectByRatioPass:
         """The same with a ratio that removes as much as the target asks for."""
@@ -550,7 +550,7 @@ class SelectByRatioPass(SelectPass):
             return
         whole, total = [(0, 0)] * len(selection.slots), selection.budget.total
         wanted, others = self._ratio(selection.budget) * total, {slot.kind for slot in selection.slots} - {"channel"}
-        tried, refused, reached = list[list[Choice]](), None, list[float]()
+        tried, refused = list[list[Choice]](), None
         for part in (0.0, *self.width):
             decided = self._solve_of(selection, ("channel",), whole, part * wanted) if part else whole
             if decided is None:
@@ -568,13 +568,30 @@ class SelectByRatioPass(SelectPass):
                     left += wanted - removed_by(selection.budget, selection.slots, choices)
             except RatioError as error:
                 refused = error
-                # with a share of the width, the others lose what is left of the ratio
-                reached += [] if error.reachable is None or part == 1 else [error.reachable / (1 - part)]
             else:
                 tried.append(decided)
                 yield part, choices, notes
         if not tried and refused is not None:
-            raise self._out_of_reach(selection, wanted / total, max(reached)) if reached else refused
+            if refused.reachable is None:
+                raise refused
+            raise self._out_of_reach(selection, wanted / total, self._largest(selection))
+
+    def _largest(self, selection: Selection) -> float:
+        """The largest ratio that can be reached with some share of the width, to a thousandth."""
+
+        def reaches(ratio: float, part: float) -> bool:
+            decided = self._solve_of(selection, ("channel",), whole, part * ratio * total) if part else whole
+            if decided is None:
+                return False
+            choices = _merged(selection, others, decided, most)
+            return removed_by(selection.budget, selection.slots, choices) >= ratio * total
+
+        whole, total = [(0, 0)] * len(selection.slots), selection.budget.total
+        others = {slot.kind for slot in selection.slots} - {"channel"}
+        most = BudgetSolver(_of_kinds(selection, others, whole), 0.0).most()
+        thousandths = range(1000)
+        found = bisect_left(thousandths, 1, key=lambda n: not any(reaches(n / 1000, one) for one in (0.0, *self.width)))
+        return max(found - 1, 0) / 1000
 
     def _choose_all(self, selection: Selection) -> list[Choice]:
         """Choices for all slots, whatever ``width`` says."""
