@@ -119,7 +119,7 @@ class Case:
 CASES: dict[str, Case] = {
     "vit-labels": Case(vit),
     "vit": Case(vit, labelled=False),
-    "whisper": Case(whisper, steps=300, learnt=480),
+    "whisper": Case(whisper, steps=300, learnt=480, kinds=("mlp", "head")),
     "clip": Case(clip, training=("return_loss",), batch=6),
     "bert-spans": Case(spans),
     "t5": Case(t5, steps=300, learnt=480, kinds=("mlp", "head")),
