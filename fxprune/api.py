@@ -298,7 +298,7 @@ def _pipeline(
     fits = any(choices[stage] not in (None, NONE) for stage in ("compensate", "tune"))
     if not (has_data or fits or any(map(needs_samples, recipe["importance"]))):
         # Criteria that need no data are used without any: nothing is fitted, tuned, searched or measured.
-        _leave_width_whole(recipe, arguments["select"].get("kinds"), named=isinstance(choices["importance"], str))
+        _leave_width_whole(recipe, named="kinds" in arguments["select"])
         for stage in ("teach", "compensate", "tune"):
             recipe[stage] = None
         if any(map(needs_samples, recipe["select"])) and choices["select"] is None:
@@ -313,18 +313,21 @@ def _pipeline(
     return Pipeline(recipe.passes, track=values["track"])
 
 
-def _leave_width_whole(recipe: Recipe, kinds: Any, *, named: bool) -> None:
+def _leave_width_whole(recipe: Recipe, *, named: bool) -> None:
     """Take residual width out of a selection that would measure how far it goes, which takes samples.
 
     Args:
-        kinds: Kinds that options name, which shrink; None for those of the recipe.
-        named: Whether the criterion was given as text, and so scores what the recipe's would.
+        named: Whether options name the kinds that shrink, which then all do.
     """
     for step in recipe["select"]:
         if getattr(step, "width", ()):
-            stay = kinds or tuple(kind for kind in step.kinds if bare_kind(kind) != "channel")  # type: ignore[attr-defined]
+            before = step.kinds  # type: ignore[attr-defined]
+            stay = tuple(kind for kind in before if named or bare_kind(kind) != "channel")
             recipe.set_arguments("select", {"kinds": stay, "width": ()})
-            recipe.set_arguments("importance", {"kinds": stay} if named else {})
+            recipe["importance"] = [
+                changed(one, {"kinds": stay}) if getattr(one, "kinds", ()) == before else one
+                for one in recipe["importance"]
+            ]
 
 
 def _complete(recipe: Recipe, steps: int, arguments: Mapping[str, Any]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fxprune.data.calibration import Calibration
+from fxprune.discovery.groups import bare_kind
 from fxprune.errors import FxpruneError, PassError, UnknownNameError
 from fxprune.pipeline.arguments import invalid, read_spelling, refuse, spelled_fields
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.pipeline import Pipeline
-from fxprune.pipeline.registry import parse_pass, pass_names
+from fxprune.pipeline.registry import load_pass, parse_pass, pass_names
 from fxprune.recipes.texts import SUFFIX, comments_of, recipe_text
 
 NONE = "none"
@@ -23,7 +24,7 @@ _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in t
 
 _INHERITED = (
     *("kinds", "part", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
-    *("target", "context", "reduction", "samples", "reach", "channel_samples"),
+    *("target", "context", "reduction", "samples", "reach", "channel_samples", "width"),
 )
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
 
@@ -126,6 +127,9 @@ class Recipe(UserDict[str, tuple[Pass, ...]]):
         inside.sort(key=lambda one: one.name != name)  # its own arguments, before those of another criterion
         before = [*inside[:1], *self[stage]]
         old = {key: value for step in before for key, value in _arguments(step).items() if key in _INHERITED}
+        if old.get("width") and name in pass_names(stage) and "width" not in _defaults(name):
+            # a pass that measures no width leaves it whole
+            old["kinds"] = tuple(kind for kind in old["kinds"] if bare_kind(kind) != "channel")
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
         made = made_for(stage, choice, **{**old, **inner, **arguments})
 
@@ -229,6 +233,10 @@ def _inside(step: Pass, change: Callable[[Pass], Pass]) -> dict[str, Any]:
         elif isinstance(value, tuple) and any(isinstance(one, Pass) and one.stage == step.stage for one in value):
             found[key] = tuple(map(change, value))
     return found
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    return _arguments(load_pass(name))
 
 
 def _arguments(step: Pass) -> dict[str, Any]:

@@ -100,6 +100,20 @@ def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
         assert found == expected
 
 
+def test_width_goes_where_it_is_measured_alone() -> None:
+    """Replaced as text, a selection by the units of each group took a fourth of the width."""
+    select = "select-by-ratio{kinds=[mlp, head, conv, exact-channel], ranking=auto, protect=[0.07, 0.04], first=[mlp]"
+    measured = f"{select}, width=[0.2, 0.35, 0.5, 0.65]}}"
+    assert measured in lines(calibration=IDS) and measured in lines(calibration=IDS, select="select-by-ratio")
+    by_group = "select-by-group-ratio{ranking=auto, protect=[0.07, 0.04]}"
+    assert by_group in lines(calibration=IDS, select="select-by-group-ratio")
+    without = lines(importance="l2")
+    assert without[1:3] == ["l2", "select-by-ratio{ranking=auto, protect=[0.07, 0.04], first=[mlp]}"], "no samples"
+    assert "l2{kinds=[mlp]}" in lines(importance="l2{kinds=mlp}")
+    named = lines(importance="l2", kinds=("mlp", "channel"))
+    assert named[1] == "l2{kinds=[mlp, channel]}" and "kinds=[mlp, channel]" in named[2] and "width" not in named[2]
+
+
 def test_without_data_nothing_is_fitted_or_tuned() -> None:
     plain = names(importance="l2")
     assert plain == ["find-groups", "l2", "select-by-ratio", "shrink", "emit-model", "make-report"]
