@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import fxprune
 from fxprune.emit.structure import stock_class
+from fxprune.recipes import read_recipe
 from tests.emitted import (
     EVERY_FAMILY,
     cut,
@@ -26,6 +28,7 @@ from tests.emitted import (
 )
 from tests.models import tiny, token_ids
 from tests.tiers import tiers
+from tests.zoo import tiny_model
 
 WHOLE = {"mixtral": {"mlp"}}
 """Kinds that a family has, but that nothing is removed of yet."""
@@ -239,3 +242,25 @@ def test_trainer_trains_saves_and_resumes(kind: str, made: Made, tmp_path: Path)
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert run.state.global_step == 4
     assert max(distance(trained[name], value) for name, value in resumed.state_dict().items()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "stays"), [("gemma3_text", ""), ("gemma4_text", "channel.2"), ("gemma3n_text", "channel.2")]
+)
+def test_width_that_is_measured_leaves_a_model_of_its_class(
+    model_type: str, stays: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less width gave a graph alone where a class makes tables for each layer, or views of a fixed width."""
+    numbers = count()
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", lambda *_: lambda _: -next(numbers))
+    recipe = read_recipe("fast")
+    recipe["compensate"], recipe["importance"] = None, "l2{kinds=[mlp, head, exact-channel]}"
+    recipe.set_arguments("select", {"kinds": ("mlp", "head", "exact-channel"), "width": (0.5,)})
+    result = fxprune.prune(
+        tiny_model(model_type), token_ids(), recipe=recipe, ratio=0.1, protect=(), round_to={"channel": 1}, eval=False
+    )
+    notes = [note for note in result.report.notes if "left whole" in note]
+    assert result.model is not None and any(f"model/{stays}" in note for note in notes) == bool(stays), notes
+    if not stays:
+        assert any("residual width is" in note for note in result.report.notes)

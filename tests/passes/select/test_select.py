@@ -192,6 +192,28 @@ def test_width_stays_whole_without_samples_and_is_not_measured_alone(
             load_pass("select-by-ratio", width=wrong)
 
 
+def test_a_width_that_nothing_scored_stays_whole_and_so_does_one_that_the_class_cannot_express(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A criterion of one's own scored no width, and was refused beside a recipe that may remove some."""
+    load_pass("l2", kinds=BOTH)(calibrated)
+    assert widths(choose_width(calibrated), "channel") == [128]
+    with pytest.raises(PassError, match="there are no scores for model/channel, of the kind 'channel'"):
+        choose_width(calibrated, width=())
+    load_pass("l2", kinds=(*BOTH, "channel"))(calibrated)
+    monkeypatch.setattr(
+        "fxprune.passes.select.ratio.divergence_by_removal", lambda *_: lambda one: widths(one, "channel")[0]
+    )
+    monkeypatch.setattr(
+        "fxprune.passes.select.base.inexpressible",
+        lambda _, removal, kinds: (
+            {"model/channel": "no"} if "channel" in kinds and min(widths(removal, "channel")) < 128 else {}
+        ),
+    )
+    assert widths(choose_width(calibrated), "channel") == [128]
+    assert any("model/channel" in line and "left whole" in line for line in facts_of(calibrated)[Notes].lines)
+
+
 def test_a_ratio_beyond_all_other_kinds_takes_width_and_one_beyond_all_is_refused(calibrated: fx.GraphModule) -> None:
     state = choose_width(calibrated, kinds=("head", "channel"), ratio=0.3)
     assert widths(state, "channel")[0] < 128
