@@ -192,8 +192,8 @@ def _without_weights(options: Mapping[str, Any], real: Sequence[Any]) -> list[An
     select = next(step for step in real if step.stage == "select")
     if not getattr(select, "width", ()):
         return kept
-    scored = {"importance": {"kinds": select.kinds}}
-    return [select if step.stage == "select" else changed(step, scored.get(step.stage, {})) for step in kept]
+    scored = [changed(step, {"kinds": select.kinds}) if step.stage == "importance" else step for step in kept]
+    return [select if step.stage == "select" else step for step in scored]
 
 
 def _disk_traffic(

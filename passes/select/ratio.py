@@ -69,7 +69,7 @@ _BLOCKS = 256, 32
 """Numbers in a block of a quantised file, along the width: a multiple of the first of them that fits stays one."""
 
 _ROUNDS = 4
-"""Solutions for the other kinds beside a given residual width, each corrected by what the last one missed."""
+"""Iterations of the solver for the other kinds beside a given residual width: each corrects the error of the last."""
 
 _ENOUGH = 0.85
 """Threshold above which the kinds not in ``first`` shrink too, as a fraction of the units of those in it.
@@ -420,8 +420,7 @@ class SelectByRatioPass(SelectPass):
         rounded = self.round_to != 1 if not isinstance(self.round_to, tuple) else "channel" in dict(self.round_to)
         if rounded or slot.kind not in self.optional_kinds:
             return slot
-        block = {one.size: next((size for size in _BLOCKS if one.size % size == 0), 1) for one in slot.options}
-        return replace(slot, options=tuple(replace(one, step=lcm(one.step, block[one.size])) for one in slot.options))
+        return replace(slot, options=tuple(replace(one, step=lcm(one.step, _block(one.size))) for one in slot.options))
 
     def without_target(self, graph_module: fx.GraphModule) -> SelectByRatioPass:
         """The same with a ratio that removes as much as the target asks for."""
@@ -661,6 +660,11 @@ class SelectByRatioPass(SelectPass):
             what = "the target is missed: removed" if self.target else "ratio"
             selection.note(f"{what} {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
         return choices
+
+
+def _block(width: int) -> int:
+    """The size of the blocks that a width is a multiple of, the larger one if it is of both; 1 if of none."""
+    return next((block for block in _BLOCKS if width % block == 0), 1)
 
 
 def _merged(
