@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import lcm
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import fx, nn
 
-from fxprune.axes import Factor
 from fxprune.data.calibration import Calibration, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups, as_kinds, bare_kind
@@ -28,7 +25,7 @@ from fxprune.masking.teacher import divergence_by_removal
 from fxprune.pipeline.arguments import argument, number, refuse
 from fxprune.pipeline.contract import PassCost
 from fxprune.removal.budget import Budget, check_budget, make_budget
-from fxprune.removal.removal import Array, Removal
+from fxprune.removal.removal import Removal
 from fxprune.removal.target import (
     DEFAULT_RATIO,
     PHASES,
@@ -46,18 +43,15 @@ from .base import (
     SelectPass,
     Slot,
     by_kind_or_one,
-    left_by,
     listed,
     of_kind,
     removed_by,
 )
+from .solver import CLOSE, BudgetSolver, below_threshold, normalised
 
 _INSIDE_BLOCKS = frozenset({"mlp", "head", "conv", "head_dim", "expert", "layer"})
 """Kinds of structures that embedding and output have no part in."""
 
-
-_CLOSE = 0.005
-"""The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
 
 _REMEDY = "Ask for less, protect fewer layers or allow more kinds"
 _LARGER = "Ask for a larger model, protect fewer layers or allow more kinds"
@@ -75,170 +69,6 @@ _ENOUGH = 0.85
 """Threshold above which the kinds not in ``first`` shrink too, as a fraction of the units of those in it.
 
 What is left of a layer that loses more does little, and a few heads are then the smaller loss."""
-
-
-def normalised(slots: Sequence[Slot]) -> list[Array]:
-    """The scores of each slot's first option, cheapest first, divided by the mean magnitude of all of its kind."""
-    rows = [slot.options[0].scores for slot in slots]
-    by_kind: dict[str, list[Array]] = {}
-    for slot, row in zip(slots, rows, strict=True):
-        by_kind.setdefault(slot.kind, []).append(row)
-    means = {kind: float(np.abs(np.concatenate(found)).mean()) for kind, found in by_kind.items()}
-    return [row / (means[slot.kind] or 1.0) for slot, row in zip(slots, rows, strict=True)]
-
-
-def _below_threshold(slots: Sequence[Slot], values: Sequence[Array], threshold: Callable[[str], float]) -> list[Choice]:
-    pairs = zip(slots, values, strict=True)
-    return [(0, slot.options[0].below(int((row < threshold(slot.kind)).sum()))) for slot, row in pairs]
-
-
-class BudgetSolver:
-    """Finds choices that remove the number ``target`` of parameters, or of whatever the budget counts."""
-
-    def __init__(self, selection: Selection, target: float) -> None:
-        self.slots = selection.slots
-        self.budget = selection.budget
-        self.target = target
-
-    def removed(self, choices: Sequence[tuple[int, float]]) -> float:
-        return removed_by(self.budget, self.slots, choices)
-
-    def most(self) -> list[Choice]:
-        """As many units as may be removed, in the option that removes most."""
-        best = []
-        for slot in self.slots:
-            picks = [(i, option.most) for i, option in enumerate(slot.options)]
-            best.append(max(picks, key=lambda pick: removed_by(self.budget, [slot], [pick])))
-        return best
-
-    def local(self) -> list[Choice]:
-        """The same fraction everywhere; kinds with the largest units are rounded first."""
-        fixed: dict[int, Choice] = {}
-        for kind in self._kinds_by_unit():
-            fraction = self.fraction(fixed)
-            for index, slot in enumerate(self.slots):
-                if slot.kind == kind:
-                    fixed[index] = slot.choose(min(fraction, 1.0))
-        return [fixed[index] for index in range(len(self.slots))]
-
-    def globally(self, *, by_rest: bool = False) -> list[Choice]:
-        """The lowest normalised scores, up to the threshold that comes nearest to the target.
-
-        Args:
-            by_rest: divide the score of each unit by the fraction of its group that is left when its turn comes.
-        """
-        values = normalised(self.slots)
-        if by_rest:
-            values = [row / (1 - np.arange(len(row)) / len(row)) for row in values]
-        thresholds: list[float] = np.unique(np.concatenate(values)).tolist() if values else []
-
-        def below(threshold: float) -> list[Choice]:
-            return _below_threshold(self.slots, values, lambda _: threshold)
-
-        enough = bisect_left(thresholds, self.target, key=lambda threshold: self.removed(below(threshold)))
-        ends = [below(threshold) for threshold in thresholds[max(enough - 1, 0) : enough + 1]]
-        ends.append(below(float("inf")))
-        return min(ends, key=lambda choices: abs(self.removed(choices) - self.target))
-
-    def repair(self, choices: list[Choice]) -> list[Choice]:
-        """Move single units, cheapest first, as long as each brings the number nearer to the target.
-
-        Slots with the smallest units are tried first; larger ones only while the error is above half a percent.
-        """
-        trial = _Trial(self.slots, self.budget, choices)
-        for kind in reversed(self._kinds_by_unit()):
-            self._repair_kind(trial, kind)
-            if abs(trial.removed() - self.target) <= _CLOSE * self.budget.total:
-                break
-        return trial.choices
-
-    def _repair_kind(self, trial: _Trial, kind: str) -> None:
-        error = self.target - trial.removed()
-        queue = self._moves(trial.choices, kind, up=error > 0)
-        while queue:
-            index, pick = queue.popleft()
-            before = trial.choices[index]
-            trial.choose(index, pick)
-            left = self.target - trial.removed()
-            if abs(left) >= abs(error):
-                trial.choose(index, before)
-                continue
-            passed, error = (left > 0) != (error > 0), left
-            if passed:
-                break
-            queue = queue or self._moves(trial.choices, kind, up=error > 0)
-
-    def _moves(self, choices: list[Choice], kind: str, *, up: bool) -> deque[tuple[int, Choice]]:
-        """One step more (or less) in each slot of ``kind``, lowest score first to remove, highest to give back."""
-        found: list[tuple[float, int, Choice]] = []
-        for index, (slot, (i, removed)) in enumerate(zip(self.slots, choices, strict=True)):
-            if slot.kind != kind:
-                continue
-            if removed == 0 and up:
-                i = next((j for j, option in enumerate(slot.options) if option.most), i)
-            option = slot.options[i]
-            new = option.more(removed) if up else option.less(removed)
-            if new is None or new == removed:
-                continue
-            cost = float(option.scores[min(new, removed) : max(new, removed)].mean())
-            found.append((cost if up else -cost, index, (i, new)))
-        return deque((index, pick) for _, index, pick in sorted(found))
-
-    def fraction(self, fixed: Mapping[int, Choice]) -> float:
-        """Fraction of the units of slots not ``fixed`` that removes the rest of the target, by bisection."""
-
-        def removed(fraction: float) -> float:
-            firsts = [slot.options[0] for slot in self.slots]
-            free = [(0, min(fraction * option.size, option.most)) for option in firsts]
-            return self.removed([fixed.get(index, pick) for index, pick in enumerate(free)])
-
-        low, high = 0.0, 1.0
-        for _ in range(40):  # 2 ** -40 of a unit changes no rounded number
-            middle = (low + high) / 2
-            low, high = (middle, high) if removed(middle) < self.target else (low, middle)
-        return (low + high) / 2
-
-    def _kinds_by_unit(self) -> list[str]:
-        """The kinds present, largest unit first."""
-        cost: dict[str, float] = {}
-        for slot in self.slots:
-            one = removed_by(self.budget, [slot], [(0, slot.options[0].more(0) or 0)])
-            cost[slot.kind] = max(cost.get(slot.kind, 0.0), one)
-        return sorted(cost, key=lambda kind: -cost[kind])
-
-
-class _Trial:
-    """Choices under repair, and their removed cost, term by term of the budget.
-
-    Changing one slot recomputes its terms alone; the sum is that of :meth:`BudgetSolver.removed` to the last bit.
-    """
-
-    def __init__(self, slots: Sequence[Slot], budget: Budget, choices: Sequence[Choice]) -> None:
-        self.slots, self.budget, self.choices = slots, budget, list(choices)
-        self.counts, self.blocks = left_by(slots, choices)
-        self.terms = np.zeros(len(budget.terms))
-        self._work_out([*self.counts, *self.blocks])
-
-    def choose(self, index: int, pick: Choice) -> None:
-        slot = [self.slots[index]]
-        (old_counts, old_blocks), (counts, blocks) = left_by(slot, [self.choices[index]]), left_by(slot, [pick])
-        self.choices[index] = pick
-        for key in old_counts.keys() - counts.keys():
-            del self.counts[key]
-        for block in old_blocks.keys() - blocks.keys():
-            del self.blocks[block]
-        self.counts |= counts
-        self.blocks |= blocks
-        units = [key for key in old_counts | counts if old_counts.get(key) != counts.get(key)]
-        layers = [block for block in old_blocks | blocks if old_blocks.get(block) != blocks.get(block)]
-        self._work_out([*units, *layers])
-
-    def removed(self) -> float:
-        return float(np.add.accumulate(self.terms)[-1])  # np.sum would add in another order
-
-    def _work_out(self, changed: Iterable[Factor | str]) -> None:
-        for place, gone in self.budget.removed_terms(changed, self.counts, self.blocks):
-            self.terms[place] = gone
 
 
 def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice], str], float]) -> list[Choice]:
@@ -456,7 +286,7 @@ class SelectByRatioPass(SelectPass):
 
         dense, least = float("inf") if file_format else size(model.parameters()), size(stay)
         word = "parameters" if name == "params" else "bytes"
-        wanted = (1 - self.ratio + _CLOSE) * dense if target is None else amount_below(self.target, target, dense, word)
+        wanted = (1 - self.ratio + CLOSE) * dense if target is None else amount_below(self.target, target, dense, word)
         if wanted < least:
             what = f"embedding and output, which $kinds {listed(self.kinds)} leave whole, are {least:,.0f} {word}"
             if target is None:
@@ -495,7 +325,7 @@ class SelectByRatioPass(SelectPass):
         """A solver for a fraction of ``whole``, which can be removed."""
         solver = BudgetSolver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
-        if ratio <= largest + _CLOSE:
+        if ratio <= largest + CLOSE:
             return solver
         raise self._out_of_reach(selection, ratio, largest)
 
@@ -656,7 +486,7 @@ class SelectByRatioPass(SelectPass):
             raise RatioError(what, where="uniform", remedy=remedy, argument="uniform", value=True)
         if self.budget != "params":  # what became of a target has a line of its own
             selection.note(f"removed {achieved:.1%} of {whole:,.0f} {word}")
-        if abs(achieved - ratio) > _CLOSE:
+        if abs(achieved - ratio) > CLOSE:
             what = "the target is missed: removed" if self.target else "ratio"
             selection.note(f"{what} {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
         return choices
@@ -721,4 +551,4 @@ class SelectByGroupRatioPass(SelectPass):
             pool = sorted(value for slot, row in pairs if slot.kind == kind for value in row)
             index = round(ratio[kind] * len(pool))
             thresholds[kind] = pool[index] if index < len(pool) else float("inf")
-        return _below_threshold(selection.slots, values, thresholds.__getitem__)
+        return below_threshold(selection.slots, values, thresholds.__getitem__)

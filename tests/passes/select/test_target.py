@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fxprune.passes.select.base import Option, Slot
-from fxprune.passes.select.ratio import normalised
+from fxprune.passes.select.solver import normalised
 from torch import fx
 
 import fxprune
