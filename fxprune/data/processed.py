@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fxprune.data.calibration import spread
-from fxprune.data.rows import json_lines
+from fxprune.data.rows import is_chat, json_lines
 from fxprune.data.samples import LABELS
 from fxprune.errors import CalibrationError
 from fxprune.graph.context import Refusal
@@ -34,7 +34,7 @@ def needs_processor(source: str) -> bool:
     if path.suffix != ".jsonl" or not os.path.isfile(path):
         return False
     first = next(iter(_rows(path)), ("", {}))[1]
-    fields = {name for name, value in first.items() if isinstance(value, list) and name != "messages"}
+    fields = {name for name, value in first.items() if isinstance(value, list) and not is_chat(value)} - {"messages"}
     return bool(fields or first.keys() & {"image", "audio", "label", "target"})
 
 

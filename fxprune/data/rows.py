@@ -26,8 +26,16 @@ TEMPLATE_WITH_INPUT = (
 )
 """Prompts, without and with an input. Source: Taori et al., Stanford Alpaca (2023)."""
 
-_REQUIRED = {"instruction": ("instruction", "output"), "chat": ("messages",), "text": ("text",)}
+_REQUIRED = {
+    "instruction": ("instruction", "output"),
+    "chat": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
 """The fields that a row of each kind must have, in the order in which the kinds are tried."""
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles of chats in the form of ShareGPT, by their names there."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Row:
     """A row of a known kind.
 
     Args:
-        kind: ``instruction`` (fields ``instruction``, ``input``, ``output``), ``chat`` (``messages``) or ``text``.
+        kind: ``instruction`` (fields ``instruction``, ``input``, ``output``), ``chat`` (``messages``), ``completion``
+            (``prompt``, ``completion``) or ``text``.
         fields: its fields as they were read; those that the kind requires are not None.
     """
 
@@ -52,26 +61,30 @@ class Row:
     fields: Mapping[str, Any]
 
     def texts(self) -> dict[str, str] | BadRow:
-        """The text fields of a text or an instruction, empty if left out; a bad row if one is not text."""
-        found = {name: self.fields.get(name) or "" for name in ("instruction", "input", "output")}
-        if self.kind == "text":
-            found = {"text": self.fields["text"]}
+        """The text fields of a row that is no chat, an input that was left out as ""; a bad row if one is not text."""
+        found = {name: self.fields[name] for name in _REQUIRED[self.kind]}
+        if self.kind == "instruction":
+            found["input"] = self.fields.get("input") or ""
         for name, value in found.items():
             if not isinstance(value, str):
                 return BadRow(self.where, f"{name!r} is not text, but {type(value).__name__}")
         return found
 
     def prompt(self, texts: Mapping[str, str]) -> str:
-        """The prompt of an instruction with the fields ``texts``; a blank input is no part of it."""
+        """The prompt of a row with the fields ``texts``; a blank input is no part of that of an instruction."""
+        if self.kind != "instruction":
+            return texts.get("prompt", "")
         return (TEMPLATE_WITH_INPUT if texts["input"].strip() else TEMPLATE).format(**texts)
 
+    def response(self, texts: Mapping[str, str]) -> str:
+        """What follows the prompt of a row with the fields ``texts``: output, completion, or the whole text."""
+        return texts[_REQUIRED[self.kind][-1]]
+
     def text(self) -> str | BadRow:
-        """The whole row as text: a prompt with its output, messages separated by blank lines, or the text itself."""
+        """The whole row as text: a prompt with its response, messages separated by blank lines, or the text itself."""
         if self.kind != "chat":
             texts = self.texts()
-            if isinstance(texts, BadRow):
-                return texts
-            return texts["text"] if self.kind == "text" else self.prompt(texts) + texts["output"]
+            return texts if isinstance(texts, BadRow) else self.prompt(texts) + self.response(texts)
         messages = self.fields["messages"]
         if not isinstance(messages, Iterable) or isinstance(messages, str) or not messages:
             return BadRow(self.where, "'messages' is not a list of messages")
@@ -89,8 +102,8 @@ def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
     Args:
         data: a path ending in .json, .jsonl, .txt or .parquet; the name of a data set, ``"wikitext2"``, ``"c4"``,
             ``"ptb"``, ``"owner/name"`` or ``"owner/name:config"``, of which the split ``train`` is taken; or rows in
-            memory: a ``datasets.Dataset`` or any iterable of dicts or strings.
-        kind: the only kind to accept: ``instruction``, ``chat`` or ``text``; ``auto`` to tell it by the fields.
+            memory: a ``datasets.Dataset`` or any iterable of dicts, strings or chats.
+        kind: the only kind to accept, such as ``chat``; ``auto`` to tell it by the fields.
     """
     if isinstance(data, Path) or (isinstance(data, str) and data.endswith(ROW_SUFFIXES)):
         rows = _open(Path(data))
@@ -106,9 +119,10 @@ def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
 
 
 def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
-    """A row from a string or a mapping, with ``kind`` as for :func:`read_rows`; a bad row if it is of no such kind."""
+    """A row from a value, with ``kind`` as for :func:`read_rows`; a bad row if it is of no such kind."""
     if isinstance(value, BadRow):
         return value
+    value = _with_messages(value)
     if isinstance(value, str):
         if kind not in ("auto", "text"):
             return BadRow(where, f"plain text, not {kind}")
@@ -121,6 +135,33 @@ def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
     missing = [field for field in _REQUIRED.get(kind, ()) if value.get(field) is None]
     why = f"no {missing[0]!r}" if missing else "none of the known fields"
     return BadRow(where, f"{why}; its fields are {sorted(map(str, value))}")
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def _with_messages(value: Any) -> Any:
+    """A chat in another common form as a row with ``messages``; any other row as it is.
+
+    The form may be a bare list of messages; ``conversations``, whose messages may have ``from`` and ``value`` as those
+    of ShareGPT; or ``prompt`` and ``completion`` that are both lists of messages, as TRL reads them.
+    """
+    if is_chat(value):
+        return {"messages": value}
+    if not isinstance(value, Mapping) or value.get("messages") is not None:
+        return value
+    chat, prompt, completion = (value.get(name) for name in ("conversations", "prompt", "completion"))
+    if is_chat(prompt) and is_chat(completion):
+        return {**value, "messages": [*prompt, *completion]}
+    return {**value, "messages": [_message(one) for one in chat]} if is_chat(chat) else value
+
+
+def _message(one: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "from" not in one or "value" not in one:
+        return one
+    return {"role": _ROLES.get(one["from"], one["from"]), "content": one["value"]}
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

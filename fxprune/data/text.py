@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fxprune.data.calibration import spread
 from fxprune.data.named import ROW_SUFFIXES, is_data_set
-from fxprune.data.rows import BadRow, Row, read_rows
+from fxprune.data.rows import BadRow, Row, is_chat, read_rows
 from fxprune.data.samples import FileSamples
 from fxprune.errors import CalibrationError, DataError
 from fxprune.pipeline.arguments import as_path, refuse
@@ -38,8 +38,8 @@ Files are read whole.
 def is_text(data: Any) -> bool:
     """Whether data are text, which a tokenizer makes samples of, rather than token ids.
 
-    It is text by name or path, a list of texts or of rows with text in them, or a ``datasets.Dataset`` of such rows or
-    a column of it.
+    It is text by name or path, a list of texts, of chats or of rows with text in them, or a ``datasets.Dataset`` of
+    such rows or a column of it.
     """
     if isinstance(data, str | os.PathLike):
         return True
@@ -47,8 +47,8 @@ def is_text(data: Any) -> bool:
         return "input_ids" not in data.column_names
     first = data[0] if isinstance(data, Sequence) and len(data) else None
     if isinstance(first, Mapping):
-        return "messages" in first or any(isinstance(value, str) for value in first.values())
-    return isinstance(first, str)
+        return "messages" in first or any(isinstance(value, str) or is_chat(value) for value in first.values())
+    return isinstance(first, str) or is_chat(first)
 
 
 def text_samples(data: Any, tokenizer: Any, samples: int | None, tokens: int, most: int = MOST_SAMPLES) -> FileSamples:

@@ -50,8 +50,8 @@ class Formatter:
     response_only: bool
 
     def example(self, row: Row) -> Example | BadRow:
-        """The example of an instruction or a chat, or the reason why there is none."""
-        made = self._instruction(row) if row.kind == "instruction" else self._chat(row.fields["messages"])
+        """The example of a row with a prompt, or of a chat, or the reason why there is none."""
+        made = self._chat(row.fields["messages"]) if row.kind == "chat" else self._pair(row)
         if isinstance(made, str):
             return BadRow(row.where, made)
         ids, labels = (tuple(tokens[: self.max_tokens]) for tokens in made)
@@ -72,15 +72,15 @@ class Formatter:
         windows = [tuple(ids[start : start + self.max_tokens]) for start in range(0, len(ids), self.max_tokens)]
         return [Example(window, window) for window in windows if len(window) > 1]
 
-    def _instruction(self, row: Row) -> tuple[list[int], list[int]] | str:
+    def _pair(self, row: Row) -> tuple[list[int], list[int]] | str:
         texts = row.texts()
         if isinstance(texts, BadRow):
             return texts.why
-        for name in ("instruction", "output"):
-            if not texts[name].strip():
+        for name, text in texts.items():
+            if name != "input" and not text.strip():
                 return f"{name!r} is empty"
         prompt = row.prompt(texts)
-        whole = self.encode(prompt + texts["output"], special=True)
+        whole = self.encode(prompt + row.response(texts), special=True)
         end = self.tokenizer.eos_token_id
         if end is not None and whole[-1:] != [end]:
             whole.append(end)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fxprune.errors import RecoveryError, UnknownNameError
 from fxprune.pipeline.arguments import Arguments, Precision, argument, as_seed, instance, one_of
 
-Format = Literal["auto", "instruction", "chat", "text"]
+Format = Literal["auto", "instruction", "chat", "completion", "text"]
 
 TRAINING = "Training"
 """Panel of the settings that are options of the command."""

@@ -166,9 +166,16 @@ LINES = "\n".join(map(json.dumps, ROWS))
         ({"instruction": "a", "output": "b"}, "auto", "instruction"),
         ({"messages": []}, "auto", "chat"),
         ({"text": "a", "output": None}, "auto", "text"),
+        ({"prompt": "a", "completion": "b"}, "auto", "completion"),
+        ({"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}, "auto", "chat"),
+        ({"messages": None, "conversations": [{"from": "human", "value": "a"}]}, "auto", "chat"),
+        ([{"role": "user", "content": "a"}], "auto", "chat"),
+        ([], "auto", "not an object, but list"),
+        ([1, 2], "auto", "not an object, but list"),
         ("a", "text", "text"),
         ("a", "chat", "plain text, not chat"),
         ({"text": "a"}, "chat", "no 'messages'; its fields are ['text']"),
+        ({"text": "a", "conversations": [{"from": "human", "value": "a"}]}, "text", "text"),
         ({"question": "a"}, "auto", "none of the known fields; its fields are ['question']"),
         (3, "auto", "not an object, but int"),
     ],
@@ -176,6 +183,26 @@ LINES = "\n".join(map(json.dumps, ROWS))
 def test_the_kind_is_told_by_the_fields(row: Any, wanted: str, kind: str) -> None:
     found = parse_row("row 1", row, wanted)
     assert found.where == "row 1" and (found.kind if isinstance(found, Row) else found.why) == kind
+
+
+def test_chats_of_each_form_are_read_as_messages() -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}]
+    shared = [
+        {"from": {"user": "human", "assistant": "gpt"}.get(one["role"], one["role"]), "value": one["content"]}
+        for one in chat
+    ]
+    forms: list[Any] = [
+        chat,
+        tuple(chat),
+        {"messages": chat},
+        {"conversations": chat},
+        {"id": 3, "conversations": shared},
+    ]
+    forms += [{"prompt": chat[:1], "completion": chat[1:]}]
+    for form in forms:
+        (row,) = read_rows([form])
+        assert isinstance(row, Row) and row.kind == "chat" and list(row.fields["messages"]) == chat, form
+        assert is_text([form])
 
 
 def test_sources_of_each_form_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +262,14 @@ def test_a_row_gives_its_text() -> None:
     for given, prompt in ((" ", prompts[0]), ("1 and 3", prompts[1])):
         assert Row("", "instruction", {**instruction, "input": given}).text() == f"{prompt}4"
     assert Row("", "text", {"text": "a"}).text() == "a"
+    assert Row("", "completion", {"prompt": "a ", "completion": "b"}).text() == "a b"
     assert Row("", "chat", {"messages": [{"content": "a"}, {"content": "b"}]}).text() == "a\n\nb"
     for kind, fields in (
         ("instruction", {"instruction": ["a"], "output": "b"}),
         ("chat", {"messages": [{"content": 3}]}),
         ("chat", {"messages": 3}),
         ("text", {"text": 0}),
+        ("completion", {"prompt": "a", "completion": ["b"]}),
     ):
         bad = Row("row 1", kind, fields).text()
         assert isinstance(bad, BadRow) and bad.where == "row 1" and "not" in bad.why

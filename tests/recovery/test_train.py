@@ -15,7 +15,7 @@ from torch import nn
 import fxprune.cli
 import fxprune.recovery.train as distil
 from fxprune.data.calibration import IGNORED
-from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, Row
+from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, Row, parse_row
 from fxprune.errors import DataError, RecoveryError, VerificationError
 from fxprune.recipes import option_table
 from fxprune.recovery.data import (
@@ -288,6 +288,17 @@ def test_an_instruction_counts_its_response_and_the_end_or_whole(given: str, res
     prompt = (TEMPLATE_WITH_INPUT if given else TEMPLATE).format(**row)
     assert TOKENIZER.decode(example.ids) == f"{prompt}Four</s>"
     assert counted_text(example) == ("Four</s>" if response_only else f"{prompt}Four</s>")
+
+
+def test_a_completion_counts_and_its_prompt_has_no_template() -> None:
+    row = {"prompt": "Two and two are ", "completion": "four"}
+    read_row = parse_row("row 1", row)
+    assert isinstance(read_row, Row)
+    example = Formatter(TOKENIZER, 1000, response_only=True).example(read_row)
+    assert isinstance(example, Example)
+    assert TOKENIZER.decode(example.ids) == "Two and two are four</s>" and counted_text(example) == "four</s>"
+    (bad,) = read([*SUMS, {**row, "completion": " "}]).report.bad
+    assert bad.why == "'completion' is empty"
 
 
 def test_chat_counts_every_answer_and_no_question() -> None:
