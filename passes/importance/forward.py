@@ -25,6 +25,7 @@ from fxprune.offload.ranks import all_reduce, batch_for_all, check_enough, deal,
 from fxprune.pipeline.arguments import Precision, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
+from fxprune.rules.products import stacked_product
 from fxprune.rules.registry import Values, find_rule
 
 from .base import PRECISION, ImportancePass, Positions, axis_sums, require_finite
@@ -63,6 +64,79 @@ class Moments:
         """The unbiased variance of each input."""
         spread = self.squares - self.sums.square() / max(self.count, 1)
         return spread.clamp_min(0) / max(self.count - 1, 1)
+
+
+def sum_moments(each: Sequence[Moments]) -> Moments:
+    """The moments of all tokens of several."""
+    sums = torch.stack([moments.sums for moments in each]).sum(0)
+    squares = torch.stack([moments.squares for moments in each]).sum(0)
+    return Moments(sums, squares, sum(moments.count for moments in each))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of a weight of three axes, one for each row of the activations, as tokens have experts.
+
+    Args:
+        axis: the axis of the weight that has the matrices.
+        size: their number.
+        index: the number of the matrix of each row; None if row ``m`` has matrix ``m``.
+        order: all axes of the activations, that of rows first and that of inputs last.
+    """
+
+    axis: int
+    size: int
+    index: fx.Node | None
+    order: tuple[int, ...]
+
+    def split(self, value: torch.Tensor, numbers: torch.Tensor | None) -> list[torch.Tensor]:
+        """The inputs of each matrix, ``(tokens, in)``; ``numbers`` are those in ``index``."""
+        rows = value.permute(self.order)
+        return [(rows[i] if numbers is None else rows[numbers == i]).flatten(0, -2) for i in range(self.size)]
+
+
+def find_stack(consumer: Consumer) -> Stack | None:
+    """The matrices of the weight that a consumer reads; None if it is one."""
+    product = stacked_product(consumer.node)
+    if product is None or (product.source, product.order[2]) != (consumer.source, consumer.axis):
+        return None
+    size = product.weight.meta["val"].shape[product.order[0]]
+    index = None if product.picked is None else product.picked.index
+    return Stack(product.order[0], size, index, product.source_order)
+
+
+@dataclass
+class MatrixMoments:
+    """Moments of the inputs along an axis of a value, of each matrix of ``stack`` apart; of all if that is None."""
+
+    dim: int
+    stack: Stack | None
+    each: list[Moments] = field(default_factory=list)
+    batches: int = 0
+
+    def add(self, numbers: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+        """Add the inputs of the next batch; ``numbers`` are those that rows pick matrices by, of each batch."""
+        rows = [value.movedim(self.dim, -1).flatten(0, -2)]
+        if self.stack is not None:
+            rows = self.stack.split(value, None if self.stack.index is None else numbers[self.batches])
+        if not self.each:
+            self.each = [Moments(*own.new_zeros(2, own.shape[1], dtype=torch.float64)) for own in rows]
+        for moments, own in zip(self.each, rows, strict=True):
+            moments.add(own.double())
+        self.batches += 1
+
+    def pooled(self) -> MatrixMoments:
+        """The moments of all matrices together."""
+        return MatrixMoments(self.dim, None, [sum_moments(self.each)])
+
+    def along(self, value: torch.Tensor, axis: int, dims: int) -> torch.Tensor:
+        """Numbers ``(matrices, in)`` as a factor of a weight of ``dims`` axes, whose ``axis`` is summed over."""
+        shape = [1] * dims
+        shape[axis] = value.shape[1]
+        if self.stack is None:
+            return value.reshape(shape)
+        shape[self.stack.axis] = len(value)
+        return (value if self.stack.axis < axis else value.T).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +183,6 @@ class ForwardImportancePass(ImportancePass):
         graph_module: fx.GraphModule,
         consumers: Iterable[Consumer],
         see: Callable[[Place, torch.Tensor], None],
-        *,
-        batch_by_batch: bool = True,
     ) -> None:
         """Run this process's samples, and call ``see`` with the inputs of the consumers, ``(tokens, in)``, by place."""
         dims: dict[fx.Node, dict[int, None]] = {}
@@ -121,36 +193,58 @@ class ForwardImportancePass(ImportancePass):
             for dim in dims[node]:
                 see((node, dim), value.movedim(dim, -1).flatten(0, -2))
 
-        watch = {node: partial(split, node) for node in dims}
-        self.observe(graph_module, watch, in_shards=True, batch_by_batch=batch_by_batch)
+        self.observe(graph_module, {node: partial(split, node) for node in dims}, in_shards=True)
 
     def moments(self, graph_module: fx.GraphModule, consumers: Sequence[Consumer]) -> dict[Consumer, Moments]:
-        """Moments of the inputs of each consumer over the calibration samples."""
-        found: dict[Place, Moments] = {}
+        """Moments of the inputs of each consumer over the calibration samples; those of all experts together."""
+        found = self.matrix_moments(graph_module, consumers)
+        return {consumer: found[consumer].pooled().each[0] for consumer in consumers}
 
-        def add(place: Place, rows: torch.Tensor) -> None:
-            rows = rows.double()
-            found.setdefault(place, Moments(torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))).add(rows)
-
-        self.observe_inputs(graph_module, consumers, add, batch_by_batch=False)
-        for moments in found.values():
-            moments.all_reduce()
+    def matrix_moments(
+        self, graph_module: fx.GraphModule, consumers: Sequence[Consumer]
+    ) -> dict[Consumer, MatrixMoments]:
+        """Moments of the inputs of each consumer; of stacked experts, those of the tokens that reach each of them."""
+        order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+        places: dict[Consumer, tuple[Place, Stack | None]] = {}
         for consumer in consumers:
-            require_finite(found[consumer.source, consumer.dim].squares, consumer.name)
-        return {consumer: found[consumer.source, consumer.dim] for consumer in consumers}
+            stack = find_stack(consumer)
+            is_late = stack is not None and stack.index is not None and order[stack.index] > order[consumer.source]
+            places[consumer] = (consumer.source, consumer.dim), None if is_late else stack
+        found = {place: MatrixMoments(place[0][1], place[1]) for place in places.values()}
+        numbers: dict[fx.Node | None, list[torch.Tensor]] = {}
+        watch: dict[fx.Node, list[Callable[[torch.Tensor], None]]] = {}
+        for ((source, _), stack), moments in found.items():
+            index = None if stack is None else stack.index
+            if index is not None and index not in numbers:
+                watch.setdefault(index, []).insert(0, numbers.setdefault(index, []).append)
+            watch.setdefault(source, []).append(partial(moments.add, numbers.get(index, ())))
+
+        def see(node: fx.Node, value: torch.Tensor) -> None:
+            for receive in watch[node]:
+                receive(value)
+
+        self.observe(graph_module, {node: partial(see, node) for node in watch}, in_shards=True, batch_by_batch=False)
+        for moments in (one for of in found.values() for one in of.each):
+            moments.all_reduce()
+        for consumer, place in places.items():
+            require_finite(torch.stack([moments.squares for moments in found[place].each]), consumer.name)
+        return {consumer: found[place] for consumer, place in places.items()}
 
     def _by_weight(
         self,
         graph_module: fx.GraphModule,
         names: Set[str],
-        score: Callable[[str, torch.Tensor, Mapping[int, Sequence[Moments]]], Positions],
+        score: Callable[[str, torch.Tensor, Mapping[int, Sequence[MatrixMoments]]], Positions],
     ) -> Positions:
         """Scores of weights from the moments of their inputs, by summed axis; each process scores its own weights."""
         axes = facts_of(graph_module)[Dependencies].axes
         consumers = [c for c in find_consumers(graph_module.graph, axes) if c.name in names]
-        uses: dict[str, dict[int, list[Moments]]] = {}
-        for consumer, moments in self.moments(graph_module, consumers).items():
+        uses: dict[str, dict[int, list[MatrixMoments]]] = {}
+        for consumer, moments in self.matrix_moments(graph_module, consumers).items():
             uses.setdefault(consumer.name, {}).setdefault(consumer.axis, []).append(moments)
+        for there in (there for by_axis in uses.values() for there in by_axis.values()):
+            if len({use.stack and use.stack.axis for use in there}) > 1:  # of one weight, some rows pick, others do not
+                there[:] = [use.pooled() for use in there]
         mine = [
             score(name, get_tensor(graph_module, name).detach(), uses.get(name, {})) for name in deal(sorted(names))
         ]
@@ -191,7 +285,8 @@ class WandaImportancePass(ForwardImportancePass):
 
         |W_oi| * norm(X_i) / sqrt(tokens)
 
-    Parameters in no product with activations, such as biases and weights of norms, count as multiplying ones.
+    Parameters in no product with activations, such as biases and weights of norms, count as multiplying ones. Of
+    stacked experts, the tokens are those that reach each of them.
 
     Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv
     2306.11695), equation 1, there for single weights.
@@ -219,12 +314,12 @@ class WandaImportancePass(ForwardImportancePass):
         return super().score(graph_module, groups)
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[Moments]]) -> Positions:
+        def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[MatrixMoments]]) -> Positions:
             weight = weight.float().abs()
             for axis, there in uses.items():
-                squares = torch.stack([moments.squares for moments in there]).sum(0)
-                rms = (squares / max(sum(moments.count for moments in there), 1)).sqrt().float().to(weight.device)
-                weight = weight * rms.view(-1, *[1] * (weight.dim() - axis - 1))
+                every = map(sum_moments, zip(*(use.each for use in there), strict=True))
+                rms = torch.stack([(moments.squares / max(moments.count, 1)).sqrt() for moments in every])
+                weight = weight * there[0].along(rms.float().to(weight.device), axis, weight.dim())
             return {key: axis_sums(weight, key[1]) for key in wanted if key[0] == name}
 
         bf16 = logits_use_bf16(self.precision, graph_module, self.calibration(graph_module)[0], self.name)
@@ -262,12 +357,16 @@ class FlapImportancePass(ForwardImportancePass):
         return Scores({name: (row - row.mean()) / (row.std() or 1.0) for name, row in scores.units.items()})
 
     def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[Moments]]) -> Positions:
+        def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[MatrixMoments]]) -> Positions:
             found: Positions = {}
+            squares = weight.double().square()
             for axis, there in uses.items():
-                columns = axis_sums(weight.double().square(), axis)
-                for moments in there:
-                    value = moments.variance * columns.to(moments.sums.device)
+                for use in there:
+                    variances = torch.stack([moments.variance for moments in use.each]).to(weight.device)
+                    if use.stack is None:
+                        value = variances[0] * axis_sums(squares, axis)
+                    else:
+                        value = axis_sums(squares * use.along(variances, axis, weight.dim()), axis)
                     found[name, axis] = found[name, axis] + value if (name, axis) in found else value
             return found
 

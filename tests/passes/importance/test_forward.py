@@ -144,6 +144,46 @@ def test_an_expert_is_worth_what_it_adds_to_its_tokens() -> None:
     np.testing.assert_allclose(found, total / np.maximum(count, 1), rtol=1e-4)
 
 
+def test_inputs_of_stacked_experts_are_those_of_the_tokens_that_reach_them() -> None:
+    """They were those of all experts, so that a channel was as large as the same one of other experts."""
+    model = tiny("mixtral", num_hidden_layers=1)
+    dense = discover(model)
+    load_pass("calibrate", data=IDS)(dense)
+    block = model.model.layers[0].mlp
+    (x,) = inputs_of(model, IDS, block)
+    chosen = (x @ block.gate.weight.detach().double().T).topk(2, dim=-1).indices
+    gate_up, down = (getattr(block.experts, name).detach().double() for name in ("gate_up_proj", "down_proj"))
+    wanda, flap = torch.zeros(FFN), torch.zeros(FFN)
+    for expert in range(5):
+        own = x[(chosen == expert).any(-1)]
+        gate, up = (own @ gate_up[expert].T).chunk(2, -1)
+        hidden = nn.functional.silu(gate) * up
+        writes = gate_up[expert].abs() * own.square().mean(0).sqrt()
+        wanda += sum(writes.sum(1).split(FFN)) + down[expert].abs().sum(0) * hidden.square().mean(0).sqrt()
+        flap += hidden.var(0) * down[expert].square().sum(0)
+    for name, expected in (("wanda", wanda), ("flap", flap)):
+        found = scores_of(dense, name, batch=2, kinds="mlp")["model.layers.0/mlp"]
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+
+
+def test_inputs_of_experts_side_by_side_are_apart_and_of_both_uses_of_a_weight_together() -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(4, 6, 10), torch.randn(4, 10, 6)
+
+    def twice(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return sum(torch.bmm(torch.bmm(y, m.up).relu(), m.down).sum(0) for y in (x, x * 2))
+
+    model = Net(twice, up=nn.Parameter(up), down=nn.Parameter(down))
+    x = torch.randn(4, 7, 6)
+    dense = discover(model, {"x": x})
+    facts_of(dense).put(Calibration((Sample({"x": x}, torch.zeros(1, 7)),)))
+    (group,) = (g for g in groups_of(dense) if g.size == 10)
+    found = scores_of(dense, "wanda", readers_only=True, kinds=group.kind)[group.name]
+    hidden = torch.cat([torch.bmm(y, up).relu() for y in (x, x * 2)], dim=1).double()
+    expected = (hidden.square().mean(1).sqrt() * down.abs().sum(2)).sum(0)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+
+
 def test_experts_side_by_side_count_the_tokens_that_reach_them() -> None:
     torch.manual_seed(0)
 
