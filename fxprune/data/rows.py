@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -137,7 +137,7 @@ def parse_row(where: str, value: Any, kind: str = "auto") -> Row | BadRow:
     return BadRow(where, f"{why}; its fields are {sorted(map(str, value))}")
 
 
-def is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Whether a value is a list of messages."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
 

@@ -24,8 +24,9 @@ from fxprune.graph.counting import TOKENS, SampleSizes
 from fxprune.graph.facts import Fact
 from fxprune.graph.tensors import tensor_name, weights
 from fxprune.pipeline.arguments import one_of
+from fxprune.removal.formats import TOKENIZER, Type, bytes_each, check_format, find_places, type_of
 from fxprune.removal.removal import Removal
-from fxprune.removal.target import PHASES, TOKENIZER, Type, bytes_each, check_format, find_places, type_of
+from fxprune.removal.target import PHASES
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, values_of
 
@@ -245,7 +246,7 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
     Args:
         name: ``params``; ``macs`` of a sample of 64 tokens; ``kv``, bytes of key-value cache per token; ``bytes`` of
             the weights in their own dtype; ``bytes@q4_k_m``, of a GGUF file in a format of
-            :data:`~fxprune.removal.target.FORMATS`; ``memory@8192``, bytes of these weights, of the cache of so many
+            :data:`~fxprune.removal.formats.FORMATS`; ``memory@8192``, bytes of these weights, of the cache of so many
             tokens and of what a step computes, or ``memory@8192:q4_k_m`` with the weights in a format; or time, as
             ``decode@times.json`` or ``prefill@times.json:onnxruntime``, from measurements: a fixed part, and one
             proportional to weights in decoding and to multiply-accumulates in prefill.

@@ -224,10 +224,10 @@ class ForwardImportancePass(ImportancePass):
                 receive(value)
 
         self.observe(graph_module, {node: partial(see, node) for node in watch}, in_shards=True, batch_by_batch=False)
-        for moments in (one for of in found.values() for one in of.each):
-            moments.all_reduce()
+        for one in (one for moments in found.values() for one in moments.each):
+            one.all_reduce()
         for consumer, place in places.items():
-            require_finite(torch.stack([moments.squares for moments in found[place].each]), consumer.name)
+            require_finite(torch.stack([one.squares for one in found[place].each]), consumer.name)
         return {consumer: found[place] for consumer, place in places.items()}
 
     def _by_weight(

@@ -25,6 +25,7 @@ from fxprune.masking.teacher import divergence_by_removal
 from fxprune.pipeline.arguments import argument, number, refuse
 from fxprune.pipeline.contract import PassCost
 from fxprune.removal.budget import Budget, check_budget, make_budget
+from fxprune.removal.formats import least_each
 from fxprune.removal.removal import Removal
 from fxprune.removal.target import (
     DEFAULT_RATIO,
@@ -33,7 +34,6 @@ from fxprune.removal.target import (
     Target,
     amount_below,
     check_target,
-    least_each,
     parse_target,
 )
 

@@ -28,12 +28,21 @@ from fxprune.export.gguf.format import (
     place_of,
 )
 from fxprune.export.gguf.layout import LAYOUTS, TensorLayout, lay_out, read_decoder
-from fxprune.export.gguf.quantization import quantization_named, quantize, row_multiple
+from fxprune.export.gguf.quantization import (
+    describe_fallbacks,
+    quantization_named,
+    quantize,
+    row_multiple,
+    tensor_types,
+)
 from fxprune.export.gguf.reference import find_contents, gguf_logits, input_importance
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer
 from fxprune.export.gguf.write import export_gguf, most_common_type
+from fxprune.removal.budget import make_budget
+from fxprune.removal.formats import TOKENIZER
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
+from tests.oracle import axes_of, discover
 
 
 def test_every_architecture_is_one_of_the_format_and_can_be_reached() -> None:
@@ -310,21 +319,21 @@ def shapes(blocks: int, hidden: int, width: int, *, output: bool = False) -> dic
 def test_a_mixture_gives_more_bits_to_the_ends_and_to_every_third_block() -> None:
     """As in the file of a dense model by llama-quantize, whose rows of 640 do not fill blocks of 256."""
     mixture = quantization_named("Q4_K_M")
-    types = mixture.types(shapes(18, 640, 2048), 18)
+    types = tensor_types(mixture, shapes(18, 640, 2048), 18)
     raised = [number for number in range(18) if types[f"blk.{number}.ffn_down.weight"] is Type.Q6_K]
     assert raised == [0, 1, 4, 7, 10, 13, 15, 16, 17]
     assert {types[f"blk.{number}.attn_v.weight"] for number in raised} == {Type.Q8_0}
     assert types["blk.2.ffn_down.weight"] is Type.Q4_K and types["blk.2.attn_v.weight"] is Type.Q5_0
     assert (types["token_embd.weight"], types["blk.0.attn_norm.weight"]) == (Type.Q8_0, Type.F32)
-    fallbacks = mixture.describe_fallbacks(shapes(18, 640, 2048), types, 18)
+    fallbacks = describe_fallbacks(mixture, shapes(18, 640, 2048), types, 18)
     assert (
         fallbacks.startswith("55 of 73 matrices have rows that are not a multiple of 256 (640)")
         and "45 q5_0, 10 q8_0" in fallbacks
     )
     whole = shapes(18, 512, 2048, output=True)
-    types = mixture.types(whole, 18)
+    types = tensor_types(mixture, whole, 18)
     assert (types["token_embd.weight"], types["output.weight"]) == (Type.Q4_K, Type.Q6_K)
-    assert mixture.describe_fallbacks(whole, types, 18) == ""
+    assert describe_fallbacks(mixture, whole, types, 18) == ""
 
 
 def test_widths_follow_the_blocks_of_the_type() -> None:
@@ -347,6 +356,25 @@ def test_the_engine_runs_what_its_quantiser_wrote(
     with torch.no_grad():
         want = wide(ids).logits[0, -1].log_softmax(-1)
     assert (LlamaServer(path).log_probabilities(ids[0].tolist(), VOCABULARY) - want).abs().mean() < 8 * error
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])  # phi3 has fused queries, keys and values
+@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q8_0"])
+def test_the_size_of_a_file_is_known_before_it_is_written(name: str, family: str, tmp_path: Path) -> None:
+    """Targets had a table of types of their own, with others for fused products, odd rows and Q3_K_M."""
+    widths = {
+        "num_hidden_layers": 6,
+        "intermediate_size": 288,
+        "pad_token_id": None,
+    }  # rows of 288 fill no block of 256
+    model = even(family, **{**WIDE, **widths})
+    options: dict[str, Any] = {"tokenizer": tokenizer(), "quantization": name, "calibration": token_ids(1, 9)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = fxprune.export_model(model, tmp_path / "dense.gguf", **options)
+    held = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+    graph = discover(model)
+    assert make_budget(f"bytes@{name}", graph, axes_of(graph)).total == held + TOKENIZER * VOCABULARY
 
 
 def test_an_importance_is_the_mean_square_of_an_input_of_the_model() -> None:

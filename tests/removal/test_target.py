@@ -13,7 +13,8 @@ from torch import nn
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.graph.counting import count_macs
 from fxprune.removal.budget import FileBudget, check_budget, make_budget, read_timing
-from fxprune.removal.target import FORMATS, Place, Reached, check_format, least_each, parse_target, type_of
+from fxprune.removal.formats import FORMATS, Place, check_format, least_each, type_of
+from fxprune.removal.target import Reached, parse_target
 from tests.models import tiny
 from tests.oracle import Net, axes_of, discover
 from tests.remembered import grouped, pruned

@@ -18,12 +18,19 @@ import torch
 from fxprune.errors import ExportError, FxpruneError
 from fxprune.export.gguf.format import Type, load_data
 from fxprune.export.gguf.layout import Contents, read_decoder
-from fxprune.export.gguf.quantization import Quantization, needs_importance, quantization_named, quantize
+from fxprune.export.gguf.quantization import (
+    describe_fallbacks,
+    needs_importance,
+    quantization_named,
+    quantize,
+    tensor_types,
+)
 from fxprune.export.gguf.reference import find_contents, input_importance
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer, entry_of
 from fxprune.export.program import LOW_PRECISION_TOLERANCE, wrap_export_errors
 from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.atomic import atomic_path
+from fxprune.removal.formats import Format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +52,7 @@ def most_common_type(path: str | os.PathLike[str]) -> str:
     return "q8_0"
 
 
-def _check_row_sizes(contents: Contents, types: Mapping[str, Type], quantization: Quantization) -> None:
+def _check_row_sizes(contents: Contents, types: Mapping[str, Type], quantization: Format) -> None:
     """Refuse rows that are not a multiple of the block size of their type, with the ``round_to`` that avoids them."""
     misfits: dict[str, str] = {}
     sizes = []
@@ -71,7 +78,7 @@ def _write_gguf(
     contents: Contents,
     tokenizer: Iterable[Entry],
     path: Path,
-    quantization: Quantization,
+    quantization: Format,
     types: Mapping[str, Type],
     importance: Mapping[str, torch.Tensor],
     name: str,
@@ -138,11 +145,11 @@ def export_gguf(
         raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
     contents, entries = check_gguf(model, tokenizer=tokenizer, like=like)
     shapes = {name: tuple(tensor.shape) for name, tensor in contents.tensors.items()}
-    types = kind.types(shapes, contents.keys["block_count"])
+    types = tensor_types(kind, shapes, contents.keys["block_count"])
     _check_row_sizes(contents, types, kind)
     importance: Mapping[str, torch.Tensor] = {}
     if kind.by_engine:
-        fallbacks = kind.describe_fallbacks(shapes, types, contents.keys["block_count"])
+        fallbacks = describe_fallbacks(kind, shapes, types, contents.keys["block_count"])
         if fallbacks:
             warnings.warn(f"{kind.name}: {fallbacks}", stacklevel=3)
         importance = input_importance(contents, samples)
