@@ -57,32 +57,6 @@ _KEPT = {"vector": 0, "first": 1, "second": 0, "mix": 2}
 """Float32 tensors of the size of a weight that each order keeps while samples arrive."""
 
 
-@dataclass(frozen=True, eq=False)
-class RecordedProduct:
-    """Inputs of a product with a weight, and gradients of its outputs, by number of the sample.
-
-    The gradient of the weight is the product of the two. It is never formed as a whole: some rows of it are computed at
-    a time, for one sample after the other. If the loss does not depend on the product, there are none.
-    """
-
-    product: LoneProduct
-    pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def record(self, sample: int, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Record the inputs now, and the gradient of ``output`` when it arrives; return the tensor to continue with."""
-
-        def receive(gradient: torch.Tensor) -> None:
-            self.pairs[sample] = inputs.detach(), gradient
-
-        return _on_gradient(output, receive)
-
-    def weight_gradients(self, rows: slice) -> Iterator[torch.Tensor]:
-        """Yield some rows of the gradient of the weight in float32, for each sample that has one."""
-        for pair in self.pairs.values():
-            first, second = _gradient_factors(self.product, *(value.float() for value in pair))
-            yield first[:, rows].T @ second
-
-
 def _on_gradient(output: torch.Tensor, receive: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """Call a function with the gradient of a tensor when it arrives; return the tensor to continue with."""
     output = output if output.requires_grad else output.detach().requires_grad_()
@@ -348,7 +322,8 @@ class _GradientSweep:
     share one alias, whose gradient is then that of all its uses. Weights and inputs that are written to are copied.
     The gradients of a weight that several parts read are summed for each batch before they count. In bfloat16, a
     weight of one product is cast once for all samples of a part; there, and in batches of several samples, its gradient
-    is never formed as a whole where nothing is kept by element.
+    is never formed as a whole where nothing is kept by element; nor is that of a recorded product, of which some rows
+    are computed at a time, for one sample after the other.
     """
 
     def __init__(
@@ -376,7 +351,9 @@ class _GradientSweep:
         names = {id(tensors[name]): name for name in axes}
         self.wanted = {name: names[id(t)] for name, t in tensors.items() if id(t) in names}
         self.reads = [{self.wanted[name] for name in part.reads if name in self.wanted} for part in parts]
-        self.recorded = {name: RecordedProduct(product) for name, product in recorded.items()}
+        self.recorded = recorded
+        self.pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in recorded}
+        """Inputs of the product of each recorded weight, and gradients of its outputs; none without a loss."""
         self.narrow: dict[str, torch.Tensor] = {}
         """Weights of the running part in bfloat16, by name."""
         at_once = bf16 or self.total > len(batches)
@@ -459,11 +436,8 @@ class _GradientSweep:
         else:
             self.late[name, batch] = offloaded(to_device(whole, self.home))
 
-    def _hooks(self, records: Sequence[RecordedProduct], sums: _Sums, batch: int) -> Hooks:
+    def _hooks(self, records: Sequence[LoneProduct], sums: _Sums, batch: int) -> Hooks:
         count = len(self.batches[batch])
-
-        def record(recorded: RecordedProduct, value: torch.Tensor) -> torch.Tensor:
-            return recorded.record(batch, self.runs.value(recorded.product.source), value)
 
         def add(product: LoneProduct, value: torch.Tensor) -> torch.Tensor:
             inputs = self.runs.value(product.source).detach()
@@ -477,9 +451,20 @@ class _GradientSweep:
             return _on_gradient(value, receive)
 
         added = {one.node: partial(add, one) for one in self.summed if one.name in sums.axes}
-        return added | {recorded.product.node: partial(record, recorded) for recorded in records}
+        return added | {product.node: partial(self._record, product) for product in records}
 
-    def _scores(self, sums: _Sums, records: Sequence[RecordedProduct]) -> Positions:
+    def _record(self, product: LoneProduct, output: torch.Tensor) -> torch.Tensor:
+        """Record inputs now, and the gradient of ``output`` when it arrives; return the tensor to continue with."""
+        inputs = self.runs.value(product.source).detach()
+        return _on_gradient(output, lambda gradient: self.pairs[product.name].append((inputs, gradient)))
+
+    def _weight_gradients(self, product: LoneProduct, rows: slice) -> Iterator[torch.Tensor]:
+        """Yield some rows of the gradient of a recorded weight in float32, for each sample that has one."""
+        for pair in self.pairs[product.name]:
+            first, second = _gradient_factors(product, *(value.float() for value in pair))
+            yield first[:, rows].T @ second
+
+    def _scores(self, sums: _Sums, records: Sequence[LoneProduct]) -> Positions:
         """The scores of weights that no earlier part reads."""
         for name, batch in [key for key in self.late if key[0] in sums.axes]:  # this part reads only its dtype
             weight = self.runs.tensor(name).detach().float()
@@ -488,11 +473,11 @@ class _GradientSweep:
         found: Positions = {}
         for name in sums.axes:
             found |= sums.finish(name, self.runs.tensor(name))
-        for recorded in records:
-            name = recorded.product.name
+        for product in records:
+            name = product.name
             rows = _Sums(self.order, {name: self.axes[name]}, self.total)
-            found |= rows.by_rows(name, self.runs.tensor(name), recorded.weight_gradients)
-            recorded.pairs.clear()
+            found |= rows.by_rows(name, self.runs.tensor(name), partial(self._weight_gradients, product))
+            self.pairs[name].clear()
         return {place: to_device(value, self.home) for place, value in found.items()}
 
     def _save(self, number: int, found: Positions) -> None:

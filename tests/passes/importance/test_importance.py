@@ -202,13 +202,13 @@ def test_scores_from_activations_are_those_from_gradients(
     dense = discover(Cut().eval(), {"ids": token_ids() % 30}) if name == "cut" else discover(tiny(name))
     calibrate(dense, token_ids(3) % 30)
     taken: list[str] = []
-    take = taylor.RecordedProduct.record
+    take = taylor._GradientSweep._record
 
-    def watched(record: taylor.RecordedProduct, *arguments: Any) -> torch.Tensor:
-        taken.append(record.product.name)
-        return take(record, *arguments)
+    def watched(sweep: taylor._GradientSweep, product: Any, output: torch.Tensor) -> torch.Tensor:
+        taken.append(product.name)
+        return take(sweep, product, output)
 
-    monkeypatch.setattr(taylor.RecordedProduct, "record", watched)
+    monkeypatch.setattr(taylor._GradientSweep, "_record", watched)
     monkeypatch.setattr(taylor, "_BLOCK", 100)
     monkeypatch.setattr(taylor, "count_tokens", lambda _: 10**9)
     want = scores_of(dense, "taylor", order=order, memory="fast")
