@@ -335,9 +335,10 @@ class SelectPass(Pass):
     def foresee(self, graph_module: fx.GraphModule, given: tuple[type[Fact], ...]) -> None:
         """Refuse, before any is scored, what cannot be removed whatever the scores are."""
         if Groups in given:
-            alike = Scores({group.name: np.zeros(group.size) for group in facts_of(graph_module)[Groups].all})
+            groups = facts_of(graph_module)[Groups].all
+            made_up = Scores({group.name: np.arange(group.size, dtype=float) for group in groups})
             with _obstacles_named(graph_module, self.kinds):
-                self.require_reachable(self._selection(graph_module, alike))
+                self.require_reachable(self._selection(graph_module, made_up))
 
     def require_reachable(self, selection: Selection) -> None:
         """Raise :class:`~fxprune.errors.RatioError` if the ratio is out of reach."""

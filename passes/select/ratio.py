@@ -313,21 +313,7 @@ class SelectByRatioPass(SelectPass):
         return PassCost(runs=(2 + len(self.width)) * measured, batch=min(4, measured), outputs=4)
 
     def require_reachable(self, selection: Selection) -> None:
-        if self.uniform or self._width_is_measured(selection):  # widths that may be chosen do not depend on scores
-            next(self._trials(selection))
-        elif not isinstance(self.ratio, tuple):
-            self._require(selection, self._ratio(selection.budget), selection.budget.total)
-        for spelled, ratio in self.ratio if isinstance(self.ratio, tuple) and not self.uniform else ():
-            kind = bare_kind(spelled)
-            self._require(_of_kinds(selection, (kind,), ()), ratio, selection.sizes.get(kind, 0.0))
-
-    def _require(self, selection: Selection, ratio: float, whole: float) -> BudgetSolver:
-        """A solver for a fraction of ``whole``, which can be removed."""
-        solver = BudgetSolver(selection, ratio * whole)
-        largest = solver.removed(solver.most()) / max(whole, 1)
-        if ratio <= largest + CLOSE:
-            return solver
-        raise self._out_of_reach(selection, ratio, largest)
+        next(self._trials(selection))  # numbers of units that can be reached do not depend on scores
 
     def _out_of_reach(self, selection: Selection, ratio: float, largest: float) -> RatioError:
         """The refusal of a ratio, by the largest that can be reached."""
@@ -467,7 +453,11 @@ class SelectByRatioPass(SelectPass):
         return _merged(selection, kinds, decided, self._choose(_of_kinds(selection, kinds, decided), ratio, whole))
 
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
-        solver = self._require(selection, ratio, whole)
+        """Choices that remove a fraction of ``whole``."""
+        solver = BudgetSolver(selection, ratio * whole)
+        largest = solver.removed(solver.most()) / max(whole, 1)
+        if not ratio <= largest + CLOSE:
+            raise self._out_of_reach(selection, ratio, largest)
         return self._checked(selection, self._solve(selection, solver), ratio, whole)
 
     def _solve(self, selection: Selection, solver: BudgetSolver) -> list[Choice]:
