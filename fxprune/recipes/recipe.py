@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Recipe(UserDict[str, tuple[Pass, ...]]):
         inside.sort(key=lambda one: one.name != name)  # its own arguments, before those of another criterion
         before = [*inside[:1], *self[stage]]
         old = {key: value for step in before for key, value in _arguments(step).items() if key in _INHERITED}
-        if old.get("width") and name in pass_names(stage) and "width" not in _defaults(name):
+        if old.get("width") and name in pass_names(stage) and "width" not in _arguments(load_pass(name)):
             # a pass that measures no width leaves it whole
             old["kinds"] = tuple(kind for kind in old["kinds"] if bare_kind(kind) != "channel")
         inner = {stage: self[stage][0]} if self[stage] else {}  # for a pass that runs another one of its stage
@@ -138,9 +139,8 @@ class Recipe(UserDict[str, tuple[Pass, ...]]):
             defaults, own = _arguments(type(one)()), _arguments(one)
             return changed(one, {key: value for key, value in arguments.items() if own.get(key) == defaults.get(key)})
 
-        changes = _inside(made, inherit) if made is not None and isinstance(choice, str) else {}
-        if made is not None and changes:
-            made = type(made)(**_arguments(made) | changes)
+        if made is not None and isinstance(choice, str):
+            made = replace(made, **_inside(made, inherit))  # type: ignore[type-var]
         self[stage] = made
 
 
@@ -233,10 +233,6 @@ def _inside(step: Pass, change: Callable[[Pass], Pass]) -> dict[str, Any]:
         elif isinstance(value, tuple) and any(isinstance(one, Pass) and one.stage == step.stage for one in value):
             found[key] = tuple(map(change, value))
     return found
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    return _arguments(load_pass(name))
 
 
 def _arguments(step: Pass) -> dict[str, Any]:
