@@ -137,7 +137,6 @@ def test_what_no_scores_can_change_is_told_before_any() -> None:
     [
         ({"target": "60K", "ratio": 0.2}, "beside ratio"),
         ({"target": "60K", "budget": "macs"}, "beside budget"),
-        ({"target": "60K", "select": "select-by-group-ratio"}, "beside select"),
         ({"target": "60K", "context": 5}, "no amount of memory"),
         ({"context": 5}, "context is for a target of memory"),
         ({"target": "6GB", "context": 0}, "1 or more"),
@@ -178,12 +177,6 @@ def dense() -> fx.GraphModule:
     return graph
 
 
-def left(dense: fx.GraphModule, budget: Budget, removal: Removal) -> float:
-    """What is left after a removal."""
-    counts = {factor: float(removal.keep.count(factor)) for factor in removal.keep.units}
-    return budget.total - budget.removed(counts, dict.fromkeys(removal.removed_blocks, 1.0))
-
-
 def test_budgets_count_what_the_slim_graph_has(dense: fx.GraphModule) -> None:
     load_pass("select-by-ratio", ratio=0.3, kinds=BOTH, protect=())(dense)
     removal = facts_of(dense)[Removal]
@@ -192,16 +185,16 @@ def test_budgets_count_what_the_slim_graph_has(dense: fx.GraphModule) -> None:
     shapes = {name: tuple(p.shape) for name, p in slim.named_parameters()}
     work = make_budget("macs", dense, axes_of(dense))
     assert work.total == pytest.approx(count_macs(dense), rel=1e-6)
-    assert left(dense, work, removal) == pytest.approx(count_macs(slim), rel=1e-6)
-    assert left(dense, make_budget("params", dense, axes_of(dense)), removal) == count_parameters(slim)
+    assert work.left(removal) == pytest.approx(count_macs(slim), rel=1e-6)
+    assert make_budget("params", dense, axes_of(dense)).left(removal) == count_parameters(slim)
     cache = make_budget("kv", dense, axes_of(dense))
     assert cache.total == LAYERS * KV * WIDTH * 2 * 2
     kept = [shape[0] for name, shape in shapes.items() if "k_proj" in name or "v_proj" in name]
-    assert left(dense, cache, removal) == 2 * sum(kept)
+    assert cache.left(removal) == 2 * sum(kept)
     quantised = make_budget("bytes@q8_0", dense, axes_of(dense))
     sizes = {name: np.prod(shape) * (34 / 32 if len(shape) > 1 else 4) for name, shape in shapes.items()}
     tokenizer = TOKENIZER * VOCABULARY
-    assert left(dense, quantised, removal) == pytest.approx(sum(sizes.values()) + tokenizer, abs=1)
+    assert Budget.left(quantised, removal) == pytest.approx(sum(sizes.values()) + tokenizer, abs=1)
 
 
 def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:
@@ -211,7 +204,7 @@ def test_a_ratio_is_of_what_is_counted(dense: fx.GraphModule) -> None:
         budget = make_budget(name, dense, axes_of(dense))
         assert f"of {budget.total:,} {budget.word}" in " ".join(facts_of(dense)[Notes].lines)
         assert not facts_of(dense)[Removal].asked
-        gone = 1 - left(dense, budget, facts_of(dense)[Removal]) / budget.total
+        gone = 1 - Budget.left(budget, facts_of(dense)[Removal]) / budget.total
         assert gone == pytest.approx(0.3, abs=0.03 if name == "kv" else 0.01)
     load_pass("random", kinds=BOTH)(dense)
 
