@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import CalibrationError, PassError
 from fxprune.graph.facts import facts_of
-from fxprune.pipeline.contract import Track, tracking
+from fxprune.pipeline.contract import tracking
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Scores
 from tests.models import tiny, token_ids
@@ -34,9 +34,8 @@ def case() -> Case:
     return model, dense
 
 
-def scores_of(dense: fx.GraphModule, name: str, track: Track | None = None, **arguments: Any) -> dict[str, np.ndarray]:
-    with tracking(track):
-        load_pass(name, **arguments)(dense)
+def scores_of(dense: fx.GraphModule, name: str, **arguments: Any) -> dict[str, np.ndarray]:
+    load_pass(name, **arguments)(dense)
     return dict(facts_of(dense)[Scores].units)
 
 
@@ -254,8 +253,9 @@ def test_reconstruction_looks_at_consumers_and_needs_no_more_memory_than_it_may_
     layer = model.model.layers[0]
     into_down, into_o = inputs_of(model, IDS, layer.mlp.down_proj, layer.self_attn.o_proj)
     track = MagicMock(side_effect=lambda items, what, total: items)
-    found = scores_of(dense, "reconstruction", steps=1000, memory=10.0, track=track, ridge=0.2)
-    often = scores_of(dense, "reconstruction", steps=1000, memory=1e-9, track=track, ridge=0.2, batch=2)
+    with tracking(track):
+        found = scores_of(dense, "reconstruction", steps=1000, memory=10.0, ridge=0.2)
+        often = scores_of(dense, "reconstruction", steps=1000, memory=1e-9, ridge=0.2, batch=2)
     assert [call.args[2] for call in track.mock_calls] == [1, 3, 3, 3]
     for name, x, consumer, shape in (
         ("mlp", into_down, layer.mlp.down_proj, (FFN,)),

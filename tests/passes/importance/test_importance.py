@@ -391,8 +391,6 @@ def test_what_cannot_be_scored_is_refused() -> None:
     dense = discover(model, {"ids": token_ids()})
     with pytest.raises(PassError, match=r"scores nothing.*Define `positions`, or `score`"):
         NothingPass()(dense)
-    with pytest.raises(CalibrationError, match=r"the fact Calibration is not known.*Run calibrate first"):
-        load_pass("taylor")(dense)
     calibrate(dense, token_ids(2))
     with torch.no_grad():
         model.up.bias[0] = float("nan")
@@ -406,8 +404,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 def test_scores_of_one_run_serve_any_ratio(tmp_path: Path) -> None:
     dense = discover(tiny("llama", num_hidden_layers=2))
-    load_pass("l2")(dense)
-    small = facts_of(dense)[Scores]
+    small = scores_of(dense, "l2")
     small.save(tmp_path / "scores.safetensors")
     plans = {}
     for ratio in (0.1, 0.3):
@@ -415,21 +412,12 @@ def test_scores_of_one_run_serve_any_ratio(tmp_path: Path) -> None:
         plans[ratio] = facts_of(dense)[Removal].plan
     assert plans[0.1] != plans[0.3]
     for given in ({"scores": small}, {"file": tmp_path / "scores.safetensors"}):
-        load_pass("load-scores", **given)(dense)
+        loaded = scores_of(dense, "load-scores", **given)
         load_pass("select-by-ratio", ratio=0.3, protect=())(dense)
-        assert facts_of(dense)[Removal].plan == plans[0.3] and facts_of(dense)[Scores].source == "l2"
-
-
-def test_what_is_no_scores_of_the_model_is_refused(tmp_path: Path) -> None:
-    dense = discover(tiny("llama", num_hidden_layers=1))
-    load_pass("l2")(dense)
-    kept = facts_of(dense)[Scores]
-    load_pass("load-scores", scores=kept)(dense)
-    load_pass("select-by-ratio", protect=())(dense)
-    assert facts_of(dense)[Removal].scores is kept
-    name = next(iter(kept.units))
+        removal = facts_of(dense)[Removal]
+        assert removal.plan == plans[0.3] and removal.scores is loaded and loaded.source == "l2"
     with pytest.raises(PlanError, match="Use scores of this model"):
-        load_pass("load-scores", scores=Scores({name: np.ones(5)}))(dense)
+        load_pass("load-scores", scores=Scores({next(iter(small.units)): np.ones(5)}))(dense)
     for arguments in ({}, {"scores": "l2"}, {"file": str(tmp_path / "none")}):
         with pytest.raises(PlanError):
             fxprune.Pipeline([load_pass("load-scores", **arguments)])(dense)
@@ -503,12 +491,11 @@ def test_a_criterion_that_runs_backward_leaves_no_gradient() -> None:
 
 def test_residual_width_is_scored_on_fewer_samples_beside_other_kinds(tmp_path: Path) -> None:
     work = discover(tiny("llama"))
-    load_pass("calibrate", data=token_ids(6, 8))(work)
+    calibrate(work, token_ids(6, 8))
     kinds = ("mlp", "channel")
 
     def scores(**arguments: Any) -> Mapping[str, Any]:
-        load_pass("taylor", order="second", **arguments)(work)
-        return facts_of(work)[Scores].units
+        return scores_of(work, "taylor", order="second", **arguments).units
 
     both, few = scores(kinds=kinds, samples=6, channel_samples=2), scores(kinds=("channel",), samples=2)
     alone, every = scores(kinds=("channel",), samples=6, channel_samples=2), scores(kinds=kinds, samples=6)

@@ -8,7 +8,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import torch.nn.functional as F
 from fxprune.passes.importance import taylor
 from fxprune.passes.importance.in_steps import _zeroed_and_fitted
 from torch import fx, nn
@@ -18,7 +17,7 @@ from fxprune.axes import Keep
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError, PassError
 from fxprune.graph.facts import facts_of, fork
-from fxprune.graph.tensors import set_tensor
+from fxprune.graph.tensors import get_tensor, set_tensor
 from fxprune.masking.compare import masked_outputs
 from fxprune.offload import files
 from fxprune.pipeline.pipeline import Pipeline
@@ -28,6 +27,7 @@ from tests.forked import in_processes
 from tests.models import tiny, token_ids
 from tests.oracle import Net, axes_of, discover, groups_of
 from tests.passes.compensate.test_least_squares import deep
+from tests.remembered import grouped
 
 X = torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(0))
 SELECT = "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[mlp]}"
@@ -107,7 +107,7 @@ def test_layers_that_went_add_nothing_and_stay_gone() -> None:
     layers = [group for group in groups_of(graph) if group.kind == "layer"]
     assert len(layers) == 3
     importance, select = "l2{kinds=[layer]}", "select-by-group-ratio{group_ratio=0.5, protect=[], kinds=[layer]}"
-    load_pass(importance.split("{")[0], kinds="layer")(graph)
+    load_pass("l2", kinds="layer")(graph)
     alone = {name: float(row[0]) for name, row in facts_of(graph)[Scores].units.items()}
     load_pass("score-in-steps", importance=importance, select=select, steps=2)(graph)
     found = {name: float(row[0]) for name, row in facts_of(graph)[Scores].units.items()}
@@ -159,19 +159,8 @@ def test_a_criterion_inside_another_takes_the_kinds_of_the_prune() -> None:
 @pytest.fixture(scope="module")
 def blocks() -> fx.GraphModule:
     """Three residual blocks, and an embedding that is read at both ends."""
-
-    def body(net: Any, ids: torch.Tensor) -> torch.Tensor:
-        x = net.embed(ids)
-        for up, down in zip(net.up, net.down, strict=True):
-            x = x + down(torch.tanh(up(x)))
-        return F.linear(x, net.embed.weight)
-
-    torch.manual_seed(0)
-    embed, up = nn.Embedding(31, 10), nn.ModuleList(nn.Linear(10, 16) for _ in range(3))
-    net = Net(body, embed=embed, up=up, down=nn.ModuleList(nn.Linear(16, 10) for _ in range(3)))
-    ids = torch.randint(0, 31, (5, 9))
-    graph_module = discover(net, {"x": ids[:2]})
-    load_pass("calibrate", data=ids)(graph_module)
+    graph_module = grouped("llama", tie_word_embeddings=True)
+    load_pass("calibrate", data=token_ids(5, 9))(graph_module)
     return graph_module
 
 
@@ -205,7 +194,8 @@ def test_processes_that_run_other_passes_are_refused(blocks: fx.GraphModule, tmp
     """They waited for each other, or added what did not belong together."""
 
     other = fork(blocks)
-    set_tensor(other, "up.0.weight", nn.Parameter(torch.zeros(16, 10, dtype=torch.float64)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    set_tensor(other, name, nn.Parameter(get_tensor(other, name).detach().double()))
 
     def work(rank: int) -> list[str]:
         said = []
