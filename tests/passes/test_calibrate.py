@@ -194,24 +194,18 @@ def test_model_report_and_checkpoint_come_one_after_the_other(tmp_path: Path) ->
     assert json.loads((tmp_path / "slim/report.json").read_text())["ratio"] == 0.25
 
 
-def test_what_is_no_hugging_face_model_gets_none_and_the_reason(tmp_path: Path) -> None:
-    net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5))
-    slim = Pipeline(SHRINK)(trace(net, {"x": torch.randn(2, 10)}).graph_module).graph_module
-    Pipeline([EmitModelPass(), MakeReportPass()])(slim)
-    assert facts_of(slim)[Report].model_reasons == ("the model passed is not a Hugging Face model",)
-    with pytest.raises(CheckpointError, match="not a Hugging Face model"):
-        SaveCheckpointPass(str(tmp_path / "slim"))(slim)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_no_example_input_reaches_is_noted_and_what_does_not_apply_is_left_out() -> None:
-    """Such parameters were left out of the ratio without a word, and images had tokens and a cache."""
+def test_what_is_no_hugging_face_model_gets_none_and_the_report_says_what_applies(tmp_path: Path) -> None:
+    """What no example input reaches was left out of the ratio without a word, and images had tokens and a cache."""
     net = Net(lambda m, x: m.b(m.a(x).relu()), a=nn.Linear(10, 12), b=nn.Linear(12, 5), other=nn.Linear(3, 3))
     slim = Pipeline(SHRINK)(trace(net, {"x": torch.randn(2, 10)}).graph_module).graph_module
     Pipeline([EmitModelPass(), MakeReportPass()])(slim)
     report = facts_of(slim)[Report]
+    assert report.model_reasons == ("the model passed is not a Hugging Face model",)
     assert any(note.startswith("12 parameters of the model (5.7%)") for note in report.notes)
     assert [size.name for size in report.headlines()] == ["parameters", "MACs of a sample", "bytes of weights"]
+    with pytest.raises(CheckpointError, match="not a Hugging Face model"):
+        SaveCheckpointPass(str(tmp_path / "slim"))(slim)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_groups_under_a_norm_are_named_and_can_be_left_out() -> None:

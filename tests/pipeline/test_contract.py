@@ -278,13 +278,6 @@ def test_an_order_that_cannot_work_is_told_before_any_work_is_done() -> None:
     assert seen == [] and Groups not in facts_of(dense)
 
 
-def test_scores_that_are_missing_for_a_kind_are_named() -> None:
-    pipeline = Pipeline("find-groups, l2{kinds=mlp}, select-by-ratio{kinds=[mlp, head]}")
-    with pytest.raises(PassError, match=r"no scores for .*/head.*run an importance pass with kinds=\[mlp, head\]"):
-        pipeline(llama())
-    Pipeline("find-groups, l2{kinds=[mlp, head]}, select-by-ratio{kinds=[mlp, head]}")(llama())
-
-
 def test_a_decision_about_another_graph_is_refused() -> None:
     first, second = llama(), llama()
     for dense in (first, second):
@@ -332,16 +325,6 @@ def test_a_pass_that_wants_a_fact_may_not_run_before_its_giver() -> None:
         Pipeline("find-groups, l2, select-by-ratio{protect=()}, shrink, make-report, emit-model")(llama())
 
 
-def test_a_pass_without_a_name_is_refused_when_it_is_made() -> None:
-    @dataclass(frozen=True, eq=False)
-    class NamelessPass(Pass):
-        def call(self, graph_module: fx.GraphModule) -> PassResult:
-            return PassResult(graph_module, False)
-
-    with pytest.raises(PassError, match="NamelessPass: it has no name"):
-        NamelessPass()
-
-
 class PlainPass(Pass):
     """A pass whose author forgot to make it a dataclass."""
 
@@ -371,6 +354,8 @@ def test_declarations_that_are_none_are_refused_as_the_pass_is_made() -> None:
     ):
         with pytest.raises(PassError, match=f"pass wrong: {says}"):
             made()
+    with pytest.raises(PassError, match="WrongPass: it has no name"):
+        declaring(name=None)()
     assert declaring(needs=[Groups])()
 
 
