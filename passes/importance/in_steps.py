@@ -43,14 +43,14 @@ class ScoreInStepsPass(Pass):
     gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
     drops: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
-    importance: Pass | str = argument("l2", "The criterion.", check=pass_argument("importance"))
-    select: Pass | str | None = argument(
+    importance: Pass = argument("l2", "The criterion.", check=pass_argument("importance"))
+    select: Pass | None = argument(
         None,
         "The selection that follows, with its ratio or target; None for the recipe's. In step i of k it removes i / k "
         "of that.",
         check=pass_argument("select"),
     )
-    compensate: Pass | str | None = argument(
+    compensate: Pass | None = argument(
         None, "The fit between steps; None for the recipe's, if any.", check=pass_argument("compensate")
     )
     steps: int = argument(2, "How many times units are scored.", least=1)
@@ -60,7 +60,7 @@ class ScoreInStepsPass(Pass):
         _with_part_of_ratio(self._select, 1.0)
 
     def cost(self, samples: int) -> PassCost:
-        inner = [step.cost(samples) for step in (self.importance, self.compensate) if isinstance(step, Pass)]
+        inner = [step.cost(samples) for step in (self.importance, self.compensate) if step is not None]
         largest = max(inner, key=lambda cost: cost.batch)
         return replace(largest, runs=self.steps * sum(cost.runs for cost in inner))
 
@@ -68,13 +68,11 @@ class ScoreInStepsPass(Pass):
         super().requires(graph_module)
         facts = facts_of(graph_module)
         for step in (self.importance, self._select, self.compensate):
-            for kind in step.needs if isinstance(step, Pass) else ():
+            for kind in () if step is None else step.needs:
                 if kind not in (Scores, Removal) and kind not in facts:
                     raise facts.missing(kind, where=f"pass {self.name}")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        assert isinstance(self.importance, Pass)
-        fit = self.compensate if isinstance(self.compensate, Pass) else None
         work, gone = fork(graph_module), None
         by_ratio = getattr(self._select, "without_target", None)
         select = self._select if by_ratio is None else by_ratio(graph_module)
@@ -86,13 +84,13 @@ class ScoreInStepsPass(Pass):
                 if step < self.steps:
                     _with_part_of_ratio(select, step / self.steps)(work)
                     gone = facts_of(work)[Removal]
-                    work = _zeroed_and_fitted(graph_module, gone, fit)
+                    work = _zeroed_and_fitted(graph_module, gone, self.compensate)
         facts_of(graph_module).put(replace(scores, source=str(self)))
         return PassResult(graph_module, False)
 
     @property
     def _select(self) -> Pass:
-        return self.select if isinstance(self.select, Pass) else load_pass("select-by-ratio")
+        return load_pass("select-by-ratio") if self.select is None else self.select
 
 
 def _criteria(name: str, value: Any) -> tuple[Pass, ...]:
