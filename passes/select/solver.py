@@ -162,18 +162,12 @@ class _Trial:
         self._work_out([*self.counts, *self.blocks])
 
     def choose(self, index: int, pick: Choice) -> None:
-        slot = [self.slots[index]]
-        (old_counts, old_blocks), (counts, blocks) = left_by(slot, [self.choices[index]]), left_by(slot, [pick])
+        changed = set[Factor | str]()
+        for choice in (self.choices[index], pick):
+            changed.update(*left_by([self.slots[index]], [choice]))
         self.choices[index] = pick
-        for key in old_counts.keys() - counts.keys():
-            del self.counts[key]
-        for block in old_blocks.keys() - blocks.keys():
-            del self.blocks[block]
-        self.counts |= counts
-        self.blocks |= blocks
-        units = [key for key in old_counts | counts if old_counts.get(key) != counts.get(key)]
-        layers = [block for block in old_blocks | blocks if old_blocks.get(block) != blocks.get(block)]
-        self._work_out([*units, *layers])
+        self.counts, self.blocks = left_by(self.slots, self.choices)
+        self._work_out(changed)
 
     def removed(self) -> float:
         return float(np.add.accumulate(self.terms)[-1])  # np.sum would add in another order
