@@ -3,7 +3,7 @@
 import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ def lines(count: int = 1000, seed: int = 0) -> list[str]:
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
+def _train(made: Tokenizer, trainer: Any, size: int, special: Sequence[str] = SPECIAL, **more: Any) -> None:
+    """Train a tokenizer with ``size`` tokens on some lines."""
+    options = {"vocab_size": size, "special_tokens": list(special), "show_progress": False, **more}
+    made.train_from_iterator(lines(400, 1), trainer(**options))
+
+
 def _bytes(split: str | None) -> Tokenizer:
     """Byte pair encoding over bytes; ``split`` is the pattern by which text is split first."""
     made = Tokenizer(models.BPE())
@@ -48,13 +54,7 @@ def _bytes(split: str | None) -> Tokenizer:
     cut = [] if split is None else [pre_tokenizers.Split(Regex(split), "isolated")]
     made.pre_tokenizer = pre_tokenizers.Sequence([*cut, own])
     made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        lines(400, 1),
-        trainers.BpeTrainer(
-            vocab_size=700, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    _train(made, trainers.BpeTrainer, 700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     return made
 
 
@@ -66,16 +66,10 @@ def _characters(prepend: bool) -> Tokenizer:
     made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     strip = [decoders.Strip(" ", 1, 0)] if prepend else []
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        limit_alphabet=90,
-        special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
-    )
-    made.train_from_iterator(lines(400, 1), trainer)
+    whole = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    _train(made, trainers.BpeTrainer, 500, whole, limit_alphabet=90)
     spec = json.loads(made.to_str())
     vocabulary = spec["model"]["vocab"]
-    whole = {*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))}
     merged = sorted((number, text) for text, number in vocabulary.items() if len(text) > 1 and text not in whole)
     spec["model"]["merges"] = [
         [text[:place], text[place:]]
@@ -94,10 +88,7 @@ def _scored(byte_fallback: bool) -> Tokenizer:
     made.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=400, special_tokens=list(SPECIAL), unk_token="<unk>", show_progress=False
-    )
-    made.train_from_iterator(lines(400, 1), trainer)
+    _train(made, trainers.UnigramTrainer, 400, unk_token="<unk>")
     if not byte_fallback:
         return made
     spec = json.loads(made.to_str())
@@ -107,7 +98,6 @@ def _scored(byte_fallback: bool) -> Tokenizer:
     lowest = min(score for _, score in vocabulary)
     spec["model"]["vocab"] = vocabulary + [[f"<0x{byte:02X}>", lowest - 1] for byte in range(256)]
     spec["model"]["byte_fallback"] = True
-    spec["decoder"] = json.loads(Tokenizer.from_str(json.dumps({**spec, "decoder": None})).to_str())["decoder"]
     found = Tokenizer.from_str(json.dumps(spec))
     found.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     return found
@@ -120,9 +110,7 @@ def _longest() -> Tokenizer:
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    made.train_from_iterator(
-        lines(400, 1), trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    )
+    _train(made, trainers.WordPieceTrainer, 500, special)
     made.post_processor = processors.BertProcessing(("[SEP]", made.token_to_id("[SEP]")), ("[CLS]", 2))
     return made
 
