@@ -139,53 +139,32 @@ def test_what_is_no_section_is_refused(section: dict[str, Any]) -> None:
         overrides_in(config_with(section))
 
 
-@pytest.mark.parametrize("part", ["", "text_config"])
-def test_fields_of_blocks_are_kept_apart_where_stock_code_would_read_them(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "written", "depth"),
+    [("", {"per_layer_config": {"0": {}}}, 2), ("text_config", {"text_config": {"n": 1}}, 2), ("", {}, None)],
+)
+def test_fields_of_blocks_are_kept_apart_where_stock_code_would_read_them(
+    part: str, written: dict[str, Any], depth: int | None, tmp_path: Path
+) -> None:
+    """HGNet and PVT have lists of depths in place of ``num_hidden_layers``: their configs could not be loaded."""
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({"text_config": {"n": 1}} if part else {"per_layer_config": {"0": {}}}))
-    amend_config(tmp_path, OVERRIDES, {**WHERE, "part": part})
+    file.write_text(json.dumps(written))
+    amend_config(tmp_path, OVERRIDES, {**WHERE, "part": part}, depth)
     told = json.loads(file.read_text())
     assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}}
-    assert told.get("per_layer_config") == (None if part else {"0": {}})
-
-
-def test_fields_of_blocks_are_kept_apart_where_the_config_counts_no_layers(tmp_path: Path) -> None:
-    """HGNet and PVT have lists of depths in place of ``num_hidden_layers``: their configs could not be loaded."""
-    (tmp_path / "config.json").write_text("{}")
-    amend_config(tmp_path, OVERRIDES, WHERE, None)
-    told = json.loads((tmp_path / "config.json").read_text())
-    assert told[SECTION]["layers"] == {"1": {"intermediate_size": 24}} and "per_layer_config" not in told
-
-
-class Block(nn.Module):
-    def __init__(self, two_fields: Any, layer_idx: int = 0) -> None:
-        super().__init__()
-        self.layer_idx, self.more = layer_idx, getattr(two_fields, "more", None)
-        self.up = nn.Linear(2, two_fields.width)
-
-
-def two_fields() -> PreTrainedConfig:
-    made = PreTrainedConfig()
-    vars(made).update(width=4, more=1)
-    return made
-
-
-def model() -> nn.Module:
-    made = nn.Module()
-    made.blocks = nn.ModuleList(Block(two_fields(), index) for index in range(3))
-    return made
+    assert told.get("per_layer_config") == written.get("per_layer_config")
 
 
 def test_a_block_that_cannot_be_built_is_named() -> None:
-    made = model()
-    made.blocks[0] = nn.Linear(2, 2)
+    made = nn.Module()
+    made.blocks = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(CannotBuildError, match=r"blocks\.0"):
-        build_blocks(made, lambda _: two_fields(), Overrides(block_fields={"blocks.0": {}}))
+        build_blocks(made, lambda _: config(), Overrides(block_fields={"blocks.0": {}}))
 
 
 def test_attributes_shapes_and_inputs_are_set() -> None:
     made = nn.Module()
-    made.norm, made.block = nn.LayerNorm(4), model().blocks[0]
+    made.norm, made.block = nn.LayerNorm(4), nn.Identity()
     made.norm.register_buffer("table", torch.zeros(4), persistent=False)
     made.norm.weight.requires_grad_(False)
     inputs = {"block": {"x": {"axis": 0, "of": 2, "kept": [1]}}}
@@ -241,19 +220,13 @@ def test_what_is_no_table_goes_in_as_it_is() -> None:
     assert torch.equal(module(x, torch.ones(1, 1)), x + 1), "one row for all"
 
 
-def test_the_choice_of_kernels_is_the_models() -> None:
+def test_the_choice_of_kernels_is_the_models_also_for_copies() -> None:
     config = AutoConfig.for_model("llama")
-    own = block_config(config, {})
+    own = block_config(config, {"intermediate_size": 24})
     config._attn_implementation = "eager"
     assert own._attn_implementation == "eager"
     own._attn_implementation = "sdpa"
     assert own._attn_implementation == config._attn_implementation == "eager"
-
-
-def test_copies_of_it_still_follow() -> None:
-    config = AutoConfig.for_model("llama")
-    config._attn_implementation = "eager"
-    own = block_config(config, {"intermediate_size": 24})
     for again in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert type(again) is type(own) and again.intermediate_size == 24
         assert again._attn_implementation == "eager"
