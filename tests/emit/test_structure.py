@@ -138,18 +138,15 @@ class Norm(nn.Module):
 
 
 class Two(nn.Module):
-    """One norm behind the other, and one written in the code around them, or the first once more."""
+    """One norm behind the other, and perhaps the first once more."""
 
-    def __init__(self, first: Norm, second: Norm, around: str = "") -> None:
+    def __init__(self, first: Norm, second: Norm, *, again: bool = False) -> None:
         super().__init__()
-        self.first, self.second, self.around = first, second, around
-        self.small = 0.5
+        self.first, self.second, self.again = first, second, again
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.second(self.first(x))
-        if self.around == "own":
-            return F.rms_norm(x, (6,), self.first.weight, self.small)
-        return self.first(x) if self.around == "again" else x  # type: ignore[no-any-return]
+        return self.first(x) if self.again else x  # type: ignore[no-any-return]
 
 
 def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tuple[Any, ...]], RescaledNumber]]:
@@ -161,30 +158,19 @@ def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tu
     }  # type: ignore[arg-type, operator, misc]
 
 
-@pytest.mark.parametrize(
-    ("second", "around", "numbers", "reason"),
-    [
-        ({"eps": 0.25, "other": 0.25}, "", (1,), "several attributes are 0.25"),
-        ({"eps": 0.25}, "again", (0, 1), "first.eps: rms_norm_2 reads it too, and does not change"),
-    ],
-)
-def test_what_is_not_one_attribute_of_its_own_is_told(
-    second: dict[str, float], around: str, numbers: tuple[int, ...], reason: str
-) -> None:
-    model = Two(Norm(eps=0.5), Norm(**second), around)
-    graph, changes = changes_in(model, *numbers)
-    assert any(reason in line for line in find_epsilons(graph, model, changes).reasons)
-
-
-def test_an_epsilon_that_no_attribute_has_or_two_norms_need_otherwise_is_reported() -> None:
-    model = Two(Norm(eps=0.5), Norm(eps=0.25), "again")
+def test_what_is_not_one_attribute_of_its_own_is_reported() -> None:
+    model = Two(Norm(eps=0.5), Norm(eps=0.25, other=0.25))
+    graph, changes = changes_in(model, 1)
+    assert any("several attributes are 0.25" in line for line in find_epsilons(graph, model, changes).reasons)
+    model.second.eps = model.second.other = 0.3
+    assert find_epsilons(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
+    model = Two(Norm(eps=0.5), Norm(eps=0.25), again=True)
+    graph, changes = changes_in(model, 0, 1)
+    assert find_epsilons(graph, model, changes).reasons == ("first.eps: rms_norm_2 reads it too, and does not change",)
     graph, changes = changes_in(model, 0, 2)
     last = list(changes)[-1]
     reasons = find_epsilons(graph, model, {**changes, last: RescaledNumber(0.5, 0.7)}).reasons
     assert reasons == ("first.eps: two norms read it and need different values",)
-    graph, changes = changes_in(model, 1)
-    model.second.eps = 0.3
-    assert find_epsilons(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
 
 
 def test_large_numbers_show_what_small_ones_hide_and_are_put_back() -> None:
