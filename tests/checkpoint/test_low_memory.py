@@ -51,15 +51,6 @@ def require_same(found: dict[str, torch.Tensor], want: fxprune.Result) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_becomes_the_slim_folder_that_memory_would_give(
-    source: Path, in_memory: fxprune.Result, tmp_path: Path
-) -> None:
-    result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), **OPTIONS)
-    assert result.plan == in_memory.plan and result.report.verification_error is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["slim"], "nothing is left of the way there"
-    require_same(weights_of(tmp_path / "slim"), in_memory)
-
-
 @pytest.fixture(scope="module")
 def file(source: Path) -> Path:
     """The model in a file of rounded weights."""
@@ -108,12 +99,19 @@ def stopping(at: int, seen: list[str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The steps of a run that is not stopped."""
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[fxprune.Result, Path, list[str]]:
+    """A run that is not stopped, its folder and its steps."""
     seen: list[str] = []
     out = tmp_path_factory.mktemp("whole") / "slim"
-    fxprune.prune_checkpoint(source, out, token_ids(6), track=stopping(-1, seen), **OPTIONS)
-    return seen
+    result = fxprune.prune_checkpoint(source, out, token_ids(6), track=stopping(-1, seen), **OPTIONS)
+    return result, out, seen
+
+
+def test_a_folder_becomes_the_slim_folder_that_memory_would_give(in_memory: fxprune.Result, whole: Any) -> None:
+    result, out, _ = whole
+    assert result.plan == in_memory.plan and result.report.verification_error is not None
+    assert [path.name for path in out.parent.iterdir()] == ["slim"], "nothing is left of the way there"
+    require_same(weights_of(out), in_memory)
 
 
 def place(moment: str, whole: list[str]) -> int:
@@ -125,10 +123,11 @@ def place(moment: str, whole: list[str]) -> int:
 
 @pytest.mark.parametrize("moment", ["begun", "scoring", "fitted"])
 def test_a_killed_run_is_resumed(
-    source: Path, in_memory: fxprune.Result, tmp_path: Path, whole: list[str], moment: str
+    source: Path, in_memory: fxprune.Result, tmp_path: Path, whole: Any, moment: str
 ) -> None:
     before: list[str] = []
-    at = place(moment, whole)
+    steps: list[str] = whole[2]
+    at = place(moment, steps)
     with pytest.raises(Stopped):
         fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(at, before), **OPTIONS)
     assert not (tmp_path / "slim").exists()
@@ -136,7 +135,7 @@ def test_a_killed_run_is_resumed(
     again: list[str] = []
     result = fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(6), track=stopping(-1, again), **OPTIONS)
     if moment != "begun":
-        assert again.count("gradients") < whole.count("gradients"), "what was found out is not found out again"
+        assert again.count("gradients") < steps.count("gradients"), "what was found out is not found out again"
     assert result.plan == in_memory.plan and not (tmp_path / "slim.unfinished").exists()
     require_same(weights_of(tmp_path / "slim"), in_memory)
 

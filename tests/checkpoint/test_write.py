@@ -19,7 +19,6 @@ from huggingface_hub import ModelCard
 
 import fxprune
 from fxprune.checkpoint import write
-from fxprune.checkpoint import write as modelling_file
 from fxprune.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from fxprune.checkpoint.read import from_pretrained
 from fxprune.checkpoint.write import MODELLING, check_place, model_card, save_pretrained, write_folder
@@ -297,7 +296,7 @@ print(json.dumps(found))
 
 
 def test_the_modelling_file_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = modelling_file._modelling("LlamaForCausalLM", "LlamaConfig", "LlamaModel")
+    text = write._modelling("LlamaForCausalLM", "LlamaConfig", "LlamaModel")
     assert not re.search(r"^\s*(from|import) fxprune\b", text, re.M)
     module = ModuleType("modelling")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # transformers looks annotations up there
@@ -308,12 +307,12 @@ def test_the_modelling_file_stands_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_imports_are_left_out_as_a_whole_and_classes_of_the_user_have_no_file(tmp_path: Path) -> None:
-    assert modelling_file.write_modelling(small(), tmp_path) == {} and list(tmp_path.iterdir()) == []
+    assert write.write_modelling(small(), tmp_path) == {} and list(tmp_path.iterdir()) == []
     path = tmp_path / "module.py"
     path.write_text("from fxprune.a import (\n    b,\n    c,\n)\nimport os\n")
-    module = type(modelling_file)("module")
+    module = ModuleType("module")
     module.__file__ = str(path)
-    assert modelling_file._without_own_imports(module).split() == ["import", "os"]
+    assert write._without_own_imports(module).split() == ["import", "os"]
 
 
 @pytest.mark.slow
