@@ -207,32 +207,29 @@ def test_groups_of_a_convolution_are_found_by_the_shape_of_its_weight() -> None:
     assert found["2"] == {"in_channels": 6, "out_channels": 6}
 
 
+class Holding(nn.Module):
+    """A module that is none of torch's, with these attributes."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        for name, value in held.items():
+            setattr(self, name, value)
+
+
 def test_the_sides_of_a_window_are_no_units() -> None:
     """Swin's table of biases by head lay in a module with a window of as many sides as there were heads."""
-
-    class Biases(nn.Module):
-        """By place and by head."""
-
-        def __init__(self, config: object) -> None:
-            super().__init__()
-            self.window, self.heads = (2, 2), 2
-            self.table = nn.Parameter(torch.zeros(9, 2))
-
-    assert leaf_patches(Biases(None), {"table": (9, 1)}) == {"": {"heads": 1}}
+    biases = Holding(window=(2, 2), heads=2, table=nn.Parameter(torch.zeros(9, 2)))
+    assert leaf_patches(biases, {"table": (9, 1)}) == {"": {"heads": 1}}
 
 
 def test_attributes_are_found_by_the_numbers_that_change() -> None:
     """At first all that hold one within its scope, then all but one of a name."""
 
-    class Attention(nn.Module):
-        """Heads whose numbers its own code reads."""
+    def attention() -> Holding:
+        numbers = {"heads": 4, "width": 12, "hidden": 12, "flag": True}
+        return Holding(**numbers, query=nn.Linear(12, 12), out=nn.Linear(12, 12))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads, self.width, self.hidden, self.flag = 4, 12, 12, True
-            self.query, self.out = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    model = nn.ModuleDict({"left": Attention(), "right": Attention()})
+    model = nn.ModuleDict({"left": attention(), "right": attention()})
     wanted = {"left.query.weight": (9, 12), "left.query.bias": (9,), "left.out.weight": (12, 9), "left.out.bias": (12,)}
     first, second, *_ = patches_by_hand(model, wanted, [Resized("left", {4: 3, 12: 9})])
     inside = {"left.query": {"out_features": 9}, "left.out": {"in_features": 9}}
@@ -273,19 +270,8 @@ def test_buffers_that_the_model_added_are_added() -> None:
 
 def test_a_number_that_equals_a_size_of_a_table_may_be_another() -> None:
     """Heads of a window attention, as many as a window has places: its class took the number of places for heads."""
-
-    class Bias(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.window_area = 4
-            self.table = nn.Parameter(torch.zeros(9, 4))
-
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_heads, self.bias = 4, Bias()
-
-    found = list(patches_by_hand(Attention(), {"bias.table": (9, 3)}, [Resized("", {4: 3})]))
+    attention = Holding(num_heads=4, bias=Holding(window_area=4, table=nn.Parameter(torch.zeros(9, 4))))
+    found = list(patches_by_hand(attention, {"bias.table": (9, 3)}, [Resized("", {4: 3})]))
     assert {"": {"num_heads": 3}, "bias": {"window_area": 3}} in found
     assert {"": {"num_heads": 3}} in found
 

@@ -27,6 +27,7 @@ from fxprune.removal.removal import RescaledNumber
 from fxprune.trace import trace
 from tests.checkpoint.small import narrow
 from tests.models import all_tensors, tiny, token_ids
+from tests.oracle import Net
 from tests.remembered import grouped, model_of, pruned
 
 
@@ -137,16 +138,14 @@ class Norm(nn.Module):
         return F.rms_norm(x, (6,), self.weight, self.eps)  # type: ignore[arg-type]
 
 
-class Two(nn.Module):
+def two(first: Norm, second: Norm, *, again: bool = False) -> Any:
     """One norm behind the other, and perhaps the first once more."""
 
-    def __init__(self, first: Norm, second: Norm, *, again: bool = False) -> None:
-        super().__init__()
-        self.first, self.second, self.again = first, second, again
+    def body(m: Any, x: torch.Tensor) -> Any:
+        x = m.second(m.first(x))
+        return m.first(x) if again else x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.second(self.first(x))
-        return self.first(x) if self.again else x  # type: ignore[no-any-return]
+    return Net(body, first=first, second=second)
 
 
 def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tuple[Any, ...]], RescaledNumber]]:
@@ -159,12 +158,12 @@ def changes_in(model: nn.Module, *numbers: int) -> tuple[Any, dict[tuple[str, tu
 
 
 def test_what_is_not_one_attribute_of_its_own_is_reported() -> None:
-    model = Two(Norm(eps=0.5), Norm(eps=0.25, other=0.25))
+    model = two(Norm(eps=0.5), Norm(eps=0.25, other=0.25))
     graph, changes = changes_in(model, 1)
     assert any("several attributes are 0.25" in line for line in find_epsilons(graph, model, changes).reasons)
     model.second.eps = model.second.other = 0.3
     assert find_epsilons(graph, model, changes).reasons == ("second: no attribute is 0.25, which its norm adds",)
-    model = Two(Norm(eps=0.5), Norm(eps=0.25), again=True)
+    model = two(Norm(eps=0.5), Norm(eps=0.25), again=True)
     graph, changes = changes_in(model, 0, 1)
     assert find_epsilons(graph, model, changes).reasons == ("first.eps: rms_norm_2 reads it too, and does not change",)
     graph, changes = changes_in(model, 0, 2)
@@ -174,7 +173,7 @@ def test_what_is_not_one_attribute_of_its_own_is_reported() -> None:
 
 
 def test_large_numbers_show_what_small_ones_hide_and_are_put_back() -> None:
-    model = Two(Norm(eps=1e-7), Norm(eps=1e-8))
+    model = two(Norm(eps=1e-7), Norm(eps=1e-8))
     graph, changes = changes_in(model, 0, 1)
     places = find_epsilons(graph, model, changes)
     before = model(X["x"])

@@ -26,6 +26,16 @@ def model_for(kind: str, family: str = "llama", **changes: Any) -> Any:
     return tiny(family, **{"vocab_size": rows, "num_hidden_layers": 1, "tie_word_embeddings": True, **changes})
 
 
+FAST = {"recipe": "fast", "importance": "l2", "compensate": "none", "tune": "none"}
+
+
+def pruned(kind: str = "gpt2", **options: Any) -> tuple[Any, Any, fxprune.Result]:
+    """A tiny model, its tokenizer, and a prune of them on English words."""
+    model, words = model_for(kind), tokenizer(kind)
+    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
+    return model, words, fxprune.prune(model, samples, tokenizer=words, **options)
+
+
 def test_the_vocabulary_is_pruned_to_a_size() -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
     slim, fewer, report = fxprune.prune_vocabulary(model, words, [TEXT], size=400, round_to=64)
@@ -52,7 +62,7 @@ def test_without_a_size_the_corpus_is_written_as_it_was(tmp_path: Path) -> None:
 def test_by_a_ratio_rows_without_a_token_go_first() -> None:
     """They are for nothing: no text uses them."""
     model, words = model_for("gpt2"), tokenizer("gpt2")
-    part = 3 * 48 / sum(one.numel() for one in model.parameters())
+    part = 3 * 48 / model.num_parameters()
     slim, fewer, report = fxprune.prune_vocabulary(model, words, [TEXT], ratio=part)
     assert len(report.kept) == len(words) == len(fewer) == slim.config.vocab_size
 
@@ -97,12 +107,8 @@ def test_a_plan_that_leaves_out_a_token_of_a_sibling_is_refused() -> None:
 
 @pytest.mark.slow
 def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
-    model, words = model_for("gpt2"), tokenizer("gpt2")
-    dense = sum(one.numel() for one in model.parameters())
-    result = fxprune.prune(
-        model, torch.tensor(words([TEXT] * 3)["input_ids"]), kinds=VOCAB, ratio=0.25, tokenizer=words
-    )
-    assert result.report.parameters[0] == dense and abs(result.report.achieved - 0.25) < 0.005
+    model, words, result = pruned(kinds=VOCAB, ratio=0.25)
+    assert result.report.parameters[0] == model.num_parameters() and abs(result.report.achieved - 0.25) < 0.005
     assert result.report.vocabulary == (len(words) + PADDING, len(result.tokenizer))
     result.save_pretrained(tmp_path / "slim", words)
     slim, fewer = (one.from_pretrained(tmp_path / "slim") for one in (AutoModelForCausalLM, AutoTokenizer))
@@ -120,12 +126,9 @@ def test_the_vocabulary_alone_is_pruned_by_a_ratio(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
     """Unused tokens go first; the plan of both is carried out on the dense model again."""
-    model, words = model_for("qwen"), tokenizer("qwen")
-    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
-    options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
-    result = fxprune.prune(model, samples, kinds=[VOCAB, "mlp"], ratio=0.4, importance="l2", **options)
+    model, words, result = pruned("qwen", kinds=[VOCAB, "mlp"], ratio=0.4, **FAST)
     assert abs(result.report.achieved - 0.4) < 0.005
-    assert set(samples.flatten().tolist()) <= set(result.plan.vocabulary)
+    assert set(words(TEXT)["input_ids"]) <= set(result.plan.vocabulary)
     assert len(result.report.widths) == 1
     assert result.report.quality is not None and result.report.quality.texts[0].ratio[0] > 0
     again = fxprune.apply(model, fxprune.Plan.from_json(result.plan.to_json()), tokenizer=words)
@@ -139,8 +142,7 @@ def test_other_kinds_make_up_for_the_rest(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
     model, words = model_for("gpt2"), tokenizer("gpt2")
-    options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
-    result = fxprune.prune(model, importance="l2", ratio={VOCAB: 0.4, "mlp": 0.25}, **options)
+    result = fxprune.prune(model, tokenizer=words, ratio={VOCAB: 0.4, "mlp": 0.25}, **FAST)
     rows, left = result.report.vocabulary or (0, 0)
     assert left == rows - -(-2 * rows // 5) and list(result.report.widths.values()) == [(88, 66)]
 
@@ -148,20 +150,15 @@ def test_a_ratio_for_each_kind_is_of_its_own_parameters() -> None:
 @pytest.mark.parametrize("kinds", [VOCAB, (VOCAB, "mlp")])
 def test_a_target_of_parameters_is_reached(kinds: Any) -> None:
     """It was ignored with the vocabulary alone, and beside other kinds refused for a ratio that nobody gave."""
-    model, words = model_for("gpt2"), tokenizer("gpt2")
-    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
-    options: dict[str, Any] = {"recipe": "fast", "tokenizer": words, "compensate": "none", "tune": "none"}
-    result = fxprune.prune(model, samples, kinds=kinds, target="0.8x params", importance="l2", **options)
-    reached, dense = result.report.reached, sum(one.numel() for one in model.parameters())
+    model, _, result = pruned(kinds=kinds, target="0.8x params", **FAST)
+    reached = result.report.reached
     assert reached is not None and (reached.dense, reached.slim) == result.report.parameters
-    assert reached.asked == 0.8 * dense and abs(reached.slim / reached.asked - 1) < 0.005
+    assert reached.asked == 0.8 * model.num_parameters() and abs(reached.slim / reached.asked - 1) < 0.005
 
 
 @pytest.mark.parametrize("tune", [None, "tune{epochs=1}"])
 def test_the_vocabulary_alone_is_rounded(tune: str | None) -> None:
-    model, words = model_for("gpt2"), tokenizer("gpt2")
-    samples = torch.tensor(words([TEXT] * 3)["input_ids"])
-    result = fxprune.prune(model, samples, kinds=VOCAB, ratio=0.2, round_to=64, tune=tune, tokenizer=words)
+    _, _, result = pruned(kinds=VOCAB, ratio=0.2, round_to=64, tune=tune)
     assert result.model.config.vocab_size % 64 == 0 and list(result.report.widths) == []
 
 

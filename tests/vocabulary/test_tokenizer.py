@@ -107,10 +107,17 @@ def test_other_kinds_of_tokenizers_are_refused() -> None:
         specification(len)
 
 
-def tokens_of(model: dict[str, Any]) -> Tokens:
-    """Tokens of a tokenizer that does nothing but split words."""
-    steps = dict.fromkeys(("normalizer", "pre_tokenizer", "decoder"))
-    return read_tokens({"model": model, "added_tokens": [], **steps})
+def tokens_of(model: dict[str, Any], **steps: Any) -> Tokens:
+    """Tokens of a tokenizer that does nothing but split words, unless it has other ``steps``."""
+    none = dict.fromkeys(("normalizer", "pre_tokenizer", "decoder"))
+    return read_tokens({"model": model, "added_tokens": [], **none, **steps})
+
+
+def with_bytes(*texts: str, **steps: Any) -> Tokens:
+    """Characters of byte pair encoding, behind the 257 tokens of bytes and of what is unknown."""
+    every = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *texts]
+    model = {"type": "BPE", "vocab": {text: i for i, text in enumerate(every)}, "merges": [], "byte_fallback": True}
+    return tokens_of({**model, "unk_token": "<unk>"}, **steps)
 
 
 def merged(*merges: str, alphabet: str = "abcd") -> Tokens:
@@ -187,19 +194,14 @@ def test_the_best_scores_write_a_token_of_unigram() -> None:
 
 
 def test_bytes_write_characters_but_not_those_that_the_tokenizer_replaces() -> None:
-    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u00e9"]
-    model = {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)}, "merges": [], "byte_fallback": True}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    steps = {"normalizer": replace, "pre_tokenizer": None, "decoder": None}
-    tokens = read_tokens({"model": {**model, "unk_token": "<unk>"}, "added_tokens": [], **steps})
+    tokens = with_bytes("\u2581", "\u00e9", normalizer=replace)
     assert tokens.every - tokens.needed == {258} and tokens.pieces(258, ()) == (0xC3 + 1, 0xA9 + 1)
 
 
 def test_a_used_character_is_not_free_where_one_byte_writes_it() -> None:
     """The text is not longer by it, but no model has seen it written so: digits went, and quality with them."""
-    texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "0", "1", "\u00e9"]
-    model = {"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)}, "merges": [], "byte_fallback": True}
-    tokens = tokens_of({**model, "unk_token": "<unk>"})
+    tokens = with_bytes("0", "1", "\u00e9")
     assert set(choose_tokens(tokens, Use({257: 5}), 258, tokens.needed)) - tokens.needed == {257}
     assert 257 in choose_tokens(tokens, Use({257: 5}), 0, tokens.needed, free=True)
 
