@@ -188,15 +188,6 @@ def test_a_block_of_a_width_in_a_list_is_built_from_its_entry(wider: list[int], 
     assert model.config.widths == [4, 5, 6, 7]
 
 
-def test_a_block_that_asks_for_more_is_not_built() -> None:
-    class Demanding(nn.Module):
-        def __init__(self, config: object, layer_idx: int, other: nn.Module) -> None:
-            super().__init__()
-
-    model = small()
-    assert block_rebuilder(model, "", find_layout(model).depth, 0, Demanding(None, 0, model), {}, {}) is None
-
-
 def test_groups_of_a_convolution_are_found_by_the_shape_of_its_weight() -> None:
     """A constructor refuses one width that changes alone; RegNet's blocks lose whole groups and channels of each."""
     model = nn.Sequential(nn.Conv2d(32, 32, 3, groups=4), nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(8, 8, 1, groups=2))

@@ -35,15 +35,9 @@ def config(**fields: Any) -> PreTrainedConfig:
     return made
 
 
-@pytest.mark.parametrize(
-    ("name", "answer"),
-    [
-        *((name, True) for name in ("layer_idx", "idx", "index", "layer_id", "block_id", "layer_number", "layer_num")),
-        *((name, False) for name in ("pad_token_id", "heads", "num_layers", "depth")),
-    ],
-)
-def test_names_of_an_index(name: str, answer: bool) -> None:
-    assert names_index(name) is answer
+def test_names_of_an_index() -> None:
+    assert all(map(names_index, ("layer_idx", "idx", "index", "layer_id", "block_id", "layer_number", "layer_num")))
+    assert not any(map(names_index, ("pad_token_id", "heads", "num_layers", "depth")))
 
 
 def test_a_flag_or_a_word_that_a_class_asks_for_is_what_its_block_holds() -> None:

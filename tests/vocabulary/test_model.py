@@ -13,7 +13,7 @@ import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.data.text import opening_tokens
 from fxprune.emit.structure import describe_structure
-from fxprune.errors import EvaluationError, PlanError, RecoveryError, UnsupportedModelError
+from fxprune.errors import EvaluationError, RecoveryError, UnsupportedModelError
 from fxprune.evaluation.comparison import BUILT_IN, Reference, evaluate
 from fxprune.evaluation.perplexity import text_perplexity
 from fxprune.recovery import Distillation
@@ -96,11 +96,6 @@ def test_generation_uses_the_new_ids() -> None:
     assert slim.generation_config.eos_token_id == [2, KEPT.index(111)]
     assert slim.generation_config.suppress_tokens == [3, 4]
     assert slim.generate(torch.tensor([[1, 4]]), max_new_tokens=3).max() < len(KEPT)
-
-
-def test_tokens_that_the_model_does_not_have_are_refused() -> None:
-    with pytest.raises(PlanError, match="tokens 0 to 131 stay, the model has 0 to 130"):
-        trimmed_model(tiny("llama", num_hidden_layers=1), (0, 131))
 
 
 def test_a_model_whose_width_is_the_number_of_tokens_is_refused() -> None:
