@@ -1,4 +1,4 @@
-"""Assignment of tensors, and forward passes under each attention implementation."""
+"""Tensors that do not fit, and forward passes under each attention implementation."""
 
 from typing import Any
 
@@ -10,11 +10,9 @@ from transformers import PreTrainedModel
 import fxprune.emit.snapshot as dry_runs
 from fxprune.emit.snapshot import (
     DryRuns,
-    assign_tensors,
     attention_implementations,
     configs_of,
     has_unaligned_experts,
-    names_on_meta,
     run_on_meta,
     shape_errors,
     use_eager_experts,
@@ -33,16 +31,6 @@ def blank(**fields: int) -> SmallModel:
 
 def tensors_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
-
-
-def test_tensors_are_assigned_not_copied() -> None:
-    dense, slim = small(depth=1), blank(depth=1)
-    dense.norm.weight.requires_grad_(False)
-    given = {**tensors_of(dense), "norm.bias": torch.ones(12)}
-    assign_tensors(slim, dense, given, lambda name: name)
-    assert slim.embed.weight is dense.embed.weight and not slim.norm.weight.requires_grad
-    assert isinstance(slim.norm.bias, nn.Parameter) and slim.norm.bias.data_ptr() == given["norm.bias"].data_ptr()
-    assert names_on_meta(slim) == [] and not slim.training
 
 
 def test_misfits_are_told() -> None:

@@ -1,7 +1,6 @@
 """How a model differs from what its class builds from its config, and norm epsilons."""
 
 import copy
-import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +17,7 @@ from fxprune.emit import stock_check, structure
 from fxprune.emit.emitter import emit
 from fxprune.emit.patch import NormEpsilons, enlarged_epsilons, find_epsilons, set_attributes
 from fxprune.emit.snapshot import shapes_of
-from fxprune.emit.structure import Structure, describe_structure, parse_config
+from fxprune.emit.structure import Structure, describe_structure
 from fxprune.errors import CheckpointError
 from fxprune.graph.facts import facts_of
 from fxprune.modelling.layerwise import Overrides
@@ -89,13 +88,6 @@ def test_parameters_on_meta_are_those_of_one_thread() -> None:
     with ThreadPoolExecutor(1) as pool, structure._parameters_on_meta():
         assert nn.Linear(2, 2).weight.is_meta and not pool.submit(nn.Linear, 2, 2).result().weight.is_meta
     assert not nn.Linear(2, 2).weight.is_meta
-
-
-def test_numbers_that_json_has_not_are_read() -> None:
-    data = parse_config('{"a": {"__float__": "Infinity"}, "b": [{"__float__": "NaN"}], "c": {"d": 1}}')
-    assert data["a"] == math.inf and math.isnan(data["b"][0]) and data["c"] == {"d": 1}
-    with pytest.raises(ValueError):
-        parse_config("{")
 
 
 def plan(*widths: int, removed: tuple[str, ...] = ()) -> Plan:
