@@ -35,7 +35,6 @@ from fxprune.emit.patch import (
     composed_patches,
     epsilon_fields,
     leaf_patches,
-    merged,
     patches_by_hand,
 )
 from fxprune.emit.snapshot import (
@@ -337,9 +336,7 @@ class _Emitter:
         fields = epsilon_fields(self.model, self.layout.part, self.epsilons, self.removed)
         shared = shared_widths_for(self.rebuilder, self.outside)
         for plain in chain(chain.from_iterable(map(self.by_fields, shared)), self.by_attributes()):
-            attributes = merged(plain.blueprint.attributes, self.epsilons.attributes)
-            blueprint = dataclasses.replace(plain.blueprint, attributes=attributes, epsilons=fields)
-            for found in self.with_inputs(blueprint):
+            for found in self.with_inputs(dataclasses.replace(plain.blueprint, epsilons=fields)):
                 if found not in tried:
                     tried.append(found)
                     yield dataclasses.replace(plain, blueprint=found)
@@ -444,13 +441,13 @@ class _Emitter:
             block_fields.update({path: differing} if differing else {})
             absent.update({path: lacking} if lacking else {})
         built, seen = self.rebuilder.build(fields), self.rebuilder.observe(fields)
-        attributes: Patches = {} if built is None else leaf_patches(built, self.outside, self.rebuilder.skip)
+        patches: Patches = {} if built is None else leaf_patches(built, self.outside, self.rebuilder.skip)
         loose = {name for name, _ in mismatches(seen.shapes, self.outside)} if seen else set[str]()
         gaps: list[str] = []
         for path, choice in chosen.items():
-            start = by_module(take_snapshot(self.model.get_submodule(path)).numbers) if choice.as_dense else {}
-            for inner, patch in merged(start, choice.patches).items():
-                attributes[f"{path}.{inner}".strip(".")] = patch
+            start = take_snapshot(self.model.get_submodule(path)).numbers if choice.as_dense else {}
+            for (inner, name), number in {**start, **choice.patches}.items():
+                patches[f"{path}.{inner}".strip("."), name] = number
             if choice.gap:
                 loose.update(f"{path}.{name}" for name in names_in(self.wanted, path))
                 gaps += [f"block {path}: {line}" for line in choice.gap]
@@ -459,7 +456,7 @@ class _Emitter:
             block_fields=block_fields,
             absent=absent,
             built_at=self.layout.built_at(),
-            attributes=attributes,
+            attributes=by_module({**patches, **self.epsilons.attributes}),
             removed=self.removed,
             built_with={name: dense[name] for name in shared.written_afterwards if name in dense},
             written_afterwards=shared.written_afterwards,
@@ -473,7 +470,8 @@ class _Emitter:
         wrong = frozenset(name for name, _ in mismatches(shapes_of(self.model), self.wanted) if name in self.wanted)
         gaps = (f"no config field sets {len(wrong)} shapes, such as that of {min(wrong, default='none')}",)
         for patches in self.by_hand():
-            blueprint = Blueprint(built_at=self.layout.built_at(), attributes=patches, removed=self.removed)
+            attributes = by_module({**patches, **self.epsilons.attributes})
+            blueprint = Blueprint(built_at=self.layout.built_at(), attributes=attributes, removed=self.removed)
             yield Candidate(blueprint, wrong, gaps)
 
     def by_hand(self) -> Iterator[Patches]:
@@ -509,7 +507,8 @@ class _Emitter:
         for plain in emitter.by_attributes():
             ways = emitter.with_inputs(plain.blueprint)
             if any(emitter.fits(dataclasses.replace(plain, blueprint=way)) for way in ways):
-                yield {one.inner(path): dict(own) for path, own in plain.blueprint.attributes.items()}
+                found = plain.blueprint.attributes.items()
+                yield {(one.inner(path), name): value for path, own in found for name, value in own.items()}
 
     def with_inputs(self, blueprint: Blueprint) -> list[Blueprint]:
         """The blueprint, after one whose blocks select their rows of tables made for all units, if there are such."""

@@ -45,24 +45,16 @@ T = TypeVar("T")
 Attribute = tuple[str, str]
 """The path of a module, and the name of its attribute."""
 
-Patches = dict[str, dict[str, Number]]
-"""Attributes to set, by module path and name."""
+Patches = dict[Attribute, Number]
+"""Attributes to set."""
 
 
 def by_module(values: Mapping[Attribute, T]) -> dict[str, dict[str, T]]:
-    """Values of attributes by module path and name."""
+    """Values of attributes by module path and name, as a blueprint has them."""
     found: dict[str, dict[str, T]] = {}
     for (path, name), value in values.items():
         found.setdefault(path, {})[name] = value
     return found
-
-
-def merged(
-    first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Both sets of attributes; the second wins."""
-    paths = first.keys() | second.keys()
-    return {path: {**first.get(path, {}), **second.get(path, {})} for path in sorted(paths)}
 
 
 def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> Patches:
@@ -72,7 +64,7 @@ def scope_patches(before: Snapshot, after: Snapshot, wrong: frozenset[Axis]) -> 
     """
     scope = common_module(name for name, _ in wrong)
     inside = {key: value for key, value in after.numbers.items() if not scope or within(f"{key[0]}.", (scope,))}
-    return by_module({key: value for key, value in inside.items() if before.numbers.get(key, value) != value})
+    return {key: value for key, value in inside.items() if before.numbers.get(key, value) != value}
 
 
 def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str, ...] = ()) -> Patches:
@@ -86,7 +78,7 @@ def leaf_patches(module: nn.Module, wanted: Mapping[str, Shape], skip: tuple[str
         have = _own_shapes(child)
         if mismatches({name: have[name] for name in own if name in have}, own):
             patched = _by_constructor(child, have, own) or _by_equal_sizes(child, have, own)
-            found.update({path: patched} if patched else {})
+            found.update({(path, name): value for name, value in patched.items()})
     return found
 
 
@@ -241,22 +233,19 @@ def patches_by_hand(model: nn.Module, wanted: Mapping[str, Shape], resized: Sequ
     kinds = sorted({(name, old) for (_, name), (old, _) in found.items()})
     without = itertools.chain.from_iterable(itertools.combinations(kinds, count) for count in range(3))
     for left in itertools.islice(without, _MOST_BY_HAND):
-        yield by_module(leaves | {place: new for place, (old, new) in found.items() if (place[1], old) not in left})
+        yield leaves | {place: new for place, (old, new) in found.items() if (place[1], old) not in left}
 
 
-def _followers(
-    model: nn.Module, wanted: Mapping[str, Shape]
-) -> tuple[dict[Attribute, Number], dict[Attribute, tuple[int, int]]]:
+def _followers(model: nn.Module, wanted: Mapping[str, Shape]) -> tuple[Patches, dict[Attribute, tuple[int, int]]]:
     """Return the attributes that follow from resized tensors, and numbers that may follow, before and after."""
-    leaves: dict[Attribute, Number] = {}
+    leaves: Patches = {}
     found: dict[Attribute, tuple[int, int]] = {}
-    for path, own in leaf_patches(model, wanted).items():
+    for (path, name), value in leaf_patches(model, wanted).items():
         module = model.get_submodule(path)
-        for name, value in own.items():
-            if type(value) is int and not _is_of_torch(module):
-                found[path, name] = vars(module)[name], value
-            else:
-                leaves[path, name] = value
+        if type(value) is int and not _is_of_torch(module):
+            found[path, name] = vars(module)[name], value
+        else:
+            leaves[path, name] = value
     return leaves, found
 
 
@@ -270,18 +259,17 @@ def composed_patches(
     """
     steps: dict[Attribute, list[int]] = {}
     for one, patches in alone:
-        for path, own in patches.items():
-            path = f"{one.scope}.{path}".strip(".")
+        for (inner, name), value in patches.items():
+            path = f"{one.scope}.{inner}".strip(".")
             module = model.get_submodule(path)
-            for name, value in own.items() if not _is_of_torch(module) else ():
-                if type(value) is int:
-                    steps.setdefault((path, name), []).append(one.sizes.get(vars(module)[name], value))
+            if type(value) is int and not _is_of_torch(module):
+                steps.setdefault((path, name), []).append(one.sizes.get(vars(module)[name], value))
     found, _ = _followers(model, wanted)
     for (path, name), values in steps.items():
         old = vars(model.get_submodule(path))[name]
         scaled = math.prod((Fraction(value, old) for value in values), start=Fraction(old))
         found[path, name] = int(scaled) if scaled.denominator == 1 else old + sum(value - old for value in values)
-    return by_module(found)
+    return found
 
 
 def _is_of_torch(module: nn.Module) -> bool:
@@ -341,8 +329,8 @@ class NormEpsilons:
     reasons: tuple[str, ...] = ()
 
     @property
-    def attributes(self) -> dict[str, dict[str, float]]:
-        return by_module({place: after for place, (_, after) in self.values.items()})
+    def attributes(self) -> dict[Attribute, float]:
+        return {place: after for place, (_, after) in self.values.items()}
 
 
 def find_epsilons(
@@ -422,13 +410,13 @@ def epsilon_fields(
     return {}
 
 
-def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Set attributes by module path and name; return the values that they had."""
-    before: dict[str, dict[str, float]] = {}
-    for path, own in attributes.items():
+def set_attributes(model: nn.Module, values: Mapping[Attribute, float]) -> dict[Attribute, float]:
+    """Set attributes of modules; return the values that they had."""
+    before: dict[Attribute, float] = {}
+    for (path, name), value in values.items():
         held = vars(model.get_submodule(path))
-        before[path] = {name: held[name] for name in own}
-        held.update(own)
+        before[path, name] = held[name]
+        held[name] = value
     return before
 
 
@@ -444,7 +432,7 @@ def enlarged_epsilons(
     nodes = {node.name: node for node in graph.nodes}
     large = {place: _LARGE * (1 + i / len(epsilons.values)) for i, place in enumerate(epsilons.values)}
     held = [(nodes[name], nodes[name].args, nodes[name].kwargs) for here in epsilons.nodes.values() for name, _ in here]
-    before = set_attributes(model, by_module({(names[path], name): value for (path, name), value in large.items()}))
+    before = set_attributes(model, {(names[path], name): value for (path, name), value in large.items()})
     try:
         for place, value in large.items():
             for name, where in epsilons.nodes[place]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fxprune.emit.layout import Rebuilder
-from fxprune.emit.patch import Patches, leaf_patches, merged, scope_patches
+from fxprune.emit.patch import Patches, leaf_patches, scope_patches
 from fxprune.emit.snapshot import (
     MISSING_AXIS,
     Axis,
@@ -366,7 +367,7 @@ class Choice:
 
     Args:
         fields: config fields of this block, relative to the model's dense config.
-        patches: attributes to set afterwards, by module path within the block.
+        patches: attributes to set afterwards, by module path within the block and name.
         gap: tensors that the fields alone do not reach, in words; empty if they reach all.
         as_dense: whether integer attributes start from those of the dense block instead of the rebuilt one.
     """
@@ -485,11 +486,12 @@ class _Ways:
             parts.setdefault(name.partition(".")[0], set()).add((name, axis))
         if not moves and len(parts) > 1:  # each part of the block may be that of a block of another size
             each = [[*self.moves(base, here, frozenset(part)), {}] for part in parts.values()]
-            moves = [functools.reduce(merged, combined, {}) for combined in islice(product(*each), _MOST_COMBINATIONS)]
+            combined = islice(product(*each), _MOST_COMBINATIONS)
+            moves = [functools.reduce(operator.or_, patches) for patches in combined]
         inside = dict(module.named_modules())
         gap, leaves = _shape_gaps(shapes_of(module), self.wanted), leaf_patches(module, self.wanted)
         for moved in moves:
-            yield Choice(partial, merged({path: own for path, own in moved.items() if path in inside}, leaves), gap)
+            yield Choice(partial, {key: value for key, value in moved.items() if key[0] in inside} | leaves, gap)
         yield self.by_leaves(partial)
 
     def moves(self, base: Mapping[str, int], here: Mapping[str, int], wrong: frozenset[Axis]) -> list[Patches]:
@@ -509,7 +511,7 @@ class _Ways:
             after = self.rebuilder.observe({**here, **fields})
             if after is not None:
                 patches = scope_patches(now, after, wrong).items()
-                found.append({path: own for path, own in patches if not self.is_resized_leaf(path, after)})
+                found.append({key: value for key, value in patches if not self.is_resized_leaf(key[0], after)})
         return found
 
     def is_resized_leaf(self, path: str, after: Snapshot) -> bool:

@@ -176,7 +176,7 @@ def test_large_numbers_show_what_small_ones_hide_and_are_put_back() -> None:
         torch.testing.assert_close(graph.owning_module(X["x"]), model(X["x"]))
     assert (model.first.eps, model.second.eps) == (1e-7, 1e-8)
     assert [node.args[3] for node in graph.nodes if "rms_norm" in str(node.target)] == [1e-7, 1e-8]
-    assert set_attributes(model, {"first": {"eps": 0.2}}) == {"first": {"eps": 1e-7}} and model.first.eps == 0.2
+    assert set_attributes(model, {("first", "eps"): 0.2}) == {("first", "eps"): 1e-7} and model.first.eps == 0.2
 
 
 def places_of(model: Any, leave: str = "") -> NormEpsilons:
