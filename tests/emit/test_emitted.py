@@ -263,7 +263,7 @@ def test_a_model_in_training_gets_its_slim_model() -> None:
 
 
 class Attending(nn.Module):
-    """Two residual blocks with heads; ``fixed`` is how its code knows their number."""
+    """Two residual blocks with heads, of which the code holds the number or the width, whichever is ``fixed``."""
 
     def __init__(self, fixed: str) -> None:
         super().__init__()
@@ -272,15 +272,12 @@ class Attending(nn.Module):
         self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = 3 if self.fixed == "heads" else self.into.weight.shape[0] // 12
-        apart = self.into(x).view(*x.shape[:2], 3, heads, -1) if self.fixed != "width" else self._by_width(x)
+        sizes = (3, -1) if self.fixed == "heads" else (-1, 4)
+        apart = self.into(x).view(*x.shape[:2], 3, *sizes)
         q, k, v = (part.transpose(1, 2) for part in apart.unbind(2))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(self.up(x).relu())
-
-    def _by_width(self, x: torch.Tensor) -> torch.Tensor:
-        return self.into(x).view(*x.shape[:2], 3, -1, 4)
 
 
 def prune(model: nn.Module, kinds: tuple[str, ...], **more: Any) -> fxprune.Result:
