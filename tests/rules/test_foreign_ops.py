@@ -1,11 +1,12 @@
 """Ops of users, each with a rule of one decorator, from the module to the slim graph."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.library import CustomOpDef
 
 import fxprune
 from fxprune.rules import registry
@@ -14,48 +15,44 @@ from tests.rules.test_routing import EXPERTS, Mixture, run_experts
 from tests.rules.test_rules import Middle, between
 
 
-@torch.library.custom_op("foreign::turned", mutates_args=())
+def foreign(function: Callable[..., torch.Tensor]) -> CustomOpDef:
+    """A function as an op of its own, which computes shapes as it computes values."""
+    made = torch.library.custom_op(f"foreign::{function.__name__}", function, mutates_args=())
+    made.register_fake(function)
+    return made
+
+
+@foreign
 def turned(x: torch.Tensor) -> torch.Tensor:
     """The last two axes change places, and nothing else does."""
     return x.mT.clone()
 
 
-@turned.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.mT.shape)
-
-
-@torch.library.custom_op("foreign::same", mutates_args=())
+@foreign
 def same(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Whether two numbers are the same."""
     return x == y
 
 
-@same.register_fake
-def _(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=torch.bool, device=x.device)
-
-
-@torch.library.custom_op("foreign::project", mutates_args=())
+@foreign
 def project(x: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
     """A linear layer whose matrix is (in, out)."""
     return x @ matrix if shift is None else x @ matrix + shift
 
 
-@project.register_fake
-def _(x: torch.Tensor, matrix: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], matrix.shape[1]))
-
-
-@torch.library.custom_op("foreign::blank", mutates_args=())
+@foreign
 def blank(x: torch.Tensor) -> torch.Tensor:
     """Ones of the shape of `x`."""
     return torch.ones(x.shape)
 
 
-@blank.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape)
+@foreign
+def halves(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The values of each of `count` parts of the last axis in the other order."""
+    return x.unflatten(-1, (count, x.shape[-1] // count)).flip(-1).flatten(-2)
+
+
+halves.register_fake(lambda x, count: torch.empty_like(x))  # so that a wrong number shows when it runs
 
 
 @pytest.fixture(autouse=True)
@@ -130,17 +127,6 @@ def test_one_that_compares_positions() -> None:
     assert experts.size == EXPERTS and experts not in axes.frozen
     assert axes.unruled == {}
     check_removes_exactly(Mixture(compared), {"x": torch.randn(11, 5)})
-
-
-@torch.library.custom_op("foreign::halves", mutates_args=())
-def halves(x: torch.Tensor, count: int) -> torch.Tensor:
-    """The values of each of `count` parts of the last axis in the other order."""
-    return x.unflatten(-1, (count, x.shape[-1] // count)).flip(-1).flatten(-2)
-
-
-@halves.register_fake
-def _(x: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 def pruned_halves(**options: Any) -> fxprune.Result:
