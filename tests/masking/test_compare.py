@@ -1,7 +1,5 @@
 """Comparison of masking and shrinking: whole outputs, or block by block."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -24,11 +22,12 @@ from fxprune.masking.compare import (
     slim_by_block,
     slim_outputs,
 )
-from fxprune.offload.prefetch import Prefetcher, offer_prefetcher, use_prefetcher
+from fxprune.offload.prefetch import offer_prefetcher, use_prefetcher
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal
 from fxprune.trace import trace
+from tests.masking.test_parts import Watched
 from tests.models import tiny
 from tests.oracle import Net, discover, groups_of, removal_of, slim_graph
 from tests.remembered import grouped, run
@@ -80,23 +79,13 @@ def test_masked_and_slim_outputs_are_the_same_or_the_node_where_they_diverge_is_
     assert find_divergence(dense, slim, removal, X).endswith("a_bias (a.bias) in the model")
 
 
-class Counting(Prefetcher):
-    """Prefetches by copies, and counts them."""
-
-    copies = 0
-
-    def start_copy(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        self.copies += 1
-        return super().start_copy(tensor.clone())
-
-
 @pytest.mark.parametrize("changes", [False, True])
 def test_paired_runs_compute_what_each_would_alone_and_fetch_weights_once(changes: bool) -> None:
     """A weight that changed is read, and fetched, again."""
     batches = [{"x": torch.randn(2, 3)} for _ in range(3)]
-    prefetcher = Counting(torch.device("cpu"))
     net = Net(lambda net, x: net.b(net.a(x).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     dense = discover(net, batches[0])
+    prefetcher = Watched(dense)
     removal = removal_of(dense, keep(dense))
     whole = [slim_outputs(dense, batch) for batch in batches]
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -112,7 +101,7 @@ def test_paired_runs_compute_what_each_would_alone_and_fetch_weights_once(change
                 assert both.has(node.args[0]) and not any(value.op == "get_attr" for value in both.dense[0].env)
             else:
                 assert node in both.dense[0].env and node not in both.masked[0].env
-    assert prefetcher.copies == 4 + changes, "four tensors, and one again if it changed"
+    assert len(prefetcher.order) == 4 + changes, "four tensors, and one again if it changed"
     for batch, before, (first, second) in zip(batches, whole, found, strict=True):
         assert compare(before, [first]) == 0
         assert compare(masked_outputs(dense, removal, batch), [second]) == 0
