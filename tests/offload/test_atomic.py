@@ -203,36 +203,30 @@ def test_a_link_is_followed_and_files_of_others_are_kept(models: dict[int, Any],
     assert from_pretrained(link).model.layers[1].mlp.up_proj.out_features == 24
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_single_edits_are_refused_or_change_nothing(seed: int, models: dict[int, Any], tmp_path: Path) -> None:
-    """One byte changed, one file less, one file more: refused by ``verify=True``, or the same outputs."""
-    folder, draw = tmp_path / "slim", random.Random(seed)
+def test_single_edits_are_refused_or_change_nothing(models: dict[int, Any], tmp_path: Path) -> None:
+    """One bit changed, one file more: refused by ``verify=True``, or the same weights."""
+    folder = tmp_path / "slim"
     save_pretrained(models[24], folder)
-    wanted = models[24].state_dict()
+    wanted, refused = models[24].state_dict(), set[str]()
     held = {path.name: path.read_bytes() for path in folder.iterdir()}
-    refused = 0
-    for turn in range(20):
-        name = draw.choice(sorted(held))
-        raw = bytearray(held[name])
-        if turn % 4 == 3:
-            others = ["model.safetensors.index.json", "pytorch_model.bin", "a.safetensors", "extra.py", "x.txt"]
-            (folder / draw.choice(others)).write_bytes(raw)
-        elif turn % 4 == 2:
-            (folder / name).unlink()
-        else:
-            raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
-            (folder / name).write_bytes(raw)
+    others = ["model.safetensors.index.json", "pytorch_model.bin", "a.safetensors", "extra.py", "x.txt"]
+    edits = dict.fromkeys(others, held[MANIFEST])
+    for name, raw in held.items():
+        at = len(raw) // 2
+        edits[name] = raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :]
+    for name, raw in edits.items():
+        (folder / name).write_bytes(raw)
         try:
             found = from_pretrained(folder, verify=True).state_dict()
         except CheckpointError:
-            refused += 1
+            refused.add(name)
         else:
             assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
-        for path in folder.iterdir():
-            path.unlink()
-        for file, content in held.items():
-            (folder / file).write_bytes(content)
-    assert refused > 10 and (folder / MANIFEST).is_file()
+        if name in held:
+            (folder / name).write_bytes(held[name])
+        else:
+            (folder / name).unlink()
+    assert refused == edits.keys() - {"README.md", "x.txt"}
 
 
 def test_a_file_takes_its_place_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
