@@ -68,28 +68,15 @@ def apply_rule_alone(node: fx.Node) -> tuple[OpSite, Statements]:
     return apply_rule(node, stated), stated
 
 
-def describe_rule(node: fx.Node) -> str:
-    """The rule of ``node`` in isolation: ``linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i``."""
-    return str(apply_rule_alone(node)[0])
+def describe_once(op: OpSite, known: dict[str, str]) -> str:
+    """The rule of a node in isolation: ``linear  input[b, s, i], weight[o, i] -> out[b, s, o]  sums i``.
 
-
-def describe_once(op: OpSite, known: dict[Any, str]) -> str:
-    """The rule of a node in isolation, from a cache keyed by op, shapes and other arguments; see :func:`describe_rule`.
-
-    ``known`` is the cache, which is added to.
+    ``known`` is a cache by op, shapes and other arguments, which is added to.
     """
     node = op.node
-
-    def described(argument: Any) -> Any:
-        """A hashable stand-in for an argument: place among the inputs and sizes for a tensor, else the value."""
-        if isinstance(argument, fx.Node):
-            return (node.all_input_nodes.index(argument), *(x.sizes for x in op.all_of(argument)))
-        if isinstance(argument, list | tuple):
-            return tuple(map(described, argument))
-        return argument if argument is None or isinstance(argument, int | str) else repr(argument)
-
-    results = tuple(x.sizes for x in op.outs)  # sizes among the arguments may be computed at run time
-    key = (node.target, described(node.args), tuple(node.kwargs), described(tuple(node.kwargs.values())), results)
+    tensors = {source: (i, [x.sizes for x in op.all_of(source)]) for i, source in enumerate(node.all_input_nodes)}
+    arguments = fx.map_arg((node.args, node.kwargs), tensors.__getitem__)
+    key = repr((node.target, arguments, [x.sizes for x in op.outs]))  # sizes may be computed at run time
     if key not in known:
-        known[key] = describe_rule(node)
+        known[key] = str(apply_rule_alone(node)[0])
     return known[key]
