@@ -368,25 +368,19 @@ def rule(
     if values is not None and values not in tuple(Values):
         raise UnknownNameError("values", str(values), tuple(Values))
     effect = None if values is None else Values(values)
-    register = partial(register_rule, values=effect, may_alias=may_alias, regroups=regroups, adds=adds)
+    make: Callable[..., Rule] = partial(Rule, values=effect, may_alias=may_alias, regroups=regroups, adds=adds)
     if notation is not None:
-        for name in names:
-            read = read_notation(notation, _qualified(name), multiplies=effect is Values.PRODUCT)
-            register(name, read.state, added=added or read.added)
+        for name in map(_qualified, names):
+            read = read_notation(notation, name, multiplies=effect is Values.PRODUCT)
+            _RULES[name] = make(read.state, added=added or read.added)
 
     def decorate(decorated: Decorated) -> Decorated:
         if notation is None:
             function("rule", decorated, "a function of an OpSite, or a notation")
-            for name in names:
-                register(name, decorated, added=added)  # type: ignore[arg-type]
+            _RULES.update((name, make(decorated, added=added)) for name in map(_qualified, names))
         return decorated
 
     return decorate
-
-
-def register_rule(name: str, state: Callable[[OpSite], None], **properties: Any) -> None:
-    """Register ``state`` for the op ``name``, with the other fields of :class:`Rule` as keywords."""
-    _RULES[_qualified(name)] = Rule(state, **properties)
 
 
 def _qualified(name: str) -> str:
