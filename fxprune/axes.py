@@ -315,9 +315,9 @@ class Keep:
         mask = self.units.get(factor)
         return factor.size if mask is None else int(mask.reshape(-1, factor.size)[0].sum())
 
-    def touches(self, factor: Factor) -> bool:
-        """Whether any unit of ``factor`` is removed."""
-        return self.count(factor) < factor.size
+    def touches(self, expr: Expr) -> bool:
+        """Whether any unit of the axis ``expr`` is removed."""
+        return any(self.count(factor) < factor.size for factor in factors(expr))
 
     def only(self, factors: Collection[Factor]) -> Keep:
         """The same units of ``factors`` alone; of any other all stay."""

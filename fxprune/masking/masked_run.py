@@ -145,14 +145,13 @@ class MaskedRun(PreciseRun):
     def __init__(self, graph_module: fx.GraphModule, removal: Removal, garbage_collect_values: bool = True) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
         self.axes, self.keep = axes, keep = removal.axes, removal.keep
-        self.touched = {factor for factor in keep.units if keep.touches(factor)}
         self.bypassed = {axes.bypasses[b].target: axes.bypasses[b].source for b in removal.removed_blocks}
         self.nodes = {node.name: node for node in graph_module.graph.nodes}
         self.constants = frozenset(axes.constants)
         self.sizes: dict[Factor, int] = {}
         self.statistics: dict[str, Keep] = {}
         for factor, nodes in axes.renormalised.items():
-            for name in nodes if factor in self.touched else ():
+            for name in nodes if keep.touches(factor) else ():
                 units = {**self.statistics.get(name, Keep()).units, factor: keep.units[factor]}
                 self.statistics[name] = Keep(units)
         self.scaled = removal.scaled
@@ -180,7 +179,7 @@ class MaskedRun(PreciseRun):
             stored = self.fetch_attr(str(target))
             value = scaling.rounded(stored).to(value.device, value.dtype) if stored.dtype in _NARROW else value
         for axis, expr in enumerate(self.axes.tensors.get(str(target), ())):
-            if self.touched.intersection(factors(expr)):
+            if self.keep.touches(expr):
                 mask = torch.from_numpy(kept_mask(expr, self.keep).copy()).to(value.device)
                 value = value * mask.view(-1, *[1] * (value.dim() - axis - 1)).to(value.dtype)
         return value
@@ -212,7 +211,7 @@ class MaskedRun(PreciseRun):
         positions = self.axes.positions.get(name)
         value = value if to_kept else _renumber(value, positions, keep, to_kept=False)
         for axis, expr in enumerate(self.axes.tensors.get(name, ()) if to_kept else self.axes.tensors[name]):
-            if _is_touched(expr, keep):
+            if keep.touches(expr):
                 expr = _fitted(expr, value.shape[axis], Keep() if to_kept else keep, keep, self.sizes)
                 index = _kept_positions(expr, keep, value.device)
                 if to_kept:
@@ -228,17 +227,13 @@ def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor for tensor in tensors_of(output) if tensor.is_floating_point())
 
 
-def _is_touched(expr: Expr, keep: Keep) -> bool:
-    return any(keep.touches(factor) for factor in factors(expr))
-
-
 def _kept_positions(expr: Expr, keep: Keep, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(kept_mask(expr, keep))).to(device)
 
 
 def _renumber(value: Any, expr: Expr | None, keep: Keep, *, to_kept: bool) -> Any:
     """Map positions along the axis ``expr`` to positions among the kept ones, or the other way round."""
-    if expr is None or not _is_touched(expr, keep):
+    if expr is None or not keep.touches(expr):
         return value
     index = _kept_positions(expr, keep, value.device)
     if not to_kept:

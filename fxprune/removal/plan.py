@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.axes import Expr, Factor, Index, Keep, Mask, factors, kept_mask
+from fxprune.axes import Expr, Factor, Index, Keep, Mask, kept_mask
 from fxprune.errors import PlanError
 from fxprune.pipeline.arguments import NORMS, format_value
 
@@ -217,12 +217,11 @@ def other_model_note(axes: AxisMap, plan: Plan) -> str | None:
 
 def kept_indices(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, Index]]:
     """Return the kept indices of each axis that shrinks; those of equal axes are one array."""
-    touched = {factor for factor in keep.units if keep.touches(factor)}
     kept: dict[str, dict[int, Index]] = {}
     known: dict[Expr, Index] = {}
     for name in names:
         for i, expr in enumerate(axes.tensors[name]):
-            if touched.intersection(factors(expr)):
+            if keep.touches(expr):
                 if expr not in known:
                     known[expr] = np.flatnonzero(kept_mask(expr, keep))
                 kept.setdefault(name, {})[i] = known[expr]

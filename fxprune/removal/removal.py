@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fxprune.axes import Factor, Index, Keep, factors, kept_size
+from fxprune.axes import Factor, Index, Keep, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group, Member
 from fxprune.discovery.norms import KeptNorm
@@ -214,7 +214,7 @@ def _touched(axes: AxisMap, keep: Keep) -> list[tuple[KeptNorm, Fraction]]:
     return [
         (norm, prod((Fraction(expr.size, kept_size(expr, keep)) for expr in norm.axes), start=Fraction(1)))
         for norm in axes.norms
-        if any(keep.touches(factor) for expr in norm.axes for factor in factors(expr))
+        if any(map(keep.touches, norm.axes))
     ]
 
 

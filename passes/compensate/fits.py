@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx
 
-from fxprune.axes import factors, kept_mask
+from fxprune.axes import kept_mask
 from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
@@ -106,7 +106,7 @@ def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "l
         order = (1 - product.axis, product.axis) if isinstance(product, LoneProduct) else product.order
         alone = None if isinstance(product, StackedProduct) else product
         expr = axes.tensors[name][order[1 if alone else 2]]
-        lost = any(keep.touches(factor) for factor in factors(expr))
+        lost = keep.touches(expr)
         other = None if alone is None else _added_to(alone.node)
         changed = changed or lost
         reached = (reach != "lost" and other is not None) or (reach == "all" and block is not None)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import fx, nn
 
-from fxprune.axes import factors
 from fxprune.graph.tensors import device_of, get_tensor, weights
 from fxprune.masking.masked_run import TrainingRun, UntouchedRun
 from fxprune.offload.files import offloaded, release_freed, write_back
@@ -161,7 +160,7 @@ def _tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: 
     """Yield the products with a weight that nothing else reads: all, or those that lost inputs."""
     for product in lone_products(graph_module):
         exprs = removal.axes.tensors.get(product.name)
-        lost = exprs is not None and any(removal.keep.touches(factor) for factor in factors(exprs[product.axis]))
+        lost = exprs is not None and removal.keep.touches(exprs[product.axis])
         if everywhere or lost:
             yield product
 
