@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import fxprune
 from fxprune.errors import EvaluationError, UnknownNameError
-from fxprune.evaluation import CORPORA, Perplexity, agreement
+from fxprune.evaluation import Perplexity, agreement
 from fxprune.evaluation.comparison import Column, Comparison, Evaluation, compare_models
 from fxprune.evaluation.tasks import TaskScore, zero_shot
 from fxprune.masking.parts import PartwiseModel, parts_by_weights
@@ -111,26 +111,13 @@ def test_three_models_are_measured_alike(model: PreTrainedModel, slim: fxprune.R
         Comparison((Column("dense", 1, 1, 1, 1.0, Evaluation()),)).plot(tmp_path / "empty.png")
 
 
-def test_texts_are_files_known_names_or_text_itself(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    asked = []
-
-    def load_dataset(path: str, *_: Any, split: str, **__: Any) -> Any:
-        asked.append((path, split))
-        return datasets.Dataset.from_dict({"text": [TEXT, TEXT]} if "wikitext" in path else {"sentence": [TEXT]})
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+def test_texts_are_files_or_text_itself(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Names of data sets are those of :func:`load_corpus`."""
     (tmp_path / "note.txt").write_text(TEXT)
-    found = fxprune.evaluate(model, TOKENIZER, texts=["wikitext2", "ptb", tmp_path / "note.txt"], window=40)
+    found = fxprune.evaluate(model, TOKENIZER, texts=[tmp_path / "note.txt"], window=40)
     named = fxprune.evaluate(model, TOKENIZER, texts={"mine": TEXT}, window=40)
-    assert list(found.perplexities) == ["wikitext2", "ptb", "note"] and list(named.perplexities) == ["mine"]
-    assert found.perplexities["note"] == named.perplexities["mine"] == found.perplexities["ptb"]
-    assert asked == [(CORPORA[n]["path"], CORPORA[n]["split"]) for n in ("wikitext2", "ptb")]
-    with pytest.raises(UnknownNameError, match="'wikitext2'"):
-        fxprune.evaluate(model, TOKENIZER, texts="wikitext")
+    assert list(found.perplexities) == ["note"] and list(named.perplexities) == ["mine"]
+    assert found.perplexities["note"] == named.perplexities["mine"]
     with pytest.raises(EvaluationError, match="no texts and no tasks"):
         fxprune.evaluate(model, TOKENIZER, texts=())
 
@@ -186,14 +173,17 @@ def test_measuring_leaves_model_tokenizer_and_random_numbers_alone(slim: fxprune
         zero_shot(slim.graph_module, TOKENIZER, path)
 
 
-Outputs = dict[str, torch.Tensor]
+def gives(*logits: torch.Tensor, loss: float | None = None, name: str = "logits") -> Any:
+    """A model that gives one of some logits for each sample of a batch, by the number in its input."""
+    extra = {} if loss is None else {"loss": torch.tensor(loss)}
+    return lambda x, labels=None, attention_mask=None: {**extra, name: torch.stack([logits[int(i)] for i in x])}
 
 
 def says(*scores: float, name: str = "logits") -> Any:
-    return lambda x, labels=None: {name: torch.tensor([scores])}
+    return gives(torch.tensor(scores), name=name)
 
 
-X = {"x": torch.zeros(1, 2)}
+X = {"x": torch.tensor([0])}
 
 
 def test_classes_are_compared_by_what_is_likely_and_by_labels() -> None:
@@ -216,10 +206,8 @@ def test_vectors_are_compared_by_their_angle() -> None:
 
 
 def test_labels_that_do_not_count_are_left_out() -> None:
-    def written(x: torch.Tensor, labels: torch.Tensor) -> Outputs:
-        return {"logits": torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])}
-
-    found = agreement(written, written, [{**X, "labels": torch.tensor([[1, 1, -100]])}])
+    model = gives(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+    found = agreement(model, model, [{**X, "labels": torch.tensor([[1, 1, -100]])}])
     assert found.accuracy == (0.5, 0.5) and found.same == 1 and found.cosine == pytest.approx(1)
 
 
@@ -228,12 +216,6 @@ def test_a_model_that_does_not_run_is_refused_in_a_line() -> None:
         agreement(says(1.0, 2.0), says(1.0, 2.0), [])
     with pytest.raises(EvaluationError, match="unexpected keyword"):
         agreement(says(1.0, 2.0), says(1.0, 2.0), [{"y": torch.zeros(1)}])
-
-
-def gives(*logits: torch.Tensor, loss: float | None = None) -> Any:
-    """A model that gives one of some logits for each sample of a batch, by the number in its input."""
-    extra = {} if loss is None else {"loss": torch.tensor(loss)}
-    return lambda x, labels=None, attention_mask=None: {**extra, "logits": torch.stack([logits[int(i)] for i in x])}
 
 
 def test_means_are_over_samples_however_they_are_batched() -> None:
@@ -252,7 +234,7 @@ def test_means_are_over_samples_however_they_are_batched() -> None:
 def test_a_sample_whose_labels_all_do_not_count_has_no_accuracy() -> None:
     """One such sample made the accuracy of all of them NaN."""
     model = gives(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    samples = [{"x": torch.tensor([0]), "labels": torch.tensor([row])} for row in ([1, 1], [-100, -100])]
+    samples = [{**X, "labels": torch.tensor([row])} for row in ([1, 1], [-100, -100])]
     assert agreement(model, model, samples).accuracy == (0.5, 0.5)
     assert agreement(model, model, samples[1:]).accuracy is None
 
@@ -262,14 +244,14 @@ def test_padding_does_not_count() -> None:
     whole = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     spoilt = torch.cat((whole[:2], -whole[2:]))
     mask = torch.tensor([[1, 1, 0]])
-    found = agreement(gives(whole), gives(spoilt), [{"x": torch.tensor([0]), "attention_mask": mask}])
+    found = agreement(gives(whole), gives(spoilt), [{**X, "attention_mask": mask}])
     assert found.divergence == 0 and found.same == 1 and found.cosine == pytest.approx(1)
 
 
 def test_classes_of_an_image_are_along_its_second_axis() -> None:
     """Scores (samples, classes, height, width) were taken for distributions over the columns of the image."""
     one, other = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))
-    found = agreement(gives(one), gives(other), [{"x": torch.tensor([0]), "labels": one.argmax(0)[None]}])
+    found = agreement(gives(one), gives(other), [{**X, "labels": one.argmax(0)[None]}])
     wanted, given = one.log_softmax(0), other.log_softmax(0)
     assert found.divergence == pytest.approx(float((wanted.exp() * (wanted - given)).sum(0).mean()), rel=1e-5)
     same = float((one.argmax(0) == other.argmax(0)).float().mean())
@@ -282,4 +264,4 @@ def test_labels_of_a_model_of_next_tokens_are_those_of_the_next_position() -> No
     labels = torch.tensor([[0, 1, 2]])
     loss = float(torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:]))
     model = gives(logits, loss=loss)
-    assert agreement(model, model, [{"x": torch.tensor([0]), "labels": labels}]).accuracy == (1.0, 1.0)
+    assert agreement(model, model, [{**X, "labels": labels}]).accuracy == (1.0, 1.0)

@@ -132,12 +132,9 @@ def test_a_source_is_a_corpus_a_file_or_text(tmp_path: Path) -> None:
     (tmp_path / "my notes.md").write_text("from the notes")
     assert load_corpus(str(tmp_path / "my notes.md")) == "from the notes"
     assert load_corpus("two words") == "two words"
-    with pytest.raises(UnknownNameError, match="word"):
-        load_corpus("word")
-    with pytest.raises(UnknownNameError):
-        load_corpus("no such.txt")
-    with pytest.raises(UnknownNameError):
-        load_corpus("no such.parquet")
+    for unknown in ("word", "no such.txt", "no such.parquet"):
+        with pytest.raises(UnknownNameError, match=unknown):
+            load_corpus(unknown)
 
 
 def test_bits_per_byte_count_the_bytes_of_what_is_predicted(model: PreTrainedModel) -> None:
