@@ -84,30 +84,6 @@ def test_tasks_are_named_by_the_harness_or_by_their_file() -> None:
     assert list(named_tasks(name for name in ("a/quiz.jsonl", "b/quiz.jsonl"))) == ["quiz", "quiz (2)"]
 
 
-def test_a_folder_stands_for_its_files(model: PreTrainedModel, tmp_path: Path) -> None:
-    """Questions of ours, and a YAML file of lm-evaluation-harness with its data set; the answers are the same."""
-    data, folder = tmp_path / "data", tmp_path / "tasks"
-    data.mkdir()
-    folder.mkdir()
-    rows = write(data / "rows.json", QUESTIONS)
-    write(folder / "even.jsonl", QUESTIONS)
-    (folder / "theirs.yaml").write_text(
-        f"task: even_in_yaml\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {rows}}}\ntest_split: test\n"
-        "output_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\ndoc_to_target: gold\n"
-        "metric_list:\n  - metric: acc\n"
-    )
-    assert list(named_tasks(folder)) == ["even", "even_in_yaml"]
-    check_tasks(folder)
-    found = zero_shot(model, TOKENIZER, folder)
-    assert found["even"].others["acc"] == found["even_in_yaml"].value and found["even_in_yaml"].samples == 7
-    assert len(found["even"].answers) == 7 and max(found["even"].answers) <= 2
-    with pytest.raises(EvaluationError, match=r"no \.jsonl or \.yaml file"):
-        named_tasks(data)
-    (folder / "theirs.yaml").write_text("group: many\ntask:\n  - boolq\n")
-    with pytest.raises(EvaluationError, match="no entry `task:`"):
-        named_tasks(folder)
-
-
 def yaml_task(folder: Path, name: str, more: str) -> Path:
     """A task of lm-evaluation-harness about :data:`QUESTIONS`."""
     rows, path = write(folder / "rows.json", QUESTIONS), folder / f"{name}.yaml"
@@ -125,6 +101,24 @@ doc_to_target: gold
 metric_list:
   - metric: acc
 """
+
+
+def test_a_folder_stands_for_its_files(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Questions of ours, and a YAML file of lm-evaluation-harness with its data set; the answers are the same."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write(folder / "even.jsonl", QUESTIONS)
+    theirs = yaml_task(folder, "even_in_yaml", CHOICES).rename(folder / "theirs.yaml")
+    assert list(named_tasks(folder)) == ["even", "even_in_yaml"]
+    check_tasks(folder)
+    found = zero_shot(model, TOKENIZER, folder)
+    assert found["even"].others["acc"] == found["even_in_yaml"].value and found["even_in_yaml"].samples == 7
+    assert len(found["even"].answers) == 7 and max(found["even"].answers) <= 2
+    with pytest.raises(EvaluationError, match=r"no \.jsonl or \.yaml file"):
+        named_tasks(tmp_path)
+    theirs.write_text("group: many\ntask:\n  - boolq\n")
+    with pytest.raises(EvaluationError, match="no entry `task:`"):
+        named_tasks(folder)
 
 
 def test_groups_and_other_names_stand_for_their_tasks(model: PreTrainedModel, tmp_path: Path) -> None:
