@@ -75,10 +75,7 @@ def test_the_held_out_loss_falls(recovered: Recovery) -> None:
     assert data["held_out"] == list(recovered.held_out) and data["merge_error"] < 1e-4
     assert data["targets"]["modules"] == list(recovered.targets.modules)
     assert data["settings"]["learning_rate"] == 5e-3 and data["data"]["train"] == 20
-
-
-def test_what_was_measured_before_the_training_is_left_out_of_the_report(recovered: Recovery) -> None:
-    """The card of the trained model had the figures of the model before."""
+    # the card of the trained model had the figures of the model before
     assert recovered.result is not None and recovered.result.report.measured == ()
     assert recovered.result.report.unmeasured == "it was trained after the prune"
 
@@ -282,6 +279,15 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ACCELERATE = ("accelerate.commands.launch", "--num_machines=1", "--num_processes=2", "--main_process_port=0")
 
 
+def launch(launcher: tuple[str, ...], script: str, folder: Path, *more: str) -> None:
+    """Run a script in two processes; its arguments are a folder and what is given beside it."""
+    (folder / "train.py").write_text(textwrap.dedent(script))
+    command = [sys.executable, "-m", *launcher, str(folder / "train.py"), str(folder), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "arguments"),
@@ -297,14 +303,8 @@ def test_two_processes_train_what_one_does(
     """Of layers that are not alike."""
     layers = [dict(layer.named_parameters()) for layer in pruned.model.model.layers]
     assert len({tuple(value.shape for value in layer.values()) for layer in layers}) > 1
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(SPREAD))
     pruned.save_pretrained(tmp_path / "slim")
-    command = [sys.executable, "-m", *launcher, str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command += [str(tmp_path), json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(launcher, SPREAD, tmp_path, json.dumps(arguments))
     alone = fxprune.recover(pruned, SUMS, TOKENIZER, settings=QUICK, dropout=0.0)
     for name in arguments:
         assert (tmp_path / name / "adapter").exists() == (name != "copies"), "gathered where it was sharded"
@@ -367,13 +367,9 @@ def test_a_process_holds_its_shards_of_student_and_teacher_alone(
     """It held three whole copies of the student, and a whole teacher."""
     pruned.save_pretrained(tmp_path / "slim")
     dense.save_pretrained(tmp_path / "dense")
-    (tmp_path / "train.py").write_text(textwrap.dedent(SHARDED))
-    command = [sys.executable, "-m", *TORCHRUN, str(tmp_path / "train.py"), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch(TORCHRUN, SHARDED, tmp_path)
     assert pruned.model is not None
     whole = sum(value.nbytes for model in (pruned.model, dense) for value in model.parameters())
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr[-3000:]
     for name in ("first", "again"):  # from the last checkpoint
         for rank in (0, 1):
             found = json.loads((tmp_path / f"{name}{rank}.json").read_text())
