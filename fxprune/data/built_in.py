@@ -19,7 +19,7 @@ from fxprune.data.calibration import spread
 from fxprune.data.text import calibration_text, opening_tokens, paragraphs, token_windows
 from fxprune.errors import CalibrationError
 from fxprune.graph.compat import cache_of
-from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet
+from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet, replaced
 from fxprune.pipeline.contract import Track, no_progress
 
 CHARACTERS_PER_TOKEN = 4
@@ -187,19 +187,17 @@ def generate_samples(
     written: list[torch.Tensor] = []
     # transformers applies the model's own settings to every option that a call leaves open
     own = model.generation_config
-    model.generation_config = GenerationConfig(
+    plain = GenerationConfig(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-    try:
-        with eval_mode(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
-            torch.manual_seed(seed)
-            for ids, numbers in track(batches, what, len(batches)):
-                draws = LogitsProcessorList([_Draw(own.eos_token_id, numbers.T)])
-                mask = torch.ones_like(ids)
-                found = model.generate(ids, attention_mask=mask, generation_config=drawn, logits_processor=draws)
-                written.append(found.cpu())
-    finally:
-        model.generation_config = own
+    settings = replaced(model, generation_config=plain)
+    with settings, eval_mode(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
+        torch.manual_seed(seed)
+        for ids, numbers in track(batches, what, len(batches)):
+            draws = LogitsProcessorList([_Draw(own.eos_token_id, numbers.T)])
+            mask = torch.ones_like(ids)
+            found = model.generate(ids, attention_mask=mask, generation_config=drawn, logits_processor=draws)
+            written.append(found.cpu())
     return torch.cat(written)
 
 

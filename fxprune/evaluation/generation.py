@@ -17,7 +17,7 @@ import transformers
 from fxprune.data.text import common_prefix
 from fxprune.errors import EvaluationError
 from fxprune.evaluation.perplexity import positions_named
-from fxprune.graph.context import eval_mode, quiet, wrap_errors
+from fxprune.graph.context import eval_mode, quiet, replaced, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
 from fxprune.pipeline.contract import Track, no_progress
 
@@ -108,22 +108,19 @@ def answer_questions(
     greedy = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=tokens, use_cache=True, pad_token_id=fill, eos_token_id=sorted(ends) or None
     )
-    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    plain = transformers.GenerationConfig()
     found: list[tuple[int, ...]] = []
-    try:
-        with eval_mode(model), torch.no_grad(), quiet(logging.WARNING):
-            starts = range(0, len(prompts), batch)
-            generate: Any = model.generate
-            for start in track(starts, "answers", len(starts)):
-                rows = prompts[start : start + batch]
-                width = max(map(len, rows))
-                ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
-                mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-                with positions_named((model,), width + tokens, "answers", "Ask for fewer tokens, or for no answers"):
-                    out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-                found += [tuple(takewhile(lambda token: token not in ends, row[width:].tolist())) for row in out]
-    finally:
-        model.generation_config = own
+    with replaced(model, generation_config=plain), eval_mode(model), torch.no_grad(), quiet(logging.WARNING):
+        starts = range(0, len(prompts), batch)
+        generate: Any = model.generate
+        for start in track(starts, "answers", len(starts)):
+            rows = prompts[start : start + batch]
+            width = max(map(len, rows))
+            ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+            with positions_named((model,), width + tokens, "answers", "Ask for fewer tokens, or for no answers"):
+                out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            found += [tuple(takewhile(lambda token: token not in ends, row[width:].tolist())) for row in out]
     texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in found)
     return Answers(asked, texts, tuple(found))
 
