@@ -349,19 +349,18 @@ def test_text_calibrates_as_the_windows_of_it_do(asked: list[tuple[Any, ...]], t
     import datasets
 
     tokenizer = character_tokenizer()
-    graph_module = trace(
-        tiny("llama", vocab_size=300, num_hidden_layers=1), {"input_ids": token_ids(2, 8)}
-    ).graph_module
-    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    model = tiny("llama", vocab_size=300, num_hidden_layers=1)
+    graph_module = trace(model, {"input_ids": token_ids(2, 8)}).graph_module
+    file, rows = tmp_path / "a.txt", datasets.Dataset.from_dict({"text": TEXTS})
+    file.write_text("\n\n".join(TEXTS))
     want = calibration_windows(tokenizer, "\n\n".join(TEXTS), 3, 20, "here")
-    sources = {"c4": "c4", "the texts passed": TEXTS, "a.txt": str(tmp_path / "a.txt"), "b": tmp_path / "a.txt"}
-    sources["d"] = datasets.Dataset.from_dict({"text": TEXTS})
-    sources["e"] = sources["d"]["text"]  # type: ignore[index]
-    for name, source in sources.items():
+    sources: list[tuple[Any, str]] = [("c4", "c4"), (file, "a.txt"), (str(file), "a.txt")]
+    sources += [(texts, "the texts passed") for texts in (TEXTS, rows, rows["text"])]
+    for source, name in sources:
         CalibratePass(data=source, tokenizer=tokenizer, samples=3, tokens=20)(graph_module)
         found = facts_of(graph_module)[Calibration]
         assert torch.equal(torch.cat([one.inputs["input_ids"] for one in found.samples]), want)
-        assert found.source == {"b": "a.txt", "d": "the texts passed", "e": "the texts passed"}.get(name, name)
+        assert found.source == name
     tokenised = datasets.Dataset.from_dict({"input_ids": want.tolist(), "text": ["a", "b", "c"]})
     assert not is_text(tokenised) and not is_text(want) and not is_text([{"input_ids": [1, 2]}]) and not is_text([])
     CalibratePass(data=tokenised)(graph_module)

@@ -49,22 +49,16 @@ def test_flips_and_differences_are_paired_by_question() -> None:
         score = TaskScore("acc", 0.0, 0.0, 4, {}, correct, picks)
         return replace(column(name, correct), evaluation=Evaluation(tasks={"quiz": score}))
 
-    columns = [
-        answered(name, correct, picks)
-        for name, correct, picks in (
-            ("dense", (1.0, 1.0, 1.0, 0.0), (0, 0, 1, 2)),
-            ("pruned", (1.0, 0.0, 1.0, 0.0), (0, 1, 1, 0)),
-        )
-    ]
-    found = Comparison(tuple(columns))
+    dense = answered("dense", (1.0, 1.0, 1.0, 0.0), (0, 0, 1, 2))
+    found = Comparison((dense, answered("pruned", (1.0, 0.0, 1.0, 0.0), (0, 1, 1, 0))))
     assert found.difference("pruned", "quiz") == pytest.approx((-0.25, 0.25))
     lost, changed = found.flips("pruned", ["quiz"]) or ((0, 0), (0, 0))
     assert lost == pytest.approx((1 / 3, 1 / 3)) and changed == pytest.approx((0.5, (1 / 12) ** 0.5))
     labels = [row[0] for row in found.rows()]
     assert labels[-2:] == ["right answers lost", "choices changed"]
     assert Comparison((column("dense", (1.0,)), column("pruned", (0.0,)))).flips("pruned", ["quiz"]) is None
-    wrong = [answered(name, (0.0,) * 4, picks) for name, picks in (("dense", (0, 1, 2, 0)), ("pruned", (1, 1, 2, 1)))]
-    lost, changed = Comparison(tuple(wrong)).flips("pruned", ["quiz"]) or ((1, 1), (0, 0))
+    wrong = answered("dense", (0.0,) * 4, (0, 1, 2, 0)), answered("pruned", (0.0,) * 4, (1, 1, 2, 1))
+    lost, changed = Comparison(wrong).flips("pruned", ["quiz"]) or ((1, 1), (0, 0))
     assert lost == (0, 0) and changed[0] == 0.5, "choices that changed were not told where none was right"
 
 
