@@ -480,7 +480,6 @@ def measure_quality(
     speakers: tuple[Any, Any] | None = None,
     pruned: fx.GraphModule | None = None,
     window: int = WINDOW,
-    windows: int = WINDOWS,
     track: Track = no_progress,
 ) -> Quality:
     """Measure a slim model beside the dense one: predictions on a text, and the greedy answer to a question.
@@ -493,13 +492,12 @@ def measure_quality(
         dense_tokenizer: of the dense model, if it has other tokens.
         speakers: the dense and the slim model to generate the answer; None for no answer.
         pruned: the slim graph, whose facts tell which samples the prune used: windows with a part of one are left out.
-        windows: most windows, from all over the text.
 
     Raises:
         FxpruneError: a model cannot be run on the text, or all of the text was used.
     """
     seen = () if pruned is None else _samples_used(pruned)
-    options: dict[str, Any] = {"window": window, "limit": windows, "seen": seen, "track": track, "batch": 1}
+    options: dict[str, Any] = {"window": window, "limit": WINDOWS, "seen": seen, "track": track, "batch": 1}
     options["reference_tokenizer"] = dense_tokenizer
     name = BUILT_IN if text is None else text_source(text)
     found: tuple[Perplexity, Perplexity] | None = None

@@ -136,8 +136,8 @@ def test_the_report_gives_the_reason_why_nothing_was_measured(options: dict[str,
 
 
 def test_a_model_without_answers_has_figures(model: PreTrainedModel, result: fxprune.Result) -> None:
-    found = measure_quality(model, result.model, TOKENIZER, window=32, windows=2)
-    assert found.answers == () and found.texts[0].windows == 2
+    found = measure_quality(model, result.model, TOKENIZER, window=32)
+    assert found.answers == () and found.texts[0].windows == WINDOWS
 
 
 @pytest.mark.slow
