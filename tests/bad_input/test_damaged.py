@@ -7,7 +7,8 @@ import shutil
 import signal
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def twice(name: str, key: str, value: str) -> Damage:
     return edited(name, lambda text: text.rstrip()[:-1].rstrip() + f', "{key}": {value}}}'.encode())
 
 
-def header(change: Callable[[dict[str, Any]], Any], name: str = WEIGHTS, pad: int = 0) -> Damage:
+def header(change: Callable[[dict[str, Any]], Any], pad: int = 0) -> Damage:
     """Another header of a file of tensors, as JSON or as bytes."""
 
     def replace(raw: bytes) -> bytes:
@@ -155,16 +156,16 @@ def header(change: Callable[[dict[str, Any]], Any], name: str = WEIGHTS, pad: in
         text = changed if isinstance(changed, bytes) else json.dumps(data if changed is None else changed).encode()
         return struct.pack("<Q", len(text) + pad) + text + raw[8 + size :]
 
-    return edited(name, replace)
+    return edited(WEIGHTS, replace)
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any], name: str = WEIGHTS) -> Damage:
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     """Other tensors in a well-formed file."""
 
     def damage(folder: Path) -> None:
-        held = load_file(folder / name)
+        held = load_file(folder / WEIGHTS)
         change(held)
-        save_file(held, folder / name, {"format": "pt"})
+        save_file(held, folder / WEIGHTS, {"format": "pt"})
 
     return damage
 
@@ -176,10 +177,6 @@ def swap(held: dict[str, Any], a: str, b: str) -> None:
 Q, K, UP, DOWN = (
     f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
 )
-
-
-def put(held: dict[str, Any], name: str, **values: Any) -> None:
-    held[name].update(values)
 
 
 def of_bytes(name: str) -> dict[str, Damage]:
@@ -196,120 +193,102 @@ def of_bytes(name: str) -> dict[str, Damage]:
 
 def of_text(name: str) -> dict[str, Damage]:
     found = {f"{name} in {code}": recoded(name, code) for code in ("utf-16", "utf-32", "utf-8-sig", "cp500")}
-    values = (
-        "null",
-        "[]",
-        "3",
-        '"x"',
-        "{}",
-        "[{}]",
-        "NaN",
-        "[" * 100_000,
-        '{"a":' * 100_000,
-        "{}{}",
-        "\0" * 100,
-        "{'a': 1}",
-    )
-    return found | {f"{name} is {value[:6]!r}": content(name, value) for value in values}
+    values = ("null", "[]", "3", '"x"', "{}", "[{}]", "NaN", "{}{}", "{'a': 1}")
+    long = ("[" * 100_000, '{"a":' * 100_000, "\0" * 100)
+    return found | {f"{name} is {value[:6]!r}": content(name, value) for value in (*values, *long)}
 
 
 ODD = (None, "x", -1, 0, 10**6, 1.5, 1e400, float("nan"), True, [], {}, 2**40, 2**70, "12", [1, 2], {"a": 1})
 
 
-def of_config(name: str = CONFIG) -> dict[str, Damage]:
+def of_config() -> dict[str, Damage]:
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
             "vocab_size", "head_dim", "rms_norm_eps", "hidden_act", "architectures", "model_type", "rope_parameters",
             "max_position_embeddings", "tie_word_embeddings", "dtype")  # fmt: skip
     found = {
-        f"{key} is {str(value)[:12]!r} {type(value).__name__}": field(name, key, value=value)
+        f"{key} is {str(value)[:12]!r} {type(value).__name__}": field(CONFIG, key, value=value)
         for key in keys for value in ODD
     }  # fmt: skip
-    found |= {f"no {key}": field(name, key) for key in ("hidden_size", "model_type", "architectures", "vocab_size")}
-    near = {
-        "num_hidden_layers": (1, 3),
-        "num_attention_heads": (1, 3, 4),
-        "intermediate_size": (15, 17),
-        "hidden_size": (11, 13, 24),
-    }
-    found |= {f"{key} is {value}": field(name, key, value=value) for key, values in near.items() for value in values}
+    found |= {f"no {key}": field(CONFIG, key) for key in ("hidden_size", "model_type", "architectures", "vocab_size")}
+    near = {"num_hidden_layers": (1, 3), "num_attention_heads": (1, 3, 4)}
+    near |= {"intermediate_size": (15, 17), "hidden_size": (11, 13, 24)}
+    found |= {f"{key} is {value}": field(CONFIG, key, value=value) for key, values in near.items() for value in values}
     found |= {
-        f"hidden_act is {value}": field(name, "hidden_act", value=value) for value in ("nope", "", "ReLU6", "__class__")
+        f"hidden_act is {value}": field(CONFIG, "hidden_act", value=value)
+        for value in ("nope", "", "ReLU6", "__class__")
     }
-    found |= {f"{key} twice": twice(name, key, "7") for key in ("hidden_size", "num_hidden_layers")}
-    found["auto_map"] = field(name, "auto_map", value={"AutoModelForCausalLM": "evil.Model"})
-    found["quantised"] = field(name, "quantization_config", value={"quant_method": "nope"})
-    found["quantised, odd"] = field(name, "quantization_config", value=3)
-    found["architecture of another"] = field(name, "architectures", value=["GPT2LMHeadModel"])
-    found["type of another"] = field(name, "model_type", value="gpt2")
+    found |= {f"{key} twice": twice(CONFIG, key, "7") for key in ("hidden_size", "num_hidden_layers")}
+    found["auto_map"] = field(CONFIG, "auto_map", value={"AutoModelForCausalLM": "evil.Model"})
+    found["quantised"] = field(CONFIG, "quantization_config", value={"quant_method": "nope"})
+    found["quantised, odd"] = field(CONFIG, "quantization_config", value=3)
+    found["architecture of another"] = field(CONFIG, "architectures", value=["GPT2LMHeadModel"])
+    found["type of another"] = field(CONFIG, "model_type", value="gpt2")
     return found
 
 
-def of_tensors(name: str = WEIGHTS) -> dict[str, Damage]:
-    def h(change: Callable[[dict[str, Any]], Any], pad: int = 0) -> Damage:
-        return header(change, name, pad)
-
+def of_tensors() -> dict[str, Damage]:
     huge = 2**62
     return {
-        "two names swapped": h(lambda d: swap(d, Q, DOWN)),
-        "two alike swapped": h(lambda d: swap(d, UP, "model.layers.0.mlp.gate_proj.weight")),
-        "no tensor": h(lambda d: d.pop(Q)),
-        "no tensors": h(lambda d: {}),
-        "another name": h(lambda d: d.update({"nope": d.pop(Q)})),
-        "one more": h(lambda d: d.update(nope=d[Q])),
-        "wrong type": h(lambda d: put(d, Q, dtype="F16")),
-        "type of the same size": h(lambda d: put(d, Q, dtype="I32")),
-        "unknown type": h(lambda d: put(d, Q, dtype="F31")),
-        "type as number": h(lambda d: put(d, Q, dtype=3)),
-        "no type": h(lambda d: d[Q].pop("dtype")),
-        "no shape": h(lambda d: d[Q].pop("shape")),
-        "no place": h(lambda d: d[Q].pop("data_offsets")),
-        "shape turned": h(lambda d: put(d, DOWN, shape=d[DOWN]["shape"][::-1])),
-        "shape flat": h(lambda d: put(d, Q, shape=[144])),
-        "shape of one more": h(lambda d: put(d, Q, shape=[13, 12])),
-        "shape of one less": h(lambda d: put(d, Q, shape=[11, 12])),
-        "shape negative": h(lambda d: put(d, Q, shape=[-12, -12])),
-        "shape huge": h(lambda d: put(d, Q, shape=[2**40, 2**40])),
-        "shape that overflows": h(lambda d: put(d, Q, shape=[2**63, 2])),
-        "shape of nothing": h(lambda d: put(d, Q, shape=[0, huge])),
-        "shape of fractions": h(lambda d: put(d, Q, shape=[12.5, 12])),
-        "shape of words": h(lambda d: put(d, Q, shape=["12", "12"])),
-        "places overlap": h(lambda d: put(d, Q, data_offsets=d[K]["data_offsets"])),
-        "places back": h(lambda d: put(d, Q, data_offsets=d[Q]["data_offsets"][::-1])),
-        "places off by one": h(lambda d: put(d, Q, data_offsets=[x + 1 for x in d[Q]["data_offsets"]])),
-        "places behind the end": h(lambda d: put(d, Q, data_offsets=[x + 10**9 for x in d[Q]["data_offsets"]])),
-        "places negative": h(lambda d: put(d, Q, data_offsets=[-576, 0])),
-        "places huge": h(lambda d: put(d, Q, data_offsets=[0, huge])),
-        "header longer than said": h(lambda d: None, -9),
-        "header shorter than said": h(lambda d: None, 9),
-        "header huge": h(lambda d: None, huge),
-        "header of 200 MB": h(lambda d: None, 200 << 20),
-        "header a list": h(lambda d: [d]),
-        "header deep": h(lambda d: b"[" * 50_000),
-        "header not JSON": h(lambda d: b"{'a': 1}"),
-        "header not UTF-8": h(lambda d: b'{"\xff": 1}'),
-        "metadata odd": h(lambda d: d.update(__metadata__=3)),
-        "metadata of numbers": h(lambda d: d.update(__metadata__={"format": 3})),
-        "metadata of another": h(lambda d: d.update(__metadata__={"format": "tf"})),
-        "metadata gone": h(lambda d: d.pop("__metadata__")),
-        "names doubled": h(lambda d: f'{json.dumps(d)[:-1]}, "{Q}": {json.dumps(d[Q])}}}'.encode()),
-        "in float16": tensors(lambda d: d.update({k: v.half() for k, v in d.items()}), name),
-        "one in float16": tensors(lambda d: d.update({Q: d[Q].half()}), name),
-        "one in integers": tensors(lambda d: d.update({Q: (d[Q] * 99).int()}), name),
-        "one complex": tensors(lambda d: d.update({Q: d[Q].to(torch.complex64)}), name),
-        "one of booleans": tensors(lambda d: d.update({Q: d[Q] > 0}), name),
-        "one of float8": tensors(lambda d: d.update({Q: d[Q].to(torch.float8_e4m3fn)}), name),
-        "one empty": tensors(lambda d: d.update({Q: d[Q][:0]}), name),
-        "one a number": tensors(lambda d: d.update({Q: d[Q].sum()}), name),
-        "one longer": tensors(lambda d: d.update({Q: torch.cat((d[Q], d[Q][:1]))}), name),
-        "one shorter": tensors(lambda d: d.update({Q: d[Q][:-1].clone()}), name),
-        "one of another rank": tensors(lambda d: d.update({Q: d[Q][None].clone()}), name),
-        "not a number": tensors(lambda d: d[Q].view(-1)[3].fill_(float("nan")), name),
-        "infinite": tensors(lambda d: d[UP].fill_(float("inf")), name),
-        "all zero": tensors(lambda d: d[UP].zero_(), name),
-        "a layer gone": tensors(lambda d: [d.pop(k) for k in list(d) if ".layers.1." in k], name),
-        "a layer more": tensors(lambda d: d.update({k.replace(".1.", ".2."): d[k].clone() for k in d}), name),
-        "no head": tensors(lambda d: d.pop("lm_head.weight"), name),
-        "a prefix": tensors(lambda d: [d.update({f"x.{k}": d.pop(k)}) for k in list(d)], name),
+        "two names swapped": header(lambda d: swap(d, Q, DOWN)),
+        "two alike swapped": header(lambda d: swap(d, UP, "model.layers.0.mlp.gate_proj.weight")),
+        "no tensor": header(lambda d: d.pop(Q)),
+        "no tensors": header(lambda d: {}),
+        "another name": header(lambda d: d.update({"nope": d.pop(Q)})),
+        "one more": header(lambda d: d.update(nope=d[Q])),
+        "wrong type": header(lambda d: d[Q].update(dtype="F16")),
+        "type of the same size": header(lambda d: d[Q].update(dtype="I32")),
+        "unknown type": header(lambda d: d[Q].update(dtype="F31")),
+        "type as number": header(lambda d: d[Q].update(dtype=3)),
+        "no type": header(lambda d: d[Q].pop("dtype")),
+        "no shape": header(lambda d: d[Q].pop("shape")),
+        "no place": header(lambda d: d[Q].pop("data_offsets")),
+        "shape turned": header(lambda d: d[DOWN].update(shape=d[DOWN]["shape"][::-1])),
+        "shape flat": header(lambda d: d[Q].update(shape=[144])),
+        "shape of one more": header(lambda d: d[Q].update(shape=[13, 12])),
+        "shape of one less": header(lambda d: d[Q].update(shape=[11, 12])),
+        "shape negative": header(lambda d: d[Q].update(shape=[-12, -12])),
+        "shape huge": header(lambda d: d[Q].update(shape=[2**40, 2**40])),
+        "shape that overflows": header(lambda d: d[Q].update(shape=[2**63, 2])),
+        "shape of nothing": header(lambda d: d[Q].update(shape=[0, huge])),
+        "shape of fractions": header(lambda d: d[Q].update(shape=[12.5, 12])),
+        "shape of words": header(lambda d: d[Q].update(shape=["12", "12"])),
+        "places overlap": header(lambda d: d[Q].update(data_offsets=d[K]["data_offsets"])),
+        "places back": header(lambda d: d[Q].update(data_offsets=d[Q]["data_offsets"][::-1])),
+        "places off by one": header(lambda d: d[Q].update(data_offsets=[x + 1 for x in d[Q]["data_offsets"]])),
+        "places behind the end": header(lambda d: d[Q].update(data_offsets=[x + 10**9 for x in d[Q]["data_offsets"]])),
+        "places negative": header(lambda d: d[Q].update(data_offsets=[-576, 0])),
+        "places huge": header(lambda d: d[Q].update(data_offsets=[0, huge])),
+        "header longer than said": header(lambda d: None, -9),
+        "header shorter than said": header(lambda d: None, 9),
+        "header huge": header(lambda d: None, huge),
+        "header of 200 MB": header(lambda d: None, 200 << 20),
+        "header a list": header(lambda d: [d]),
+        "header deep": header(lambda d: b"[" * 50_000),
+        "header not JSON": header(lambda d: b"{'a': 1}"),
+        "header not UTF-8": header(lambda d: b'{"\xff": 1}'),
+        "metadata odd": header(lambda d: d.update(__metadata__=3)),
+        "metadata of numbers": header(lambda d: d.update(__metadata__={"format": 3})),
+        "metadata of another": header(lambda d: d.update(__metadata__={"format": "tf"})),
+        "metadata gone": header(lambda d: d.pop("__metadata__")),
+        "names doubled": header(lambda d: f'{json.dumps(d)[:-1]}, "{Q}": {json.dumps(d[Q])}}}'.encode()),
+        "in float16": tensors(lambda d: d.update({k: v.half() for k, v in d.items()})),
+        "one in float16": tensors(lambda d: d.update({Q: d[Q].half()})),
+        "one in integers": tensors(lambda d: d.update({Q: (d[Q] * 99).int()})),
+        "one complex": tensors(lambda d: d.update({Q: d[Q].to(torch.complex64)})),
+        "one of booleans": tensors(lambda d: d.update({Q: d[Q] > 0})),
+        "one of float8": tensors(lambda d: d.update({Q: d[Q].to(torch.float8_e4m3fn)})),
+        "one empty": tensors(lambda d: d.update({Q: d[Q][:0]})),
+        "one a number": tensors(lambda d: d.update({Q: d[Q].sum()})),
+        "one longer": tensors(lambda d: d.update({Q: torch.cat((d[Q], d[Q][:1]))})),
+        "one shorter": tensors(lambda d: d.update({Q: d[Q][:-1].clone()})),
+        "one of another rank": tensors(lambda d: d.update({Q: d[Q][None].clone()})),
+        "not a number": tensors(lambda d: d[Q].view(-1)[3].fill_(float("nan"))),
+        "infinite": tensors(lambda d: d[UP].fill_(float("inf"))),
+        "all zero": tensors(lambda d: d[UP].zero_()),
+        "a layer gone": tensors(lambda d: [d.pop(k) for k in list(d) if ".layers.1." in k]),
+        "a layer more": tensors(lambda d: d.update({k.replace(".1.", ".2."): d[k].clone() for k in d})),
+        "no head": tensors(lambda d: d.pop("lm_head.weight")),
+        "a prefix": tensors(lambda d: [d.update({f"x.{k}": d.pop(k)}) for k in list(d)]),
     }  # fmt: skip
 
 
@@ -358,12 +337,13 @@ def of_manifest() -> dict[str, Damage]:
 GGUF = "model.gguf"
 
 
-def in_gguf(change: Callable[[Any], object]) -> Damage:
-    """Numbers in the header of a GGUF file, written over."""
+def in_gguf(value: int, place: Callable[[Any], Any]) -> Damage:
+    """Another number at a place in the header of a GGUF file."""
 
     def damage(folder: Path) -> None:
         reader = gguf.GGUFReader(folder / GGUF, "r+")
-        change(reader)
+        held = place(reader)
+        held[0] = np.array(value, dtype=np.uint64).astype(held.dtype)
         reader.data.flush()
 
     return damage
@@ -375,18 +355,10 @@ def of_gguf() -> dict[str, Damage]:
         return edited(GGUF, lambda data: data[:place] + struct.pack(size, value) + data[end:])
 
     def key(name: str, value: int, part: int = -1) -> Damage:
-        def change(reader: Any) -> None:
-            held = reader.fields[name].parts[part]
-            held[0] = np.array(value).astype(held.dtype)
+        return in_gguf(value, lambda reader: reader.fields[name].parts[part])
 
-        return in_gguf(change)
-
-    def info(part: int, value: int, tensor: int = 3) -> Damage:
-        def change(reader: Any) -> None:
-            held = reader.tensors[tensor].field.parts[part]
-            held[0] = np.array(value, dtype=np.uint64).astype(held.dtype)
-
-        return in_gguf(change)
+    def info(part: int, value: int) -> Damage:
+        return in_gguf(value, lambda reader: reader.tensors[3].field.parts[part])
 
     numbers = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
                "attention.head_count_kv", "context_length", "rope.dimension_count")  # fmt: skip
@@ -430,19 +402,19 @@ def _late(*_: object) -> None:
     raise TooLong(f"it takes more than {SECONDS} seconds")
 
 
-class Limited:
+@contextmanager
+def limited() -> Iterator[None]:
     """No more memory and time than a small file can need."""
-
-    def __enter__(self) -> None:
-        signal.signal(signal.SIGALRM, _late)
-        signal.alarm(SECONDS)
-        self.before = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, self.before[1]))
-
-    def __exit__(self, *_: object) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    signal.signal(signal.SIGALRM, _late)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    try:
+        yield
+    finally:
         signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_AS, self.before)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def outcomes(
@@ -456,12 +428,11 @@ def outcomes(
         shutil.copytree(source, folder)
         damage(folder)
         try:
-            with Limited():
+            with limited():
                 loaded = load(folder)
         except FxpruneError as error:
-            clear = (
-                error.what and error.where and error.remedy and "\n" not in str(error) and len(str(error)) <= LONGEST
-            )
+            told = error.what and error.where and error.remedy
+            clear = told and "\n" not in str(error) and len(str(error)) <= LONGEST
             found[name] = "refused" if clear else f"unclear: {error!r}"
             if "defect of fxprune" in str(error):
                 found[name] = f"defect: {error}"
@@ -514,7 +485,7 @@ def load_plan(folder: Path) -> Any:
     axes, groups = (facts_of(grouped("llama", num_hidden_layers=1))[kind] for kind in (Dependencies, fxprune.Groups))
     keep = keep_of(axes.axes, groups.all, written.plan)
     return (
-        {name: by_axis for name, by_axis in plan_of(axes.axes, keep, written.plan.removed_blocks).kept.items()},
+        dict(plan_of(axes.axes, keep, written.plan.removed_blocks).kept),
         dict(written.widths),
         written.parameters,
     )
@@ -557,29 +528,16 @@ def of_plan() -> dict[str, Damage]:
     name = "plan.json"
     odd = (None, 3, [], {}, "x", -1, True, 2**70)
     first = "model.layers.0.mlp.up_proj.weight"
-    lists = (
-        [],
-        [0],
-        [0, 0],
-        [-1],
-        [10**9],
-        [2**70],
-        ["0"],
-        [0.0],
-        [None],
-        list(range(88)),
-        [5, 3, 1],
-        None,
-        "01",
-        {"0": 1},
-    )
+    units = ([], [0], [0, 0], [-1], [10**9], [2**70], ["0"], [0.0], [None], list(range(88)), [5, 3, 1])
     found = {
         f"plan: {key} is {value!r}": field(name, key, value=value)
         for key in ("version", "kept", "removed_blocks", "sizes", "norm")
-        for value in odd
+        for value in (*odd, ...)
     }
-    found |= {f"plan: no {key}": field(name, key) for key in ("version", "kept", "removed_blocks", "sizes", "norm")}
-    found |= {f"plan: keeps {str(value)[:20]}": field(name, "kept", first, "0", value=value) for value in lists}
+    found |= {
+        f"plan: keeps {str(value)[:20]}": field(name, "kept", first, "0", value=value)
+        for value in (*units, None, "01", {"0": 1})
+    }
     found |= {
         f"plan: axis {axis!r}": field(name, "kept", first, axis, value=[0, 1])
         for axis in ("1", "2", "-1", "x", "00", "0 ", "99", "")
