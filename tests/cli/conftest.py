@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 
 import fxprune
+from tests.cli.folders import save_tiny
 from tests.export.small import tokenizer
 from tests.models import tiny
 from tests.tokens import TEMPLATE
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model with a tokenizer of three words."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    save_tiny(path)
+    return path
 
 
 @pytest.fixture(scope="package")
@@ -24,9 +33,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chats.chat_template = TEMPLATE
     dense.save_pretrained(folder / "dense")
     chats.save_pretrained(folder / "dense")
-    recipe = "find-groups, l2, select-by-ratio{ratio=0.2, protect=[]}, shrink{verify}, "
-    recipe += "emit-model, make-report"
+    recipe = "find-groups, l2, select-by-ratio{ratio=0.2, protect=[]}, shrink{verify}, emit-model, make-report"
     slim = fxprune.Pipeline(recipe)(fxprune.trace(dense).graph_module).graph_module
-    result = fxprune.Result.of(slim)
-    result.save_pretrained(folder / "slim", chats)
+    fxprune.Result.of(slim).save_pretrained(folder / "slim", chats)
     return folder
+
+
+@pytest.fixture(scope="package")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options of ``eval`` that name a short text."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("A quiet river runs past the old mill, and nobody counts the boats on it. " * 8)
+    return ("--text", path, "--window", 32)

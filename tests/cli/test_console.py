@@ -10,19 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 import fxprune
-from fxprune.cli import console, main
+from fxprune.cli import console
 from fxprune.report.quality import figures_table
-from tests.cli.folders import save_tiny
 from tests.cli.running import invoked, refused, run
 from tests.export.small import tokenizer
-
-SMALL = ("--prompt", 8, "--tokens", 3, "--rounds", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -76,27 +73,15 @@ def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str], mon
         assert list(console.progress([1], "perplexity of slim[/v2]", 1)) == [1]
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "result"),
-    [
-        ("eval", ("--text", "story.txt", "--window", 32), "perplexity"),
-        ("bench", SMALL, "each further token, ms"),
+def test_quiet_leaves_the_result_of_a_measurement(models: Path, story: tuple[object, ...]) -> None:
+    for command, options, result in (
+        ("eval", story, "perplexity"),
+        ("bench", ("--prompt", 8, "--tokens", 3, "--rounds", 1), "each further token, ms"),
         ("generate", ("so it", "--max-new-tokens", 4), ""),
-    ],
-)
-def test_quiet_leaves_the_result_of_a_measurement(
-    models: Path,
-    command: str,
-    options: tuple[object, ...],
-    result: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("story.txt").write_text("A quiet river runs past the old mill. " * 8)
-    code, output, lines = run(command, models / "slim", *options, "-q")
-    assert (code, lines) == (0, "") and result in output and output
-    assert "loading" in run(command, models / "slim", *options)[2]
+    ):
+        code, output, lines = run(command, models / "slim", *options, "-q")
+        assert (code, lines) == (0, "") and result in output and output, command
+        assert "loading" in run(command, models / "slim", *options)[2], command
 
 
 @pytest.mark.slow
@@ -194,56 +179,17 @@ def heed() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def command_line(arguments: list[str], folder: Path, streams: tuple[int, int]) -> NoReturn:
-    """Run a command in this process, a fork, with two pipes as its outputs; and end the process."""
-    os.chdir(folder)
-    for number, stream in zip((1, 2), streams, strict=True):
-        os.dup2(stream, number)
-    sys.argv, sys.stdout, sys.stderr = ["fxprune", *arguments], open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
-    code: Any = 1
-    try:
-        heed()
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
 def stopped(arguments: list[str], folder: Path, moment: str, number: int) -> tuple[int, str, str]:
     """Exit code and outputs of a command that is stopped when it prints a line that begins with ``moment``."""
-    (printed, first), (errors, second) = os.pipe(), os.pipe()
-    if moment == "starting":  # before the imports, which a fork has behind it
-        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
-        line = [sys.executable, "-m", "fxprune", *arguments]
-        child = subprocess.Popen(line, cwd=folder, env=environment, preexec_fn=heed, stdout=first, stderr=second).pid
-    else:
-        child = os.fork() or command_line(arguments, folder, (first, second))
-    os.close(first)
-    os.close(second)
-    with open(printed) as output, open(errors) as told:
-        for line_told in told:
-            if line_told.startswith(moment):
-                break
-        os.kill(child, number)
-        found = output.read(), told.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *found
-
-
-def ran(code: str) -> tuple[int, str, str]:
-    """The exit code of a process that runs some code, and its two outputs."""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model"
-    save_tiny(path)
-    return path
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+    line = [sys.executable, "-m", "fxprune", *arguments]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=folder, env=environment, preexec_fn=heed, **pipes) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert any(told.startswith(moment) for told in child.stderr), moment
+        child.send_signal(number)
+        found = child.stdout.read(), child.stderr.read()
+    return child.returncode, *found
 
 
 @pytest.mark.slow
@@ -258,11 +204,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_stopped_prune_leaves_nothing_half_written(
-    model: Path, tmp_path: Path, moment: str, number: int, out: str
+    folder: Path, tmp_path: Path, moment: str, number: int, out: str
 ) -> None:
+    model = folder
     if out.endswith(".gguf"):  # with a tokenizer that such a file can hold, else the command refuses before it prunes
-        shutil.copytree(model, tmp_path.with_suffix(".model"))
-        model = tmp_path.with_suffix(".model")
+        model = shutil.copytree(folder, tmp_path.with_suffix(".model"))
         tokenizer().save_pretrained(model)
     command = ["prune", str(model), "--out", out, "--recipe", "llm-pruner", "--importance", "l2", "--verbose"]
     code, printed, errors = stopped(command, tmp_path, moment, number)
@@ -274,41 +220,27 @@ def test_a_stopped_prune_leaves_nothing_half_written(
     assert not any(name.startswith(".") for name in left)
 
 
-def test_an_interrupt_during_imports_stops_exit_on_signal() -> None:
-    code = (
-        "import os, signal; from fxprune.cli.console import exit_on_signal, install\n"
-        "install()\n"
-        "with exit_on_signal():\n"
-        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    except BaseException: print('swallowed')\n"
-    )
-    assert ran(code) == (130, "", "stopped\n")
+IMPORTS = "import atexit, os, signal, time, weakref; from fxprune.cli.console import exit_on_signal, finish, install\n"
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+LATER = "for _ in range(3000): time.sleep(0.01)\nprint('went on')\n"
+STOPPED = (130, "", "stopped\n")
 
 
 @pytest.mark.parametrize(
-    "swallows",
+    ("code", "end"),
     [
-        "class A:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\nA()\n",
-        "a = type('A', (), {})(); r = weakref.ref(a, lambda _: os.kill(os.getpid(), signal.SIGINT)); del a\n",
+        (f"with exit_on_signal():\n    try: {INTERRUPT}\n    except BaseException: print('swallowed')\n", STOPPED),
+        (f"class A:\n    def __del__(self): {INTERRUPT}\nA()\n{LATER}", STOPPED),
+        (f"a = type('A', (), {{}})(); r = weakref.ref(a, lambda _: {INTERRUPT}); del a\n{LATER}", STOPPED),
+        (f"atexit.register(lambda: {INTERRUPT})\nprint('written'); finish()\n", (0, "written\n", "")),
     ],
+    ids=["during imports", "in a finaliser", "in a callback of a weak reference", "after the command"],
 )
-def test_a_signal_in_a_finaliser_stops_a_little_later(swallows: str) -> None:
-    code = (
-        "import os, signal, time, weakref; from fxprune.cli.console import install\n"
-        f"install()\n{swallows}"
-        "for _ in range(3000): time.sleep(0.01)\n"
-        "print('went on')\n"
-    )
-    assert ran(code) == (130, "", "stopped\n")
-
-
-def test_a_finished_command_keeps_its_exit_code() -> None:
-    code = (
-        "import atexit, os, signal; from fxprune.cli.console import finish, install\n"
-        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
-        "install(); print('written'); finish()\n"
-    )
-    assert ran(code) == (0, "written\n", "")
+def test_an_interrupt_ends_a_command_unless_its_work_is_done(code: str, end: tuple[int, str, str]) -> None:
+    """One that arrives where nothing can be raised ends it a little later."""
+    command = [sys.executable, "-c", f"{IMPORTS}install()\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=heed)
+    assert (done.returncode, done.stdout, done.stderr) == end
 
 
 @pytest.mark.slow
@@ -319,9 +251,9 @@ def test_a_finished_command_keeps_its_exit_code() -> None:
         (("recover", "MODEL", "--data", "rows.json", "--out", "new"), "loading"),
     ],
 )
-def test_other_commands_stop_as_well(model: Path, tmp_path: Path, command: tuple[str, ...], moment: str) -> None:
+def test_other_commands_stop_as_well(folder: Path, tmp_path: Path, command: tuple[str, ...], moment: str) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([{"text": "red green blue " * 90}] * 3))
-    arguments = [str(model) if word == "MODEL" else word for word in command]
+    arguments = [str(folder) if word == "MODEL" else word for word in command]
     code, printed, errors = stopped(arguments, tmp_path, moment, signal.SIGINT)
     assert (code, printed, errors.splitlines()[-1]) == (130, "", "stopped"), errors
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]

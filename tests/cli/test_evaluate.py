@@ -23,17 +23,13 @@ from fxprune.cli import serve
 from tests.cli.running import COMMAND, refused, run
 from tests.models import token_ids
 
-TEXT = "A quiet river runs past the old mill, and nobody counts the boats on it. " * 8
 
-
-def test_slim_stands_beside_dense(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "story.txt").write_text(TEXT)
-    more = ("--text", tmp_path / "story.txt", "--window", 32)
-    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *more)
+def test_slim_stands_beside_dense(models: Path, story: tuple[object, ...]) -> None:
+    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *story)
     assert code == 0 and "┃ dense ┃ slim ┃" in output
     assert all(word in output for word in ("│ parameters │", "│ memory, MB │", "│ perplexity, story │"))
     assert "latency" not in output and "MACs" not in output, "these are not measured"
-    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *more, "--no-answers", "--json")
+    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *story, "--no-answers", "--json")
     dense, slim = json.loads(output)["columns"]
     model = fxprune.from_pretrained(models / "slim")
     assert slim["parameters"] == sum(p.numel() for p in model.parameters()) < dense["parameters"]
@@ -42,12 +38,10 @@ def test_slim_stands_beside_dense(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_stay_on_disk_where_that_is_asked(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "story.txt").write_text(TEXT)
-    more = ("--text", tmp_path / "story.txt", "--window", 32, "--json")
+def test_weights_stay_on_disk_where_that_is_asked(models: Path, story: tuple[object, ...]) -> None:
     found = []
     for option in ((), ("--low-memory",)):
-        code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *more, *option)
+        code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *story, "--json", *option)
         assert code == 0
         found.append([c["evaluation"]["perplexities"]["story"]["value"] for c in json.loads(output)["columns"]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
@@ -77,10 +71,11 @@ def test_tasks_in_a_file_are_asked(models: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(models: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(
+    models: Path, story: tuple[object, ...], tmp_path: Path
+) -> None:
     fxprune.save_pretrained(fxprune.from_pretrained(models / "slim"), tmp_path / "slim")
-    (tmp_path / "story.txt").write_text(TEXT)
-    more = ("--text", tmp_path / "story.txt", "--window", 32, "--no-answers", "--json")
+    more = (*story, "--no-answers", "--json")
     code, output, line = run("eval", tmp_path / "slim", "--compare", models / "dense", *more)
     assert code == 0, line
     assert output.startswith('{ "settings"')
@@ -102,32 +97,30 @@ def test_the_nearest_task_is_suggested(models: Path) -> None:
     assert "Did you mean 'piqa'" in refused("eval", models / "slim", "--tasks", "arc_easy, piqqa")
 
 
-def test_figures_are_written_into_the_folder(models: Path, tmp_path: Path) -> None:
+def test_figures_are_written_into_the_folder(models: Path, story: tuple[object, ...], tmp_path: Path) -> None:
     """The weights stay, files of the user too, and the checkpoint is whole."""
     slim = tmp_path / "slim"
     shutil.copytree(models / "slim", slim)
-    (tmp_path / "story.txt").write_text(TEXT)
     (slim / "notes").mkdir()
     (slim / "notes/mine.txt").write_text("mine")
     weights = (slim / "model.safetensors").stat().st_ino
-    more = ("--text", tmp_path / "story.txt", "--window", 32, "--no-answers")
-    code, output, _ = run("eval", slim, "--compare", models / "dense", *more, "--write")
+    command = ("eval", slim, "--compare", models / "dense", *story, "--no-answers", "--write")
+    code, output, _ = run(*command)
     assert code == 0 and "perplexity, story" in output
-    assert {path.name for path in tmp_path.iterdir()} == {"slim", "story.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
     assert (slim / "model.safetensors").stat().st_ino == weights
     assert (slim / "notes/mine.txt").read_text() == "mine"
     fxprune.from_pretrained(slim, verify=True)
     report = json.loads((slim / "report.json").read_text())
-    assert report["quality"]["texts"][0]["text"] == "story" and ["memory, MB"] in [
-        row[:1] for row in report["measured"]
-    ]
-    cells = next(row for row in report["measured"] if row[0] == "perplexity, story")
+    measured = {row[0]: row for row in report["measured"]}
+    assert report["quality"]["texts"][0]["text"] == "story" and "memory, MB" in measured
+    cells = measured["perplexity, story"]
     assert " | ".join(cells) in (slim / "README.md").read_text() and cells[1] in (slim / "report.html").read_text()
     (slim / "README.md").write_text("my own card")
-    assert run("eval", slim, "--compare", models / "dense", *more, "--write")[0] == 0
+    assert run(*command)[0] == 0
     assert (slim / "README.md").read_text() == "my own card"
     (slim / "plan.json").write_text("{}")
-    assert "its content was changed" in refused("eval", slim, "--compare", models / "dense", *more, "--write")
+    assert "its content was changed" in refused(*command)
 
 
 def test_models_are_timed_side_by_side(models: Path) -> None:

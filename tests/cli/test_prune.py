@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 from fxprune.recipes import read_recipe
-from tests.cli.folders import save_tiny
 from tests.cli.running import invoked, refused, run, shown
 from tests.data.test_calibration import write_image
 from tests.export.small import tokenizer
@@ -20,13 +19,6 @@ from tests.models import tiny, token_ids
 
 L2 = ("--recipe", "llm-pruner", "--importance", "l2")
 """By weights alone, without a fit and tuning."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    save_tiny(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -54,7 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (("--uniform", "--ratio", "0.2"), "any transformers loads it"),
     ],
 )
-def test_equal_widths_save_a_stock_model(folder: str, out: Path, options: tuple[str, ...], words: str) -> None:
+def test_equal_widths_save_a_stock_model(folder: Path, out: Path, options: tuple[str, ...], words: str) -> None:
     code, output = shown("prune", folder, "--out", out, *L2, *options, "--no-eval")
     assert code == 0 and "model, plan and report written" in output and words in output, output
     assert "with --uniform" not in output
@@ -68,7 +60,7 @@ def test_equal_widths_save_a_stock_model(folder: str, out: Path, options: tuple[
 
 
 @pytest.mark.slow
-def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
+def test_differing_widths_save_a_checkpoint_of_ours(folder: Path, out: Path) -> None:
     """With weights on disk the plan is the same; an earlier checkpoint is replaced."""
     options = (*L2, "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
     code, output = shown("prune", folder, "--out", out, *options)
@@ -86,14 +78,14 @@ def test_differing_widths_save_a_checkpoint_of_ours(folder: str, out: Path) -> N
 
 
 @pytest.mark.slow
-def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: str, out: Path) -> None:
+def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: Path, out: Path) -> None:
     """A config may validate itself as it is saved."""
     code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "channel")
     assert code == 0 and "fxprune.from_pretrained loads it" in output, output
     assert fxprune.from_pretrained(out).config.hidden_size < 48
 
 
-def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None:
+def test_the_samples_that_were_used_are_reported(folder: Path, out: Path) -> None:
     """A card listed `samples=64, written=64` where 4 of a file were used, and named no file."""
     path = out.with_name("words.txt")
     path.write_text("red green blue\n" * 8)
@@ -112,7 +104,7 @@ def test_the_samples_that_were_used_are_reported(folder: str, out: Path) -> None
 
 
 @pytest.mark.slow
-def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None:
+def test_without_a_slim_model_the_graph_is_saved(folder: Path, out: Path) -> None:
     code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "head_dim", "--ratio", "0.05")
     assert code == 0 and "torch.export.load" in output, output
     assert {path.name for path in out.iterdir()} == {
@@ -121,7 +113,7 @@ def test_without_a_slim_model_the_graph_is_saved(folder: str, out: Path) -> None
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_samples_come_from_a_file(folder: str, out: Path, suffix: str, seen: dict[str, Any]) -> None:
+def test_samples_come_from_a_file(folder: Path, out: Path, suffix: str, seen: dict[str, Any]) -> None:
     lines = ["red green blue"] * 8
     path = out.with_name(f"calibration{suffix}")
     path.write_text("\n".join(lines if suffix == ".txt" else (json.dumps({"text": one, "n": 7}) for one in lines)))
@@ -129,7 +121,7 @@ def test_samples_come_from_a_file(folder: str, out: Path, suffix: str, seen: dic
     assert seen["data"]["input_ids"].tolist() == [[1, 2, 3, 1, 2, 3]] * 4
 
 
-def test_options_reach_the_library_as_python_has_them(folder: str, out: Path, seen: dict[str, Any]) -> None:
+def test_options_reach_the_library_as_python_has_them(folder: Path, out: Path, seen: dict[str, Any]) -> None:
     values = {"importance": "taylor{order=first}", "reduction": "max", "ranking": "global", "budget": "macs"}
     values |= {"seed": 7, "compensate": "least-squares", "tune": "none", "recipe": "fast", "norm": "masked"}
     values |= {"tensor_parallel": 1, "memory": "low", "select": "select-by-ratio"}
@@ -142,7 +134,7 @@ def test_options_reach_the_library_as_python_has_them(folder: str, out: Path, se
     assert seen == {**values, "ratio": {"mlp": 0.3, "head": 0.1}}
 
 
-def test_deprecated_options_are_replaced_with_a_warning(folder: str, out: Path, seen: dict[str, Any]) -> None:
+def test_deprecated_options_are_replaced_with_a_warning(folder: Path, out: Path, seen: dict[str, Any]) -> None:
     code, _, lines = run("prune", folder, "--out", out, "--taylor", "first", "--group-ratio", 0.3)
     assert code == 2 and "warning: --taylor is deprecated: write --importance 'taylor{order=first}'" in lines
     assert seen["importance"] == "taylor{order=first}"
@@ -151,7 +143,7 @@ def test_deprecated_options_are_replaced_with_a_warning(folder: str, out: Path, 
 
 
 def test_a_gguf_file_has_sliced_norms_and_widths_in_blocks(
-    folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fxprune.export.gguf.write.check_gguf", lambda *_, **__: None)
     refused("prune", folder, "--out", tmp_path / "slim.gguf", *L2)
@@ -160,7 +152,7 @@ def test_a_gguf_file_has_sliced_norms_and_widths_in_blocks(
     assert seen["norm"] == "masked" and seen["round_to"] == 4
 
 
-def test_a_recipe_is_edited_as_text(folder: str, out: Path) -> None:
+def test_a_recipe_is_edited_as_text(folder: Path, out: Path) -> None:
     code, printed = shown("recipes", "llm-pruner")
     text = str(read_recipe("llm-pruner"))
     assert code == 0 and printed.split() == text.split()
@@ -170,7 +162,7 @@ def test_a_recipe_is_edited_as_text(folder: str, out: Path) -> None:
     assert code == 0 and "mlp: 88 to" in output and "head" not in output, output
 
 
-def test_a_run_repeats_from_its_file(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_repeats_from_its_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Options win over the file; --json prints the report, and notes of others in the folder are kept.
 
     A name that looks like a number stays as it was given.
@@ -199,10 +191,10 @@ def test_a_run_repeats_from_its_file(folder: str, tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_may_have_lists_mappings_and_underscores(
-    folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    entries = {"model": folder, "out": "new", "kinds": ["mlp", "expert"], "round_to": {"mlp": 4}}
+    entries = {"model": str(folder), "out": "new", "kinds": ["mlp", "expert"], "round_to": {"mlp": 4}}
     entries |= {"uniform": True, "ranking": None, "recipe": "llm-pruner", "tensor_parallel": 1}
     Path("mine.yaml").write_text(yaml.safe_dump(entries))
     assert refused("prune", "--config", "mine.yaml", "--importance", "l2") == "seen"
@@ -222,7 +214,7 @@ SPELLED: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("options", "values"), SPELLED)
 def test_values_are_read_as_messages_spell_them(
-    options: tuple[str, ...], values: dict[str, Any], folder: str, out: Path, seen: dict[str, Any]
+    options: tuple[str, ...], values: dict[str, Any], folder: Path, out: Path, seen: dict[str, Any]
 ) -> None:
     """`--protect 1,1` was refused by an option whose message asks for (first, last)."""
     assert refused("prune", folder, "--out", out, *L2, *options) == "seen"
@@ -231,10 +223,12 @@ def test_values_are_read_as_messages_spell_them(
 
 @pytest.mark.parametrize("pair", ["1, 2", [1, 2], "(1, 2)", []])
 def test_a_run_may_spell_a_pair_in_any_form(
-    pair: object, folder: str, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    pair: object, folder: Path, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(yaml.safe_dump({"model": folder, "out": "new", "importance": "l2", "protect": pair}))
+    Path("mine.yaml").write_text(
+        yaml.safe_dump({"model": str(folder), "out": "new", "importance": "l2", "protect": pair})
+    )
     assert refused("prune", "--config", "mine.yaml") == "seen"
     assert seen["protect"] == ((1, 2) if pair else (0, 0))
 
@@ -255,7 +249,7 @@ def test_a_prune_ends_with_its_quality(models: Path, out: Path) -> None:
         assert abs(value - other[name]) < 3 * (error + other[f"{name}_error"]), name
 
 
-def test_quality_is_left_out_on_request(folder: str, out: Path) -> None:
+def test_quality_is_left_out_on_request(folder: Path, out: Path) -> None:
     code, output = shown("prune", folder, "--out", out, *L2, "--no-eval")
     assert code == 0 and "quality not measured: it was not asked for" in output
     assert "fxprune eval out --compare path/to/dense --write" in (out / "README.md").read_text()
@@ -265,7 +259,7 @@ def test_quality_is_left_out_on_request(folder: str, out: Path) -> None:
 
 
 def test_a_calibration_text_is_measured_where_it_was_not_used(
-    folder: str, out: Path, seen: dict[str, Any], tmp_path: Path
+    folder: Path, out: Path, seen: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.txt").write_text("red green blue\n" * 8)
     options = ("--calibration", tmp_path / "mine.txt", "--tokens", 6)
