@@ -60,7 +60,6 @@ class Legend:
 
     def __init__(self, atlas: Atlas, view: View, labels: Labels, colour: Callable[[Factor], str]) -> None:
         self.atlas, self.view, self.labels, self.colour = atlas, view, labels, colour
-        self.alike = {factor: row for fold in view.folds for factor, row in fold.factors.items()}
         shown = {factor: None for axis in view.axes for factor in atlas.factors(axis)}
         self.groups = [group for group in atlas.groups if group.factor in shown]
         self.has_frozen = any(factor in atlas.axes.frozen for factor in shown)
@@ -82,7 +81,7 @@ class Legend:
 
     def _group_row(self, group: Group) -> str:
         assert group.factor is not None
-        alike = len(set(self.alike.get(group.factor, (group.factor,))))
+        alike = len(set(self.labels.alike(group.factor)))
         here = len({(m.name, m.axis) for m in group.members}.intersection(self.view.axes))
         total = len(group.members)
         held = f"{here} of {total} axes shown" if here < total else plural(total, "axis", "axes")
@@ -162,10 +161,14 @@ _SUM: dict[str, Any] = {
 }
 """Style of a residual sum."""
 
+Items = dict[str, dict[str, str]]
+"""Name and tooltip of each box and line of a picture, and the boxes that a line joins, by id."""
 
-def draw(atlas: Atlas, view: View) -> pydot.Dot:
-    """The picture of ``view``, with the legend below."""
-    return _Picture(atlas, view).make()
+
+def draw(atlas: Atlas, view: View) -> tuple[pydot.Dot, Items]:
+    """The picture of ``view``, with the legend below, and its boxes and lines."""
+    picture = _Picture(atlas, view)
+    return picture.make(), picture.items
 
 
 @dataclass
@@ -181,6 +184,8 @@ class _Picture:
     def __init__(self, atlas: Atlas, view: View) -> None:
         self.atlas, self.view, self.labels = atlas, view, Labels(atlas, view.folds)
         self.folds = {fold.blocks[0]: fold for fold in view.folds}
+        self.ids = {axis: f"axis{number}" for number, axis in enumerate(view.axes)}
+        self.items: Items = {}
 
     def make(self) -> pydot.Dot:
         legend = Legend(self.atlas, self.view, self.labels, self._colour)
@@ -216,9 +221,7 @@ class _Picture:
             box.axes.append(axis)
         self._fill(whole, root)
         dot.add_subgraph(whole)
-        lines = (*map(self._line, self.view.couplings), *self._inside_tensors())
-        for number, edge in enumerate(lines):
-            edge.set("id", f"line{number}")
+        for edge in (*map(self._line, self.view.couplings), *self._inside_tensors()):
             dot.add_edge(edge)
         return dot
 
@@ -301,8 +304,16 @@ class _Picture:
                 "penwidth": "2.5" if first else "1",
                 "peripheries": "2" if first else "1",
             }
-        tooltip = _quoted(mark + self.labels.about(axis))
-        return pydot.Node(_name(axis), **look, id=f"axis{self.view.axes.index(axis)}", tooltip=tooltip)
+        name, tooltip = _name(axis), mark + self.labels.about(axis)
+        self.items[self.ids[axis]] = {"name": name, "text": tooltip}
+        return pydot.Node(_quoted(name), **look, id=self.ids[axis], tooltip=_quoted(tooltip))
+
+    def _edge(self, source: Axis, target: Axis, tooltip: str, **look: str) -> pydot.Edge:
+        name = f"{_name(source)} → {_name(target)}"
+        key = f"line{len(self.items) - len(self.ids)}"
+        self.items[key] = {"name": name, "text": tooltip, "source": self.ids[source], "target": self.ids[target]}
+        ends = (_quoted(_name(source)), _quoted(_name(target)))
+        return pydot.Edge(*ends, tooltip=_quoted(tooltip), **look, id=key)  # type: ignore[arg-type]
 
     def _line(self, coupling: Edge) -> pydot.Edge:
         """A line with a strand for each coupled group; the line of a stream is thick.
@@ -311,21 +322,21 @@ class _Picture:
         """
         # An xlabel is drawn where there is room. With a label on a line inside one rank of nested clusters, Graphviz 2
         # fails with "trouble in init_rank".
-        text, tooltip = _quoted(self.labels.ops(coupling)), _quoted(self.labels.paths(coupling))
+        text, tooltip = _quoted(self.labels.ops(coupling)), self.labels.paths(coupling)
         colours = dict.fromkeys(self._colour(factor, strong=True) for factor in coupling.paths)
         stream = self.atlas.is_activation(coupling.source) and self.atlas.is_activation(coupling.target)
-        return pydot.Edge(
-            _name(coupling.source),
-            _name(coupling.target),
-            tooltip=tooltip,
-            labeltooltip=tooltip,
+        return self._edge(
+            coupling.source,
+            coupling.target,
+            tooltip,
+            labeltooltip=_quoted(tooltip),
             color=_quoted(":".join(colours)),
             style="solid" if coupling.in_tree else "dashed",
             penwidth="5" if stream else "1.6",
             weight="8" if stream else "1",
             arrowsize="0.5" if stream else "0.6",
             constraint="true" if coupling.ranks else "false",
-            **{"label" if coupling.ranks else "xlabel": text},  # type: ignore[arg-type]
+            **{"label" if coupling.ranks else "xlabel": text},
         )
 
     def _inside_tensors(self) -> Iterable[pydot.Edge]:
@@ -334,14 +345,8 @@ class _Picture:
         for axis in self.view.axes:
             before = last.get(axis.tensor)
             if before is not None and axis.tensor in self.atlas.weights:
-                yield pydot.Edge(
-                    _name(before),
-                    _name(axis),
-                    tooltip=_quoted(f"two axes of {axis.tensor}"),
-                    color=_quoted("#bbbbbb"),
-                    style="dotted",
-                    arrowhead="none",
-                )
+                look = {"color": _quoted("#bbbbbb"), "style": "dotted", "arrowhead": "none"}
+                yield self._edge(before, axis, f"two axes of {axis.tensor}", **look)
             last[axis.tensor] = axis
 
     def _colours(self, axis: Axis, strong: bool = False) -> list[str]:
@@ -356,7 +361,7 @@ class _Picture:
 
 
 def _name(axis: Axis) -> str:
-    return _quoted(f"{axis.tensor}[{axis.dim}]")
+    return f"{axis.tensor}[{axis.dim}]"
 
 
 def _quoted(text: str) -> str:

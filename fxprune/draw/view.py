@@ -203,9 +203,13 @@ class Labels:
         expr = self._atlas.graph.nodes[axis]["expr"]
         return render(expr, lambda factor: f"{self.unit(factor)}:{self.amount(factor)}")
 
+    def alike(self, factor: Factor) -> tuple[Factor, ...]:
+        """The factors of all equal blocks that a factor of the first stands for."""
+        return self._factors.get(factor, (factor,))
+
     def amount(self, factor: Factor) -> str:
         """Number of units of ``factor``, and the number that stay."""
-        keep, alike = self._atlas.keep, self._factors.get(factor, (factor,))
+        keep, alike = self._atlas.keep, self.alike(factor)
         before = _span(f.size for f in alike)
         groups = self._atlas.by_factor
         left = [f for f in alike if f not in groups or groups[f].block not in self._atlas.removed]

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.resources import files
@@ -23,7 +23,7 @@ from fxprune.discovery.dependency import dependency_graph
 from fxprune.discovery.explain import find_group
 from fxprune.discovery.groups import Group
 from fxprune.draw.atlas import Atlas, Fold, find_folds
-from fxprune.draw.graphviz import draw
+from fxprune.draw.graphviz import Items, draw
 from fxprune.draw.view import View, contracted, plural, searched
 from fxprune.errors import ArgumentError, FxpruneError, UnknownNameError
 from fxprune.graph.facts import owner_block
@@ -35,14 +35,8 @@ from fxprune.rules.statements import Axis
 _WITHOUT = "This page was written without Graphviz: it lists the boxes of the picture instead."
 
 
-def html_page(dot: pydot.Dot, title: str, svg: str | None) -> str:
-    """A picture as a self-contained HTML page.
-
-    Args:
-        dot: the picture; its boxes and lines have ids.
-        svg: the picture as drawn by Graphviz; None to list the boxes instead.
-    """
-    items = _tooltips(dot)
+def html_page(items: Items, title: str, svg: str | None) -> str:
+    """A picture as a self-contained HTML page; ``svg`` is by Graphviz, None lists the boxes instead."""
     if svg is None:
         boxes = {key: html.escape(item["name"]) for key, item in items.items() if "source" not in item}
         listed = "".join(f'<li id="{key}" class="node">{name}</li>' for key, name in boxes.items())
@@ -56,34 +50,6 @@ def html_page(dot: pydot.Dot, title: str, svg: str | None) -> str:
     }
     template = files("fxprune.draw").joinpath("page.html").read_text(encoding="utf-8")
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], template)
-
-
-def _tooltips(dot: pydot.Dot) -> dict[str, dict[str, str]]:
-    """Names and tooltips of boxes, and of lines with the ids of the boxes that they join, by id."""
-    nodes = {node.get_name(): node for node in _nodes(dot) if node.get("id")}
-    items = {
-        node.get("id"): {"name": _unquote(name), "text": _unquote(node.get("tooltip"))} for name, node in nodes.items()
-    }
-    for edge in dot.get_edges():
-        source, target = str(edge.get_source()), str(edge.get_destination())
-        items[edge.get("id")] = {
-            "name": f"{_unquote(source)} → {_unquote(target)}",
-            "text": _unquote(edge.get("tooltip")),
-            "source": nodes[source].get("id"),
-            "target": nodes[target].get("id"),
-        }
-    return items
-
-
-def _nodes(graph: pydot.Graph) -> Iterator[pydot.Node]:
-    yield from graph.get_nodes()
-    for inner in graph.get_subgraphs():
-        yield from _nodes(inner)
-
-
-def _unquote(quoted: str) -> str:
-    inner = quoted.removeprefix('"').removesuffix('"')
-    return re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], inner, flags=re.S)
 
 
 RENDERED = (".svg", ".png", ".pdf")
@@ -109,15 +75,15 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def write_picture(dot: pydot.Dot, title: str, target: Path) -> None:
-    """Write ``dot`` to a file checked by :func:`check_target`, in the format of its suffix."""
+def write_picture(dot: pydot.Dot, items: Items, title: str, target: Path) -> None:
+    """Write what :func:`draw` returned to a file checked by :func:`check_target`, in the format of its suffix."""
     suffix, text = target.suffix.lower(), dot.to_string()
     data = text.encode("utf-8")
     if suffix in RENDERED:
         data = _render(text, suffix[1:])
     elif suffix == ".html":
         svg = None if shutil.which("dot") is None else _render(text, "svg").decode("utf-8")
-        data = html_page(dot, title, svg).encode("utf-8")
+        data = html_page(items, title, svg).encode("utf-8")
     write_file(target, data)
 
 
@@ -176,7 +142,7 @@ def write_dot(
         view = _whole_view(atlas, fold)
     else:
         view = _module_view(atlas, _find_module(atlas, layer))
-    write_picture(draw(atlas, view), view.title, target)
+    write_picture(*draw(atlas, view), view.title, target)
 
 
 def _find_module(atlas: Atlas, layer: str | int | None) -> str:

@@ -126,7 +126,7 @@ def test_every_axis_is_a_box_and_every_coupling_a_line(small: nx.Graph) -> None:
     view = contracted(
         atlas, 'a "title"', [axis for axis, data in small.nodes(data=True) if data["role"] == "parameter"]
     )
-    dot = draw(atlas, view)
+    dot, _ = draw(atlas, view)
     text = dot.to_string()
     assert all(f'"{axis.tensor}[{axis.dim}]" [' in text for axis in view.axes)
     lines = [edge for edge in dot.get_edges() if edge.get("arrowhead") != "none"]

@@ -41,7 +41,8 @@ SVG = '<?xml version="1.0"?><!-- x --><svg viewBox="0 0 9 9"><g id="axis0" class
 def text(small: nx.Graph) -> str:
     atlas = Atlas(small)
     shown = [axis for axis, data in small.nodes(data=True) if data["role"] == "parameter"]
-    return html_page(draw(atlas, contracted(atlas, "title", shown)), "A <title>", SVG)
+    _, items = draw(atlas, contracted(atlas, "title", shown))
+    return html_page(items, "A <title>", SVG)
 
 
 def test_the_page_shows_rules_and_reasons_and_stands_alone(text: str) -> None:
@@ -114,7 +115,7 @@ def test_graphviz_draws(suffix: str, small: nx.Graph, tmp_path: Path) -> None:
 def test_errors_of_graphviz_are_reported_and_nothing_is_written(tmp_path: Path) -> None:
     broken = pydot.Dot("x", graph_type="digraph", label="<<TABLE>>")
     with pytest.raises(FxpruneError, match="graphviz: drawing failed"):
-        write_picture(broken, "title", tmp_path / "x.svg")
+        write_picture(broken, {}, "title", tmp_path / "x.svg")
     assert not list(tmp_path.iterdir())
 
 
