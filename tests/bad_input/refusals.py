@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.graph.facts import Facts
 
 VOCABULARY = 11
 LONGEST = 700
@@ -131,8 +129,3 @@ def _values(tensor: torch.Tensor) -> Any:
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         return None
     return tensor.detach().to_dense().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def facts_left(graph_module: torch.fx.GraphModule) -> list[str]:
-    facts: Facts = fxprune.facts_of(graph_module)
-    return sorted(type(fact).__name__ for fact in facts)
