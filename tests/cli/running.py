@@ -22,10 +22,11 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
 
 
-def shown(*arguments: object) -> tuple[int, str]:
-    """The exit code of a command, and what a terminal shows of it, with single blanks."""
-    result = invoked(*arguments)
-    return result.exit_code, " ".join(result.output.split())
+def output_of(*arguments: object) -> str:
+    """What a command that ends well prints as its result, with single blanks."""
+    code, printed, lines = run(*arguments)
+    assert code == 0, lines
+    return printed
 
 
 def refused(*arguments: object) -> str:

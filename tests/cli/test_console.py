@@ -18,7 +18,7 @@ from rich.console import Console
 import fxprune
 from fxprune.cli import console
 from fxprune.report.quality import figures_table
-from tests.cli.running import invoked, refused, run
+from tests.cli.running import invoked, output_of, refused, run
 from tests.export.small import tokenizer
 
 
@@ -101,8 +101,7 @@ def test_quiet_leaves_nothing_of_a_command_that_writes(models: Path, tmp_path: P
 def test_of_several_processes_the_first_prints(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A document of JSON came from each."""
     asked = ("prune", models / "dense", "--dry-run", "--recipe", "llm-pruner", "--importance", "l2")
-    code, printed, _ = run(*asked, "--json")
-    assert code == 0 and json.loads(printed)
+    assert json.loads(output_of(*asked, "--json"))
     monkeypatch.setattr("fxprune.offload.ranks.is_first", lambda: False)
     assert run(*asked, "--json") == run(*asked) == (0, "", "")
 
@@ -143,35 +142,31 @@ def test_freed_memory_is_taken_again() -> None:
 
 def test_passes_are_listed_in_the_order_of_a_pipeline() -> None:
     """The page of a sequence ended in a traceback: it knows what it needs by its steps, and not as a class."""
-    code, output, _ = run("passes")
-    assert code == 0 and "``" not in output
+    output = output_of("passes")
+    assert "``" not in output
     for name in fxprune.pass_names():
         stage = fxprune.load_pass(name).stage
-        assert f"│ {name} │ {stage} │" in output and f"stage: {stage}" in run("passes", name)[1], name
-    for first, then in (
-        ("calibrate", "find-groups"),
-        ("slice-parameters", "propagate-shapes"),
-        ("shrink", "emit-model"),
-    ):
+        assert f"│ {name} │ {stage} │" in output and f"stage: {stage}" in output_of("passes", name), name
+    for pair in ("calibrate find-groups", "slice-parameters propagate-shapes", "shrink emit-model"):
+        first, then = pair.split()
         assert output.index(f"│ {first} │") < output.index(f"│ {then} │")
 
 
 def test_a_pass_is_described() -> None:
-    code, output, _ = run("passes", "select-by-ratio")
-    assert code == 0 and "│ ratio │ 0.2 │" in output, "an argument of its own"
+    output = output_of("passes", "select-by-ratio")
+    assert "│ ratio │ 0.2 │" in output, "an argument of its own"
     assert "│ ranking │ local │ `local`: the same fraction" in output, "one of its base class"
-    assert (
-        "stage: select changes: nothing needs: Dependencies, Groups, Scores " in output and "gives: Removal" in output
-    )
+    assert "stage: select changes: nothing needs: Dependencies, Groups, Scores " in output
+    assert "gives: Removal" in output
     example = output.partition("in a pipeline: ")[2]
     assert str(fxprune.Pipeline(example)) == "select-by-ratio"
-    _, output, _ = run("passes", "shrink")
+    output = output_of("passes", "shrink")
     assert "changes: graph needs: Dependencies, Removal wants: Source gives: Removed, " in output
 
 
 def test_recipes_are_listed_with_their_costs() -> None:
-    code, output, _ = run("recipes")
-    assert code == 0 and all(name in output for name in ("balanced", "fast", "best", "llm-pruner", "what it costs"))
+    output = output_of("recipes")
+    assert all(name in output for name in ("balanced", "fast", "best", "llm-pruner", "what it costs"))
 
 
 def heed() -> None:

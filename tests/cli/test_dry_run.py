@@ -15,7 +15,7 @@ from fxprune.cli.preparation import CalibrationText, Prepared, prepare
 from fxprune.data.built_in import built_in_text, general_text
 from fxprune.graph.counting import count_macs
 from tests.cli.folders import save_tiny
-from tests.cli.running import invoked
+from tests.cli.running import output_of
 from tests.models import tiny
 
 NO_TEXT = CalibrationText(None, None, None)
@@ -36,22 +36,19 @@ def config(tmp_path: Path) -> Path:
 
 def test_it_finds_out_from_the_config_what_a_prune_would_do(config: Path, tmp_path: Path) -> None:
     options = ("--recipe", "llm-pruner", "--importance", "l2", "--kinds", "mlp", "--ratio", "0.1")
-    done = invoked("prune", config, "--dry-run", "--json", *options)
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    found = json.loads(output_of("prune", config, "--dry-run", "--json", *options))
     result = fxprune.prune(tiny("llama"), recipe="llm-pruner", importance="l2", kinds="mlp", ratio=0.1)
     assert found["parameters"] == list(result.report.parameters)
     assert found["widths"] == {name: list(widths) for name, widths in result.report.widths.items()}
     assert found["groups"]["mlp"] == 3 and 0.1 < found["reachable"] < 0.6
     assert found["memory"] > 0 and found["seconds"] > 0, "quality is measured"
-    done = invoked("prune", config, "--dry-run", "--json", *options, "--no-eval")
-    assert json.loads(done.stdout)["seconds"] == 0
+    unmeasured = json.loads(output_of("prune", config, "--dry-run", "--json", *options, "--no-eval"))
+    assert unmeasured["seconds"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["config"]
 
 
 def test_it_prints_an_estimate_of_the_default(config: Path) -> None:
-    done = invoked("prune", config, "--out", config.parent / "slim", "--dry-run")
-    assert done.exit_code == 0, done.output
+    output = output_of("prune", config, "--out", config.parent / "slim", "--dry-run")
     words = (
         "what to expect",
         "parameters: 71,664 to ",
@@ -59,7 +56,7 @@ def test_it_prints_an_estimate_of_the_default(config: Path) -> None:
         "memory: about",
         "factor of two",
     )
-    assert [word for word in words if word not in done.stdout] == []
+    assert [word for word in words if word not in output] == []
     assert not (config.parent / "slim").exists()
 
 
@@ -68,7 +65,7 @@ def test_bytes_read_and_written_on_disk_are_estimated(config: Path) -> None:
     """There was no tuning, and nobody could know what it would take."""
     options = ("prune", config, "--out", config.parent / "slim", "--dry-run", "--json", "--low-memory")
     whole, untuned, plain = (
-        json.loads(invoked(*options, *more).stdout) for more in ((), ("--tune", "none"), ("--recipe", "llm-pruner"))
+        json.loads(output_of(*options, *more)) for more in ((), ("--tune", "none"), ("--recipe", "llm-pruner"))
     )
     assert whole["read"] - untuned["read"] > 3 * 4 * 57_000 * 50, "three times in each of its steps"
     assert whole["written"] > 12 * 57_000 * 50 and untuned["written"] == plain["written"] == plain["read"] == 0
@@ -161,8 +158,7 @@ def test_a_target_takes_the_time_of_the_ratio_that_it_is(config: Path, monkeypat
     monkeypatch.setattr(dry_run, "_flops", lambda: 1e9)
     options = ("prune", config, "--dry-run", "--json", "--recipe", "llm-pruner", "--kinds", "mlp")
     ratio, target = (
-        json.loads(invoked(*options, *more).stdout)["seconds"]
-        for more in (("--ratio", "0.1"), ("--target", "0.9x params"))
+        json.loads(output_of(*options, *more))["seconds"] for more in (("--ratio", "0.1"), ("--target", "0.9x params"))
     )
     assert target == pytest.approx(ratio, rel=0.3), "attention costs more the longer the sample is"
 

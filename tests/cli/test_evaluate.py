@@ -20,17 +20,17 @@ import fxprune.cli.evaluate
 import fxprune.data.built_in
 from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli import serve
-from tests.cli.running import COMMAND, refused, run
+from tests.cli.running import COMMAND, output_of, refused, run
 from tests.models import token_ids
 
 
 def test_slim_stands_beside_dense(models: Path, story: tuple[object, ...]) -> None:
-    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *story)
-    assert code == 0 and "┃ dense ┃ slim ┃" in output
+    command = ("eval", models / "slim", "--compare", models / "dense", *story)
+    output = output_of(*command)
+    assert "┃ dense ┃ slim ┃" in output
     assert all(word in output for word in ("│ parameters │", "│ memory, MB │", "│ perplexity, story │"))
     assert "latency" not in output and "MACs" not in output, "these are not measured"
-    code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *story, "--no-answers", "--json")
-    dense, slim = json.loads(output)["columns"]
+    dense, slim = json.loads(output_of(*command, "--no-answers", "--json"))["columns"]
     model = fxprune.from_pretrained(models / "slim")
     assert slim["parameters"] == sum(p.numel() for p in model.parameters()) < dense["parameters"]
     assert slim["evaluation"]["perplexities"]["story"]["window"] == 32
@@ -41,8 +41,7 @@ def test_slim_stands_beside_dense(models: Path, story: tuple[object, ...]) -> No
 def test_weights_stay_on_disk_where_that_is_asked(models: Path, story: tuple[object, ...]) -> None:
     found = []
     for option in ((), ("--low-memory",)):
-        code, output, _ = run("eval", models / "slim", "--compare", models / "dense", *story, "--json", *option)
-        assert code == 0
+        output = output_of("eval", models / "slim", "--compare", models / "dense", *story, "--json", *option)
         found.append([c["evaluation"]["perplexities"]["story"]["value"] for c in json.loads(output)["columns"]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
@@ -65,10 +64,8 @@ def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.Monkey
 def test_tasks_in_a_file_are_asked(models: Path, tmp_path: Path) -> None:
     question = {"query": "Two and two is", "choices": [" four", " five"], "gold": 0}
     (tmp_path / "sums.jsonl").write_text(json.dumps(question))
-    code, output, _ = run("eval", models / "dense", models / "slim", "--tasks", tmp_path / "sums.jsonl")
-    assert (
-        code == 0 and "│ sums, acc_norm │" in output and "│ retained │ 100.0%" in output and "perplexity" not in output
-    )
+    output = output_of("eval", models / "dense", models / "slim", "--tasks", tmp_path / "sums.jsonl")
+    assert "│ sums, acc_norm │" in output and "│ retained │ 100.0%" in output and "perplexity" not in output
 
 
 def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(
@@ -76,9 +73,7 @@ def test_a_model_without_a_tokenizer_has_that_of_the_dense_one(
 ) -> None:
     fxprune.save_pretrained(fxprune.from_pretrained(models / "slim"), tmp_path / "slim")
     more = (*story, "--no-answers", "--json")
-    code, output, line = run("eval", tmp_path / "slim", "--compare", models / "dense", *more)
-    assert code == 0, line
-    assert output.startswith('{ "settings"')
+    assert output_of("eval", tmp_path / "slim", "--compare", models / "dense", *more).startswith('{ "settings"')
     assert "its tokenizer cannot be read" in refused("eval", tmp_path / "slim", *more)
 
 
@@ -105,8 +100,7 @@ def test_figures_are_written_into_the_folder(models: Path, story: tuple[object, 
     (slim / "notes/mine.txt").write_text("mine")
     weights = (slim / "model.safetensors").stat().st_ino
     command = ("eval", slim, "--compare", models / "dense", *story, "--no-answers", "--write")
-    code, output, _ = run(*command)
-    assert code == 0 and "perplexity, story" in output
+    assert "perplexity, story" in output_of(*command)
     assert [path.name for path in tmp_path.iterdir()] == ["slim"]
     assert (slim / "model.safetensors").stat().st_ino == weights
     assert (slim / "notes/mine.txt").read_text() == "mine"
@@ -117,7 +111,7 @@ def test_figures_are_written_into_the_folder(models: Path, story: tuple[object, 
     cells = measured["perplexity, story"]
     assert " | ".join(cells) in (slim / "README.md").read_text() and cells[1] in (slim / "report.html").read_text()
     (slim / "README.md").write_text("my own card")
-    assert run(*command)[0] == 0
+    output_of(*command)
     assert (slim / "README.md").read_text() == "my own card"
     (slim / "plan.json").write_text("{}")
     assert "its content was changed" in refused(*command)
@@ -125,13 +119,11 @@ def test_figures_are_written_into_the_folder(models: Path, story: tuple[object, 
 
 def test_models_are_timed_side_by_side(models: Path) -> None:
     more = ("--prompt", 8, "--tokens", 3, "--rounds", 1)
-    code, output, line = run("bench", models / "dense", models / "slim", *more)
-    assert code == 0, line
+    output = output_of("bench", models / "dense", models / "slim", *more)
     assert "┃ dense ┃ slim ┃" in output and output.count(" x) │") == 2 and "times as fast, by rounds" in output
     assert "batch 1, prompt of 8 tokens, then 3; medians of 1 rounds on cpu" in output
-    code, output, _ = run("bench", models / "slim", *more, "--batch", 2, "--json")
-    found = json.loads(output)["slim"]
-    assert code == 0 and (found["batch"], found["prompt"], found["tokens"]) == (2, 8, 3) and found["peak"] is None
+    found = json.loads(output_of("bench", models / "slim", *more, "--batch", 2, "--json"))["slim"]
+    assert (found["batch"], found["prompt"], found["tokens"]) == (2, 8, 3) and found["peak"] is None
 
 
 @pytest.mark.slow
@@ -140,16 +132,15 @@ def test_a_sweep_keeps_the_times_that_targets_of_speed_need(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     dense = models / "dense"
-    code, output, line = run("bench", dense, "--sweep", "--prompt", 8, "--tokens", 3, "--rounds", 1)
-    assert code == 0 and "15% less" in output and "kept in" in output, line
+    output = output_of("bench", dense, "--sweep", "--prompt", 8, "--tokens", 3, "--rounds", 1)
+    assert "15% less" in output and "kept in" in output
     (table,) = (tmp_path / "cache").rglob("*.json")
     times = json.loads(table.read_text())
     for place, (name, decode_ms) in enumerate(zip(times, (8.0, 7.0, 6.0, 5.0), strict=False)):
         times[name] |= {"decode_ms": decode_ms, "parameters": int(times["dense"]["parameters"] * (1 - 0.15 * place))}
     table.write_text(json.dumps(times))  # times of models this small say nothing
     options = ("--importance", "l2", "--recipe", "llm-pruner", "--target", "1.1x decode")
-    code, output, line = run("prune", dense, "--out", tmp_path / "slim", *options)
-    assert code == 0 and "Target 1.1x decode:" in output, line
+    assert "Target 1.1x decode:" in output_of("prune", dense, "--out", tmp_path / "slim", *options)
     assert "is for one model" in refused("bench", dense, models / "slim", "--sweep")
 
 
@@ -160,8 +151,7 @@ L2 = ("--recipe", "llm-pruner", "--importance", "l2", "--protect", "0,0")
 def test_a_sweep_sets_size_against_quality(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     more = (*L2, "--ratio", "0.1,0.3", "--out", out, "--keep", "none")
-    code, output, line = run("sweep", models / "dense", *more, "--at-most", "9x")
-    assert code == 0, line
+    output = output_of("sweep", models / "dense", *more, "--at-most", "9x")
     assert "│ llm-pruner-0.1 │" in output and "│ llm-pruner-0.3 │" in output
     assert "measured on docstrings of Python: 12 windows" in output
     assert "perplexity at most 9 x: llm-pruner-0.3" in output
@@ -188,8 +178,7 @@ FAST = ("--epochs", 1, "--batch", 4, "--learning-rate", "1e-3")
 def test_a_slim_model_comes_back_trained_with_its_plan(models: Path, rows: Path, tmp_path: Path) -> None:
     slim, out, folder = models / "slim", tmp_path / "out", tmp_path / "run"
     more = ("--data", rows, "--out", out, "--distil", models / "dense", "--folder", folder)
-    code, output, line = run("recover", slim, *more, *FAST)
-    assert code == 0, line
+    output = output_of("recover", slim, *more, *FAST)
     assert "2 steps on 7 samples" in output and f"model written to {out}" in output
     assert run("plan", "diff", slim, out)[0] == 0
     before, after = read_manifest(slim), read_manifest(out)
@@ -199,8 +188,7 @@ def test_a_slim_model_comes_back_trained_with_its_plan(models: Path, rows: Path,
     old, new = (fxprune.from_pretrained(place) for place in (slim, out))
     moved = {name for name, tensor in new.state_dict().items() if not torch.equal(tensor, old.state_dict()[name])}
     assert moved and moved <= set(fxprune.Plan.from_json((slim / "plan.json").read_text()).kept)
-    code, output, line = run("recover", slim, *more, *FAST)
-    assert code == 0 and "note: resumed at step 2" in output, line
+    assert "note: resumed at step 2" in output_of("recover", slim, *more, *FAST)
 
 
 @pytest.mark.slow
@@ -211,8 +199,8 @@ def test_a_dense_model_stays_a_stock_checkpoint_of_the_dtype_asked_for(
     recover = fxprune.recover
     monkeypatch.setattr(fxprune, "recover", lambda *given, **more: seen.update(more) or recover(*given, **more))
     more = ("--out", tmp_path / "out", "--rank", 2, "--dtype", "bfloat16", "--device", "cpu")
-    code, _, line = run("recover", models / "dense", "--data", rows, *more, *FAST)
-    assert code == 0 and seen["arguments"] == {"use_cpu": True}, line
+    output_of("recover", models / "dense", "--data", rows, *more, *FAST)
+    assert seen["arguments"] == {"use_cpu": True}
     assert not (tmp_path / "out/plan.json").exists()
     with torch.no_grad():
         tuned, dense = (
@@ -245,8 +233,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_a_slim_folder_is_served_by_the_openai_api(models: Path, answers: list[Any]) -> None:
     """The same as the file that is exported of it."""
-    code, output, line = run("serve", models / "slim", "--port", 0, "--context", 128)
-    assert code == 0 and "/v1; stop it with Ctrl-C" in output, line
+    assert "/v1; stop it with Ctrl-C" in output_of("serve", models / "slim", "--port", 0, "--context", 128)
     (answer,) = answers
     assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
 
@@ -254,8 +241,7 @@ def test_a_slim_folder_is_served_by_the_openai_api(models: Path, answers: list[A
 def test_a_draft_changes_no_token(models: Path, answers: list[Any]) -> None:
     """The dense model answers the same, and takes tokens from the slim one."""
     for more in ((), ("--draft", models / "slim"), ("--draft", models / "dense")):
-        code, _, line = run("serve", models / "dense", "--port", 0, "--context", 128, *more)
-        assert code == 0, line
+        output_of("serve", models / "dense", "--port", 0, "--context", 128, *more)
     alone, slim, dense = answers
     texts = {answer["choices"][0]["message"]["content"] for answer in answers}
     assert len(texts) == 1 and "draft_n" not in alone["timings"]
@@ -337,19 +323,18 @@ def test_the_likeliest_text_comes_after_the_prompt_or_the_turn(
     models: Path, options: tuple[str, ...], prompt: str
 ) -> None:
     more = (models / "slim", "so it", "--max-new-tokens", 6, *options)
-    code, output, line = run("generate", *more, "--json")
-    assert code == 0, line
+    output = output_of("generate", *more, "--json")
     want = greedy(models / "slim", prompt, 6)
     assert json.loads(output) == {"slim": want} or " ".join(want.split()) in output
-    assert run("generate", *more)[1] == " ".join(want.split())
+    assert output_of("generate", *more) == " ".join(want.split())
 
 
 def test_two_models_answer_one_after_the_other(models: Path) -> None:
-    code, output, _ = run("generate", models / "slim", "so it", "--compare", models / "dense", "--max-new-tokens", 4)
-    assert code == 0 and output.startswith("dense:") and "slim:" in output
+    output = output_of("generate", models / "slim", "so it", "--compare", models / "dense", "--max-new-tokens", 4)
+    assert output.startswith("dense:") and "slim:" in output
 
 
 def test_samples_follow_their_seed(models: Path) -> None:
     more = ("generate", models / "slim", "so it", "--temperature", 2, "--max-new-tokens", 8)
-    first, again, other = (run(*more, "--seed", seed)[1] for seed in (1, 1, 2))
+    first, again, other = (output_of(*more, "--seed", seed) for seed in (1, 1, 2))
     assert first == again != other

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import fxprune
 from benchmarks.engines.llama_cpp import LlamaServer
 from fxprune.export.gguf.write import most_common_type
-from tests.cli.running import invoked, refused, shown
+from tests.cli.running import invoked, output_of, refused
 from tests.export.small import even, tokenizer
 from tests.models import VOCABULARY, tiny, token_ids
 
@@ -36,23 +36,19 @@ def result() -> fxprune.Result:
 
 def test_groups_and_frozen_axes_are_listed_without_weights(folder: str) -> None:
     """Names were broken at 80 characters where the table goes to a pipe, and could be neither searched nor copied."""
-    done = invoked("graph", folder)
-    assert "post_attention_layernorm.weight[0]" in done.stdout and max(map(len, done.stdout.splitlines())) <= 200
-    code, output = done.exit_code, " ".join(done.output.split())
-    assert code == 0, output
+    lines = invoked("graph", folder).stdout.splitlines()
+    output = " ".join(" ".join(lines).split())
+    assert "post_attention_layernorm.weight[0]" in output and max(map(len, lines)) <= 200
     assert "│ model/channel │ 1 │ 48 │ exact, norms as masked │" in output
     assert "│ model.layers.*/head │ 3 │ 3 │ exact │" in output
     assert "│ model.layers.*/head.2 │ 3 │ 2 │ exact │ q_proj.weight[0], o_proj.weight[1] │" in output
     assert "│ model.layers.*/layer │ 3 │ 1 │ exact │ all parameters │" in output
     assert "frozen lm_head.weight[0]: an output of the model" in output
-    code, output = shown("graph", folder, "--norm", "sliced")
-    assert code == 0 and "│ model/channel │ 1 │ 48 │ renormalised │" in output
+    assert "│ model/channel │ 1 │ 48 │ renormalised │" in output_of("graph", folder, "--norm", "sliced")
 
 
 def test_groups_and_frozen_axes_as_data(folder: str) -> None:
-    done = invoked("graph", folder, "--json")
-    assert done.exit_code == 0
-    data = json.loads(done.stdout)
+    data = json.loads(output_of("graph", folder, "--json"))
     assert data["norm"] == "masked" and data["blocks"] == [f"model.layers.{i}" for i in range(3)]
     groups = {group["name"]: group for group in data["groups"]}
     mlp = groups["model.layers.1/mlp"]
@@ -72,39 +68,37 @@ def test_a_slim_model_has_its_own_widths(result: fxprune.Result, tmp_path: Path)
     result.save_pretrained(tmp_path / "slim")
     for weights in (tmp_path / "slim").glob("*.safetensors"):
         weights.unlink()
-    done = invoked("graph", str(tmp_path / "slim"), "--json")
-    assert done.exit_code == 0, done.output
-    groups = {group["name"]: group["units"] for group in json.loads(done.stdout)["groups"]}
+    data = json.loads(output_of("graph", tmp_path / "slim", "--json"))
+    groups = {group["name"]: group["units"] for group in data["groups"]}
     for name, (_, slim) in result.report.widths.items():
         assert groups[name] == slim
     assert len({slim for _, slim in result.report.widths.values()}) > 1
 
 
 def test_pictures_of_a_layer_a_group_and_the_whole_model(folder: str, tmp_path: Path) -> None:
-    code, output = shown("graph", folder, "--dot", tmp_path / "layer.dot", "--layer", "model.layers.1.mlp")
-    assert code == 0, output
-    text = (tmp_path / "layer.dot").read_text()
+    def drawn(name: str, *options: str) -> str:
+        output_of("graph", folder, "--dot", tmp_path / name, *options)
+        return (tmp_path / name).read_text()
+
+    text = drawn("layer.dot", "--layer", "model.layers.1.mlp")
     assert text.startswith("digraph") and "layers.1.mlp.up_proj" in text and "self_attn" not in text
-    code, output = shown("graph", folder, "--dot", tmp_path / "group.gv", "--group", "layers.0/mlp")
-    assert code == 0 and "trigger: " in (tmp_path / "group.gv").read_text()
-    code, output = shown("graph", folder, "--dot", tmp_path / "whole.html", "--everything")
-    page = (tmp_path / "whole.html").read_text()
-    assert code == 0 and "3 blocks, of which 1 drawn" in page and "the same in model.layers.0 to 2" in page
-    code, output = shown("graph", folder, "--dot", tmp_path / "each.dot", "--everything", "--no-fold")
-    assert code == 0 and "model.layers.2.mlp" in (tmp_path / "each.dot").read_text()
+    assert "trigger: " in drawn("group.gv", "--group", "layers.0/mlp")
+    page = drawn("whole.html", "--everything")
+    assert "3 blocks, of which 1 drawn" in page and "the same in model.layers.0 to 2" in page
+    assert "model.layers.2.mlp" in drawn("each.dot", "--everything", "--no-fold")
 
 
 def test_a_plan_is_laid_over_with_its_own_norm(folder: str, result: fxprune.Result, tmp_path: Path) -> None:
+    def drawn(plan: str) -> str:
+        output_of("graph", folder, "--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / plan)
+        return (tmp_path / "plan.dot").read_text()
+
     for norm, described in (("masked", "exact, norms as masked"), ("sliced", "renormalised")):
-        plan = dataclasses.replace(result.plan, norm=norm)
-        (tmp_path / "plan.json").write_text(plan.to_json())
-        arguments = ("--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / "plan.json")
-        code, output = shown("graph", folder, *arguments)
-        text = (tmp_path / "plan.dot").read_text()
-        assert code == 0 and "stays" in text and "% that stays in block" in text and described in text, output
+        (tmp_path / "plan.json").write_text(dataclasses.replace(result.plan, norm=norm).to_json())
+        text = drawn("plan.json")
+        assert "stays" in text and "% that stays in block" in text and described in text
     result.save_pretrained(tmp_path / "slim")
-    code, output = shown("graph", folder, "--dot", tmp_path / "plan.dot", "--everything", "--plan", tmp_path / "slim")
-    assert code == 0 and "% that stays in block" in (tmp_path / "plan.dot").read_text(), output
+    assert "% that stays in block" in drawn("slim")
 
 
 def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,33 +111,32 @@ def test_svg_needs_graphviz(folder: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_axis_is_explained_by_its_short_name(folder: str) -> None:
-    code, output = shown("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
+    output = output_of("explain", folder, "model.layers.0.mlp.down_proj.weight", "1")
     described = "mlp.down_proj.weight[1] is in group model.layers.0/mlp: mlp, 88 units; exact: the same as masking"
-    assert code == 0 and output.startswith(f"model.layers.0.{described} model.layers.0.mlp.gate_proj.weight[0] -> ")
+    assert output.startswith(f"model.layers.0.{described} model.layers.0.mlp.gate_proj.weight[0] -> ")
     assert "aten.silu.default" in output and output.count(" (at ") == 4 and "sums i" in output
     for short in (("layers.0.mlp.down_proj", "1"), ("0.mlp.down_proj.weight[1]",), ("layers.0.mlp.down_proj[1]",)):
-        assert shown("explain", folder, *short) == (0, output)
-    code, output = shown("explain", folder, "layers.0.mlp.gate_proj", "0")
-    assert code == 0 and "is the trigger of its group" in output
-    code, output = shown("explain", folder, "layers.0.self_attn.o_proj", "1", "--group", "head_dim")
-    assert code == 0 and "model.layers.0.self_attn.v_proj.weight[0] -> " in output
+        assert output_of("explain", folder, *short) == output
+    assert "is the trigger of its group" in output_of("explain", folder, "layers.0.mlp.gate_proj", "0")
+    output = output_of("explain", folder, "layers.0.self_attn.o_proj", "1", "--group", "head_dim")
+    assert "model.layers.0.self_attn.v_proj.weight[0] -> " in output
     assert "and in model.layers.0/head, model.layers.0/head.2: select one with --group" in output
 
 
 def test_what_norms_make_of_a_removal_is_explained(folder: str) -> None:
-    code, output = shown("explain", folder, "lm_head", "1")
-    assert code == 0 and "exact: norms over the units are kept as with these masked" in output
-    code, output = shown("explain", folder, "lm_head", "1", "--norm", "sliced")
-    assert code == 0 and "renormalised: " in output and "take a statistic over the units" in output
+    lm_head = ("explain", folder, "lm_head", "1")
+    assert "exact: norms over the units are kept as with these masked" in output_of(*lm_head)
+    output = output_of(*lm_head, "--norm", "sliced")
+    assert "renormalised: " in output and "take a statistic over the units" in output
 
 
 def test_a_group_is_explained_with_all_its_axes(folder: str) -> None:
-    code, output = shown("explain", folder, "layers.1/mlp")
-    assert code == 0 and output.startswith("group model.layers.1/mlp: mlp, 88 units; exact")
+    output = output_of("explain", folder, "layers.1/mlp")
+    assert output.startswith("group model.layers.1/mlp: mlp, 88 units; exact")
     assert "gate_proj.weight[0] the trigger" in output
     assert "down_proj.weight[1] by aten.linear.default, aten.silu.default, aten.mul.Tensor, aten.linear" in output
-    code, output = shown("explain", folder, "layers.1/layer")
-    assert code == 0 and "the whole block" in output and "model.layers.1.mlp.up_proj.weight" in output
+    output = output_of("explain", folder, "layers.1/layer")
+    assert "the whole block" in output and "model.layers.1.mlp.up_proj.weight" in output
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +150,8 @@ def test_a_gguf_file_goes_in_and_a_smaller_one_comes_out(dense: Path, tmp_path: 
     """It has the type and the tokenizer of the one that was read, and computes what the plan makes of the model."""
     out = tmp_path / "slim.gguf"
     options = ("--recipe", "llm-pruner", "--importance", "l2", "--kinds", "mlp", "--ratio", 0.1, "--protect", 1, 0)
-    code, output = shown("prune", dense, "--out", out, *options)
-    assert code == 0 and f"written to {out}: `fxprune serve` and programs that read GGUF files run it" in output, output
+    written = f"written to {out}: `fxprune serve` and programs that read GGUF files run it"
+    assert written in output_of("prune", dense, "--out", out, *options)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("slim.gguf", "slim.plan.json", "slim.report.json", "slim.report.html", "slim.run.yaml")
     }
@@ -192,9 +185,8 @@ def test_a_model_that_the_format_cannot_hold_is_refused_before_it_is_pruned(
 def test_a_folder_becomes_a_file(tmp_path: Path) -> None:
     even("llama").save_pretrained(tmp_path / "stock")
     tokenizer().save_pretrained(tmp_path / "stock")
-    code, output = shown("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
-    assert code == 0 and output.endswith("written: `fxprune serve` and programs that read GGUF files run it"), output
-    code, output = shown("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
-    assert code == 0, output
+    output = output_of("export", tmp_path / "stock", tmp_path / "slim.gguf", "--quantization", "f32")
+    assert output.endswith("written: `fxprune serve` and programs that read GGUF files run it")
+    output_of("export", tmp_path / "stock", tmp_path / "again.gguf", "--like", tmp_path / "slim.gguf")
     names = [name for name in gguf.GGUFReader(tmp_path / "slim.gguf").fields if name.startswith("tokenizer.")]
     assert set(names) <= set(gguf.GGUFReader(tmp_path / "again.gguf").fields)

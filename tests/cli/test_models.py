@@ -23,11 +23,10 @@ from tests.export.small import tokenizer
 from tests.models import tiny
 
 
-def test_paths_never_go_to_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_paths_never_go_to_a_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(found, "check_hub", lambda name: asked.append(name))
     asked: list[str] = []
-    (tmp_path / "models").mkdir()
+    (here / "models").mkdir()
     for name in ("owner/name", "name"):
         found.check_model(name)
     for name in ("models/name", "./name", "~/name", "/name", "name/", "a/b/c", "name.gguf", "two words"):
@@ -177,9 +176,8 @@ def test_a_file_of_an_earlier_run_is_fine(tmp_path: Path) -> None:
     check_output(tmp_path / "slim.gguf", "model", force=False)
 
 
-def test_the_model_itself_is_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for out in (Path("model"), Path("./model/"), tmp_path / "model"):
+def test_the_model_itself_is_never_written_over(here: Path) -> None:
+    (here / "model").mkdir()
+    for out in (Path("model"), Path("./model/"), here / "model"):
         with pytest.raises(FxpruneError, match="the model itself"):
             check_output(out, "model", force=True)

@@ -14,7 +14,7 @@ import fxprune.cli.console
 from fxprune.cli.plan import read_plan
 from fxprune.report.report import Report
 from tests.checkpoint.small import sealed
-from tests.cli.running import refused, run
+from tests.cli.running import output_of, refused, run
 from tests.models import token_ids
 
 NAME = "model.layers.{}.mlp.{}.weight"
@@ -33,11 +33,11 @@ def written(path: Path, what: fxprune.Plan) -> Path:
 
 
 def test_what_went_is_shown_by_block_and_kind(models: Path) -> None:
-    code, output, _ = run("plan", "show", models / "slim")
-    assert code == 0 and "│ model.layers.0 │ 4 to 3 │ 96 to" in output and "25.0% of 8 removed" in output
+    output = output_of("plan", "show", models / "slim")
+    assert "│ model.layers.0 │ 4 to 3 │ 96 to" in output and "25.0% of 8 removed" in output
     dense, slim = json.loads((models / "slim/report.json").read_text())["parameters"]
     assert f"parameters: {dense:,} to {slim:,}, " in output and "norms over removed units: sliced" in output
-    assert run("plan", "show", models / "slim/plan.json") == (code, output, "")
+    assert run("plan", "show", models / "slim/plan.json") == (0, output, "")
 
 
 def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
@@ -45,21 +45,21 @@ def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
     manifest = json.loads((models / "slim/fxprune.json").read_text())
     kept = {name: json.loads((models / f"slim/{name}.json").read_text()) for name in ("plan", "report")}
     (tmp_path / "fxprune.json").write_text(json.dumps(sealed(manifest | kept)))
-    assert run("plan", "show", tmp_path) == run("plan", "show", models / "slim")
+    assert output_of("plan", "show", tmp_path) == output_of("plan", "show", models / "slim")
 
 
 def test_a_command_before_it_that_was_quiet_does_not_silence_it(tmp_path: Path) -> None:
     path = written(tmp_path / "plan.json", fxprune.Plan())
     fxprune.cli.console.set_output(quiet=True)
-    assert "the plan removes nothing" in run("plan", "show", path)[1]
+    assert "the plan removes nothing" in output_of("plan", "show", path)
 
 
 def test_a_plan_without_a_report_is_shown_by_parameters(tmp_path: Path) -> None:
     path = written(tmp_path / "plan.json", plan(0, removed=("model.layers.1",)))
-    code, output, _ = run("plan", "show", path)
-    assert code == 0 and "│ model.layers.0 │ mlp.up.weight[0] and 1 more │ 8 │ 3 │" in output
+    output = output_of("plan", "show", path)
+    assert "│ model.layers.0 │ mlp.up.weight[0] and 1 more │ 8 │ 3 │" in output
     assert "layer removed: model.layers.1" in output and "there is no report.json" in output
-    assert "the plan removes nothing" in run("plan", "show", written(path, fxprune.Plan()))[1]
+    assert "the plan removes nothing" in output_of("plan", "show", written(path, fxprune.Plan()))
 
 
 def test_a_plan_beside_a_file_is_found(tmp_path: Path) -> None:
@@ -84,9 +84,8 @@ def test_a_plan_is_shown_and_compared_without_torch(models: Path) -> None:
 
 
 def test_json_has_all_axes(tmp_path: Path) -> None:
-    code, output, _ = run("plan", "show", written(tmp_path / "plan.json", plan(0, norm="masked")), "--json")
+    output = output_of("plan", "show", written(tmp_path / "plan.json", plan(0, norm="masked")), "--json")
     axes = [{"block": "model.layers.0", "axes": ["mlp.up.weight[0]", "mlp.down.weight[1]"], "size": 8, "removed": 3}]
-    assert code == 0
     assert json.loads(output) == {"norm": "masked", "removed_blocks": [], "widths": {}, "axes": axes, "vocabulary": []}
 
 
@@ -116,16 +115,16 @@ def test_plans_for_models_of_different_sizes_are_not_compared(tmp_path: Path) ->
 def test_tokens_that_stay_are_shown_and_compared(tmp_path: Path) -> None:
     """A plan of the vocabulary alone removes something."""
     path = written(tmp_path / "plan.json", fxprune.Plan(vocabulary=(0, 2, 5)))
-    assert "tokens that stay: 3" in run("plan", "show", path)[1]
-    assert "removes nothing" not in run("plan", "show", path)[1]
+    output = output_of("plan", "show", path)
+    assert "tokens that stay: 3" in output and "removes nothing" not in output
     other = written(tmp_path / "other.json", fxprune.Plan())
     code, output, _ = run("plan", "diff", path, other)
     assert code == 1 and "tokens that stay: 3 in the first, all in the second" in output
 
 
 def test_a_plan_makes_the_same_model_again(models: Path, tmp_path: Path) -> None:
-    code, output, _ = run("apply", models / "dense", models / "slim", "--out", tmp_path / "out")
-    assert code == 0 and f"model, plan and report written to {tmp_path / 'out'}" in output
+    output = output_of("apply", models / "dense", models / "slim", "--out", tmp_path / "out")
+    assert f"model, plan and report written to {tmp_path / 'out'}" in output
     assert run("plan", "diff", models / "slim", tmp_path / "out") == (0, "the plans remove the same", "")
     with torch.no_grad():
         again, slim = (
@@ -140,8 +139,7 @@ def test_a_sibling_loses_the_same_structures_and_keeps_its_own_numbers(models: P
     with torch.no_grad():
         sibling.lm_head.weight.mul_(2)
     sibling.save_pretrained(tmp_path / "tuned")
-    code, _, line = run("apply", tmp_path / "tuned", models / "slim/plan.json", "--out", tmp_path / "slim.pt2")
-    assert code == 0, line
+    output_of("apply", tmp_path / "tuned", models / "slim/plan.json", "--out", tmp_path / "slim.pt2")
     assert {path.name for path in tmp_path.iterdir()} == {
         *("tuned", "slim.pt2", "slim.plan.json", "slim.report.json", "slim.report.html")
     }

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 from fxprune.recipes import read_recipe
-from tests.cli.running import invoked, refused, run, shown
+from tests.cli.running import invoked, output_of, refused, run
 from tests.data.test_calibration import write_image
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
@@ -47,8 +47,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ],
 )
 def test_equal_widths_save_a_stock_model(folder: Path, out: Path, options: tuple[str, ...], words: str) -> None:
-    code, output = shown("prune", folder, "--out", out, *L2, *options, "--no-eval")
-    assert code == 0 and "model, plan and report written" in output and words in output, output
+    output = output_of("prune", folder, "--out", out, *L2, *options, "--no-eval")
+    assert "model, plan and report written" in output and words in output
     assert "with --uniform" not in output
     report = json.loads((out / "report.json").read_text())
     assert f"{report['achieved']:.2%} of the parameters removed" in output and (out / "tokenizer.json").exists()
@@ -63,8 +63,8 @@ def test_equal_widths_save_a_stock_model(folder: Path, out: Path, options: tuple
 def test_differing_widths_save_a_checkpoint_of_ours(folder: Path, out: Path) -> None:
     """With weights on disk the plan is the same; an earlier checkpoint is replaced."""
     options = (*L2, "--kinds", "mlp", "--ratio", "0.05", "--protect", 1, 1)
-    code, output = shown("prune", folder, "--out", out, *options)
-    assert code == 0 and "mlp: 88 to" in output and "in 1 group" in output, output
+    output = output_of("prune", folder, "--out", out, *options)
+    assert "mlp: 88 to" in output and "in 1 group" in output
     assert "fxprune.from_pretrained loads it" in output and "with --uniform, layers" in output
     text = (out / "plan.json").read_text()
     assert {name.split(".")[2] for name in fxprune.Plan.from_json(text).kept} == {"1"}
@@ -72,16 +72,14 @@ def test_differing_widths_save_a_checkpoint_of_ours(folder: Path, out: Path) -> 
         slim = fxprune.from_pretrained(out)(token_ids()).logits
         expected = fxprune.apply(tiny("llama"), fxprune.Plan.from_json(text))(input_ids=token_ids()).logits
     torch.testing.assert_close(slim, expected, atol=1e-5, rtol=1e-4)
-    code, output = shown("prune", folder, "--out", out, *options, "--low-memory")
-    assert code == 0 and "fxprune.from_pretrained loads it" in output, output
+    assert "fxprune.from_pretrained loads it" in output_of("prune", folder, "--out", out, *options, "--low-memory")
     assert (out / "plan.json").read_text() == text and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
 def test_widths_that_the_config_refuses_save_a_checkpoint_of_ours(folder: Path, out: Path) -> None:
     """A config may validate itself as it is saved."""
-    code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "channel")
-    assert code == 0 and "fxprune.from_pretrained loads it" in output, output
+    assert "fxprune.from_pretrained loads it" in output_of("prune", folder, "--out", out, *L2, "--kinds", "channel")
     assert fxprune.from_pretrained(out).config.hidden_size < 48
 
 
@@ -90,10 +88,9 @@ def test_the_samples_that_were_used_are_reported(folder: Path, out: Path) -> Non
     path = out.with_name("words.txt")
     path.write_text("red green blue\n" * 8)
     options = ("--recipe", "fast", "--tune=none", "--compensate=none", "--ratio=0.05", "--protect=0,0", "--no-eval")
-    code, output = shown("prune", folder, "--out", out, "--calibration", path, "--tokens", 6, "--samples", 4, *options)
-    assert code == 0, output
+    text = ("--calibration", path, "--tokens", 6, "--samples", 4)
     used = "words.txt: 6 samples, 2 of them written by the model, 36 tokens, 6 each"
-    assert f"calibrated on {used}" in output
+    assert f"calibrated on {used}" in output_of("prune", folder, "--out", out, *text, *options)
     report = json.loads((out / "report.json").read_text())
     assert report["calibration"] == {
         **{"source": "words.txt", "samples": 6, "written": 2, "tokens": 36, "lengths": [6, 6]}
@@ -105,8 +102,8 @@ def test_the_samples_that_were_used_are_reported(folder: Path, out: Path) -> Non
 
 @pytest.mark.slow
 def test_without_a_slim_model_the_graph_is_saved(folder: Path, out: Path) -> None:
-    code, output = shown("prune", folder, "--out", out, *L2, "--kinds", "head_dim", "--ratio", "0.05")
-    assert code == 0 and "torch.export.load" in output, output
+    output = output_of("prune", folder, "--out", out, *L2, "--kinds", "head_dim", "--ratio", "0.05")
+    assert "torch.export.load" in output
     assert {path.name for path in out.iterdir()} == {
         *("model.pt2", "plan.json", "report.json", "report.html", "run.yaml")
     }
@@ -153,21 +150,21 @@ def test_a_gguf_file_has_sliced_norms_and_widths_in_blocks(
 
 
 def test_a_recipe_is_edited_as_text(folder: Path, out: Path) -> None:
-    code, printed = shown("recipes", "llm-pruner")
     text = str(read_recipe("llm-pruner"))
-    assert code == 0 and printed.split() == text.split()
+    assert output_of("recipes", "llm-pruner").split() == text.split()
     mine = out.with_name("mine.txt")
     mine.write_text(text.replace("\ntaylor\n", "\nl1{kinds=[mlp]}\n").replace("ratio\n", "ratio{kinds=[mlp]}\n"))
-    code, output = shown("prune", folder, "--out", out, "--recipe", mine, "--protect=0,0", "--ratio=0.1", "--no-eval")
-    assert code == 0 and "mlp: 88 to" in output and "head" not in output, output
+    options = ("--recipe", mine, "--protect=0,0", "--ratio=0.1", "--no-eval")
+    output = output_of("prune", folder, "--out", out, *options)
+    assert "mlp: 88 to" in output and "head" not in output
 
 
-def test_a_run_repeats_from_its_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("here")
+def test_a_run_repeats_from_its_file(folder: Path) -> None:
     """Options win over the file; --json prints the report, and notes of others in the folder are kept.
 
     A name that looks like a number stays as it was given.
     """
-    monkeypatch.chdir(tmp_path)
     Path("007").symlink_to(folder)
     Path("slim").mkdir()
     Path("slim/notes").write_text("mine")
@@ -181,25 +178,12 @@ def test_a_run_repeats_from_its_file(folder: Path, tmp_path: Path, monkeypatch: 
         **{"ratio": 0.1, "protect": [1, 0], "eval": False},
     }
     plan = Path("slim/plan.json").read_text()
-    code, printed, _ = run("prune", "--config", "slim/run.yaml", "--out", "again", "--json", "--quiet")
-    report = json.loads(printed)
-    assert code == 0 and report["out"] == "again" and report["ratio"] == 0.1
+    report = json.loads(output_of("prune", "--config", "slim/run.yaml", "--out", "again", "--json", "--quiet"))
+    assert report["out"] == "again" and report["ratio"] == 0.1
     assert Path("again/plan.json").read_text() == plan
     assert run("prune", "--config", "slim/run.yaml", "--ratio", 0.2, "--quiet") == (0, "", "")
     assert json.loads(Path("slim/report.json").read_text())["ratio"] == 0.2
     assert Path("slim/notes").read_text() == "mine"
-
-
-def test_a_run_may_have_lists_mappings_and_underscores(
-    folder: Path, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    entries = {"model": str(folder), "out": "new", "kinds": ["mlp", "expert"], "round_to": {"mlp": 4}}
-    entries |= {"uniform": True, "ranking": None, "recipe": "llm-pruner", "tensor_parallel": 1}
-    Path("mine.yaml").write_text(yaml.safe_dump(entries))
-    assert refused("prune", "--config", "mine.yaml", "--importance", "l2") == "seen"
-    assert seen["kinds"] == ["mlp", "expert"] and seen["round_to"] == {"mlp": 4}
-    assert seen["uniform"] is True and seen["importance"] == "l2" and "ranking" not in seen
 
 
 SPELLED: list[tuple[tuple[str, ...], dict[str, Any]]] = [
@@ -221,41 +205,47 @@ def test_values_are_read_as_messages_spell_them(
     assert {name: seen.get(name) for name in values} == values
 
 
-@pytest.mark.parametrize("pair", ["1, 2", [1, 2], "(1, 2)", []])
-def test_a_run_may_spell_a_pair_in_any_form(
-    pair: object, folder: Path, tmp_path: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+ENTRIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"kinds": ["mlp", "expert"], "round_to": {"mlp": 4}}, {"kinds": ["mlp", "expert"], "round_to": {"mlp": 4}}),
+    ({"uniform": True, "ranking": None, "tensor_parallel": 1}, {"uniform": True}),
+    *(({"protect": pair}, {"protect": (1, 2)}) for pair in ("1, 2", [1, 2], "(1, 2)")),
+    ({"protect": []}, {"protect": (0, 0)}),
+]
+
+
+@pytest.mark.parametrize(("entries", "values"), ENTRIES)
+def test_a_run_may_have_lists_mappings_underscores_and_pairs_in_any_form(
+    entries: dict[str, Any], values: dict[str, Any], folder: Path, here: Path, seen: dict[str, Any]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(
-        yaml.safe_dump({"model": str(folder), "out": "new", "importance": "l2", "protect": pair})
-    )
-    assert refused("prune", "--config", "mine.yaml") == "seen"
-    assert seen["protect"] == ((1, 2) if pair else (0, 0))
+    run_of = {"model": str(folder), "out": "new", "recipe": "llm-pruner", **entries}
+    (here / "mine.yaml").write_text(yaml.safe_dump(run_of))
+    assert refused("prune", "--config", "mine.yaml", "--importance", "l2") == "seen"
+    assert {name: seen[name] for name in values} == values
+    assert seen["importance"] == "l2" and "ranking" not in seen
 
 
 def test_a_prune_ends_with_its_quality(models: Path, out: Path) -> None:
     """It is in the output, in all that is written, and agrees with `eval` on the same text."""
-    code, output = shown("prune", models / "dense", "--out", out, *L2)
-    assert code == 0 and "│ perplexity, docstrings of Python │" in output and "What is the capital of France?" in output
+    output = output_of("prune", models / "dense", "--out", out, *L2)
+    assert "│ perplexity, docstrings of Python │" in output and "What is the capital of France?" in output
     used = "docstrings of Python: 12 windows of 256 tokens"
     assert f"measured on {used}" in output
     found = json.loads((out / "report.json").read_text())["quality"]["texts"][0]
     for name in ("report.html", "README.md"):
         text = (out / name).read_text()
         assert f"Measured on {used}" in text and "{:.3f} ± {:.3f}".format(*found["ratio"]) in text, name
-    code, output, _ = run("eval", out, "--compare", models / "dense", "--no-answers", "--windows", 24, "--json")
+    output = output_of("eval", out, "--compare", models / "dense", "--no-answers", "--windows", 24, "--json")
     other = json.loads(output)["columns"][1]["evaluation"]["perplexities"]["docstrings of Python"]["divergence"]
     for name, (value, error) in (("mean", found["divergence"]), ("agreement", found["agreement"])):
         assert abs(value - other[name]) < 3 * (error + other[f"{name}_error"]), name
 
 
 def test_quality_is_left_out_on_request(folder: Path, out: Path) -> None:
-    code, output = shown("prune", folder, "--out", out, *L2, "--no-eval")
-    assert code == 0 and "quality not measured: it was not asked for" in output
+    output = output_of("prune", folder, "--out", out, *L2, "--no-eval")
+    assert "quality not measured: it was not asked for" in output
     assert "fxprune eval out --compare path/to/dense --write" in (out / "README.md").read_text()
     assert yaml.safe_load((out / "run.yaml").read_text())["eval"] is False
-    code, output = shown("prune", "--config", out / "run.yaml", "--force")
-    assert code == 0 and "it was not asked for" in output
+    assert "it was not asked for" in output_of("prune", "--config", out / "run.yaml", "--force")
 
 
 def test_a_calibration_text_is_measured_where_it_was_not_used(
@@ -285,45 +275,39 @@ def save_classifier(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_image_classifier_is_pruned_on_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_classifier(tmp_path)
+def test_an_image_classifier_is_pruned_on_a_folder_of_images(here: Path) -> None:
+    save_classifier(here)
     assert "there are no samples of that" in refused("prune", "vit", "--out", "slim")
-    code, output = shown("prune", "vit", "--calibration", "images", "--dry-run", *FAST)
-    assert code == 0 and "what to expect" in output, "it took samples for token ids, and divided by their number"
-    code, output = shown("prune", "vit", "--calibration", "images", "--out", "slim", *FAST)
-    assert code == 0 and "accuracy, 3 samples" in output and "9 samples" in output, output
+    output = output_of("prune", "vit", "--calibration", "images", "--dry-run", *FAST)
+    assert "what to expect" in output, "it took samples for token ids, and divided by their number"
+    output = output_of("prune", "vit", "--calibration", "images", "--out", "slim", *FAST)
+    assert "accuracy, 3 samples" in output and "9 samples" in output
     slim = hf.AutoModelForImageClassification.from_pretrained("slim", trust_remote_code=True)
     pixels = hf.AutoImageProcessor.from_pretrained("slim")(torch.zeros(3, 20, 20), return_tensors="pt").pixel_values
     assert slim(pixels).logits.shape == (1, 2) and slim.num_parameters() < 11_450
-    code, output = shown("eval", "slim", "--compare", "vit", "--data", "images")
-    assert code == 0 and "accuracy, 12 samples" in output and "cosine of the outputs" in output, output
+    output = output_of("eval", "slim", "--compare", "vit", "--data", "images")
+    assert "accuracy, 12 samples" in output and "cosine of the outputs" in output
     assert json.loads(Path("slim/report.json").read_text())["measured"][1][0] == "accuracy, 3 samples"
 
 
 @pytest.mark.slow
-def test_an_encoder_is_pruned_on_text_and_measured_by_what_it_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_an_encoder_is_pruned_on_text_and_measured_by_what_it_gives() -> None:
     words = tokenizer()
     hf.BertModel(hf.BertConfig(**SIZES, vocab_size=len(words))).save_pretrained("bert")
     words.save_pretrained("bert")
     Path("some.txt").write_text("red green blue " * 120)
-    code, output = shown("prune", "bert", "--calibration", "some.txt", "--tokens", "16", "--out", "slim", *FAST)
-    assert code == 0 and "cosine of the outputs" in output and "perplexity" not in output, output
+    options = ("--calibration", "some.txt", "--tokens", "16", "--out", "slim")
+    code, output, lines = run("prune", "bert", *options, *FAST)
+    assert code == 0 and "cosine of the outputs" in output and "perplexity" not in output + lines, lines
 
 
 @pytest.mark.slow
-def test_an_image_with_text_decides_what_a_model_is_traced_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("here")
+def test_an_image_with_text_decides_what_a_model_is_traced_with() -> None:
     words = tokenizer()
-    text, tower = (
-        hf.LlamaConfig(**SIZES, vocab_size=len(words)),
-        hf.CLIPVisionConfig(**SIZES, image_size=8, patch_size=4),
-    )
+    text = hf.LlamaConfig(**SIZES, vocab_size=len(words))
+    tower = hf.CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
     config = hf.LlavaConfig(text_config=text, vision_config=tower, image_token_index=len(words) - 1)
     hf.LlavaForConditionalGeneration(config).save_pretrained("llava")
     rows = [
@@ -332,7 +316,7 @@ def test_an_image_with_text_decides_what_a_model_is_traced_with(
     ]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words.save_pretrained("llava")
-    code, output = shown("prune", "llava", "--calibration", "rows.jsonl", "--out", "slim", *FAST)
-    assert code == 0 and "8 samples" in output and "same first class" in output, output
+    output = output_of("prune", "llava", "--calibration", "rows.jsonl", "--out", "slim", *FAST)
+    assert "8 samples" in output and "same first class" in output
     slim = fxprune.from_pretrained("slim")
     assert slim.model.vision_tower.num_parameters() < hf.AutoModel.from_config(tower).num_parameters()
