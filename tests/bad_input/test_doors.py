@@ -155,17 +155,14 @@ def test_axes_and_groups_to_explain(graph: Any, capfd: pytest.CaptureFixture[str
 
 
 PICTURES: list[tuple[dict[str, Any], str]] = [
-    *[({"path": path}, "path is") for path in (None, 3, "", "a\0b", [], b"x", Path)],
-    *[({"path": path}, "cannot be written.*Choose a file") for path in ("no/such/folder/x.dot", "/proc/x.dot")],
-    *[({"path": path}, r"a picture cannot be written as.*\.dot.*\.html") for path in ("/", "/proc/x", "x.jpg", ".svg")],
-    *[
-        ({"layer": layer}, "layer")
-        for layer in (99, -99, "nope", 0.5, [], True, b"x", object(), "--3", "²", "9" * 5000)
-    ],
-    *[({"group": group}, "group") for group in ("nope", 3, [], True, object(), fxprune.Group)],
-    *[({"everything": value}, "everything is") for value in ("yes", None, 3)],
-    *[({"fold": value}, "fold is") for value in ("yes", None, 3)],
-    *[({"plan": plan}, "plan is") for plan in ("plan.json", 3, [], {}, True)],
+    *each("path", (None, 3, "", "a\0b", [], b"x", Path), "path is"),
+    *each("path", ("no/such/folder/x.dot", "/proc/x.dot"), "cannot be written.*Choose a file"),
+    *each("path", ("/", "/proc/x", "x.jpg", ".svg"), r"a picture cannot be written as.*\.dot.*\.html"),
+    *each("layer", (99, -99, "nope", 0.5, [], True, b"x", object(), "--3", "²", "9" * 5000), "layer"),
+    *each("group", ("nope", 3, [], True, object(), fxprune.Group), "group"),
+    *each("everything", ("yes", None, 3), "everything is"),
+    *each("fold", ("yes", None, 3), "fold is"),
+    *each("plan", ("plan.json", 3, [], {}, True), "plan is"),
     ({"plan": fxprune.Plan({"nope.weight": {0: [1]}})}, "no such axis"),
 ]
 
@@ -198,10 +195,10 @@ def test_stages_and_passes(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 EXPORTS: list[tuple[dict[str, Any], str]] = [
-    *[({"path": path}, "path is") for path in (None, 3, "", b"x.pt2", [], "a\0.pt2")],
-    *[({"path": path}, "unknown suffix") for path in ("x", "x.bin", "/")],
+    *each("path", (None, 3, "", b"x.pt2", [], "a\0.pt2"), "path is"),
+    *each("path", ("x", "x.bin", "/"), "unknown suffix"),
     ({"path": "/proc/x.pt2"}, "export|/proc"),
-    *[({"example_inputs": given}, "example_inputs is") for given in (3, [], {}, IDS)],
+    *each("example_inputs", (3, [], {}, IDS), "example_inputs is"),
     ({"example_inputs": {"foo": IDS}}, "unknown input of the graph 'foo'"),
     ({"example_inputs": {"input_ids": "x"}}, "."),
     ({"example_inputs": {"input_ids": None}}, "."),
@@ -218,9 +215,8 @@ def test_uses_of_a_result(result: fxprune.Result, tmp_path: Path, capfd: pytest.
     assert not list(tmp_path.iterdir())
     inputs: tuple[dict[str, Any], ...] = ({}, {"input_ids": IDS.float()}, {"input_ids": IDS + 100}, {"foo": IDS})
     check_table(lambda given: result(**given), [(given, "^inputs: ") for given in inputs], capfd)
-    check_table(
-        result.save_pretrained, [(folder, "no slim model.*Export the graph") for folder in (None, 3, "x")], capfd
-    )
+    folders = [(folder, "no slim model.*Export the graph") for folder in (None, 3, "x")]
+    check_table(result.save_pretrained, folders, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +244,12 @@ def test_options_of_loading(saved: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 SAVES: list[tuple[dict[str, Any], str]] = [
-    *[({"folder": value}, "folder is") for value in (None, 3, [], "", b"x", "a\0b", Path)],
-    *[({"max_shard_size": value}, "max_shard_size is") for value in (0, -1, None, "", "5", "0GB", "x", 1.5, [], True)],
-    *[({"tokenizer": value}, "tokenizer is") for value in (3, "x", [], object())],
-    *[({"plan": value}, "plan is") for value in (3, "x", {}, fxprune.Plan)],
-    *[({"report": value}, "report is") for value in (3, "x", {}, fxprune.Report)],
-    *[({"model": value}, "model is") for value in (None, 3, "x", Net(), fxprune.Plan())],
+    *each("folder", (None, 3, [], "", b"x", "a\0b", Path), "folder is"),
+    *each("max_shard_size", (0, -1, None, "", "5", "0GB", "x", 1.5, [], True), "max_shard_size is"),
+    *each("tokenizer", (3, "x", [], object()), "tokenizer is"),
+    *each("plan", (3, "x", {}, fxprune.Plan), "plan is"),
+    *each("report", (3, "x", {}, fxprune.Report), "report is"),
+    *each("model", (None, 3, "x", Net(), fxprune.Plan()), "model is"),
     ({"folder": "/proc/nope/nope"}, "cannot be written"),
 ]
 
