@@ -96,24 +96,14 @@ def recoded(name: str, encoding: str) -> Damage:
     return edited(name, lambda data: data.decode().encode(encoding, "replace"))
 
 
-def a_folder(name: str) -> Damage:
+def replaced(name: str, make: Callable[[Path], object] = lambda _: None) -> Damage:
+    """Something else in the place of a file, or nothing."""
+
     def damage(folder: Path) -> None:
         (folder / name).unlink()
-        (folder / name).mkdir()
+        make(folder / name)
 
     return damage
-
-
-def a_link(name: str, to: str) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(to)
-
-    return damage
-
-
-def gone(name: str) -> Damage:
-    return lambda folder: (folder / name).unlink()
 
 
 def field(name: str, *path: Any, value: Any = ..., seal: bool = False) -> Damage:
@@ -185,9 +175,10 @@ def of_bytes(name: str) -> dict[str, Damage]:
     found |= {f"{name} with bit {seed} flipped": flipped(name, seed) for seed in range(6)}
     found |= {f"{name} with bits {seed} flipped": flipped(name, seed, 400, 5) for seed in range(6)}
     found |= {f"{name} with bytes {seed} more": inserted(name, seed) for seed in range(4)}
-    found |= {f"{name} gone": gone(name), f"{name} a folder": a_folder(name), f"{name} empty": content(name, "")}
-    found |= {f"{name} a loop": a_link(name, name), f"{name} a link to nothing": a_link(name, "nothing")}
-    found |= {f"{name} random": content(name, random.Random(0).randbytes(3000))}
+    found |= {f"{name} empty": content(name, ""), f"{name} random": content(name, random.Random(0).randbytes(3000))}
+    found |= {f"{name} gone": replaced(name), f"{name} a folder": replaced(name, Path.mkdir)}
+    found[f"{name} a loop"] = replaced(name, lambda file: file.symlink_to(file.name))
+    found[f"{name} a link to nothing"] = replaced(name, lambda file: file.symlink_to("nothing"))
     return found
 
 
