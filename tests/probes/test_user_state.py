@@ -1,6 +1,9 @@
 """The user's model after tracing and pruning is bit for bit as it was, also where its forward writes to itself."""
 
+import copy
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,107 +13,78 @@ from torch import nn
 import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.trace import inputs
+from tests.oracle import Net
 from tests.probes.check import equal, state_of
 
-
-class Net(nn.Module):
-    """Two products; subclasses add a side effect."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(F.relu(self.a(self.effect(x))))  # type: ignore[no-any-return]
+Effect = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
-class Codebook(Net):
+def net(effect: Effect, **parts: Any) -> Net:
+    """Two products behind an effect, which may write to the module."""
+    ends = {"a": nn.Linear(6, 12), "b": nn.Linear(12, 6)}
+    return Net(lambda m, x: m.b(F.relu(m.a(effect(m, x)))), **ends, **parts).eval()
+
+
+def parameter(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def follows_inputs(m: Any, x: torch.Tensor) -> torch.Tensor:
     """A parameter that follows the inputs, as in vector quantisation with moving averages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(6), requires_grad=False)
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        self.mean.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
-        return x - self.mean
+    m.mean.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+    return x - m.mean
 
 
-class Clipped(Net):
-    """Weights clipped in forward."""
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            self.a.weight.clamp_(-0.1, 0.1)
-        return x
+def clips(m: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        m.a.weight.clamp_(-0.1, 0.1)
+    return x
 
 
-class MaxNorm(nn.Module):
-    """An embedding that renormalises the rows it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.a, self.b = nn.Embedding(20, 6, max_norm=0.5), nn.Linear(6, 12), nn.Linear(12, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(F.relu(self.a(self.e(x))))  # type: ignore[no-any-return]
-
-
-class FirstBatch(Net):
+def set_by_first_batch(m: Any, x: torch.Tensor) -> torch.Tensor:
     """Scales set from the first batch, as in ActNorm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.ready = nn.Parameter(torch.ones(6)), False
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.ready:
-            self.scale.data = 1 / (x.detach().abs().mean(0) + 1)
-            self.ready = True
-        return x * self.scale
+    if not m.ready:
+        m.scale.data = 1 / (x.detach().abs().mean(0) + 1)
+        m.ready = True
+    return x * m.scale
 
 
-class PowerIteration(Net):
+def power_iteration(m: Any, x: torch.Tensor) -> torch.Tensor:
     """A vector refined in every call, as in spectral normalisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.u = nn.Parameter(F.normalize(torch.ones(12), dim=0), requires_grad=False)
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            self.u.copy_(F.normalize(self.a.weight @ (self.a.weight.T @ self.u), dim=0))
-        return x * (1 + self.u.sum())
+    with torch.no_grad():
+        m.u.copy_(F.normalize(m.a.weight @ (m.a.weight.T @ m.u), dim=0))
+    return x * (1 + m.u.sum())
 
 
-class Counter(Net):
-    """A counter in a parameter, in a plain tensor, in a list and in a number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.plain, self.seen, self.number = torch.zeros(()), [0], 0
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls.add_(1)
-        self.plain.add_(1)
-        self.seen.append(1)
-        self.number += 1
-        return x
+def counts(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Counts in a parameter, in a plain tensor, in a list and in a number."""
+    m.calls.add_(1)
+    m.plain.add_(1)
+    m.seen.append(1)
+    m.number += 1
+    return x
 
 
-@pytest.mark.parametrize("kind", [Codebook, Clipped, MaxNorm, FirstBatch, PowerIteration, Counter])
+EFFECTS: dict[Effect, dict[str, Any]] = {
+    follows_inputs: {"mean": parameter(torch.zeros(6))},
+    clips: {},
+    lambda m, x: m.table(x): {"table": nn.Embedding(20, 6, max_norm=0.5)},  # renormalises the rows it reads
+    set_by_first_batch: {"scale": nn.Parameter(torch.ones(6)), "ready": False},
+    power_iteration: {"u": parameter(F.normalize(torch.ones(12), dim=0))},
+    counts: {"calls": parameter(torch.zeros(())), "seen": [0], "number": 0},
+}
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
 @pytest.mark.parametrize("call", ["trace", "prune"])
 def test_a_model_that_writes_to_itself_stays_as_it_was(
-    kind: type[nn.Module], call: str, monkeypatch: pytest.MonkeyPatch
+    effect: Effect, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "_FEW", 0)  # else all parameters of models as small as these are copied
     torch.manual_seed(0)
-    model = kind().eval()
-    x = torch.randint(0, 20, (5, 3)) if kind is MaxNorm else torch.randn(5, 6)
+    model = net(effect, **copy.deepcopy(EFFECTS[effect]))
+    model.plain = torch.zeros(())  # type: ignore[assignment]
+    x = torch.randint(0, 20, (5, 3)) if "table" in EFFECTS[effect] else torch.randn(5, 6)
     before, pointers = state_of(model), {name: p.data_ptr() for name, p in model.named_parameters()}
     try:
         if call == "trace":
@@ -123,26 +97,21 @@ def test_a_model_that_writes_to_itself_stays_as_it_was(
     assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-class AlwaysDropout(Net):
-    """Dropout that is on in evaluation too."""
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, 0.5, training=True)
+def always_dropout(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(x, 0.5, training=True)
 
 
-class LayerDrop(Net):
+def layer_drop(m: Any, x: torch.Tensor) -> torch.Tensor:
     """A layer left out by Python's random numbers."""
-
-    def effect(self, x: torch.Tensor) -> torch.Tensor:
-        return x if random.random() < 0.5 else 2 * x
+    return x if random.random() < 0.5 else 2 * x
 
 
-@pytest.mark.parametrize("kind", [AlwaysDropout, LayerDrop])
-def test_randomness_in_evaluation_is_reported(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("effect", [always_dropout, layer_drop])
+def test_randomness_in_evaluation_is_reported(effect: Effect) -> None:
     """The graph had one draw without a note, or a verification error asked for a report."""
     x = torch.randn(5, 6)
     try:
-        result = fxprune.prune(kind().eval(), importance="l2", kinds="mlp", ratio=0.2, example_inputs={"x": x})
+        result = fxprune.prune(net(effect), importance="l2", kinds="mlp", ratio=0.2, example_inputs={"x": x})
     except FxpruneError as error:
         assert "differ" in str(error) or "random" in str(error)
         return
@@ -151,4 +120,4 @@ def test_randomness_in_evaluation_is_reported(kind: type[nn.Module]) -> None:
 
 
 def test_a_module_without_randomness_has_no_such_note() -> None:
-    assert not any("random" in note for note in fxprune.trace(Net().eval(), {"x": torch.randn(5, 6)}).notes)
+    assert not any("random" in note for note in fxprune.trace(net(lambda m, x: x), {"x": torch.randn(5, 6)}).notes)
