@@ -1,7 +1,6 @@
 """Tensors, facts, counts of work, and private names of torch."""
 
 import dataclasses
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,21 +80,6 @@ def test_weights_are_those_the_graph_reads_and_refused_without_values() -> None:
     require_weights(whole, "some-pass")
     with pytest.raises(PassError, match=r"some-pass.*on meta"):
         require_weights(empty, "some-pass")
-
-
-def graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
-    found = fx.Graph()
-    x = found.placeholder("x")
-    xs = found.placeholder("xs")
-    first = found.call_function(operator.getitem, (xs, "p"))
-    inner = found.call_function(operator.getitem, (first, 0))
-    total = found.call_function(torch.add, (x, inner))
-    part = found.call_function(operator.getitem, (total, 0))
-    found.output(part)
-    for node in (x, inner, total, part):
-        node.meta["val"] = torch.zeros(2, 3)
-    xs.meta["val"], first.meta["val"] = {"p": [torch.zeros(2, 3)]}, [torch.zeros(2, 3)]
-    return found, {"x": x, "xs": xs, "first": first, "inner": inner, "total": total, "part": part}
 
 
 def test_values_are_read_and_written_where_they_stand() -> None:

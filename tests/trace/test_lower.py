@@ -344,16 +344,6 @@ def test_a_graph_computes_the_same_as_the_model_with_its_tensors() -> None:
     assert Runnable in facts and Shaped in facts and facts[Notes].lines == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_graph_moves_between_dtypes(dtype: torch.dtype) -> None:
-    """The dtype of the model is read at run time, a cast to float32 stays one."""
-    net = Net(lambda net, x: net.a(x.float().to(net.a.weight.dtype)), a=nn.Linear(3, 4))
-    graph_module = trace(net, {"x": torch.randn(2, 3)}).graph_module
-    net.to(dtype)
-    graph_module.to(dtype)
-    assert graph_module(x=torch.randn(2, 3, dtype=dtype)).dtype == dtype
-
-
 def test_named_outputs_that_no_graph_returns_are_left_out() -> None:
     """PI0 returns the cache of its prefix, although it is called without one."""
     net = Net(lambda net, x: CausalLMOutputWithPast(None, net.a(x), DynamicCache()), a=nn.Linear(3, 4))
