@@ -138,7 +138,7 @@ def _first_that_agrees(
     native = model_dtype(model)
     portable = torch.bfloat16 if native == torch.float32 else native
     with defer_gc():
-        dry_run = find_repeats(model, inputs, native, portable)
+        dry_run = find_repeats(model, inputs, native)
         depends = find_dependence(model, inputs, native, portable, dry_run)
     notes: list[str] = []
     if depends.dtype:
@@ -146,19 +146,19 @@ def _first_that_agrees(
         portable = native
     failure: Exception | None = None
     fidelity: Fidelity | None = None
-    deciding, none = deciding_inputs(model, inputs), Repeats()
+    deciding = deciding_inputs(model, inputs)
     # from the fastest and most general way to the safest: dtype, dynamic sizes, blocks to copy, and whether values of
     # inputs that decide the graph are those of the example
-    ways = [(portable, dynamic, dry_run.repeats if dry_run else none, False), (portable, dynamic, none, False)]
-    ways += [(portable, dynamic, none, True)] if deciding else []
-    ways += [(native, dynamic, none, False), (native, False, none, False)]
+    ways = [(portable, dynamic, dry_run.repeats if dry_run else (), False), (portable, dynamic, (), False)]
+    ways += [(portable, dynamic, (), True)] if deciding else []
+    ways += [(native, dynamic, (), False), (native, False, (), False)]
     for dtype, free, copied, decided in dict.fromkeys(ways):
         known = deciding if decided else {}
         with defer_gc():
             try:
                 program = _export(model, inputs, native, dtype, free, copied, known)
             except Exception as error:  # torch.export passes on any error of the model's own code
-                if copied == none:
+                if not copied:
                     failure = failure or error
                     notes.append(f"not traceable in {dtype}, dynamic={free}: {_first_line(error)}")
                 continue
@@ -168,7 +168,7 @@ def _first_that_agrees(
         fidelity = compare_with_module(graph_module, model, example_inputs) if check else Fidelity(None)
         if not fidelity.where:
             break
-        if copied == none:
+        if not copied:
             notes.append(f"not the same as the module if traced in {dtype}, dynamic={free}: {fidelity.where}")
     else:
         raise _trace_error(model, example_inputs, failure, fidelity)

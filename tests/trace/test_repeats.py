@@ -16,7 +16,7 @@ from fxprune.graph.context import current_tracer
 from fxprune.trace.capture import Traced
 from fxprune.trace.repeats import copies
 from fxprune.trace.repeats.copies import skip_repeats
-from fxprune.trace.repeats.grouping import Dependence, Repeats, find_dependence, find_repeats, record_calls
+from fxprune.trace.repeats.grouping import Dependence, find_dependence, find_repeats, record_calls
 from tests.models import tiny
 from tests.oracle import Net
 from tests.tiers import tiers
@@ -296,16 +296,15 @@ def test_a_last_block_unlike_the_source_discards_all_copies() -> None:
 
 def test_a_dry_run_finds_the_repeats_and_leaves_out_the_calls_of_skipped_blocks() -> None:
     model, inputs = Stack(mlp).eval(), {"x": torch.ones(2, 5, 6)}
-    found = find_repeats(model, inputs, torch.float32, torch.float32)
-    assert found is not None and found.repeats == Repeats((tuple(f"blocks.{i}" for i in range(DEPTH)),))
-    assert found.repeats.skipped == {f"blocks.{i}" for i in range(1, DEPTH - 1)}
+    found = find_repeats(model, inputs, torch.float32)
+    assert found is not None and found.repeats == (tuple(f"blocks.{i}" for i in range(DEPTH)),)
     expected = model(**inputs)
     skip_repeats(model, found.repeats)
     assert torch.equal(model(**inputs), expected), "outside of an export all blocks run"
     model = Stack(mlp).eval()
     full = record_calls(model, inputs, torch.float32, torch.float32)
     assert full is not None and len(found.calls) < len(full)
-    assert find_repeats(Stack(lambda m, x: x.sum().item() * x), inputs, torch.float32, torch.float32) is None
+    assert find_repeats(Stack(lambda m, x: x.sum().item() * x), inputs, torch.float32) is None
 
 
 FOLLOWS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {

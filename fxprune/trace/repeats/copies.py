@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 def skip_repeats(twin: nn.Module, repeats: Repeats) -> None:
     """Make the export of ``twin``, a copy of a model, copy nodes for all alike blocks but the first and the last."""
-    for paths in repeats.groups:
+    for paths in repeats:
         group = _Group()
         for place, path in enumerate(paths):
             block: Any = twin.get_submodule(path)

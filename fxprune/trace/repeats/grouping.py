@@ -241,60 +241,39 @@ _FEWEST = 3
 """Smallest group of alike blocks: the first and the last are exported in any case."""
 
 
-@dataclass(frozen=True)
-class Repeats:
-    """Groups of alike blocks: the paths of at least three blocks each, in the order of their calls."""
-
-    groups: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def skipped(self) -> frozenset[str]:
-        """The blocks whose code is not run: all but the first and the last of each group."""
-        return frozenset(path for group in self.groups for path in group[1:-1])
-
-
-_NO_REPEATS = Repeats()
+Repeats = tuple[tuple[str, ...], ...]
+"""Groups of alike blocks: the paths of at least three blocks each, in the order of their calls."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """A run without storage: the groups of alike blocks, and the calls of torch functions outside of skipped blocks.
-
-    ``independent`` tells that a run in the other dtype and in training mode made the same calls.
-    """
+    """A run without storage: the groups of alike blocks, and the calls of torch functions outside of skipped blocks."""
 
     repeats: Repeats
     calls: list[CallRecord]
-    independent: bool = False
 
 
-def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype, other: torch.dtype) -> DryRun | None:
+def find_repeats(model: nn.Module, inputs: Mapping[str, Any], native: torch.dtype) -> DryRun | None:
     """Find alike blocks by a dry run of a copy of ``model`` on ``meta``; None if its code raises there.
 
-    They are confirmed by a run that skips most of them: in dtype ``other`` and in training mode, which shows at once
-    whether calls depend on these; or if it is not the same, in ``native``, the dtype of the weights, and evaluation.
-    Only shape and dtype of the inputs matter.
+    They are confirmed by a run that skips most of them. ``native`` is the dtype of the weights; only shape and dtype of
+    the inputs matter.
     """
     blocks = BlockRecorder()
     whole = record_calls(model, inputs, native, native, blocks=blocks)
     if whole is None:  # every block is then exported
         return None
-    repeats = Repeats(tuple(blocks.groups))
-    skipped = repeats.skipped
+    repeats = tuple(blocks.groups)
+    skipped = {path for group in repeats for path in group[1:-1]}
     calls, place = [], 0
     for call in blocks.calls:
         if call.path in skipped:
             calls += whole[place : call.start]
             place = call.end
     calls += whole[place:]
-    modes = _modes(model)
-    if repeats.groups and (modes or other != native) and len(set(modes.values())) < 2:
-        both = record_calls(model, inputs, native, other, repeats, modes)
-        if both and not _first_difference(calls, both, native, other):
-            return DryRun(repeats, calls, independent=True)
-    if repeats.groups and record_calls(model, inputs, native, native, repeats) == calls:
+    if repeats and record_calls(model, inputs, native, native, repeats) == calls:
         return DryRun(repeats, calls)
-    return DryRun(_NO_REPEATS, whole)
+    return DryRun((), whole)
 
 
 def record_calls(
@@ -302,7 +281,7 @@ def record_calls(
     inputs: Mapping[str, Any],
     native: torch.dtype,
     dtype: torch.dtype,
-    repeats: Repeats = _NO_REPEATS,
+    repeats: Repeats = (),
     modes: Mapping[str, bool] = MappingProxyType({}),
     fake: bool = False,
     blocks: BlockRecorder | None = None,
@@ -322,7 +301,7 @@ def record_calls(
         twin = fake_twin(model, mode, native, dtype)
         for path, training in modes.items():
             twin.get_submodule(path).training = training
-        for group in repeats.groups:
+        for group in repeats:
             _replay_first_block(twin, group)
         if blocks is not None:
             blocks.watch(twin, recorder)
@@ -423,25 +402,21 @@ def find_dependence(
 ) -> Dependence:
     """Find whether the calls of ``model`` depend on the dtype of its weights, or on its training mode.
 
-    One run with both changed is compared first; only if it differs, each is changed alone. Code that does not run on
-    ``meta`` is run on fake tensors.
+    Code that does not run on ``meta`` is run on fake tensors.
 
     Args:
         native: the dtype of its weights; ``other`` is the one to try.
         dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
     modes, varies = _modes(model), other != native
-    if not (modes or varies) or (dry_run is not None and dry_run.independent):
+    if not (modes or varies):
         return Dependence()
     found = Dependence()
-    on_meta = dry_run is not None and (not dry_run.repeats.groups or len(set(modes.values())) < 2)
+    on_meta = dry_run is not None and (not dry_run.repeats or len(set(modes.values())) < 2)
     for known in (dry_run, None) if on_meta else (None,):
-        fake, repeats = known is None, _NO_REPEATS if known is None else known.repeats
+        fake, repeats = known is None, () if known is None else known.repeats
         run = partial(record_calls, model, inputs, native, repeats=repeats, fake=fake)
         plain = run(native) if known is None else known.calls
-        both = run(other, modes=modes) if plain and modes and varies else None
-        if both and not _first_difference(plain, both, native, other):
-            return Dependence()
         by_dtype = run(other) if varies else plain
         by_mode = run(native, modes=modes) if modes else plain
         unlike = _first_difference(plain, by_dtype, native, other)
