@@ -87,9 +87,9 @@ def counted() -> Iterator[list[str]]:
     made: list[str] = []
     copy = copies._copy
 
-    def recorded(source: Any, here: Any) -> Any:
+    def recorded(source: Any, here: Any, images: Any) -> Any:
         made.append(here.stack[-1][0])
-        return copy(source, here)
+        return copy(source, here, images)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copies, "_copy", recorded)

@@ -93,9 +93,10 @@ class _BlockForward:
         if self.role == "copy":
             with disable_torch_function():
                 here = _begin(tracer, self.block, args, kwargs)
-                if _same_inputs(source, here):
+                images = _match(source, here)
+                if images is not None:
                     group.copies += 1
-                    return _copy(source, here)
+                    return _copy(source, here, images)
             return self._run(args, kwargs) if group.copies else self._become_source(tracer, args, kwargs)
         return self._check(source, args, kwargs)
 
@@ -130,7 +131,7 @@ class _BlockForward:
         with disable_torch_function():
             if mode is not None and shape_env_state(mode) != before:
                 what = "it branches on sizes and others do not"
-            elif self.group.copies and not (_same_inputs(source, traced) and _same_nodes(source, traced)):
+            elif self.group.copies and not _is_copy(source, traced):
                 what = "it does not trace to the same nodes as others"
         if what:
             raise TraceError(what, where=traced.stack[-1][0], remedy="Export every block")
@@ -164,21 +165,18 @@ def _can_be_copied(traced: _TracedBlock) -> bool:
     return True
 
 
-def _same_inputs(source: _TracedBlock, here: _TracedBlock) -> bool:
-    """Whether a block is called as the source was, with its tensors at the same nodes of inputs and weights."""
+def _match(source: _TracedBlock, here: _TracedBlock) -> dict[fx.Node, fx.Node] | None:
+    """The nodes of a block's inputs and weights by those of the source; None if it is called in another way."""
     if source.input_spec != here.input_spec or len(source.stack) != len(here.stack):
-        return False
+        return None
     for one, other in zip(source.inputs, here.inputs, strict=True):
         tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
         if tensors and one.requires_grad != other.requires_grad:
-            return False
+            return None
         if one is not other and not same_shapes(one, other):
-            return False
-    return source.weights.keys() == here.weights.keys() and _images(source, here) is not None
-
-
-def _images(source: _TracedBlock, here: _TracedBlock) -> dict[fx.Node, fx.Node] | None:
-    """The nodes of a block's inputs and weights by those of the source; None if they do not match one to one."""
+            return None
+    if source.weights.keys() != here.weights.keys():
+        return None
     images: dict[fx.Node, fx.Node] = {}
     for one, other in zip(source.given_nodes(), here.given_nodes(), strict=True):
         if one is None or other is None:
@@ -189,9 +187,7 @@ def _images(source: _TracedBlock, here: _TracedBlock) -> dict[fx.Node, fx.Node] 
     return images
 
 
-def _copy(source: _TracedBlock, here: _TracedBlock) -> Any:
-    images = _images(source, here)
-    assert images is not None
+def _copy(source: _TracedBlock, here: _TracedBlock, images: dict[fx.Node, fx.Node]) -> Any:
     graph = here.tracer.graph
     for node in source.without_sizes():
         args = fx.map_arg(node.args, lambda old: images.get(old, old))
@@ -229,8 +225,9 @@ def _renamed_stack(node: fx.Node, source: _TracedBlock, here: _TracedBlock) -> d
     return renamed
 
 
-def _same_nodes(source: _TracedBlock, traced: _TracedBlock) -> bool:
-    images = _images(source, traced)
+def _is_copy(source: _TracedBlock, traced: _TracedBlock) -> bool:
+    """Whether a block traced to the nodes and results that a copy of the source has."""
+    images = _match(source, traced)
     nodes, others = source.without_sizes(), traced.without_sizes()
     if images is None or len(nodes) != len(others) or repr(source.spec) != repr(traced.spec):
         return False
