@@ -10,12 +10,13 @@ from torch import fx, nn
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.graph.compat import tree_leaves, tree_map
+from fxprune.graph.compat import tree_leaves
 from fxprune.graph.facts import facts_of, fork, unshare
+from fxprune.graph.tensors import map_tensors, tensors_of
 from fxprune.masking.compare import compare
 from fxprune.pipeline.registry import load_pass
 from fxprune.trace.fidelity import Fidelity, tolerance
-from tests.oracle import Net, axes_of, copy_of, decide, groups_of, keeps, slim_graph, zeroed
+from tests.oracle import Net, copy_of, groups_of, keeps, removal_of, slim_graph, zeroed
 
 Inputs = Mapping[str, Any]
 Middle = Callable[[Any, torch.Tensor], Any]
@@ -51,7 +52,7 @@ def outcome(
     Raises:
         AssertionError: something is silently wrong.
     """
-    before = state_of(module), copied(inputs)
+    before = state_of(module), map_tensors(inputs, torch.clone)
     try:
         dense = fxprune.trace(module, inputs, dynamic=dynamic).graph_module
         refusals = [line for at in (inputs, *others) if (line := same(module, dense, at))]
@@ -77,10 +78,7 @@ def removals(
         if group.factor is None or group.renormalised:
             continue
         for keep in islice(keeps(group), None if every else 1):
-            slim = slim_graph(dense, keep)
-            plan = decide(dense, keep).plan
-            assert axes_of(dense)
-            yield slim, zeroed(module, plan)
+            yield slim_graph(dense, keep), zeroed(module, removal_of(dense, keep).plan)
 
 
 def same(module: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> str:
@@ -109,7 +107,7 @@ def run(module: nn.Module, inputs: Inputs, seed: int = 0) -> Sequence[torch.Tens
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            return [leaf for leaf in tree_leaves(module(**copied(inputs))) if isinstance(leaf, torch.Tensor)]
+            return tensors_of(module(**map_tensors(inputs, torch.clone)))
     except Exception as error:  # whatever code of a probe raises
         return error
 
@@ -136,7 +134,7 @@ def gradients(computes: nn.Module, owns: nn.Module, inputs: Inputs) -> dict[str,
     """Return the gradient of each parameter of ``owns`` when ``computes`` runs; zeros where there is none."""
     with torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        outputs = [leaf for leaf in tree_leaves(computes(**copied(inputs))) if isinstance(leaf, torch.Tensor)]
+        outputs = tensors_of(computes(**map_tensors(inputs, torch.clone)))
         parts = [(value.float() * numbers(*value.shape)).sum() for value in outputs if value.requires_grad]
         if parts:
             torch.stack(parts).sum().backward()
@@ -159,10 +157,6 @@ def state_of(module: nn.Module) -> Any:
     return tensors, plain
 
 
-def copied(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
-
-
 def equal(a: Any, b: Any) -> bool:
     pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y or x == y for x, y in pairs)
@@ -177,7 +171,7 @@ def pruned(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = (), **o
     Returns:
         The kinds of which something went, or the refusal of the module.
     """
-    before = state_of(module), copied(inputs)
+    before = state_of(module), map_tensors(inputs, torch.clone)
     try:
         dense = fxprune.trace(module, inputs, dynamic=bool(others)).graph_module
         load_pass("find-groups", norm="masked")(dense, inplace=True)
@@ -196,7 +190,7 @@ def pruned(module: nn.Module, inputs: Inputs, others: Sequence[Inputs] = (), **o
         return str(error)
     finally:
         assert equal((state_of(module), inputs), before), "the module or its inputs changed"
-    went = {(member.name, member.axis) for group in free if group.kind for member in group.members}
+    went = {(member.name, member.axis) for group in free for member in group.members}
     assert {(name, axis) for name, axes in result.plan.kept.items() for axis in axes} <= went
     gone = [g.kind for g in free if any(m.axis in result.plan.kept.get(m.name, ()) for m in g.members)]
     return ", ".join(sorted(set(gone)))

@@ -169,12 +169,6 @@ def test_gradients_that_a_graph_does_not_have_are_named_and_asked_for_no_more(na
     assert any("gradients" in note and "a.weight" in note for note in traced.notes), traced.notes
 
 
-def hooked(register: Callable[[nn.Module, list[Any]], None]) -> tuple[nn.Module, list[Any]]:
-    module, calls = Between(lambda m, h: m.c(h), **c()).eval(), []
-    register(module, calls)
-    return module, calls
-
-
 HOOKS: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
     "forward": lambda m, calls: m.a.register_forward_hook(lambda *args: calls.append("forward")),
     "pre": lambda m, calls: m.register_forward_pre_hook(lambda *args: calls.append("pre")),
@@ -188,7 +182,8 @@ HOOKS: dict[str, Callable[[nn.Module, list[Any]], Any]] = {
 
 @pytest.mark.parametrize("kind", tiers(HOOKS, "with keywords", "backward"))
 def test_hooks_of_the_user_are_left_out_and_reported(kind: str) -> None:
-    module, calls = hooked(HOOKS[kind])
+    module, calls = Between(lambda m, h: m.c(h), **c()).eval(), list[Any]()
+    HOOKS[kind](module, calls)
     traced = fxprune.trace(module, X)
     fxprune.prune(module, importance="l2", ratio=0.1, protect=(), example_inputs=X)
     assert calls == []
