@@ -80,7 +80,7 @@ def find_norms(
     Complexity: linear in the number of averages times the number of nodes between each and its weight.
     """
     nodes = {node.name: node for node in graph.nodes}
-    walk = _Walk({node: place for place, node in enumerate(graph.nodes)}, owners)
+    places = {node: place for place, node in enumerate(graph.nodes)}
     kept: list[KeptNorm] = []
     reasons: dict[str, str] = {}
     for average, axes in averages.items():
@@ -88,7 +88,7 @@ def find_norms(
             reasons[average.node] = "masked units are not zero in its input"
             continue
         try:
-            kept.append(walk.follow(nodes[average.node], average, axes))
+            kept.append(_Walk(places, owners).follow(nodes[average.node], average, axes))
         except _Lost as lost:
             reasons[average.node] = str(lost)
     while shared := _shared(graph, kept, owners):
@@ -117,7 +117,7 @@ def _shared(graph: fx.Graph, kept: Collection[KeptNorm], owners: Mapping[str, st
 
 
 class _Walk:
-    """Follows the factor of each average through the graph; ``places`` are ranks of nodes in the order of execution."""
+    """Follows the factor of an average through the graph; ``places`` are ranks of nodes in the order of execution."""
 
     def __init__(self, places: Mapping[fx.Node, int], owners: Mapping[str, str]) -> None:
         self.places, self.owners = places, owners
@@ -126,7 +126,6 @@ class _Walk:
 
     def follow(self, node: fx.Node, average: Average, axes: tuple[Expr, ...]) -> KeptNorm:
         """Return the numbers and weights to scale for an average; raises ``_Lost`` if nothing can absorb the factor."""
-        self.numbers, self.weights = [], []
         powers = self._begin(node, average)
         pending = {user for start in powers for user in start.users}
         while pending:

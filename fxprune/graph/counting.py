@@ -48,11 +48,6 @@ class Work(Fact):
     model: str = ""
     outside: int = 0
 
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, model: str = "", outside: int = 0) -> Work:
-        parameters, macs = count_parameters(graph_module), count_macs(graph_module)
-        return cls(parameters, macs, memory=count_bytes(graph_module), model=model, outside=outside)
-
 
 def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
     """MACs per sample: half of the operations that :class:`torch.utils.flop_counter.FlopCounterMode` counts.
@@ -111,7 +106,7 @@ def count_parameters(graph_module: fx.GraphModule) -> int:
 
 def count_bytes(graph_module: fx.GraphModule) -> int:
     """Bytes of all parameters in their dtypes, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in graph_module.parameters())
+    return sum(parameter.nbytes for parameter in graph_module.parameters())
 
 
 def _run_on_zeros(graph_module: fx.GraphModule, batch: int | None, tokens: int | None) -> None:

@@ -32,7 +32,7 @@ from fxprune.graph.context import (
     recompile_lazily,
     wrap_errors,
 )
-from fxprune.graph.counting import Work, count_parameters
+from fxprune.graph.counting import Work, count_bytes, count_macs, count_parameters
 from fxprune.graph.facts import Blocks, Constants, Facts, Notes, Runnable, Shaped, Source, find_blocks, set_facts
 from fxprune.graph.shapes import ShapedCalls, calls_of, change_dtype
 from fxprune.graph.tensors import has_meta_weights, is_input, map_tensors, names_by_identity, weights
@@ -263,7 +263,9 @@ def _set_facts(
     on_hub = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
     read = {id(tensor) for _, tensor in weights(graph_module)}
     outside = sum(one.numel() for one in model.parameters() if id(one) not in read)
-    facts.put(Work.of(graph_module, f"{on_hub} ({kind})" if on_hub else kind, outside))
+    name, memory = f"{on_hub} ({kind})" if on_hub else kind, count_bytes(graph_module)
+    parameters, macs = count_parameters(graph_module), count_macs(graph_module)
+    facts.put(Work(parameters, macs, memory=memory, model=name, outside=outside))
 
 
 def _export(

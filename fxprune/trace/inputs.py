@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -355,7 +355,7 @@ _FEW = 1 << 24
 
 def private_parameters(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str]:
     """Names of the parameters that a copy to run needs for itself: all of few, of many those that are written to."""
-    if sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= _FEW:
+    if sum(parameter.nbytes for parameter in model.parameters()) <= _FEW:
         return frozenset(name for name, _ in model.named_parameters())
     return written_parameters(model, inputs)
 
@@ -604,20 +604,17 @@ def check_copies(model: nn.Module) -> None:
         for name, value in vars(module).items():
             refused = None if name.endswith("_hooks") else _refused_copy(value, memo)
             if refused is not None:
-                what, remedy = (
-                    format_value(value),
-                    "Remove the attribute while the model is pruned, or define __deepcopy__ on it",
+                raise UnsupportedModelError(
+                    f"{format_value(value)} that cannot be copied: {refused}",
+                    where=f"{path}.{name}" if path else name,
+                    remedy="Remove the attribute while the model is pruned, or define __deepcopy__ on it",
                 )
-                where = f"{path}.{name}" if path else name
-                raise UnsupportedModelError(f"{what} that cannot be copied: {refused}", where=where, remedy=remedy)
     for path, module in model.named_modules():
         refused = _refused_copy(module, {key: part for key, part in memo.items() if part is not module})
         if refused is not None:
-            what, remedy = (
-                f"a {type(module).__name__} that cannot be copied",
-                "Correct its __deepcopy__ or __getstate__",
-            )
-            raise UnsupportedModelError(f"{what}: {refused}", where=path or "model", remedy=remedy)
+            what = f"a {type(module).__name__} that cannot be copied: {refused}"
+            remedy = "Correct its __deepcopy__ or __getstate__"
+            raise UnsupportedModelError(what, where=path or "model", remedy=remedy)
 
 
 def _refused_copy(value: Any, memo: Mapping[int, Any]) -> Refusal | None:
@@ -639,7 +636,7 @@ def clear_quantisation_marks(model: nn.Module) -> None:
 
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that most parameters have, by number of elements."""
-    count: dict[torch.dtype, int] = {}
+    count = Counter[torch.dtype]()
     for parameter in model.parameters():
-        count[parameter.dtype] = count.get(parameter.dtype, 0) + parameter.numel()
-    return max(count, key=lambda dtype: count[dtype])
+        count[parameter.dtype] += parameter.numel()
+    return count.most_common(1)[0][0]
