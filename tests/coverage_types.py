@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import fx, nn
 
 import fxprune
-from fxprune.axes import Keep
 from fxprune.data.calibration import make_inputs
 from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
@@ -28,7 +26,7 @@ from fxprune.pipeline.pipeline import Pipeline
 from fxprune.result import Result
 from fxprune.trace import Traced, trace
 from fxprune.trace.inputs import default_inputs
-from tests.oracle import axes_of, decide, graph_of, groups_of, zeroed
+from tests.oracle import axes_of, decide, graph_of, groups_of, one_gone, zeroed
 from tests.zoo import forward, tiny_model, token_ids
 from tests.zoo_classes import inputs_of, tiny_model_of
 
@@ -162,23 +160,6 @@ def _makes_inputs(model: Any) -> bool:
     return True
 
 
-def random_keep(groups: Sequence[Group], seed: int = 0) -> Keep:
-    """One unit of each group gone, a random one in each outer unit where each may choose its own."""
-    rng = np.random.default_rng(seed)
-    units: dict[Any, Any] = {}
-    outer: dict[Any, Any] = {}
-    for group in groups:
-        if group.factor is None:
-            continue
-        kept = np.ones(group.size, dtype=bool)
-        kept[rng.integers(group.size)] = False
-        units[group.factor] = kept
-        if group.outer is not None:
-            units[group.factor] = np.stack([rng.permutation(kept) for _ in range(group.outer.size)])
-            outer[group.factor] = group.outer
-    return Keep(units, outer)
-
-
 def can_lose(group: Group) -> bool:
     """Whether a unit of ``group`` may go at all."""
     return group.factor is None or group.size > max(group.least, 1)
@@ -225,7 +206,7 @@ def _removal(found: Coverage, model: nn.Module, dense: fx.GraphModule, groups: S
     blocks = tuple(group.block for group in groups if group.factor is None and group.block is not None)
     work = fork(dense)
     try:
-        decided = decide(work, random_keep(groups), blocks)
+        decided = decide(work, one_gone(groups), blocks)
         slim = slim_outputs(Pipeline(SHRINK)(work, inplace=True).graph_module, inputs)
         masked = masked_outputs(dense, decided, inputs)
         error = compare(masked, slim)
@@ -251,7 +232,7 @@ def _emit(found: Coverage, traced: Traced) -> None:
         label = "+".join(plan)
         chosen = [group for group in groups if group.kind in plan]
         if auto_class:
-            removal = decide(traced.graph_module, random_keep(chosen))
+            removal = decide(traced.graph_module, one_gone(chosen))
             whole = inexpressible(traced.graph_module, removal, plan)
             found.whole |= {name: reason[:200] for name, reason in whole.items()}
             chosen = [group for group in chosen if group.name not in whole]
@@ -269,7 +250,7 @@ def _emit(found: Coverage, traced: Traced) -> None:
 
 def emission(traced: Traced, groups: Sequence[Group]) -> tuple[Result | None, str]:
     """What pruning gave and ``yes``, or None and why the classes of the model cannot express it."""
-    decide(traced.graph_module, random_keep(groups))
+    decide(traced.graph_module, one_gone(groups))
     try:
         result = Result.of(Pipeline(FINISH)(traced.graph_module).graph_module)
     except Exception as failure:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.axes import Factor, Keep, render
+from fxprune.axes import Keep, render
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group, Groups
@@ -87,17 +87,35 @@ def shape_of(dense: fx.GraphModule, name: str) -> list[str]:
     return [re.sub(r"f(\d+)", letter, axis) for axis in text]
 
 
-def keeps(group: Group, seed: int = 0) -> Iterator[Keep]:
-    """Random removals of one unit and of half of the units, by outer unit too where each may choose its own."""
+def leaving(group: Group, stay: int, seed: int, *, nested: bool = True) -> Keep:
+    """A removal that leaves some random units of a group, others in each outer unit where each may choose its own."""
     assert group.factor is not None
     rng = np.random.default_rng(seed)
+    rows = 1 if group.outer is None else group.outer.size
+    units = np.stack([rng.permutation(np.arange(group.size) < stay) for _ in range(rows)])
+    if group.outer is None or not nested:
+        return Keep({group.factor: units[0]})
+    return Keep({group.factor: units}, {group.factor: group.outer})
+
+
+def together(removals: Sequence[Keep]) -> Keep:
+    """Several removals at once."""
+    units = {factor: mask for keep in removals for factor, mask in keep.units.items()}
+    return Keep(units, {factor: around for keep in removals for factor, around in keep.outer.items()})
+
+
+def one_gone(groups: Sequence[Group]) -> Keep:
+    """One random unit of each group gone, another one in each outer unit where that is allowed."""
+    cut = [group for group in groups if group.factor is not None]
+    return together([leaving(group, group.size - 1, seed) for seed, group in enumerate(cut)])
+
+
+def keeps(group: Group) -> Iterator[Keep]:
+    """Random removals of one unit and of half of the units, by outer unit too where each may choose its own."""
     for gone in sorted({1, group.size // 2}):
-        units = np.ones(group.size, dtype=bool)
-        units[rng.choice(group.size, gone, replace=False)] = False
-        yield Keep({group.factor: units})
+        yield leaving(group, group.size - gone, 0, nested=False)
         if group.outer is not None:
-            rows = np.stack([rng.permutation(units) for _ in range(group.outer.size)])
-            yield Keep({group.factor: rows}, {group.factor: group.outer})
+            yield leaving(group, group.size - gone, 0)
 
 
 def slim_graph(dense: fx.GraphModule, keep: Keep, blocks: tuple[str, ...] = ()) -> fx.GraphModule:
@@ -130,6 +148,56 @@ def plain_outputs(module: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, ...]
         return output_tensors(module(**inputs))
 
 
+def require_close(
+    expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], what: str, accepted: float = TOLERANCE
+) -> None:
+    """Fail with ``what`` if outputs differ by more than is accepted."""
+    error = compare(expected, actual)
+    assert error <= accepted, f"{what}: {error:.2e}"
+
+
+def check_removal(
+    module: nn.Module,
+    dense: fx.GraphModule,
+    keep: Keep,
+    groups: Sequence[Group],
+    several: Sequence[Inputs],
+    accepted: float = TOLERANCE,
+) -> tuple[torch.Tensor, ...]:
+    """Remove units of groups and compare the slim graph with masking, and with zeroing by hand where that is the same.
+
+    Args:
+        module: what was traced.
+        dense: its graph with its groups.
+        keep: the units that stay.
+        groups: the groups that lose units; zeroing is not the same where a statistic runs over one of them.
+        several: inputs to compare on.
+        accepted: the largest difference of outputs.
+
+    Returns:
+        What the slim graph computes for the first of the inputs.
+    """
+    what = ", ".join(f"{g.name} of {g.size} {[(m.name, m.axis) for m in g.members]}" for g in groups)
+    axes, plan = axes_of(dense), plan_of(axes_of(dense), keep)
+    members = [m for g in groups if g.factor is not None and keep.touches(g.factor) for m in g.members]
+    own = {(m.name, m.axis) for m in members if m.name not in axes.constants}
+    assert own <= {(name, axis) for name, by_axis in plan.kept.items() for axis in by_axis}, what
+    read = keep_of(axes, groups_of(dense), Plan.from_json(plan.to_json()))
+    assert plan_of(axes, read) == plan, f"the plan is not the same when read back: {what}"
+    slim = slim_graph(dense, keep)
+    sizes = [sum(parameter.numel() for parameter in graph.parameters()) for graph in (slim, dense)]
+    assert sizes[0] < sizes[1] or not any(m.trained for m in members), what
+    found = []
+    for inputs in several:
+        found.append(slim_outputs(slim, inputs))
+        masked = masked_outputs(dense, removal_of(dense, keep), inputs)
+        require_close(masked, found[-1], f"slim differs from masked: {what}", accepted)
+        if not any(group.renormalised for group in groups):
+            by_hand = plain_outputs(zeroed(module, plan), inputs)
+            require_close(by_hand, found[-1], f"slim differs from zeroing by hand: {what}", accepted)
+    return found[0]
+
+
 def check_removes_exactly(
     module: nn.Module, inputs: Inputs, groups: Sequence[int] | None = None, norm: str = "sliced"
 ) -> fx.GraphModule:
@@ -146,31 +214,13 @@ def check_removes_exactly(
     """
     dense = discover(module, inputs, norm)
     dense_outputs = plain_outputs(module, inputs)
-    assert compare(dense_outputs, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
+    require_close(dense_outputs, slim_outputs(dense, inputs), "the graph is not the module")
     free = [group for group in groups_of(dense) if group.factor is not None and not group.renormalised]
     assert groups is None or sorted(group.size for group in free) == sorted(groups), frozen_axes(graph_of(dense))
-    seen = [_check(module, dense, group, keep, inputs) for group in free for keep in keeps(group)]
+    seen = [check_removal(module, dense, keep, [group], [inputs]) for group in free for keep in keeps(group)]
     changes = [compare(dense_outputs, got) for got in seen]
     assert not free or max(changes) > TOLERANCE, "the removals changed nothing, so the comparison says nothing"
     return dense
-
-
-def _check(
-    module: nn.Module, dense: fx.GraphModule, group: Group, keep: Keep, inputs: Inputs
-) -> tuple[torch.Tensor, ...]:
-    plan = plan_of(axes_of(dense), keep)
-    own = {(m.name, m.axis) for m in group.members if m.name not in axes_of(dense).constants}
-    assert own <= {(n, i) for n, by_axis in plan.kept.items() for i in by_axis}
-    read_back = keep_of(axes_of(dense), groups_of(dense), Plan.from_json(plan.to_json()))
-    assert plan_of(axes_of(dense), read_back) == plan, f"{group.name}: the plan is not the same when read back"
-    slim = slim_graph(dense, keep)
-    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in dense.parameters()), group.name
-    got = slim_outputs(slim, inputs)
-    masked = masked_outputs(dense, removal_of(dense, keep), inputs)
-    by_hand = plain_outputs(zeroed(module, plan), inputs)
-    assert compare(masked, got) <= TOLERANCE, f"{group.name}: slim differs from masked"
-    assert compare(by_hand, got) <= TOLERANCE, f"{group.name}: slim differs from zeroing by hand"
-    return got
 
 
 def check_kinds_remove_exactly(module: nn.Module, inputs: Inputs, kinds: Mapping[str, Sequence[int]]) -> fx.GraphModule:
@@ -193,24 +243,9 @@ def check_kinds_remove_exactly(module: nn.Module, inputs: Inputs, kinds: Mapping
     sizes = {kind: sorted(group.size for group in groups) for kind, groups in found.items()}
     assert sizes == {kind: sorted(size) for kind, size in kinds.items()}, frozen_axes(graph_of(dense))
     before = plain_outputs(module, inputs)
-    assert compare(before, slim_outputs(dense, inputs)) <= TOLERANCE, "the graph is not the module"
+    require_close(before, slim_outputs(dense, inputs), "the graph is not the module")
     for kind, groups in found.items():
-        keep = _keep_of_all([group for group in groups if group.size > 1])
-        got = slim_outputs(slim_graph(dense, keep), inputs)
-        assert compare(masked_outputs(dense, removal_of(dense, keep), inputs), got) <= TOLERANCE, f"{kind}: not masked"
-        if not kind.endswith("~"):
-            by_hand = plain_outputs(zeroed(module, plan_of(axes_of(dense), keep)), inputs)
-            assert compare(by_hand, got) <= TOLERANCE, f"{kind}: slim differs from zeroing by hand"
+        several = [group for group in groups if group.size > 1]
+        got = check_removal(module, dense, one_gone(several), several, [inputs])
         assert compare(before, got) > TOLERANCE, f"{kind}: the removals changed nothing"
     return dense
-
-
-def _keep_of_all(groups: Sequence[Group]) -> Keep:
-    """One unit of each group gone, another one in each outer unit where that is allowed."""
-    units: dict[Factor, Any] = {}
-    outer: dict[Factor, Factor] = {}
-    for seed, group in enumerate(groups):
-        *_, last = [keep for keep in keeps(group, seed) if keep.count(group.factor) == group.size - 1]  # type: ignore[arg-type]
-        units |= last.units
-        outer |= last.outer
-    return Keep(units, outer)

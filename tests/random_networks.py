@@ -14,25 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from fxprune.axes import Keep, factors
-from fxprune.discovery.groups import Group
-from fxprune.graph.facts import fork
+from fxprune.axes import factors
 from fxprune.graph.shapes import failed_check
 from fxprune.graph.tensors import tensor_name
-from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.masking.compare import TOLERANCE, slim_outputs
 from fxprune.pipeline.arguments import NORMS
-from fxprune.pipeline.pipeline import Pipeline
-from fxprune.removal.plan import Plan, keep_of, plan_of
+from fxprune.pipeline.registry import load_pass
 from fxprune.rules.site import op_name
 from fxprune.trace import trace
 from tests import random_mixes  # noqa: F401  its ops are among OPS from here on
-from tests.oracle import Inputs, axes_of, decide, groups_of, plain_outputs, removal_of, zeroed
+from tests.oracle import Inputs, axes_of, check_removal, groups_of, leaving, plain_outputs, require_close, together
 from tests.random_ops import CHOICES, OPS, ROWS, SIZES, WIDE, WIDTH, Picks
 
 __all__ = ["RandomNet", "Record", "check_every_removal", "check_network", "descriptions", "steady", "used_and_cut"]
@@ -254,67 +250,22 @@ def check_every_removal(
     """
     module.eval()
     dense = trace(module, inputs, dynamic=dynamic).graph_module
-    Pipeline(f"find-groups{{norm={norm}}}")(dense)
+    load_pass("find-groups", norm=norm)(dense)
     sets = [inputs] if others is None or failed_check(dense, others) else [inputs, others]
     for given in sets:
-        _check_equal(plain_outputs(module, given), slim_outputs(dense, given), accepted, "the graph is not the module")
+        require_close(plain_outputs(module, given), slim_outputs(dense, given), "the graph is not the module", accepted)
     groups = [group for group in groups_of(dense) if group.factor is not None]
-    choices = [_choices(group, seed) for seed, group in enumerate(groups)]
+    choices = [
+        [leaving(group, stay, seed) for stay in sorted({group.least, group.size - group.size // 2, group.size - 1})]
+        for seed, group in enumerate(groups)
+    ]
     chosen = [several[i % len(several)] for i, several in enumerate(choices)]
     for group, several, one in zip(groups, choices, chosen, strict=True):
         for keep in several if thorough else (one,):
-            _check_removal(module, dense, keep, sets, [group], accepted)
+            check_removal(module, dense, keep, [group], sets, accepted)
     if len(groups) > 1:
-        units = {factor: mask for keep in chosen for factor, mask in keep.units.items()}
-        outer = {factor: around for keep in chosen for factor, around in keep.outer.items()}
-        _check_removal(module, dense, Keep(units, outer), sets, groups, accepted)
+        check_removal(module, dense, together(chosen), groups, sets, accepted)
     return dense
-
-
-def _choices(group: Group, seed: int) -> list[Keep]:
-    """Units that stay: half or all but one, or as few as may be; each outer unit chooses for itself where it may."""
-    assert group.factor is not None
-    rng = np.random.default_rng(seed)
-    found = []
-    for stay in sorted({group.size - group.size // 2, group.size - 1, group.least}):
-        rows = 1 if group.outer is None else group.outer.size
-        units = np.stack([rng.permutation(np.arange(group.size) < stay) for _ in range(rows)])
-        nested = {} if group.outer is None else {group.factor: group.outer}
-        found.append(Keep({group.factor: units if nested else units[0]}, nested))
-    return found[::-1]
-
-
-def _check_removal(
-    module: nn.Module,
-    dense: fx.GraphModule,
-    keep: Keep,
-    sets: Sequence[Inputs],
-    groups: list[Group],
-    accepted: float,
-) -> None:
-    what = ", ".join(f"{g.name} of {g.size} {[(m.name, m.axis) for m in g.members]}" for g in groups)
-    plan = plan_of(axes_of(dense), keep)
-    read = keep_of(axes_of(dense), groups_of(dense), Plan.from_json(plan.to_json()))
-    assert plan_of(axes_of(dense), read) == plan, f"the plan is not the same when read back: {what}"
-    slim = _sliced(dense, keep)
-    for inputs in sets:
-        got = slim_outputs(slim, inputs)
-        masked = masked_outputs(dense, removal_of(dense, keep), inputs)
-        _check_equal(masked, got, accepted, f"slim differs from masked: {what}")
-        if not any(group.renormalised for group in groups):
-            by_hand = plain_outputs(zeroed(module, plan), inputs)
-            _check_equal(by_hand, got, accepted, f"slim differs from zeroing by hand: {what}")
-
-
-def _sliced(dense: fx.GraphModule, keep: Keep) -> fx.GraphModule:
-    work = fork(dense)
-    decide(work, keep)
-    return Pipeline("bypass-blocks, slice-parameters, rewrite-literals")(work, inplace=True).graph_module
-
-
-def _check_equal(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], accepted: float, what: str) -> None:
-    error = compare(expected, actual)
-    assert error <= accepted, f"{what}: {error:.2e}"
 
 
 VARIED = ((True, True), (True, True), (True, False), (False, True))
