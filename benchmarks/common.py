@@ -153,12 +153,7 @@ def _file_shapes(model: torch.nn.Module) -> Iterator[tuple[str, torch.Size]]:
 
 
 def split_corpus(data: Path, others: Iterable[str] = ("wikitext2/test.txt",)) -> tuple[list[str], dict[str, str]]:
-    """Four fifths of the rows of c4_sample.jsonl, to calibrate on; and by name the rest and other texts, to measure on.
-
-    Args:
-        data: Folder of the texts.
-        others: Files of it.
-    """
+    """Four fifths of the rows of c4_sample.jsonl to calibrate on; by name the rest and other texts, to measure on."""
     rows = calibration_texts(data / "c4_sample.jsonl")
     counted = 4 * len(rows) // 5
     texts = {"c4_sample.jsonl, the rest": "\n\n".join(rows[counted:])}
@@ -188,13 +183,7 @@ def cpu_name() -> str:
 
 
 def write_results(path: Path, content: Mapping[str, Any], versions: Mapping[str, str] | None = None) -> None:
-    """Write results as JSON, after the environment that they were measured in.
-
-    Args:
-        path: The file; its folder is created.
-        content: Results, as JSON values.
-        versions: Versions of further packages, by name.
-    """
+    """Write results as JSON, after the environment that they were measured in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results = {"environment": {**environment(), **(versions or {})}, **content}
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

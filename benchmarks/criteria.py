@@ -54,11 +54,7 @@ def criterion_rows(
 ) -> Iterator[CriterionRow]:
     """Rows of the dense model, of each criterion, and of the default criterion without groups.
 
-    Args:
-        model: The dense model.
-        calibration: Token ids `(samples, tokens)`.
-        heldout: Token ids `(windows, tokens)` that share no text with `calibration`.
-        options: Further arguments of `fxprune.prune`.
+    Token ids to calibrate on are `(samples, tokens)`; those held out, `(windows, tokens)`, share no text with them.
     """
     dense = sum(parameter.numel() for parameter in model.parameters())
     yield CriterionRow("dense", dense, perplexity(model, heldout), None)

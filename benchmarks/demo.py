@@ -25,14 +25,7 @@ PROMPT = "What is the capital of France?"
 
 
 def demo_table(dense: Any, result: fxprune.Result, heldout: torch.Tensor, console: Console) -> Table:
-    """Table of dense against slim: size, work, quality and speed.
-
-    Args:
-        dense: The dense model.
-        result: Result of pruning it.
-        heldout: Token ids `(windows, tokens)` that were not calibrated on.
-        console: Prints progress.
-    """
+    """Table of dense against slim: size, work, quality on held-out token ids `(windows, tokens)`, and speed."""
     report, slim = result.report, result.model or result.graph_module
     table = Table("", title="dense against slim")
     for heading in ("dense", "slim", "change"):

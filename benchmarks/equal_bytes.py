@@ -41,11 +41,7 @@ def bits_of(server: Any, ids: Sequence[int]) -> float:
 def measure(
     files: Mapping[str, Path], texts: Mapping[str, Sequence[Sequence[int]]], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Findings on each file; files take turns in decoding, so that a machine that slows down favours none.
-
-    Args:
-        texts: pieces of each text as token ids.
-    """
+    """Findings on each file and the pieces of each text; files take turns in decoding, so that none is favoured."""
     found: dict[str, dict[str, Any]] = {}
     servers = {}
     for name, path in files.items():
@@ -63,8 +59,7 @@ def measure(
 def rows_of(found: Mapping[str, Measured], sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Rows of the table, the largest file first: bits over those of the first file, and of its own model's first type.
 
-    Args:
-        sizes: bytes of UTF-8 of each text.
+    `sizes` are the bytes of UTF-8 of each text.
     """
     first = next(iter(found.values()))
     rows = []

@@ -89,13 +89,7 @@ class NormRow:
 
 
 def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterator[NormRow]:
-    """Perplexity of the demo model with channels of the residual stream removed.
-
-    Args:
-        ratios: Fractions of the parameters.
-        samples: Calibration samples, to score and to fit by.
-        windows: Held-out windows of 128 tokens.
-    """
+    """Perplexity of the demo model with channels of the residual stream removed, on held-out windows of 128 tokens."""
     model, tokenizer = load_demo_model()
     texts = split_calibration_heldout(offline_text())
     calibration, heldout = (
@@ -118,13 +112,7 @@ def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterato
 
 
 def small_rows(ratio: float, models: int, steps: int) -> Iterator[NormRow]:
-    """Loss of small models with units removed that a norm runs over.
-
-    Args:
-        ratio: Fraction of the units of each group.
-        models: Models of each type, trained from different random weights.
-        steps: Training steps.
-    """
+    """Loss of small models with units removed that a norm runs over."""
     texts = split_calibration_heldout(offline_text(), 0.8)
     training, heldout = (_windows(text.encode(), count) for text, count in zip(texts, (4096, 256), strict=True))
     for what in SMALL:

@@ -44,11 +44,7 @@ def _render(name: str, **values: Any) -> str:
 
 
 def results_page(folder: Path = RESULTS) -> str:
-    """The page of results as Markdown.
-
-    Args:
-        folder: Folder with the JSON files that the benchmarks wrote; sections without a file are left out.
-    """
+    """The page of results as Markdown, without the sections whose file is not in the folder."""
     names = (
         "reference",
         "recovery",
@@ -68,11 +64,7 @@ def results_page(folder: Path = RESULTS) -> str:
 
 
 def latency_page(files: Iterable[Mapping[str, Any]]) -> str:
-    """The page of latency as Markdown, with a section for each device and a table for each engine.
-
-    Args:
-        files: Results of `make bench`, device by device.
-    """
+    """The page of latency as Markdown, with a section for each device and a table for each engine."""
     devices = []
     for data in files:
         rows = read_rows(data)
@@ -111,13 +103,7 @@ def _fixed(rows: Sequence[LatencyRow]) -> Iterator[Sequence[str]]:
 def quality_page(
     data: Mapping[str, Any], tasks: Mapping[str, Any] | None = None, others: Sequence[Mapping[str, Any]] = ()
 ) -> str:
-    """The page of quality as Markdown, with tables for each ratio, one of questions, and those of other models.
-
-    Args:
-        data: Results of `benchmarks.quality` on texts.
-        tasks: Results of `benchmarks.quality` on questions.
-        others: The same as `data` of other models.
-    """
+    """The page of quality as Markdown, with tables for each ratio, one of questions, and those of other models."""
     models = [(each, sections(each)) for each in (data, *others)]
     counts = Counter(row.cpu for _, found in models for section in found for row in section.rows)
     processors = [cpu for cpu, _ in counts.most_common()]
@@ -138,20 +124,12 @@ def quality_page(
 
 
 def vocabulary_page(files: Sequence[Mapping[str, Any]]) -> str:
-    """The page of vocabularies as Markdown, with a table for each model.
-
-    Args:
-        files: Results of `benchmarks.vocabulary`.
-    """
+    """The page of vocabularies as Markdown, with a table for each model."""
     return _render("vocabulary", files=files)
 
 
 def uniform_price(data: Mapping[str, Any]) -> str:
-    """The perplexity that uniform layers cost beside layers of their own widths, in words.
-
-    Args:
-        data: Results of `benchmarks.quality` on texts.
-    """
+    """The perplexity that uniform layers cost beside layers of their own widths, in words."""
     section = sections(data)[0]
     length, ratio = section.protocol.lengths[0], section.ratios[0]
     rows = {(row.entry, row.draw): row.at(length) for row in section.rows if row.ratio == ratio}
@@ -176,12 +154,7 @@ def _pyplot() -> Any:
 
 
 def draw_latency(data: Mapping[str, Any], path: Path) -> None:
-    """Draw the speed-up of our slim models and its ideal, a panel for each case and a bar for each engine.
-
-    Args:
-        data: Results of `make bench` on one device.
-        path: An `.svg` file.
-    """
+    """Draw the speed-up of our slim models and its ideal, a panel for each case and a bar for each engine."""
     pyplot = _pyplot()
     rows = [row for row in read_rows(data) if row.candidate.startswith("slim")]
     cases = list(dict.fromkeys(row.case for row in rows))
@@ -211,10 +184,6 @@ def draw_quality(data: Mapping[str, Any], path: Path) -> None:
 
     Recipes are drawn, or all entries if no recipe was measured; bars are the range over draws, and dashed lines join
     what was measured by another protocol. Points above twenty times the dense model fall outside.
-
-    Args:
-        data: Results of `benchmarks.quality` on texts.
-        path: An `.svg` file.
     """
     pyplot = _pyplot()
     found = sections(data)

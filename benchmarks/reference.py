@@ -61,14 +61,7 @@ def first_tokens(tokenizer: Any, texts: Iterable[str], samples: int, tokens: int
 
 
 def reference_rows(model: Any, samples: torch.Tensor, heldout: torch.Tensor, **options: Any) -> Iterator[ReferenceRow]:
-    """Rows of each order of the Taylor expansion.
-
-    Args:
-        model: The dense model; it is not changed.
-        samples: Token ids `(samples, tokens)` to score on.
-        heldout: Token ids `(windows, tokens)` to measure on.
-        options: Further arguments of `fxprune.prune`.
-    """
+    """Rows of each order, scored on token ids `(samples, tokens)` and measured on others `(windows, tokens)`."""
     for order, reference in REFERENCE.items():
         result = fxprune.prune(model, samples, recipe="llm-pruner", importance=f"taylor{{order={order}}}", **options)
         yield ReferenceRow(order, reference, float(perplexity(result.model or result.graph_module, heldout)))

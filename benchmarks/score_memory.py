@@ -72,14 +72,7 @@ WAYS: dict[str, Callable[[Any, torch.Tensor], Callable[[], object]]] = {
 
 
 def measure(way: str, source: Path, samples: int, tokens: int) -> ScoreCost:
-    """Measure one way of scoring in this process.
-
-    Args:
-        way: A key of `WAYS`.
-        source: Folder of the model.
-        samples: Number of calibration samples.
-        tokens: Tokens of a sample.
-    """
+    """Measure one way of scoring in this process."""
     model: Any = load_mapped(source, source)
     if way != list(WAYS)[-1]:
         for parameter in model.parameters():

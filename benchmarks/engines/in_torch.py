@@ -126,11 +126,7 @@ class GraphEngine(TransformersEngine):
 
 
 def cut_by_torch_pruning(model: Any, like: nn.Module) -> None:
-    """Cut a model with Torch-Pruning until its linear layers have the sizes of another model.
-
-    Args:
-        model: The dense model; it is changed.
-        like: The same model with fewer channels.
+    """Cut a model in place with Torch-Pruning until its linear layers have the sizes of another model.
 
     Raises:
         ValueError: The two differ in more than widths between two layers.

@@ -15,11 +15,6 @@ from typing import Any
 def answer(folder: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
     """Most likely tokens after each prompt, by vLLM in float32.
 
-    Args:
-        folder: Folder of the checkpoint.
-        prompts: Token ids.
-        tokens: Number of tokens after each prompt.
-
     Returns:
         `tokens` of each prompt, and the `versions` of the packages.
     """

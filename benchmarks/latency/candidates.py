@@ -41,27 +41,14 @@ class Work:
     cache: int
 
     def least(self, case: Case, *, last_only: bool, weight_bytes: float, cache_bytes: float) -> float:
-        """Least work of a case: multiply-accumulates of a prefill, bytes read by a decoding step.
-
-        Args:
-            case: The timed call.
-            last_only: The output layer runs only at the last position.
-            weight_bytes: Bytes of a weight.
-            cache_bytes: Bytes of an element of the cache.
-        """
+        """Least work of a case: multiply-accumulates of a prefill, bytes read by a decoding step."""
         if case.phase == "prefill":
             return case.batch * (self.macs[case.tokens] - (self.head * (case.tokens - 1) if last_only else 0))
         return self.weights * weight_bytes + case.batch * case.tokens * self.cache * cache_bytes
 
 
 def count_work(model: PreTrainedModel, graph_module: fx.GraphModule, lengths: Iterable[int]) -> Work:
-    """Count the work of a decoder-only language model.
-
-    Args:
-        model: The model.
-        graph_module: Its graph.
-        lengths: Lengths of the sequences to read.
-    """
+    """Count the work of a decoder-only language model on sequences of some lengths."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -109,14 +96,6 @@ def make_candidates(
 
     Torch-Pruning cuts the dense model to the widths of ours, if no heads were removed. The stock model has the same
     width in each layer, and so the class of the dense model.
-
-    Args:
-        dense: The dense model; it is not changed.
-        tokenizer: Its tokenizer.
-        ratios: Fractions of the parameters to remove.
-        round_to: Widths of MLPs are multiples of it.
-        lengths: Lengths of the sequences to read.
-        folder: Folder for the models.
     """
     lengths = list(lengths)
     source = Source(folder / "dense")

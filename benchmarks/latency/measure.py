@@ -55,9 +55,7 @@ def interleaved(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[st
 
     So a machine that steadily slows down or speeds up affects all of them alike.
 
-    Args:
-        jobs: By name, a function that does its work and returns its seconds.
-        rounds: Number of rounds; an interval from fewer than ten is rough.
+    An interval from fewer than ten rounds is rough.
 
     Raises:
         ValueError: `rounds` is not positive.
@@ -160,14 +158,7 @@ def read_rows(data: Mapping[str, Any]) -> list[LatencyRow]:
 def measure(
     name: str, candidates: Sequence[Candidate], settings: Settings, report: Callable[[str], Any]
 ) -> Iterator[LatencyRow]:
-    """Measure the candidates in an engine.
-
-    Args:
-        name: Name of the engine.
-        candidates: The dense model and others; those that do not run in the engine are skipped.
-        settings: Settings of the measurement.
-        report: Called with a line if the engine fails.
-    """
+    """Measure the candidates that run in an engine; report a line if it fails."""
     engine = ENGINES[name]
     running: dict[str, tuple[Candidate, Worker]] = {}
     try:

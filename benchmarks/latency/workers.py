@@ -130,11 +130,7 @@ class Worker:
 
 
 class Writers:
-    """Processes that write the files of engines while further models are made.
-
-    Args:
-        threads: Number of processes, of one thread each.
-    """
+    """Processes, of one thread each, that write the files of engines while further models are made."""
 
     def __init__(self, threads: int) -> None:
         self._pool = ProcessPoolExecutor(threads, multiprocessing.get_context("spawn"), initializer=_start_writer)

@@ -75,13 +75,7 @@ class Bench:
         return QualityRow(name, 0.0, 0, self.protocol, count, texts, cpu=cpu_name(), threads=torch.get_num_threads())
 
     def pruned(self, entry: Entry, ratio: float, draw: int) -> QualityRow:
-        """Row of a prune by an entry; a slim model that an equal prune left in the folder is only measured.
-
-        Args:
-            entry: The prune.
-            ratio: Fraction of all parameters to remove.
-            draw: Seed of the draw of calibration samples, and of the passes that take one.
-        """
+        """Row of a prune by an entry; a slim model that an equal prune left in the folder is only measured."""
         samples = self._samples(entry, draw)
         options = {**entry.options, "tokenizer": self.tokenizer, "ratio": ratio, "seed": draw}
         pipeline = fxprune.prune_pipeline(samples, **options)
@@ -186,10 +180,7 @@ def _plan(pipeline: Pipeline, graph_module: fx.GraphModule) -> Plan:
 def trained_by(pipeline: Pipeline, samples: int, tokens: int) -> tuple[str, int]:
     """Parts that a pipeline trains, and the most tokens that it trains on, counted as often as they are read.
 
-    Args:
-        pipeline: Passes of a prune.
-        samples: Samples given to it; 0 for those that its first pass makes itself.
-        tokens: Tokens of a sample.
+    `samples` is the number of those given to it; 0 for those that its first pass makes itself.
     """
     what, recorded, read = "", 0, 0.0
     for step in pipeline.leaves():
@@ -219,12 +210,7 @@ def describe(row: QualityRow, dense: QualityRow) -> str:
 
 
 def saved_models(keep: Path, rows: Iterable[QualityRow]) -> dict[str, Path]:
-    """Folders of saved slim models, by entry and ratio, in the order of tables; of several draws, the first.
-
-    Args:
-        keep: Folder that slim models were saved in.
-        rows: Rows of these models.
-    """
+    """Folders of saved slim models, by entry and ratio, in the order of tables; of several draws, the first."""
     found: dict[str, Path] = {}
     for row in sorted(rows, key=lambda row: (row.ratio, place_of_entry(row.entry), row.draw)):
         folder = _folder_of(keep, row)
@@ -244,14 +230,7 @@ def ask_questions(
 ) -> Comparison:
     """Ask the dense model and slim models the same questions; an interrupted run resumes with the next task.
 
-    Args:
-        dense: The dense model; it is converted to `dtype`.
-        tokenizer: Tokenizer of all models.
-        models: Folders of slim models, by name.
-        files: JSONL of questions, and YAML of tasks of lm-evaluation-harness.
-        questions: Most questions of the second half of a file of questions, and of a task; None for all of both halves.
-        dtype: Type of the models.
-        keep: Folder for the answers of each model to each file.
+    Of a file of questions, and of a task, the most that are asked are of its second half; None for all of both halves.
     """
     half = "both" if questions is None else "second"
     given = list(files)
