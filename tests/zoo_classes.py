@@ -384,16 +384,16 @@ def _stated(config: PreTrainedConfig, *fields: str) -> Any:
 
 
 def _made(model: PreTrainedModel, name: str) -> torch.Tensor | None:
-    shape = _MAKERS[name](model.config) if name in _MAKERS else None
+    made = _MAKERS[name](model.config) if name in _MAKERS else None
+    if made is None or isinstance(made, torch.Tensor):
+        return made
     draw = torch.Generator().manual_seed(len(name))
-    if shape is None:
-        return None
-    if name in _WHOLE:
-        whole = torch.randint(*_WHOLE[name], shape, generator=draw)
-        if name == "input_ids" and _ends(model):
-            whole[:, -1] = model.config.eos_token_id
-        return whole
-    return _GIVEN[name](shape) if name in _GIVEN else torch.randn(shape, generator=draw)
+    if name not in _WHOLE:
+        return torch.randn(made, generator=draw)
+    whole = torch.randint(*_WHOLE[name], made, generator=draw)
+    if name == "input_ids" and _ends(model):
+        whole[:, -1] = model.config.eos_token_id
+    return whole
 
 
 def _side(config: Any) -> tuple[int, int]:
@@ -433,12 +433,21 @@ def _features(config: Any) -> tuple[int, ...]:
     return (SAMPLES, frames, width or _stated(config, "num_mel_bins") or 10)
 
 
-def _patches(config: Any) -> tuple[int, ...]:
-    count = _stated(config, "num_patches")
-    return (SAMPLES, count or 1)  # or of images
+def _patch_mask(config: Any) -> torch.Tensor:
+    count = _stated(config, "num_patches") or 1  # or of images
+    return torch.ones((SAMPLES, count), dtype=torch.long if count > 1 else torch.bool)
 
 
-_MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
+def _flattened_patches(config: Any) -> torch.Tensor:
+    shape = (SAMPLES, 16, 2 + config.vision_config.patch_embed_hidden_size)
+    return 4 * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.long)
+
+
+_MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | torch.Tensor]] = {
     "input_ids": lambda config: (
         *(SAMPLES, TOKENS),
         *([config.num_codebooks + 1] if _stated(config, "codebook_vocab_size") else []),
@@ -448,57 +457,38 @@ _MAKERS: Mapping[str, Callable[[Any], tuple[int, ...] | None]] = {
     "input_features": _features,
     "decoder_input_ids": lambda config: (SAMPLES, DECODED, *map(len, filter(None, [_stated(config, "delay_pattern")]))),
     "qformer_input_ids": lambda _: (SAMPLES, DECODED),
-    "image_grid_thw": lambda _: (SAMPLES, 3),
+    "image_grid_thw": lambda _: torch.tensor([[1, 4, 4]] * SAMPLES),
     "image_token_pooling": lambda _: (SAMPLES * 4, 4),
-    "image_grids": lambda _: (SAMPLES, 4),
-    "image_grid_hw": lambda _: (SAMPLES, 2),
-    "image_merge_sizes": lambda _: (SAMPLES,),
-    "flattened_patches": lambda config: (SAMPLES, 16, 2 + config.vision_config.patch_embed_hidden_size),
+    "image_grids": lambda _: torch.tensor([[2, 2, 0, 0]] * SAMPLES),
+    "image_grid_hw": lambda _: torch.full((SAMPLES, 2), 4),
+    "image_merge_sizes": lambda _: torch.full((SAMPLES,), 2),
+    "flattened_patches": _flattened_patches,
     "state": lambda config: (SAMPLES, config.max_state_dim),
     "noise": lambda config: (SAMPLES, config.chunk_size, config.max_action_dim),
     "timestep": lambda _: (SAMPLES,),
     "pixel_values_videos": lambda config: (SAMPLES, _stated(config, "frames_per_clip") or 4, 3, *_side(config)),
-    "pixel_attention_mask": _patches,
-    "image_attention_mask": lambda _: (SAMPLES, TOKENS, 1),
-    "image_embeds_position_mask": lambda _: (SAMPLES, TOKENS),
+    "pixel_attention_mask": _patch_mask,
+    "image_attention_mask": lambda _: _ones(SAMPLES, TOKENS, 1),
+    "image_embeds_position_mask": lambda _: (torch.arange(TOKENS) < 4).expand(SAMPLES, TOKENS),
     "task_inputs": lambda config: (SAMPLES, _stated(config, "task_seq_len")),
-    "spatial_shapes": lambda _: (SAMPLES, 2),
+    "spatial_shapes": lambda _: torch.full((SAMPLES, 2), 8),
     "bbox": lambda _: (SAMPLES, TOKENS, 4),
-    "attention_mask": lambda _: (SAMPLES, TOKENS),
-    "image_sizes": lambda _: (SAMPLES, 2),
+    "attention_mask": lambda _: _ones(SAMPLES, TOKENS),
+    "image_sizes": lambda _: torch.full((SAMPLES, 2), SIDE),
     "high_res_pixel_values": lambda config: (SAMPLES, 3, *_side(config.high_res_vision_config)),
-    "aspect_ratio_ids": lambda _: (SAMPLES, 1),
-    "aspect_ratio_mask": lambda config: (SAMPLES, 1, _stated(config, "max_num_tiles")),
-    "image_position_ids": lambda _: (SAMPLES, 16, 2),
+    "aspect_ratio_ids": lambda _: _ones(SAMPLES, 1),
+    "aspect_ratio_mask": lambda config: _ones(SAMPLES, 1, _stated(config, "max_num_tiles")),
+    "image_position_ids": lambda _: (torch.arange(16)[:, None] // torch.tensor([1, 4]) % 4).expand(SAMPLES, 16, 2),
     "visual_feats": lambda config: (SAMPLES, 9, config.visual_feat_dim),
     "visual_pos": lambda _: (SAMPLES, 9, 4),
     "past_values": lambda _: (SAMPLES, 32),
-    "global_attention_mask": lambda _: (SAMPLES, TOKENS),
+    "global_attention_mask": lambda _: (torch.arange(TOKENS) < 2).long().expand(SAMPLES, TOKENS),
     "decoder_input_values": lambda config: (SAMPLES, DECODED, _stated(config, "num_mel_bins")),
 }
-"""The shapes of inputs, the likeliest first."""
+"""Inputs, the likeliest first: the shapes of those that are random, and the others themselves."""
 
 _WHOLE = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids", "task_inputs"), (3, 100)),
     **{"bbox": (0, 2), "image_token_pooling": (0, 16)},
 }
-"""Integer inputs, with their lowest value and the end of their range."""
-
-_GIVEN: Mapping[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
-    "image_grid_thw": lambda shape: torch.tensor([[1, 4, 4]] * shape[0]),
-    "image_grid_hw": lambda shape: torch.full(shape, 4),
-    "image_merge_sizes": lambda shape: torch.full(shape, 2),
-    "flattened_patches": lambda shape: 4 * torch.rand(shape, generator=torch.Generator().manual_seed(0)),
-    "image_grids": lambda shape: torch.tensor([[2, 2, 0, 0]] * shape[0]),
-    "attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
-    "pixel_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long if shape[1] > 1 else torch.bool),
-    "spatial_shapes": lambda shape: torch.full(shape, 8),
-    "image_sizes": lambda shape: torch.full(shape, SIDE),
-    "image_attention_mask": lambda shape: torch.ones(shape, dtype=torch.long),
-    "image_embeds_position_mask": lambda shape: (torch.arange(shape[1]) < 4).expand(shape),
-    "global_attention_mask": lambda shape: (torch.arange(shape[1]) < 2).long().expand(shape),
-    "aspect_ratio_ids": lambda shape: torch.ones(shape, dtype=torch.long),
-    "aspect_ratio_mask": lambda shape: torch.ones(shape, dtype=torch.long),
-    "image_position_ids": lambda shape: (torch.arange(16)[:, None] // torch.tensor([1, 4]) % 4).expand(shape),
-}
-"""Inputs that are not random."""
+"""Random integers, with their lowest value and the end of their range."""
