@@ -2,8 +2,6 @@
 
 import collections
 import gc
-import os
-import resource
 import weakref
 from typing import Any
 
@@ -92,8 +90,6 @@ def test_a_removal_that_fails_in_place_leaves_the_model_whole(at: str, monkeypat
     assert fxprune.prune(model, importance="l2", protect=(), inplace=True).model is model
 
 
-PRUNES = int(os.environ.get("FXPRUNE_PRUNES", "3"))
-"""``FXPRUNE_PRUNES=50 pytest -s --timeout=0`` also shows what the process takes by then."""
 WATCHED = ("GraphModule", "Graph", "ShapeEnv", "FakeTensorMode", "_DispatchCacheKey", "SymNode", "Facts", "Result")
 
 
@@ -115,10 +111,7 @@ def test_prunes_leave_nothing_behind() -> None:
     """Every prune left two megabytes: torch remembers results by symbols, and these hold the trace that they are of."""
     refs = prune_once()
     before = census()
-    for turn in range(PRUNES - 1):
-        refs += prune_once()
-        if PRUNES > 3:
-            print(turn + 2, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, "MB")
+    refs += [*prune_once(), *prune_once()]
     after = census()
     assert not [ref for ref in refs if ref() is not None]
     assert all(after[name] <= before[name] + 2 for name in WATCHED), (before, after)
