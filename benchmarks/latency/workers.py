@@ -43,15 +43,7 @@ class EngineFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """Engine and model that a process loads.
-
-    Attributes:
-        engine: Name of the engine.
-        source: The model.
-        device: `cpu` or `cuda`.
-        threads: Threads of the engine.
-        largest: Upper bound of the sequences, and of the tokens in each, of all cases.
-    """
+    """Engine and model that a process loads; `largest` bounds the sequences, and the tokens in each, of all cases."""
 
     engine: str
     source: Source

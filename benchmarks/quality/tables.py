@@ -20,13 +20,7 @@ _CONTROL = ", random units"
 
 @dataclass(frozen=True)
 class Section:
-    """Rows of one model that were measured by one protocol.
-
-    Attributes:
-        protocol: The protocol.
-        dense: The dense model.
-        rows: The others.
-    """
+    """Rows of one model that were measured by one protocol: the dense one, and the others."""
 
     protocol: Protocol
     dense: QualityRow
