@@ -242,8 +242,8 @@ def _emit(found: Coverage, traced: Traced) -> None:
             continue
         result, found.emitted[label] = emission(traced, chosen)
         if result is not None:
-            used = reload_by(getattr(transformers, auto_class), result, traced) if auto_class else use(result, traced)
-            found.reloaded[label], found.generated[label] = used
+            loader = getattr(transformers, auto_class) if auto_class else None
+            found.reloaded[label], found.generated[label] = use(result, traced, loader)
         elif len(plan) > 1:
             plans.extend((kind,) for kind in plan)
 
@@ -260,41 +260,30 @@ def emission(traced: Traced, groups: Sequence[Group]) -> tuple[Result | None, st
     return result, "yes"
 
 
-def use(result: Result, traced: Traced) -> tuple[str, str]:
-    """Whether the slim model comes back from disk computing the same, and then generates the same with its cache."""
+def use(result: Result, traced: Traced, auto_class: Any = None) -> tuple[str, str]:
+    """Whether the slim model comes back from disk computing the same, and then generates the same with its cache.
 
-    def ours(folder: Path) -> Any:
-        result.save_pretrained(folder)
-        return fxprune.from_pretrained(folder, model_class=type(result.model))
-
-    def stock(folder: Path) -> Any:
-        dense.save_pretrained(folder)
-        return type(dense).from_pretrained(folder)
-
+    By :func:`fxprune.from_pretrained`; or by its own Auto class, of which nothing is generated.
+    """
     dense: Any = traced.model
-    inputs = {"input_ids": token_ids()}
-    verdict, back = _reloads(result.model, inputs, 1, ours)
-    if verdict == "yes":
-        return verdict, _generates(back, dense)
-    other, _ = _reloads(dense, inputs, 1, stock)
-    return verdict if other == "yes" else f"nor does the dense model: {other}", ""
-
-
-def reload_by(auto_class: Any, result: Result, traced: Traced) -> tuple[str, str]:
-    """Whether the slim model comes back from disk by its own Auto class, computing the same; nothing is generated."""
+    inputs, compared = {"input_ids": token_ids()}, 1
+    if auto_class is not None:
+        inputs, compared = dict(facts_of(traced.graph_module)[Source].example_inputs), None
 
     def slim(folder: Path) -> Any:
         result.save_pretrained(folder)
+        if auto_class is None:
+            return fxprune.from_pretrained(folder, model_class=type(result.model))
         return auto_class.from_pretrained(folder, trust_remote_code=True)
 
     def stock(folder: Path) -> Any:
         dense.save_pretrained(folder)
-        return auto_class.from_pretrained(folder)
+        return (auto_class or type(dense)).from_pretrained(folder)
 
-    dense: Any = traced.model
-    inputs = dict(facts_of(traced.graph_module)[Source].example_inputs)
-    verdict, _ = _reloads(result.model, inputs, None, slim)
-    other = "yes" if verdict == "yes" else _reloads(dense, inputs, None, stock)[0]
+    verdict, back = _reloads(result.model, inputs, compared, slim)
+    if verdict == "yes":
+        return verdict, _generates(back, dense) if auto_class is None else ""
+    other, _ = _reloads(dense, inputs, compared, stock)
     return verdict if other == "yes" else f"nor does the dense model: {other}", ""
 
 
