@@ -42,9 +42,7 @@ SECONDS = 120
 Row = dict[str, Any]
 
 
-def rows_of(
-    names: Sequence[str], workers: int, seconds: int, look: Callable[..., Coverage] = examine, **options: bool
-) -> Iterator[Row]:
+def rows_of(names: Sequence[str], workers: int, seconds: int, look: Callable[..., Coverage] = examine) -> Iterator[Row]:
     """What was found about each type, as it comes in; a crash or a hang costs that type alone."""
     context = multiprocessing.get_context("fork")
     waiting = list(reversed(names))
@@ -53,8 +51,7 @@ def rows_of(
         while waiting or running:
             while waiting and len(running) < workers:
                 name = waiting.pop()
-                arguments = (name, _path(folder, name), seconds, look, options)
-                process = context.Process(target=_look, args=arguments)
+                process = context.Process(target=_look, args=(name, _path(folder, name), seconds, look))
                 process.start()
                 running[name] = process, time.monotonic()
             time.sleep(0.05)
@@ -72,7 +69,7 @@ def _path(folder: str, name: str) -> Path:
     return Path(folder) / f"{name.replace('/', '.')}.json"
 
 
-def _look(name: str, path: Path, seconds: int, look: Callable[..., Coverage], options: dict[str, bool]) -> None:
+def _look(name: str, path: Path, seconds: int, look: Callable[..., Coverage]) -> None:
     """In a process of its own: examine one type and leave what was found in ``path``, as far as it came."""
     start = time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (int(start) + seconds, int(start) + seconds + 5))
@@ -86,7 +83,7 @@ def _look(name: str, path: Path, seconds: int, look: Callable[..., Coverage], op
         path.with_suffix(".part").replace(path)
 
     keep(Coverage(name))
-    keep(look(name, keep, **options))
+    keep(look(name, keep))
 
 
 def _row(name: str, path: Path, exitcode: int | None, seconds: int) -> Row:
@@ -103,29 +100,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("types", nargs="*", help="model types; all of them if none is named")
     parser.add_argument("--workers", type=int, default=2, help="types at a time")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="processor time for one type")
-    parser.add_argument("--no-emit", action="store_true", help="make no slim models of the types' own classes")
     parser.add_argument("--rest", action="store_true", help="leave types alone that the data has already")
     parser.add_argument("--page", action="store_true", help="only write the page from the data")
     parser.add_argument("--classes", nargs="*", help="Auto classes other than that for causal language models")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path, default=PAGE)
     chosen = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     others = [f"{name}/{t}" for name, named in auto_classes().items() for t in named]
     is_other = chosen.classes is not None or any("/" in name for name in chosen.types)
-    every, path = (others, chosen.data or OTHER) if is_other else (list(types()), chosen.data or DATA)
+    every, path = (others, OTHER) if is_other else (list(types()), DATA)
     wanted = chosen.types or [name for name in every if not chosen.classes or name.partition("/")[0] in chosen.classes]
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows: dict[str, Row] = {row["type"]: row for row in known}
     names = [] if chosen.page else [name for name in wanted if not (chosen.rest and name in rows)]
-    for row in rows_of(names, chosen.workers, chosen.seconds, emit=not chosen.no_emit):
+    for row in rows_of(names, chosen.workers, chosen.seconds):
         rows[row["type"]] = row
         data = {"environment": environment(), "rows": [rows[name] for name in every if name in rows]}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         print(f"{row['type']}: {row['stage']} {row['error']} ({row.get('seconds', 0):.0f} s)", flush=True)
-    files = (DATA, path) if is_other else (path, OTHER)
-    chosen.out.write_text(page(*(json.loads(file.read_text()) for file in files)), encoding="utf-8")
+    PAGE.write_text(page(*(json.loads(file.read_text()) for file in (DATA, OTHER))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_a_type_that_cannot_be_built_is_told_with_its_reason(monkeypatch: pytest
     assert found.error.startswith("ImportError: llama needs a library (tests/end_to_end/test_zoo.py:")
 
 
-def _look(name: str, keep: Callable[[Coverage], None], **_: bool) -> Coverage:
+def _look(name: str, keep: Callable[[Coverage], None]) -> Coverage:
     """A stand-in for `examine` that ends its process in one of several ways."""
     found = Coverage(name, stage="remove")
     if name == "crash":
