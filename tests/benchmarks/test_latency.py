@@ -241,10 +241,14 @@ def stubbed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
-    arguments = ["--ratio", "0.2", "--shape", "2x5", "--engine", "graph", "--engine", "transformers", "--round-to", "8"]
-    result = run_main(command.main, *arguments, "--json")
-    assert result.exit_code == 0 and "graph" in result.output and "torch:" in result.output
-    data = json.loads((stubbed / "latency_cpu.json").read_text())
+    def run(*names: str, rounds: str = "4") -> dict[str, Any]:
+        """What the file holds after a run of these engines."""
+        common = ["--ratio", "0.2", "--shape", "2x5", "--round-to", "8", "--rounds", rounds, "--json"]
+        result = run_main(command.main, *common, *(part for name in names for part in ("--engine", name)))
+        assert result.exit_code == 0 and "graph" in result.output and "torch:" in result.output
+        return json.loads((stubbed / "latency_cpu.json").read_text())  # type: ignore[no-any-return]
+
+    data = run("graph", "transformers")
     rows = read_rows(data)
     assert [(row.engine, row.case.phase, row.candidate) for row in rows][-2:] == [
         ("graph", "prefill", "dense"),
@@ -255,18 +259,9 @@ def test_the_command_prints_and_keeps_measurements(stubbed: Path) -> None:
     assert slim.speedup == Speedup(2.0, 2.0, 2.0) and slim.tokens_per_second == 10 and slim.memory == 3e9
     assert 1 < slim.ideal < 1.5 and slim.over_ideal == pytest.approx(2 / slim.ideal) and slim.disk > 0
     assert data["settings"]["shapes"] == [[2, 5]] and data["environment"]["threads"] == torch.get_num_threads()
-
-
-@pytest.mark.slow
-def test_engines_measured_before_stay_in_the_file(stubbed: Path) -> None:
-    common = ["--ratio", "0.2", "--shape", "2x5", "--json", "--round-to", "8"]
-    for names in (["graph"], ["transformers"], ["graph"]):
-        arguments = [*common, *(part for name in names for part in ("--engine", name))]
-        assert run_main(command.main, *arguments).exit_code == 0
-    kept = [row.engine for row in read_rows(json.loads((stubbed / "latency_cpu.json").read_text()))]
-    assert list(dict.fromkeys(kept)) == ["transformers", "graph"] and kept.count("graph") == 2
-    run_main(command.main, *common, "--engine", "graph", "--rounds", "2")
-    assert {row["engine"] for row in json.loads((stubbed / "latency_cpu.json").read_text())["rows"]} == {"graph"}
+    kept = [row["engine"] for row in run("graph")["rows"]]
+    assert kept == ["transformers"] * 8 + ["graph"] * 2, "engines measured before stay in the file"
+    assert {row["engine"] for row in run("graph", rounds="2")["rows"]} == {"graph"}, "unless the settings differ"
 
 
 def test_the_command_refuses_other_shapes_and_engines(stubbed: Path) -> None:
@@ -286,6 +281,3 @@ def test_an_engine_that_fails_leaves_the_others(dense: Source, monkeypatch: pyte
     candidate = Candidate("dense", 0.0, dense, found)
     assert list(measure("transformers", [candidate], Settings("cpu", 1, 1, [(2, 5)]), reported.append)) == []
     assert reported == ["transformers: it broke"]
-
-
-# The page
