@@ -45,7 +45,10 @@ every family, and more of some.
 def row(family: str) -> tuple[str, ...]:
     """One line of the table."""
     result, even = uneven(family), uniform(family)
-    notes = [f"stays whole: {', '.join(whole)}"] if (whole := _whole(result)) else []
+    whole = [kind for kind in ("mlp", "head") if not widths(result, kind)]
+    equal = [kind for kind in ("mlp", "head") if widths(even, kind)]
+    loads = "stock" if through_disk(even).stock else "modelling file"
+    notes = [f"stays whole: {', '.join(whole)}"] if whole else []
     if result.model.fxprune_blueprint["inputs"]:
         notes.append("each layer takes its rows of the position biases")
     notes += [note for note in even.report.notes if "whole" in note]
@@ -54,7 +57,7 @@ def row(family: str) -> tuple[str, ...]:
         _span(result, "mlp"),
         _span(result, "head"),
         "stock" if reloaded(family).stock else "modelling file",
-        _uniform(even),
+        f"{loads}: {', '.join(equal)}" if equal else "-",
         "yes" if generates(family) else "no",
         "; ".join(notes),
     )
@@ -68,10 +71,6 @@ def generates(family: str) -> bool:
     return same and max(distance(logits(model), logits(uneven(family))), padding_error(model)) < 1e-4
 
 
-def _whole(result: fxprune.Result) -> list[str]:
-    return [kind for kind in ("mlp", "head") if not widths(result, kind)]
-
-
 def _span(result: fxprune.Result, kind: str) -> str:
     found = widths(result, kind).values()
     if not found:
@@ -83,12 +82,6 @@ def _span(result: fxprune.Result, kind: str) -> str:
 
 def _range(sizes: list[int]) -> str:
     return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-
-
-def _uniform(result: fxprune.Result) -> str:
-    kinds = [kind for kind in ("mlp", "head") if widths(result, kind)]
-    loads = "stock" if through_disk(result).stock else "modelling file"
-    return f"{loads}: {', '.join(kinds)}" if kinds else "-"
 
 
 def page(families: Iterable[str]) -> str:
