@@ -19,19 +19,16 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from fxprune.axes import factors
 from fxprune.graph.shapes import failed_check
-from fxprune.graph.tensors import tensor_name
 from fxprune.masking.compare import TOLERANCE, slim_outputs
 from fxprune.pipeline.arguments import NORMS
 from fxprune.pipeline.registry import load_pass
-from fxprune.rules.site import op_name
 from fxprune.trace import trace
 from tests import random_mixes  # noqa: F401  its ops are among OPS from here on
-from tests.oracle import Inputs, axes_of, check_removal, groups_of, leaving, plain_outputs, require_close, together
+from tests.oracle import Inputs, check_removal, groups_of, leaving, plain_outputs, require_close, together
 from tests.random_ops import CHOICES, OPS, ROWS, SIZES, WIDE, WIDTH, Picks
 
-__all__ = ["RandomNet", "Record", "check_every_removal", "check_network", "descriptions", "steady", "used_and_cut"]
+__all__ = ["RandomNet", "Record", "check_every_removal", "check_network", "descriptions", "steady"]
 
 LARGEST, MOST_AXES, MOST_VALUES = 1e3, 5, 4000
 _SHAKE, _MOVED = 1e-5, 1e-3
@@ -296,21 +293,3 @@ def _check(net: RandomNet, accepted: float) -> tuple[fx.GraphModule, int]:
     several = {"others": net.others, "dynamic": True, "thorough": False, "norm": norm}
     dense = check_every_removal(net, net.inputs, accepted=accepted, **several)  # type: ignore[arg-type]
     return dense, 1 if failed_check(dense, net.others) else 2
-
-
-def used_and_cut(dense: fx.GraphModule) -> tuple[set[str], set[str]]:
-    """The ops of a graph, by name, and those among them that hold units of a group which goes."""
-    axes = axes_of(dense)
-    free = {group.factor for group in groups_of(dense) if group.factor is not None}
-    used: set[str] = set()
-    cut: set[str] = set()
-    for node in dense.graph.nodes:
-        if node.op != "call_function" or "val" not in node.meta:
-            continue
-        name = op_name(node.target)
-        used.add(name)
-        near = (tensor_name(node), *(tensor_name(source) for source in node.all_input_nodes))
-        held = {factor for tensor in near for expr in axes.tensors.get(tensor, ()) for factor in factors(expr)}
-        if held & free:
-            cut.add(name)
-    return used, cut
