@@ -283,7 +283,7 @@ def attention(net: RandomNet, v: str, picks: Picks) -> None:
         return
     width, batch, tokens = net[v].shape[-1], *net.sizes(v)[:2]
     heads, groups, dim = picks.of(((2, 2, 4), (4, 2, 4), (4, 1, 2), (1, 1, 6), (6, 3, 2)))
-    core, form = picks.lines(CORES), picks.number()
+    core, form = picks.many_lines(CORES), picks.number()
     if form % 5 > 2 and heads == groups:
         fused = _linear(net, v, 3 * heads * dim)
         parts = (f"{batch}, {tokens}, 3, {heads}, {dim}).unbind(2)", f"{batch}, {tokens}, {heads}, -1).chunk(3, -1)")

@@ -20,8 +20,8 @@ from fxprune.graph.counting import count_macs, count_parameters
 from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.budget import Budget, make_budget
-from fxprune.removal.removal import Removal, Scores
 from fxprune.removal.formats import TOKENIZER
+from fxprune.removal.removal import Removal, Scores
 from fxprune.report.report import Report
 from tests.export.small import tokenizer
 from tests.models import VOCABULARY, tiny, token_ids
