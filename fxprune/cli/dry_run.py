@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 import fxprune
 from fxprune.checkpoint.read import load_config_only
@@ -134,18 +135,7 @@ def estimate(
     if has_vocab(options):
         what = "the vocabulary is chosen by the calibration text, which is not read"
         raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
-    passes = _without_weights(options, prepared.passes)
-    choosing = next(place for place, step in enumerate(passes) if step.stage == "select")
-    with working("tracing the model without its weights"):
-        empty = load_config_only(locate_model(model), gguf_file)
-        for step in passes:
-            step.foresee_model(empty)
-        inputs = inputs_like(empty, prepared.samples)
-        # a cache and activations are counted for each token, which takes axes of any number of tokens
-        traced = fxprune.trace(empty, inputs, dynamic=options.get("target") is not None).graph_module
-        fxprune.Pipeline(passes[:choosing])(traced)  # these change nothing, and record facts in the graph
-        result = fxprune.Result.of(fxprune.Pipeline(passes[choosing:])(traced).graph_module)
-        reachable = _reachable(passes[choosing], traced)
+    empty, traced, result, reachable = _selected(model, gguf_file, options, prepared)
     named = getattr(empty.config, "dtype", None) if dtype is None else getattr(torch, dtype)
     size = named.itemsize if isinstance(named, torch.dtype) else 4
     report = result.report
@@ -175,6 +165,24 @@ def estimate(
         read=read,
         written=written,
     )
+
+
+def _selected(
+    model: str, gguf_file: str | None, options: Mapping[str, Any], prepared: Prepared
+) -> tuple[Any, fx.GraphModule, fxprune.Result, float | None]:
+    """The model without its weights, its graph, what a prune makes of it, and the largest ratio that can be reached."""
+    passes = _without_weights(options, prepared.passes)
+    choosing = next(place for place, step in enumerate(passes) if step.stage == "select")
+    with working("tracing the model without its weights"):
+        empty = load_config_only(locate_model(model), gguf_file)
+        for step in passes:
+            step.foresee_model(empty)
+        inputs = inputs_like(empty, prepared.samples)
+        # a cache and activations are counted for each token, which takes axes of any number of tokens
+        traced = fxprune.trace(empty, inputs, dynamic=options.get("target") is not None).graph_module
+        fxprune.Pipeline(passes[:choosing])(traced)  # these change nothing, and record facts in the graph
+        result = fxprune.Result.of(fxprune.Pipeline(passes[choosing:])(traced).graph_module)
+        return empty, traced, result, _reachable(passes[choosing], traced)
 
 
 def _without_weights(options: Mapping[str, Any], real: Sequence[Any]) -> list[Any]:
