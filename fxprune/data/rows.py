@@ -34,8 +34,8 @@ _REQUIRED = {
 }
 """The fields that a row of each kind must have, in the order in which the kinds are tried."""
 
-_ROLES = {"human": "user", "gpt": "assistant"}
-"""Roles of chats in the form of ShareGPT, by their names there."""
+_ROLES = {"human": "user", **{role: role for role in ("user", "system", "tool", "function")}}
+"""Roles of messages that say who they are ``from``; any other name is that of a model, which is the assistant."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def is_chat(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
 def _with_messages(value: Any) -> Any:
     """A chat in another common form as a row with ``messages``; any other row as it is.
 
-    The form may be a bare list of messages; ``conversations``, whose messages may have ``from`` and ``value`` as those
-    of ShareGPT; or ``prompt`` and ``completion`` that are both lists of messages, as TRL reads them.
+    The form may be a bare list of messages; ``conversations``, whose messages may have ``from`` and ``value``; or
+    ``prompt`` and ``completion`` that are both lists of messages, as TRL reads them.
     """
     if is_chat(value):
         return {"messages": value}
@@ -161,7 +161,7 @@ def _with_messages(value: Any) -> Any:
 def _message(one: Mapping[str, Any]) -> Mapping[str, Any]:
     if "from" not in one or "value" not in one:
         return one
-    return {"role": _ROLES.get(one["from"], one["from"]), "content": one["value"]}
+    return {"role": _ROLES.get(one["from"], "assistant"), "content": one["value"]}
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
