@@ -1,8 +1,8 @@
 """Formats of GGUF files: the type of each matrix by its place in the model, and the bytes of a weight.
 
 A mixture of K-quants or i-quants follows the quantiser of ggml's own project: products with values and with the inner
-channels of an MLP get more bits in some blocks, the output most, and rows that are not a multiple of 256 another type of
-about the same size. Exceptions for single architectures, model sizes and numbers of heads or experts are left out.
+channels of an MLP get more bits in some blocks, the output most, and rows that are not a multiple of 256 another type
+of about the same size. Exceptions for single architectures, model sizes and numbers of heads or experts are left out.
 """
 
 from __future__ import annotations
