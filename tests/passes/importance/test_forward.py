@@ -122,12 +122,17 @@ def test_a_layer_is_worth_how_much_it_turns_the_stream(case: Case) -> None:
     np.testing.assert_allclose(found["model.layers.0/layer"], [1 - float(cosines.mean())], rtol=1e-6)
 
 
-def test_an_expert_is_worth_what_it_adds_to_its_tokens() -> None:
+def mixture() -> tuple[fx.GraphModule, Any, torch.Tensor]:
+    """The graph of five stacked experts with calibration data, the block that holds them, and what it takes in."""
     model = tiny("mixtral", num_hidden_layers=1)
     dense = discover(model)
     load_pass("calibrate", data=IDS)(dense)
     block = model.model.layers[0].mlp
-    (x,) = inputs_of(model, IDS, block)
+    return dense, block, *inputs_of(model, IDS, block)
+
+
+def test_an_expert_is_worth_what_it_adds_to_its_tokens() -> None:
+    dense, block, x = mixture()
     experts, gate = block.experts, block.gate
     probabilities = (x @ gate.weight.detach().double().T).softmax(-1)
     top, chosen = probabilities.topk(2, dim=-1)
@@ -145,11 +150,7 @@ def test_an_expert_is_worth_what_it_adds_to_its_tokens() -> None:
 
 def test_inputs_of_stacked_experts_are_those_of_the_tokens_that_reach_them() -> None:
     """They were those of all experts, so that a channel was as large as the same one of other experts."""
-    model = tiny("mixtral", num_hidden_layers=1)
-    dense = discover(model)
-    load_pass("calibrate", data=IDS)(dense)
-    block = model.model.layers[0].mlp
-    (x,) = inputs_of(model, IDS, block)
+    dense, block, x = mixture()
     chosen = (x @ block.gate.weight.detach().double().T).topk(2, dim=-1).indices
     gate_up, down = (getattr(block.experts, name).detach().double() for name in ("gate_up_proj", "down_proj"))
     wanda, flap = torch.zeros(FFN), torch.zeros(FFN)
