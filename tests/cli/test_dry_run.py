@@ -19,7 +19,6 @@ from tests.cli.running import output_of
 from tests.models import tiny
 
 NO_TEXT = CalibrationText(None, None, None)
-BUILT_IN = len(built_in_text()) // (4 * 128)
 GENERAL = len(general_text()) // (4 * 128)
 WIDTHS = 3 * 24 + 6 * 16
 """Runs that score residual width, and those that tell how far it goes: of the dense model and of five masked ones."""
