@@ -112,6 +112,8 @@ def read_rows(data: Any, kind: str = "auto") -> Iterator[Row | BadRow]:
     elif isinstance(data, Mapping | bytes | type | torch.Tensor) or not isinstance(data, Iterable):
         what = f"cannot read {format_value(data)}"
         remedy = "Pass a path, the name of a data set, a datasets.Dataset, or a list of rows"
+        if hasattr(data, "column_names") and isinstance(data, Mapping):
+            remedy = f"Pass one of its splits: {', '.join(map(str, data))}"
         raise DataError(what, where="data", remedy=remedy)
     else:
         rows = _numbered(data)

@@ -39,12 +39,13 @@ def is_text(data: Any) -> bool:
     """Whether data are text, which a tokenizer makes samples of, rather than token ids.
 
     It is text by name or path, a list of texts, of chats or of rows with text in them, or a ``datasets.Dataset`` of
-    such rows or a column of it.
+    such rows, a stream too, or a column of it.
     """
     if isinstance(data, str | os.PathLike):
         return True
-    if getattr(data, "column_names", None) is not None:
-        return "input_ids" not in data.column_names
+    if hasattr(data, "column_names"):
+        columns = data.column_names  # None of a stream before its first row is read
+        return "input_ids" not in (next(iter(data), {}) if columns is None else columns)
     first = data[0] if isinstance(data, Sequence) and len(data) else None
     if isinstance(first, Mapping):
         return "messages" in first or any(isinstance(value, str) or is_chat(value) for value in first.values())

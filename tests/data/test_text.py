@@ -355,14 +355,22 @@ def test_text_calibrates_as_the_windows_of_it_do(asked: list[tuple[Any, ...]], t
     file.write_text("\n\n".join(TEXTS))
     want = calibration_windows(tokenizer, "\n\n".join(TEXTS), 3, 20, "here")
     sources: list[tuple[Any, str]] = [("c4", "c4"), (file, "a.txt"), (str(file), "a.txt")]
-    sources += [(texts, "the texts passed") for texts in (TEXTS, rows, rows["text"])]
+    streams = (
+        rows.to_iterable_dataset(),
+        datasets.IterableDataset.from_generator(lambda: ({"text": t} for t in TEXTS)),
+    )
+    sources += [(texts, "the texts passed") for texts in (TEXTS, rows, rows["text"], *streams)]
     for source, name in sources:
         CalibratePass(data=source, tokenizer=tokenizer, samples=3, tokens=20)(graph_module)
         found = facts_of(graph_module)[Calibration]
         assert torch.equal(torch.cat([one.inputs["input_ids"] for one in found.samples]), want)
         assert found.source == name
+    assert is_text(datasets.DatasetDict(train=rows))
+    with pytest.raises(DataError, match="one of its splits: train"):
+        read_rows(datasets.DatasetDict(train=rows))
     tokenised = datasets.Dataset.from_dict({"input_ids": want.tolist(), "text": ["a", "b", "c"]})
-    assert not is_text(tokenised) and not is_text(want) and not is_text([{"input_ids": [1, 2]}]) and not is_text([])
+    others = (tokenised, tokenised.to_iterable_dataset(), want, [{"input_ids": [1, 2]}], [])
+    assert not any(map(is_text, others))
     CalibratePass(data=tokenised)(graph_module)
     assert len(facts_of(graph_module)[Calibration].samples) == 3
 
