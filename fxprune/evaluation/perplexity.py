@@ -27,7 +27,7 @@ from fxprune.vocabulary.alignment import Offsets, align, common_ids, has_other_t
 
 
 def named_corpora(texts: Any) -> dict[str, Any]:
-    """Texts by name: names of data sets and paths; or a mapping to these, to text itself, or to lists and data sets."""
+    """Texts by name: names of data sets and paths; a data set; or a mapping to these, to text itself, or to lists."""
     wanted = "names of data sets, paths of files, or a mapping from names to these or to text itself"
     if isinstance(texts, bytes) or not isinstance(texts, str | Path | Iterable):
         raise refuse("texts", texts, wanted, EvaluationError)
@@ -36,6 +36,9 @@ def named_corpora(texts: Any) -> dict[str, Any]:
             if not isinstance(name, str) or not name or not (is_text(source) and str(source)):
                 raise refuse("texts", source if isinstance(name, str) and name else name, wanted, EvaluationError)
         return dict(texts)
+    rows = isinstance(texts, Sequence) and len(texts) and isinstance(texts[0], Mapping | list | tuple)
+    if (rows or hasattr(texts, "column_names")) and is_text(texts):
+        return {"text": texts}
     found: dict[str, Any] = {}
     for item in [texts] if isinstance(texts, str | Path) else texts:
         if not isinstance(item, str | Path) or not str(item):

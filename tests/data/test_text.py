@@ -336,6 +336,10 @@ def test_the_same_reader_serves_calibration_training_and_evaluation(asked: list[
     assert {name for path, name, *_ in asked if path == "owner/name"} == {"small"}
     assert list(named_corpora(["c4", "owner/name", "a/b.txt"])) == ["c4", "owner/name", "b"]
     assert load_corpus(named_corpora({"mine": TEXTS})["mine"]) == whole
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    for texts in (rows, rows.to_iterable_dataset(), rows.to_list(), [[{"content": text}] for text in TEXTS]):
+        assert load_corpus(named_corpora(texts)["text"]) == whole
+    assert named_corpora(datasets.DatasetDict(train=rows)) == {"train": rows}
 
 
 def test_a_data_set_is_read_no_further_than_a_prune_needs(
