@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -117,7 +117,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     *,
-    texts: str | Path | Sequence[str | Path] | Mapping[str, Any] = ("wikitext2", "ptb"),
+    texts: str | Path | Iterable[Any] = ("wikitext2", "ptb"),
     tasks: str | Path | LocalTask | Sequence[str | Path | LocalTask] | Mapping[str, str | Path | LocalTask] = (),
     window: int = 256,
     stride: int | None = None,
@@ -136,8 +136,8 @@ def evaluate(
     Args:
         model: a Hugging Face model; for texts, any callable that takes ``input_ids=`` and returns logits; or the
             result of :func:`fxprune.prune`, whose model is measured, or its graph if it has no model.
-        texts: ``"wikitext2"``, ``"ptb"``, ``"c4"`` and ``"owner/name"`` from the hub, files (.txt, .jsonl, .json), or
-            a mapping from names to these, to text itself, or to lists of texts and instances of ``datasets.Dataset``;
+        texts: ``"wikitext2"``, ``"ptb"``, ``"c4"`` and ``"owner/name"`` from the hub, files (.txt, .jsonl, .json), a
+            ``datasets.Dataset`` or rows of one, or a mapping from names to these, to text itself, or to lists of texts;
             empty for none.
         tasks: names that lm-evaluation-harness knows (:data:`fxprune.evaluation.PAPER_TASKS` has the paper's), JSONL
             files of questions (see :class:`fxprune.evaluation.LocalTask`), or a mapping from names to these.
