@@ -33,7 +33,10 @@ def needs_processor(source: str) -> bool:
         return True
     if path.suffix != ".jsonl" or not os.path.isfile(path):
         return False
-    first = next(iter(_rows(path)), ("", {}))[1]
+    try:
+        first = next(iter(_rows(path)), ("", {}))[1]
+    except CalibrationError:  # strings, chats, or what the reader of text refuses by its line
+        return False
     fields = {name for name, value in first.items() if isinstance(value, list) and not is_chat(value)} - {"messages"}
     return bool(fields or first.keys() & {"image", "audio", "label", "target"})
 
