@@ -308,7 +308,7 @@ def test_rows_name_what_a_processor_reads_or_hold_what_a_model_takes(tmp_path: P
 
 def test_text_alone_needs_no_processor(tmp_path: Path) -> None:
     texts = ['{"text": "red"}', '{"messages": []}', '{"instruction": "a", "output": "b"}']
-    texts += ['{"conversations": [{"from": "human", "value": "a"}]}', '{"prompt": [{}], "completion": [{}]}', '[{}]']
+    texts += ['{"conversations": [{"from": "human", "value": "a"}]}', '{"prompt": [{}], "completion": [{}]}', "[{}]"]
     others = ['{"image": "a.png"}', '{"text": "a", "label": 1}', '{"input_ids": [1]}']
     for lines, wanted in ((texts, False), (others, True)):
         for i, line in enumerate(lines):
