@@ -336,6 +336,25 @@ def test_a_mixture_gives_more_bits_to_the_ends_and_to_every_third_block() -> Non
     assert describe_fallbacks(mixture, whole, types, 18) == ""
 
 
+def test_mixtures_are_those_of_the_engine_by_block_and_part() -> None:
+    """As src/llama-quant.cpp has them: by the number of the block, not by its share of the depth, for values."""
+
+    def by_block(name: str, part: str, width: int = 512) -> list[str]:
+        types = tensor_types(quantization_named(name), shapes(32, 512, width), 32)
+        return [types[f"blk.{number}.{part}.weight"].name for number in range(32)]
+
+    assert by_block("q3_k_m", "attn_v") == ["Q5_K"] * 2 + ["Q4_K"] * 30
+    assert by_block("q3_k_m", "ffn_down") == ["Q5_K"] * 2 + ["Q4_K"] * 30
+    assert by_block("q4_k_s", "attn_v") == by_block("q4_k_s", "ffn_down") == ["Q5_K"] * 4 + ["Q4_K"] * 28
+    assert by_block("q2_k", "attn_v") == by_block("q2_k", "ffn_down") == ["Q3_K"] * 32
+    assert by_block("q2_k", "ffn_down", 288) == by_block("q3_k_s", "ffn_down", 288) == ["Q4_0"] * 32
+    assert by_block("q6_k", "ffn_down", 288) == ["Q8_0"] * 32 and by_block("iq3_s", "ffn_down", 288) == ["IQ4_NL"] * 32
+    deep = tensor_types(quantization_named("q4_k_s"), shapes(64, 512, 512), 64)
+    assert [deep[f"blk.{number}.{part}.weight"].name for number in (4, 7) for part in ("attn_v", "ffn_down")] == [
+        *("Q4_K", "Q5_K", "Q4_K", "Q5_K")
+    ]
+
+
 def test_widths_follow_the_blocks_of_the_type() -> None:
     found = {name: row_multiple(name) for name in ("f16", "q8_0", "q4_0", "iq4_nl", "q4_k", "q6_k", "iq3_s")}
     assert found == {"f16": 32, "q8_0": 32, "q4_0": 32, "iq4_nl": 32, "q4_k": 256, "q6_k": 256, "iq3_s": 256}
