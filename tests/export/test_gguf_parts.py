@@ -43,6 +43,7 @@ from fxprune.removal.formats import TOKENIZER
 from tests.export.small import even, tokenizer, uneven
 from tests.models import VOCABULARY, token_ids
 from tests.oracle import axes_of, discover
+from tests.tiers import tiers
 
 
 def test_every_architecture_is_one_of_the_format_and_can_be_reached() -> None:
@@ -378,7 +379,7 @@ def test_the_engine_runs_what_its_quantiser_wrote(
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])  # phi3 has fused queries, keys and values
-@pytest.mark.parametrize("name", ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q8_0"])
+@pytest.mark.parametrize("name", tiers(["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q8_0"], "q3_k_m"))
 def test_the_size_of_a_file_is_known_before_it_is_written(name: str, family: str, tmp_path: Path) -> None:
     """Targets had a table of types of their own, with others for fused products, odd rows and Q3_K_M."""
     widths = {
