@@ -135,7 +135,7 @@ def estimate(
     if has_vocab(options):
         what = "the vocabulary is chosen by the calibration text, which is not read"
         raise ArgumentError(what, where="--dry-run", remedy="Leave it out, or look at the other kinds alone")
-    empty, traced, result, reachable = _selected(model, gguf_file, options, prepared)
+    empty, traced, result, reachable = _trace_and_select(model, gguf_file, options, prepared)
     named = getattr(empty.config, "dtype", None) if dtype is None else getattr(torch, dtype)
     size = named.itemsize if isinstance(named, torch.dtype) else 4
     report = result.report
@@ -167,10 +167,14 @@ def estimate(
     )
 
 
-def _selected(
+def _trace_and_select(
     model: str, gguf_file: str | None, options: Mapping[str, Any], prepared: Prepared
 ) -> tuple[Any, fx.GraphModule, fxprune.Result, float | None]:
-    """The model without its weights, its graph, what a prune makes of it, and the largest ratio that can be reached."""
+    """Trace and selection on ``meta``, with random scores.
+
+    Returns:
+        The model on ``meta``, its graph, the result of the prune, and the largest ratio that can be reached.
+    """
     passes = _without_weights(options, prepared.passes)
     choosing = next(place for place, step in enumerate(passes) if step.stage == "select")
     with working("tracing the model without its weights"):
