@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ class SquaredGradientPass(ImportancePass):
     samples: int | None = fxprune.argument(None, "Calibration samples to use; None for all.", least=1)
 
     def positions(
-        self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]
+        self, graph_module: fx.GraphModule, wanted: Mapping[tuple[str, int], tuple[int, ...]]
     ) -> dict[tuple[str, int], torch.Tensor]:
         """Sum the squared gradients over each slice along each wanted axis of a parameter."""
         weights = {name: fxprune.get_tensor(graph_module, name) for name, _ in wanted}
@@ -35,7 +36,7 @@ class SquaredGradientPass(ImportancePass):
             loss = cross_entropy(logits[0, :-1].float(), sample.labels[0, 1:])
             for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
                 squares[name] += gradient.float().square() / len(samples)
-        return {(name, axis): axis_sums(squares[name], axis) for name, axis in wanted}
+        return {(name, axis): axis_sums(squares[name], axis, shape) for (name, axis), shape in wanted.items()}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -302,8 +302,8 @@ class Keep:
 
     Args:
         units: for a factor of ``n`` units a boolean array ``(n,)``, true where the unit stays. A factor that occurs
-            only inside another of ``m`` units may instead hold ``(m, n)``: one choice for each outer unit, with the
-            same number kept in every row.
+            only inside another of ``m`` units, on the same axis or along the first axis of weights, may instead hold
+            ``(m, n)``: one choice for each outer unit, with the same number kept in every row.
         outer: the enclosing factor of each factor of the second kind.
     """
 
@@ -337,6 +337,24 @@ def kept_mask(expr: Expr, keep: Keep) -> Mask:
     """Boolean mask ``(size,)`` of the kept positions of the axis ``expr``."""
     mask: Mask = _mask(expr, keep, {}, 1)[0]
     return mask
+
+
+def weight_mask(exprs: Sequence[Expr], axis: int, keep: Keep) -> Mask:
+    """Boolean mask ``(size,)`` of the kept positions of an axis of a weight with the axes ``exprs``.
+
+    It is ``(rows, size)``, with the same number kept in every row, if what stays differs along the first axis.
+    """
+    expr = exprs[axis]
+    outer = {keep.outer[factor] for factor in factors(expr) if factor in keep.outer}.difference(factors(expr))
+    if not outer:
+        return kept_mask(expr, keep)
+    mask = _mask(expr, keep, {factor: unit_index(exprs[0], factor) for factor in outer}, exprs[0].size)
+    return np.asarray(mask[0]) if (mask == mask[0]).all() else mask
+
+
+def kept_positions(mask: Mask) -> Index:
+    """The kept positions in a mask of :func:`weight_mask`: ``(kept,)``, or ``(rows, kept)``."""
+    return np.flatnonzero(mask) if mask.ndim == 1 else np.nonzero(mask)[1].reshape(len(mask), -1)
 
 
 def _mask(expr: Expr, keep: Keep, around: dict[Factor, Index], rows: int) -> Mask:

@@ -137,8 +137,12 @@ def zeroed(module: nn.Module, plan: Plan) -> nn.Module:
     with torch.no_grad():
         for name in set(plan.kept) & set(tensors):
             for axis, kept in plan.kept[name].items():
-                gone = sorted(set(range(tensors[name].shape[axis])) - set(kept))
-                tensors[name].index_fill_(axis, torch.tensor(gone), 0)
+                tensor, every = tensors[name], set(range(tensors[name].shape[axis]))
+                if isinstance(kept[0], int):
+                    tensor.index_fill_(axis, torch.tensor(sorted(every.difference(kept))), 0)
+                    continue
+                for place, row in zip(plan.kept[name].get(0, range(len(tensor))), kept, strict=True):
+                    tensor[place].index_fill_(axis - 1, torch.tensor(sorted(every.difference(row))), 0)
     return twin
 
 

@@ -20,11 +20,13 @@ from fxprune.axes import (
     concat,
     factors,
     kept_mask,
+    kept_positions,
     kept_size,
     new_factor,
     product,
     render,
     unit_index,
+    weight_mask,
 )
 from fxprune.errors import AxisMismatch
 from tests.positions import EMPTY, POOL, Position, expand, exprs, is_normal
@@ -251,6 +253,29 @@ def test_kept_positions_are_those_whose_units_all_stay(case: tuple[Expr, Keep]) 
     assert kept_size(expr, keep) == mask.sum()
     for factor in factors(expr):
         assert keep.touches(factor) == (keep.count(factor) < factor.size)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from((2, 0)), st.booleans(), st.data())
+def test_kept_positions_of_a_weight_may_differ_along_its_first_axis(
+    width: int, alike: bool, data: st.DataObject
+) -> None:
+    outer, inner = Factor(3, -20), Factor(4, -21)
+    beside = new_factor(width) if width else UNIT
+    expr = data.draw(st.sampled_from((inner, product(inner, beside), concat(inner, beside, inner))))
+    count = data.draw(st.integers(1, 4))
+    rows = [np.isin(np.arange(4), data.draw(st.permutations(range(4)))[:count]) for _ in range(3)]
+    keep = Keep({inner: np.stack(rows[:1] * 3 if alike else rows)}, {inner: outer})
+    wanted = [[stays((*position, (outer, row)), keep) for position in expand(expr)] for row in range(3)]
+    mask = weight_mask((outer, UNIT, expr), 2, keep)
+    assert np.broadcast_to(mask, (3, expr.size)).tolist() == wanted
+    assert mask.ndim == (1 if wanted[1:] == wanted[:-1] else 2)
+    assert np.broadcast_to(kept_positions(mask), (3, kept_size(expr, keep))).tolist() == [
+        np.flatnonzero(row).tolist() for row in wanted
+    ]
+    assert weight_mask((outer, expr), 0, keep).all()
+    with pytest.raises(KeyError):  # the axis alone does not tell
+        kept_mask(expr, keep)
 
 
 @given(exprs(4), st.sampled_from(POOL))

@@ -47,6 +47,7 @@ from fxprune.offload.distributed import sharding_plan
 from fxprune.offload.files import offloaded
 from fxprune.offload.ranks import world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse
+from fxprune.removal.plan import kept_count
 
 _TEXT, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -316,8 +317,8 @@ def _check_plan(path: Path, model_class: type[PreTrainedModel] | None, manifest:
         if new is None or (shape is None and "." not in name):
             continue  # removed as a whole, or a table that the graph reads and the model's code makes
         for axis, index in by_axis.items():
-            if shape is None or axis >= len(shape) or shape[axis] != len(index):
-                error = f"it leaves {len(index)} of {name}[{axis}], the model has {shape}"
+            if shape is None or axis >= len(shape) or shape[axis] != kept_count(index):
+                error = f"it leaves {kept_count(index)} of {name}[{axis}], the model has {shape}"
                 where, remedy = str(path / MANIFEST), "Save the model again"
                 raise CheckpointError(f"the plan is of another model: {error}", where=where, remedy=remedy)
 

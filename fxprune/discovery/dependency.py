@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import networkx as nx
 import torch
@@ -115,6 +115,25 @@ def _is_branch(branch: fx.Node, stream: fx.Node, place: dict[fx.Node, int]) -> b
     return reached and weighed
 
 
+class Pick(NamedTuple):
+    """Rows, the axes ``rows`` of a tensor, that pick a unit of ``factor`` each by the values of ``numbers``."""
+
+    factor: Factor
+    numbers: str
+    rows: tuple[Expr, ...]
+
+
+def find_picks(stated: Statements, tensors: Mapping[str, tuple[Expr, ...]]) -> dict[str, Pick]:
+    """Return the picks whose rows take the place of the axis that they pick along, by node."""
+    found: dict[str, Pick] = {}
+    for lookup in stated.lookups:
+        factor, out = stated.solver.resolve(lookup.expr), tensors.get(lookup.node, ())
+        count = len(tensors[lookup.index])
+        if isinstance(factor, Factor) and len(out) == lookup.tensor.rank - 1 + count:
+            found[lookup.node] = Pick(factor, lookup.index, out[lookup.dim : lookup.dim + count])
+    return found
+
+
 def resolve_experts(stated: Statements) -> dict[Factor, int]:
     """Resolve which factors are experts, and so which axes a softmax freezes and which products are attention.
 
@@ -193,6 +212,7 @@ class AxisMap:
         tied: parameter names that alias another name's tensor, with that name.
         least: for factors that must keep more than one unit, the number.
         positions: for tensors that hold positions along an axis, the expression of that axis.
+        picks: for tensors whose rows pick units along an axis by number, those of :func:`find_picks`.
         constants: names of the buffers that the model's code makes rather than the model holds.
         rules: for the node of each op, its rule as text.
         norm: treatment of norms over removed units, ``sliced`` or ``masked``.
@@ -217,6 +237,7 @@ class AxisMap:
     tied: dict[str, str] = field(default_factory=dict)
     least: dict[Factor, int] = field(default_factory=dict)
     positions: dict[str, Expr] = field(default_factory=dict)
+    picks: dict[str, Pick] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     rules: dict[str, str] = field(default_factory=dict)
     norm: str = "sliced"
@@ -393,6 +414,7 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         tied={name: owner for name, owner in owners.items() if name != owner},
         least=least,
         positions={name: solver.resolve(found.expr) for name, found in stated.positions.items()},
+        picks=find_picks(stated, tensors),
         constants=tuple(name for name in attributes if name in constants),
         rules=rules,
         norm=norm,

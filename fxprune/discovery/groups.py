@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import Expr, Factor, Index, Product, beside, factors, unit_index
-from fxprune.discovery.dependency import AxisMap, axis_map
+from fxprune.axes import UNIT, Expr, Factor, Index, Product, beside, factors, unit_index
+from fxprune.discovery.dependency import AxisMap, Pick, axis_map
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact
 from fxprune.graph.tensors import starred, tensor_name, upstream
@@ -54,12 +54,16 @@ def bare_kind(kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """An axis of a parameter (``trained``) or buffer that holds units of the group, with its expression."""
+    """An axis of a parameter (``trained``) or buffer that holds units of the group, with its expression.
+
+    Where the axis does not hold the outer units of the group, the first axis does, with the expression ``rows``.
+    """
 
     name: str
     axis: int
     expr: Expr
     trained: bool = True
+    rows: Expr | None = None
 
     def __str__(self) -> str:
         return f"{self.name}[{self.axis}]"
@@ -75,7 +79,8 @@ class Group:
         members: the axes to slice, in order of execution.
         factor: the factor of the axis algebra with these units; None for a layer.
         block: module path of the block it lies in; None if it spans several.
-        outer: the factor that is always around this one: each of its units may keep different inner units.
+        outer: the factor that is always around this one, or along the first axis of the weights that hold it: each of
+            its units may keep different inner units, as each expert may keep other channels.
         renormalised: nodes that take a statistic over this axis; removal then equals masking up to that statistic.
         trigger: the parameter axis from which the search started.
         least: number of units that must stay, such as those selected by a top-k.
@@ -122,14 +127,28 @@ class Group:
         """``(units,)``, or ``(outer units, units)`` where units may be chosen separately inside each outer unit."""
         return (self.size,) if self.outer is None else (self.outer.size, self.size)
 
-    def numbers_along(self, expr: Expr) -> Index:
+    def numbers_along(self, expr: Expr, rows: Expr | None = None) -> Index:
         """The unit at each position of the axis ``expr``, or -1 for none: ``(size,)``.
 
-        Unit ``u`` in outer unit ``o`` has number ``o * size + u``.
+        Unit ``u`` in outer unit ``o`` has number ``o * size + u``. It is ``(rows, size)`` if the outer units are on the
+        first axis of the tensor, ``rows``.
         """
         assert self.factor is not None
         unit = unit_index(expr, self.factor)
-        return unit if self.outer is None else np.where(unit < 0, -1, unit_index(expr, self.outer) * self.size + unit)
+        if self.outer is None:
+            return unit
+        outer = unit_index(expr, self.outer) if rows is None else unit_index(rows, self.outer)[:, None]
+        return np.where(unit < 0, -1, outer * self.size + unit)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the outer units are on an axis of the weights of their own, as those of experts are."""
+        return any(member.rows is not None for member in self.members)
+
+    def tied(self) -> Group:
+        """The group with one choice for all rows of stacked weights."""
+        members = tuple(replace(member, rows=None) for member in self.members)
+        return replace(self, members=members, outer=None) if self.is_stacked else self
 
     def is_of(self, kinds: Sequence[str]) -> bool:
         """Whether its units are of one of ``kinds``; ``exact-mlp`` matches kind ``mlp`` with no norm over it."""
@@ -204,18 +223,24 @@ def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, list[Axis]]:
 def _make_group(axes: AxisMap, factor: Factor, trigger: Axis, reached: set[Axis]) -> Group:
     own = (a for a in reached if a.tensor in axes.stored and a.tensor not in axes.tied)
     ordered = sorted(own, key=lambda a: (axes.order[a.tensor], a))
-    members = tuple(Member(a.tensor, a.dim, axes.tensors[a.tensor][a.dim], a.tensor in axes.trained) for a in ordered)
+    is_normed = bool(axes.renormalised.get(factor)) or axes.keeps_norm_over(factor)
+    outer = None if is_normed else _outer_factor(axes, factor, reached)
+    members = tuple(_make_member(axes, axis, outer) for axis in ordered)
     owners = {axes.block_of(m.name) for m in members if m.trained}
     block = next(iter(owners)) if len(owners) == 1 else None
     roles = _roles(axes, factor, members)
     named: tuple[tuple[str, Kind], ...] = ((Role.EXPERT, "expert"), (Role.HEAD, "head"), (Role.HEAD_DIM, "head_dim"))
     renormalised = axes.renormalised.get(factor, ())
-    is_normed = bool(renormalised) or axes.keeps_norm_over(factor)
     shared: Kind = "conv" if Role.CONVOLVED in roles and not is_normed else "channel"
     kind: Kind = next((kind for role, kind in named if role in roles), "mlp" if len(owners) == 1 else shared)
-    outer = None if is_normed else _outer_factor(axes, factor, reached)
     least = axes.least.get(factor, 1)
     return Group(f"{block or 'model'}/{kind}", kind, members, factor, block, outer, renormalised, trigger, least)
+
+
+def _make_member(axes: AxisMap, axis: Axis, outer: Factor | None) -> Member:
+    exprs = axes.tensors[axis.tensor]
+    rows = None if outer is None or outer in factors(exprs[axis.dim]) else exprs[0]
+    return Member(axis.tensor, axis.dim, exprs[axis.dim], axis.tensor in axes.trained, rows)
 
 
 def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozenset[str]:
@@ -237,23 +262,38 @@ def _roles(axes: AxisMap, factor: Factor, members: Sequence[Member]) -> frozense
 def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor | None:
     """The factor each of whose units may keep different units of ``factor``.
 
-    It must be in every tensor that holds ``factor``, and directly around it in every weight: then nothing compares or
-    sums units of ``factor`` across units of the outer one, and a choice per outer unit is a permutation away from one
-    for all. If two axes of a tensor hold the outer factor, as in ``h @ h.T``, its units do meet each other.
+    It must be in every tensor that holds ``factor``, and in every weight directly around it, or its first axis: then
+    nothing compares or sums units of ``factor`` across units of the outer one, and a choice per outer unit is a
+    permutation away from one for all. Activations whose rows pick one outer unit each, as tokens do experts, count as
+    holding it. If two axes of a tensor hold the outer factor, as in ``h @ h.T``, its units do meet each other.
     """
     common: list[Factor] | None = None
+    picking = _picking_rows(axes, reached)
     for axis in reached:
         exprs = axes.tensors[axis.tensor]
         around = [f for expr in exprs for f in factors(expr)]
+        around += [f for f, rows in picking.items() if rows.issubset(exprs) and f not in around]
         if axis.tensor in axes.stored:  # the factors before every occurrence in the products of the axis
             first, *others = (before for before, _ in beside(exprs[axis.dim], factor))
             around = [f for f in first if all(f in other for other in others)]
+            if axis.dim and isinstance(exprs[0], Factor) and axis.tensor not in axes.constants:
+                around.insert(0, exprs[0])
         common = around if common is None else [f for f in common if f in around]
     names = {a.tensor for a in reached}.union(axes.summed.get(factor, ()))
     met = [axes.tensors[name] for name in names if name in axes.tensors]
-    candidates = [f for f in common or () if f != factor and f not in axes.frozen]
+    stacks = {axes.tensors[axis.tensor][0] for axis in reached if axis.tensor in axes.stored}
+    candidates = [f for f in common or () if f != factor and (f in stacks or f not in axes.frozen)]
     candidates = [f for f in candidates if all(sum(_depth(expr, f) for expr in exprs) <= 1 for exprs in met)]
     return candidates[-1] if candidates else None
+
+
+def _picking_rows(axes: AxisMap, reached: Set[Axis]) -> dict[Factor, frozenset[Expr]]:
+    """The factors whose units rows pick from the tensors reached, all by the same numbers, with the rows' axes."""
+    found: dict[Factor, set[Pick]] = {}
+    for tensor in {axis.tensor for axis in reached} & axes.picks.keys():
+        found.setdefault(axes.picks[tensor].factor, set()).add(axes.picks[tensor])
+    rows = {factor: frozenset(next(iter(picks)).rows) - {UNIT} for factor, picks in found.items() if len(picks) == 1}
+    return {factor: exprs for factor, exprs in rows.items() if exprs}
 
 
 def _depth(expr: Expr, factor: Factor) -> int:

@@ -9,11 +9,10 @@ from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.axes import Keep, kept_mask, kept_size
+from fxprune.axes import Keep, kept_size
 from fxprune.discovery.dependency import AxisMap
 from fxprune.discovery.groups import Group
 from fxprune.emit.emitter import Emission, emit
@@ -29,11 +28,12 @@ from fxprune.graph.tensors import (
     has_meta_weights,
     named_tensors,
     names_by_identity,
+    take,
     weights,
 )
 from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import PreciseRun, UntouchedRun, output_tensors
-from fxprune.removal.plan import Plan, keep_of, kept_indices
+from fxprune.removal.plan import Plan, keep_of, kept_index, kept_indices
 from fxprune.removal.removal import Removal, RescaledNumber, scaled_numbers
 from fxprune.trace.inputs import default_inputs, is_hugging_face, meta_twin, private_twin
 
@@ -83,8 +83,8 @@ def _left_by(
         tensor = torch.empty(sizes, dtype=dense.dtype, device="meta") if empty else dense.detach()
         for axis, size in enumerate(sizes):
             if tensor.shape[axis] != size:
-                kept = torch.from_numpy(np.flatnonzero(kept_mask(held[axis], keep)))
-                tensor = tensor.index_select(axis, kept.to(tensor.device))
+                kept = torch.from_numpy(kept_index(held, axis, keep))
+                tensor = take(tensor, axis, kept.to(tensor.device))
         tensor = as_parameter(tensor, dense)
         slim.update((name, tensor) for name in aliases if not within(name, removed_blocks))
     return slim

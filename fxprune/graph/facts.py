@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from fxprune.errors import PassError
 from fxprune.graph.context import setting
-from fxprune.graph.tensors import CheckedGraph, as_parameter, copy_tensor, get_tensor, set_tensor, weights
+from fxprune.graph.tensors import CheckedGraph, as_parameter, copy_tensor, get_tensor, put, set_tensor, weights
 
 Change = Literal["graph", "weights", "nothing"]
 """Effect of a pass: it changes the graph (its weights too), the weights alone, or nothing."""
@@ -262,12 +262,12 @@ def restore_cut(source: Source) -> None:
     """Restore the tensors of a model that were cut in place."""
     for cut in source.cut:
         slim = get_tensor(source.model, cut.names[0])
-        if any(slim.shape[axis] != len(kept) for axis, kept, _, _ in cut.pieces):
+        if any(slim.shape[axis] != kept.shape[-1] for axis, kept, _, _ in cut.pieces):
             continue  # stopped before the slim tensor was set
         value = slim.detach()
         for axis, kept, gone, piece in reversed(cut.pieces):
-            shape = [*value.shape[:axis], len(kept) + len(gone), *value.shape[axis + 1 :]]
-            value = value.new_empty(shape).index_copy_(axis, kept, value).index_copy_(axis, gone, piece)
+            shape = [*value.shape[:axis], kept.shape[-1] + gone.shape[-1], *value.shape[axis + 1 :]]
+            value = put(put(value.new_empty(shape), axis, kept, value), axis, gone, piece)
         whole = as_parameter(value, slim) if cut.whole is None else cut.whole
         for name in cut.names:
             set_tensor(source.model, name, whole)

@@ -225,6 +225,30 @@ def as_parameter(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
 
 
+def take(value: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
+    """The entries along an axis at ``index (kept,)``, or in each row of the first axis at ``(rows, kept)``."""
+    if index.dim() == 1:
+        return value.index_select(axis, index)
+    return torch.stack([row.index_select(axis - 1, own) for row, own in zip(value, index, strict=True)])
+
+
+def put(value: torch.Tensor, axis: int, index: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """A copy of ``value`` with other entries where :func:`take` takes them."""
+    if index.dim() == 1:
+        return value.index_copy(axis, index, entries)
+    rows = zip(value, index, entries, strict=True)
+    return torch.stack([row.index_copy(axis - 1, own, new) for row, own, new in rows])
+
+
+def masked(value: torch.Tensor, axis: int, mask: torch.Tensor) -> torch.Tensor:
+    """``value`` with zeros along an axis where ``mask (size,)`` is false, or in each row where ``(rows, size)`` is."""
+    shape = [1] * value.dim()
+    shape[axis] = mask.shape[-1]
+    if mask.dim() == 2:
+        shape[0] = len(mask)
+    return value * mask.to(value.device, value.dtype).view(shape)
+
+
 def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a detached copy of a tensor; for a parameter, a parameter."""
     return as_parameter(tensor.detach().clone(), tensor)

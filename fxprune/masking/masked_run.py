@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product
+from fxprune.axes import UNIT, Expr, Factor, Keep, Product, concat, factors, kept_mask, kept_size, product, weight_mask
 from fxprune.discovery.groups import Consumer
-from fxprune.graph.tensors import map_tensors, output_name, tensor_name, tensors_of, with_argument
+from fxprune.graph.tensors import map_tensors, masked, output_name, tensor_name, tensors_of, with_argument
 from fxprune.offload.prefetch import current_prefetcher
 from fxprune.removal.removal import Removal
 from fxprune.rules.picked import PickingRun
@@ -178,10 +178,10 @@ class MaskedRun(PreciseRun):
         if scaling is not None:
             stored = self.fetch_attr(str(target))
             value = scaling.rounded(stored).to(value.device, value.dtype) if stored.dtype in _NARROW else value
-        for axis, expr in enumerate(self.axes.tensors.get(str(target), ())):
+        exprs = self.axes.tensors.get(str(target), ())
+        for axis, expr in enumerate(exprs):
             if self.keep.touches(expr):
-                mask = torch.from_numpy(kept_mask(expr, self.keep).copy()).to(value.device)
-                value = value * mask.view(-1, *[1] * (value.dim() - axis - 1)).to(value.dtype)
+                value = masked(value, axis, torch.from_numpy(weight_mask(exprs, axis, self.keep).copy()))
         return value
 
     def run_node(self, n: fx.Node) -> Any:

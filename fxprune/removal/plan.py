@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import prod
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.axes import Expr, Factor, Index, Keep, Mask, kept_mask
+from fxprune.axes import Expr, Factor, Index, Keep, Mask, factors, kept_mask, kept_positions, weight_mask
 from fxprune.errors import PlanError
 from fxprune.pipeline.arguments import NORMS, format_value
 
 if TYPE_CHECKING:
     from fxprune.discovery.dependency import AxisMap
-    from fxprune.discovery.groups import Group
+    from fxprune.discovery.groups import Group, Member
 
 _VERSION = 1
 
@@ -30,12 +30,22 @@ _WRITTEN = "Use the text that Plan.to_json returned"
 _OWN = "Use the plan's own model, or make the plan again"
 
 
+Kept = list[int] | list[list[int]]
+
+
+def kept_count(kept: Kept) -> int:
+    """Return how many indices of an axis stay."""
+    first = kept[0] if kept else 0
+    return len(kept) if isinstance(first, int) else len(first)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Kept indices of every parameter and buffer that shrinks.
 
     Args:
-        kept: for each name and each axis that shrinks, the kept indices in order.
+        kept: for each name and each axis that shrinks, the kept indices in order; where they differ along the first
+            axis, as between experts, a list of them for each of its kept indices.
         removed_blocks: module paths of blocks that are removed as a whole.
         sizes: for each name and axis in ``kept``, the size of the axis in the model that the plan was made for; without
             it, a plan for a smaller model may pass for one for this.
@@ -48,7 +58,7 @@ class Plan:
         PlanError: an argument is something else.
     """
 
-    kept: Mapping[str, Mapping[int, list[int]]] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[int, Kept]] = field(default_factory=dict)
     removed_blocks: tuple[str, ...] = ()
     sizes: Mapping[str, Mapping[int, int]] = field(default_factory=dict, compare=False)
     norm: str = "sliced"
@@ -79,7 +89,7 @@ class Plan:
                     if id(numbers) in checked:
                         continue
                     checked[id(numbers)] = numbers
-                    if not isinstance(numbers, list | tuple) or not {int}.issuperset(map(type, numbers)):
+                    if not _are_numbers(numbers) and not (what == "kept" and axis and _are_rows(numbers)):
                         raise _no_plan(place, f"it is {format_value(held)}, not whole numbers")
 
     def __repr__(self) -> str:
@@ -109,7 +119,7 @@ class Plan:
         for name, axes in self.kept.items():
             for axis, index in axes.items():
                 size = self.sizes.get(name, {}).get(axis, 0)
-                found.setdefault(f"{starred(name)}[{axis}]", []).append((len(index), size))
+                found.setdefault(f"{starred(name)}[{axis}]", []).append((kept_count(index), size))
         rows = [(block, "0") for block in self.removed_blocks]
         for label, pairs in found.items():
             counts, whole = sorted({left for left, _ in pairs}), max(size for _, size in pairs)
@@ -164,6 +174,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and {int}.issuperset(map(type, value))
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_are_numbers, value)) and len(set(map(len, value))) == 1
+
+
 def _no_plan(where: str, what: str) -> PlanError:
     return PlanError(what, where=where, remedy=_WRITTEN)
 
@@ -216,16 +234,27 @@ def other_model_note(axes: AxisMap, plan: Plan) -> str | None:
 
 
 def kept_indices(axes: AxisMap, keep: Keep, names: Iterable[str]) -> dict[str, dict[int, Index]]:
-    """Return the kept indices of each axis that shrinks; those of equal axes are one array."""
+    """Return the kept indices of each axis that shrinks, as in :class:`Plan`; those of equal axes are one array."""
     kept: dict[str, dict[int, Index]] = {}
-    known: dict[Expr, Index] = {}
+    known: dict[tuple[Expr, ...], Index] = {}
     for name in names:
-        for i, expr in enumerate(axes.tensors[name]):
+        exprs = axes.tensors[name]
+        for i, expr in enumerate(exprs):
             if keep.touches(expr):
-                if expr not in known:
-                    known[expr] = np.flatnonzero(kept_mask(expr, keep))
-                kept.setdefault(name, {})[i] = known[expr]
+                alike = (expr,) if keep.outer.keys().isdisjoint(factors(expr)) else (expr, exprs[0])
+                if alike not in known:
+                    known[alike] = kept_index(exprs, i, keep)
+                kept.setdefault(name, {})[i] = known[alike]
     return kept
+
+
+def kept_index(exprs: Sequence[Expr], axis: int, keep: Keep) -> Index:
+    """Return the kept indices of an axis of a weight, once the axes before it are cut."""
+    mask = weight_mask(exprs, axis, keep)
+    if mask.ndim == 2:
+        mask = mask[kept_mask(exprs[0], keep)]
+        mask = mask[0] if (mask == mask[0]).all() else mask
+    return kept_positions(mask)
 
 
 def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
@@ -241,7 +270,7 @@ def keep_of(axes: AxisMap, groups: tuple[Group, ...], plan: Plan) -> Keep:
         member = next((m for m in group.members if (m.name, m.axis) in masks), None)
         if group.factor is None or member is None:
             continue
-        units[group.factor] = found = _unit_mask(member.expr, group, masks[member.name, member.axis])
+        units[group.factor] = found = _unit_mask(group, member, masks[member.name, member.axis])
         least = int(found.sum(axis=-1).min())
         if least < group.least:
             what = f"{least} units of {group.size} stay, and at least {group.least} must"
@@ -268,16 +297,35 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], Mask]:
             made_for = plan.sizes.get(name, {}).get(axis, size)
             if made_for != size:
                 raise PlanError(f"the plan is for {made_for} here, the model has {size}", where=where, remedy=_OWN)
-            if not index or min(index) < 0 or max(index) >= size or len(set(index)) < len(index):
+            places = by_axis.get(0, list(range(exprs[0].size))) if axis else []
+            mask = _index_mask(index, size, places, exprs[0].size)
+            if mask is None:
                 remedy = "Make the plan again"
                 raise PlanError(f"kept indices do not fit an axis of {size}", where=where, remedy=remedy)
-            masks[name, axis] = np.isin(np.arange(size), index)
+            masks[name, axis] = mask
     return masks
 
 
-def _unit_mask(expr: Expr, group: Group, mask: Mask) -> Mask:
+def _index_mask(kept: Kept, size: int, places: Any, count: int) -> Mask | None:
+    """The mask ``(size,)`` of kept indices, ``(count, size)`` if rows at ``places`` differ; None if they do not fit."""
+    by_row = _are_rows(kept)
+    rows: list[Any] = list(kept) if by_row else [kept]
+    if not all(row and min(row) >= 0 and max(row) < size and len({*row}) == len(row) for row in rows):
+        return None
+    if not by_row:
+        return np.isin(np.arange(size), rows[0])
+    if not _are_numbers(places) or len(rows) != len(places) or not {*range(count)}.issuperset(places):
+        return None
+    mask = np.zeros((count, size), dtype=bool)
+    for place, row in enumerate(rows):
+        mask[places[place], row] = True
+    return mask
+
+
+def _unit_mask(group: Group, member: Member, mask: Mask) -> Mask:
     """Return the units of ``group`` with a kept position, by outer unit if these differ."""
-    unit = group.numbers_along(expr)
+    unit = group.numbers_along(member.expr, member.rows)
+    mask = np.broadcast_to(mask, unit.shape)
     table: Mask = np.bincount(unit[mask & (unit >= 0)], minlength=prod(group.shape)).reshape(group.shape) > 0
     if group.outer is None:
         return table
@@ -294,7 +342,7 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], Mask]
     again = plan_of(axes, keep, plan.removed_blocks).kept if rows_equal else {}
     for name, axis in masks:
         expected = again.get(name, {}).get(axis)
-        if expected is None or expected != sorted(plan.kept[name][axis]):
+        if expected is None or expected != _ordered(plan.kept[name][axis]):
             remedy = "Apply the plan to the model it was made for, unchanged"
             what = "the kept indices are not whole units of this model"
             raise PlanError(what, where=f"{name}[{axis}]", remedy=remedy)
@@ -302,6 +350,11 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], Mask]
         for axis in by_axis:
             if (name, axis) not in masks:
                 raise PlanError("shrinks with others but is not in the plan", where=f"{name}[{axis}]", remedy=_OWN)
+
+
+def _ordered(kept: Kept) -> list[Any]:
+    rows = [sorted(row) if isinstance(row, list | tuple) else row for row in kept]
+    return rows if _are_rows(kept) else sorted(rows)
 
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
@@ -365,5 +418,11 @@ def _removed_indices(name: str, axis: int, first: Plan, second: Plan) -> _Remove
         raise PlanError("the plans are for axes of different sizes", where=where, remedy="Compare plans for one model")
     if size is None:
         raise PlanError("the plan does not record the size of the axis", where=where, remedy="Make the plan again")
-    one, other = (set(plan.kept.get(name, {}).get(axis, range(size))) for plan in (first, second))
+    kept: list[Any] = [plan.kept.get(name, {}).get(axis, range(size)) for plan in (first, second)]
+    count = max([len(rows) for rows in kept if _are_rows(rows)], default=1)
+    by_row = [rows if _are_rows(rows) else [rows] * count for rows in kept]
+    if len(set(map(len, by_row))) > 1:
+        raise PlanError("the plans keep different experts", where=where, remedy="Compare plans for one model")
+    one, other = ({row * size + i for row, own in enumerate(rows) for i in own} for rows in by_row)
+    size *= count
     return size, tuple(i for i in range(size) if i not in one), tuple(i for i in range(size) if i not in other)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, partial
 from math import prod
@@ -48,7 +48,7 @@ _FORMAT, _VERSION = "fxprune.scores", 1
 """Metadata key of a file of scores, and the version of its layout."""
 
 PositionScores = Mapping[tuple[str, int], torch.Tensor]
-"""For each member ``(name, axis)`` one score per position along that axis: ``(size,)``."""
+"""For each member ``(name, axis)`` one score per position along that axis: ``(size,)``, or ``(rows, size)``."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class Scores(Fact):
             raise PlanError(f"cannot be read: {error}", where=path, remedy=remedy) from error
         return cls(units, metadata.get("source", ""))
 
+    def spread(self, groups: Iterable[Group]) -> Scores:
+        """Give every row of stacked weights the scores ``(units,)`` of a group that tells no rows apart."""
+        units: Any = self.units  # a criterion of the user's own may have made them
+        for group in groups if isinstance(units, Mapping) else ():
+            if group.is_stacked and np.shape(units.get(group.name)) == group.shape[1:]:
+                units = {**units, group.name: np.broadcast_to(units[group.name], group.shape).copy()}
+        return replace(self, units=units)
+
     def check(
         self, groups: Iterable[Group], remedy: str = "Use scores of this model as it is, or score it again"
     ) -> None:
@@ -138,7 +146,8 @@ def unit_scores(group: Group, member: Member, positions: PositionScores) -> Arra
     score = found.detach().to(torch.float64).cpu().numpy()
     if group.factor is None:
         return np.asarray([score.sum()])
-    unit = group.numbers_along(member.expr)
+    unit = group.numbers_along(member.expr, member.rows)
+    score = np.broadcast_to(score.sum(axis=0) if score.ndim > unit.ndim else score, unit.shape)
     sums = np.bincount(unit[unit >= 0], score[unit >= 0], minlength=prod(group.shape))
     return sums.astype(np.float64).reshape(group.shape)
 

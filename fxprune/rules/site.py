@@ -389,7 +389,7 @@ class OpSite:
         If the values of ``index`` are known to be positions along some axis, axis ``i`` is tied to it: removing units
         changes the positions along. Returns False if they are not known, in which case the caller freezes axis ``i``.
         """
-        self._stated.lookups.append(Lookup(x.axes[i], index.name, self.node.name))
+        self._stated.lookups.append(Lookup(x, i % x.rank, index.name, self.node.name))
         known = self.positions_of(index)
         if known is None:
             return False

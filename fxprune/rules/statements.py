@@ -140,11 +140,17 @@ class Positions:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Units along an axis are picked by the numbers in the tensor named ``index``."""
+    """Units along axis ``dim`` of ``tensor`` are picked by the numbers in the tensor named ``index``."""
 
-    expr: Expr
+    tensor: TensorAxes
+    dim: int
     index: str
     node: str
+
+    @property
+    def expr(self) -> Expr:
+        """The expression of the axis when this was stated."""
+        return self.tensor.axes[self.dim]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx
 
-from fxprune.axes import kept_mask
+from fxprune.axes import kept_positions, weight_mask
 from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
-from fxprune.graph.tensors import device_of, get_tensor, require_weights
+from fxprune.graph.tensors import device_of, get_tensor, put, require_weights, take
 from fxprune.masking.compare import PairedRuns
 from fxprune.offload.files import cached, caching, offloaded, release_freed, write_back, write_values
 from fxprune.offload.prefetch import compute_device, to_device
@@ -49,7 +49,8 @@ class FitSite:
 
     Args:
         order: the axes of the weight: that of matrices, if there are several, those of outputs and inputs, and taps.
-        channels: the positions kept along the axis of the weight that is summed over.
+        channels: the positions kept along the axis of the weight that is summed over: ``(kept,)``, or
+            ``(matrices, kept)`` where they differ.
         kept: the inputs of the matrices that stay: the channels, at each tap of a convolution.
         added: the value that the product itself adds.
         bias: whether that is a parameter that nothing else reads.
@@ -88,7 +89,7 @@ class FitSite:
     def weight_of(self, W: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """The weight, with its axes in their own order, from its matrices and new columns for the kept inputs."""
         sizes = [self.product.weight.meta["val"].shape[i] for i in self.order]
-        return W.index_copy(2, self.kept, columns).reshape(sizes).permute(*np.argsort(self.order).tolist())
+        return put(W, 2, self.kept, columns).reshape(sizes).permute(*np.argsort(self.order).tolist())
 
 
 def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "lost") -> Iterator[FitSite]:
@@ -105,16 +106,17 @@ def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "l
             continue
         order = (1 - product.axis, product.axis) if isinstance(product, LoneProduct) else product.order
         alone = None if isinstance(product, StackedProduct) else product
-        expr = axes.tensors[name][order[1 if alone else 2]]
+        axis = order[1 if alone else 2]
+        expr = axes.tensors[name][axis]
         lost = keep.touches(expr)
         other = None if alone is None else _added_to(alone.node)
         changed = changed or lost
         reached = (reach != "lost" and other is not None) or (reach == "all" and block is not None)
         if lost or (changed and reached):
-            kept = np.flatnonzero(kept_mask(expr, keep)) if lost else np.arange(expr.size)
+            kept = kept_positions(weight_mask(axes.tensors[name], axis, keep)) if lost else np.arange(expr.size)
             channels = torch.from_numpy(kept).to(device)
             taps = math.prod(int(product.weight.meta["val"].shape[i]) for i in order[2 if alone else 3 :])
-            inputs = (channels[:, None] * taps + torch.arange(taps, device=device)).flatten()
+            inputs = (channels[..., None] * taps + torch.arange(taps, device=device)).flatten(-2)
             added, bias = (None, False) if alone is None else (alone.added, bool(alone.bias))
             yield FitSite(product, order, channels, inputs, added, bias, other)
 
@@ -182,7 +184,7 @@ def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
     product = site.product
     assert isinstance(product, StackedProduct)
     for i, (dense, masked) in enumerate(zip(run.dense, run.masked, strict=True)):
-        x = masked.env[product.source].permute(product.source_order)[..., site.channels]
+        x = masked.env[product.source].permute(product.source_order)
         y = dense.env[product.node].permute(product.out_order)
         x, y = (value.reshape(len(value), -1, value.shape[-1]) for value in (x, y))
         # if every matrix sees every token, the tokens that are not routed to it come as zeros
@@ -196,7 +198,8 @@ def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
             held = _held_out(run, i, x.shape[1]).to(x.device).expand_as(reached)
         for matrix in numbers[reached.any(dim=-1)].unique().tolist():
             chosen = reached & (numbers == matrix)[:, None]
-            yield matrix, x[chosen], y[chosen], held[chosen]
+            channels = site.channels if site.channels.dim() == 1 else site.channels[matrix]
+            yield matrix, x[chosen][:, channels], y[chosen], held[chosen]
 
 
 @dataclass(frozen=True, eq=False)
@@ -502,7 +505,7 @@ class LeastSquaresPass(FitPass):
 
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
         W = site.matrices(graph_module, run)
-        w = W[..., site.kept]
+        w = take(W, 2, site.kept)
         added = site.added if self.bias and site.bias else None
         front, back = (StackedMoments.empty(w, added is not None) for _ in range(2))
         for matrix, X, y, held in fit_data(site, run):
@@ -556,7 +559,7 @@ class RotationPass(FitPass):
 
     def fitted(self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns) -> Mapping[fx.Node, torch.Tensor]:
         W = site.matrices(graph_module, run)
-        w = W[..., site.kept]
+        w = take(W, 2, site.kept)
         both = W.new_zeros(len(W), W.shape[1], W.shape[1], dtype=torch.float64)
         scale = both.new_zeros(len(W))
         for matrix, X, y, _ in fit_data(site, run):

@@ -43,6 +43,11 @@ PRECISION = (
 Positions = dict[tuple[str, int], torch.Tensor]
 """By parameter and axis: a score for each position along the axis."""
 
+Shape = tuple[int, ...]
+
+Wanted = Mapping[tuple[str, int], Shape]
+"""By parameter and axis: the shape of the scores, ``(size,)`` or ``(rows, size)``."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImportancePass(Pass):
@@ -76,6 +81,7 @@ class ImportancePass(Pass):
                     tensor.grad = gradient
         if not isinstance(found, Scores):
             raise PassError(f"`score` gave {format_value(found)}", where=f"pass {self.name}", remedy="Return Scores")
+        found = found.spread(facts[Groups])
         found.check(facts[Groups], f"Let {self.name} give a finite score for each unit, or check weights and samples")
         scores = replace(broadcast_object(found), source=str(self))
         with caching("scores.safetensors") as file:
@@ -85,13 +91,21 @@ class ImportancePass(Pass):
         return PassResult(graph_module, False)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
-        wanted = {(m.name, m.axis): None for group in groups for m in group.parameters}
-        found = self.positions(graph_module, tuple(wanted))
-        check_positions(found, {(n, axis): get_tensor(graph_module, n).shape[axis] for n, axis in wanted}, self.name)
+        wanted: dict[tuple[str, int], Shape] = {}
+        for member in (member for group in groups for member in group.parameters):
+            shape = get_tensor(graph_module, member.name).shape
+            rows = () if member.rows is None else (shape[0],)
+            key = member.name, member.axis
+            wanted[key] = max(wanted.get(key, ()), (*rows, shape[member.axis]), key=len)
+        found = self.positions(graph_module, wanted)
+        check_positions(found, wanted, self.name)
         return score_groups(groups, found, self.reduction)
 
-    def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
+    def positions(self, graph_module: fx.GraphModule, wanted: Wanted) -> Positions:
         """For each wanted ``(parameter, axis)`` one score per position along the axis.
+
+        Of weights whose rows, along the first axis, keep units of their own, as experts do, ``(rows, size)`` scores are
+        wanted; with ``(size,)`` all rows keep the same.
 
         A criterion that scores units as a whole defines :meth:`score` instead.
         """
@@ -100,21 +114,22 @@ class ImportancePass(Pass):
         )
 
 
-def check_positions(found: Any, sizes: Mapping[tuple[str, int], int], criterion: str) -> None:
-    """Refuse position scores of a criterion that are not one for each position along each axis, given by its size."""
+def check_positions(found: Any, wanted: Wanted, criterion: str) -> None:
+    """Refuse position scores of a criterion that are not one for each position along each axis."""
     if not isinstance(found, Mapping):
         remedy = "Return a dict of tensors, by parameter and axis"
         raise PassError(f"`positions` gave {format_value(found)}", where=f"pass {criterion}", remedy=remedy)
-    for place, size in sizes.items():
+    for place, shape in wanted.items():
         value = found.get(place)
-        if not isinstance(value, torch.Tensor) or value.shape != (size,) or value.is_complex():
-            what = f"`positions` gave {format_value(value)} for {place}, not a tensor of {size} scores"
+        fits = isinstance(value, torch.Tensor) and tuple(value.shape) in (shape, shape[-1:]) and not value.is_complex()
+        if not fits:
+            what = f"`positions` gave {format_value(value)} for {place}, not a tensor of {shape[-1]} scores"
             raise PassError(what, where=f"pass {criterion}", remedy="Give a real number for each position")
 
 
-def axis_sums(value: torch.Tensor, axis: int) -> torch.Tensor:
-    """Sums over all axes except ``axis``: ``(value.shape[axis],)``."""
-    others = [i for i in range(value.dim()) if i != axis]
+def axis_sums(value: torch.Tensor, axis: int, shape: Shape = (0,)) -> torch.Tensor:
+    """Sums over all axes except ``axis``, and except the first one if ``shape``, that of the result, is of two."""
+    others = [i for i in range(value.dim()) if i != axis and (i or len(shape) == 1)]
     return value.sum(dim=others) if others else value
 
 
@@ -174,11 +189,11 @@ class L1ImportancePass(ImportancePass):
     name: ClassVar[str] = "l1"
     power: ClassVar[int] = 1
 
-    def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
+    def positions(self, graph_module: fx.GraphModule, wanted: Wanted) -> Positions:
         found = {}
-        for name, axis in wanted:
+        for (name, axis), shape in wanted.items():
             weight = get_tensor(graph_module, name).detach()
-            found[name, axis] = axis_sums(weight.float().abs().pow_(self.power), axis)
+            found[name, axis] = axis_sums(weight.float().abs().pow_(self.power), axis, shape)
         return found
 
 

@@ -28,7 +28,7 @@ from fxprune.removal.removal import Scores
 from fxprune.rules.products import stacked_product
 from fxprune.rules.registry import Values, find_rule
 
-from .base import PRECISION, ImportancePass, Positions, axis_sums, require_finite
+from .base import PRECISION, ImportancePass, Positions, Wanted, axis_sums, require_finite
 
 Place = tuple[fx.Node, int]
 """A value, and the axis of it that products sum over."""
@@ -313,14 +313,14 @@ class WandaImportancePass(ForwardImportancePass):
             groups = (*self.readers(graph_module, read), *others)
         return super().score(graph_module, groups)
 
-    def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
+    def positions(self, graph_module: fx.GraphModule, wanted: Wanted) -> Positions:
         def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[MatrixMoments]]) -> Positions:
             weight = weight.float().abs()
             for axis, there in uses.items():
                 every = map(sum_moments, zip(*(use.each for use in there), strict=True))
                 rms = torch.stack([(moments.squares / max(moments.count, 1)).sqrt() for moments in every])
                 weight = weight * there[0].along(rms.float().to(weight.device), axis, weight.dim())
-            return {key: axis_sums(weight, key[1]) for key in wanted if key[0] == name}
+            return {key: axis_sums(weight, key[1], shape) for key, shape in wanted.items() if key[0] == name}
 
         bf16 = logits_use_bf16(self.precision, graph_module, self.calibration(graph_module)[0], self.name)
         with autocast(compute_device(graph_module), bf16):
@@ -356,17 +356,18 @@ class FlapImportancePass(ForwardImportancePass):
             return scores
         return Scores({name: (row - row.mean()) / (row.std() or 1.0) for name, row in scores.units.items()})
 
-    def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
+    def positions(self, graph_module: fx.GraphModule, wanted: Wanted) -> Positions:
         def score(name: str, weight: torch.Tensor, uses: Mapping[int, Sequence[MatrixMoments]]) -> Positions:
             found: Positions = {}
             squares = weight.double().square()
             for axis, there in uses.items():
                 for use in there:
                     variances = torch.stack([moments.variance for moments in use.each]).to(weight.device)
+                    shape = wanted.get((name, axis), (0,))
                     if use.stack is None:
-                        value = variances[0] * axis_sums(squares, axis)
+                        value = variances[0] * axis_sums(squares, axis, shape)
                     else:
-                        value = axis_sums(squares * use.along(variances, axis, weight.dim()), axis)
+                        value = axis_sums(squares * use.along(variances, axis, weight.dim()), axis, shape)
                     found[name, axis] = found[name, axis] + value if (name, axis) in found else value
             return found
 

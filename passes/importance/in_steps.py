@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxprune.axes import weight_mask
 from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork, within
-from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.graph.tensors import as_parameter, get_tensor, masked, require_weights, set_tensor
 from fxprune.offload.files import resume_scope
 from fxprune.pipeline.arguments import argument, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
@@ -170,11 +171,10 @@ def _zeroed_and_fitted(graph_module: fx.GraphModule, gone: Removal, fit: Pass | 
     with torch.no_grad():
         for name, by_axis in plan.kept.items():
             tensor = get_tensor(work, name)
-            value = tensor.detach().clone()
-            for axis, kept in by_axis.items():
-                left = torch.zeros(value.shape[axis], dtype=torch.bool, device=value.device)
-                left[kept] = True
-                value *= left.view(-1, *[1] * (value.dim() - axis - 1))
+            value = tensor.detach()
+            for axis in by_axis:
+                mask = weight_mask(gone.axes.tensors[name], axis, gone.keep)
+                value = masked(value, axis, torch.from_numpy(mask.copy()))
             set_tensor(work, name, as_parameter(value, tensor))
         for name in gone.axes.parameters:
             if within(name, plan.removed_blocks):

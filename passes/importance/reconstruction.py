@@ -171,6 +171,7 @@ class ReconstructionImportancePass(ForwardImportancePass):
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
         units: dict[str, Array] = {}
+        groups = tuple(group.tied() for group in groups)
         axes = facts_of(graph_module)[Dependencies].axes
         tokens = sum(sample.labels.numel() for sample in self.calibration(graph_module))
         for chunk in self._chunks(graph_module, groups):

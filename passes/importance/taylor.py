@@ -40,12 +40,12 @@ from fxprune.rules.products import LoneProduct, lone_products
 from fxprune.rules.registry import regroups, writes, written_sources
 from fxprune.trace.fidelity import require_gradients
 
-from .base import PRECISION, ImportancePass, Positions, axis_sums, memory_limit, parts_within
+from .base import PRECISION, ImportancePass, Positions, Shape, Wanted, axis_sums, memory_limit, parts_within
 from .forward import ForwardImportancePass
 from .reconstruction import costs_in_turn
 
-Axes = Mapping[str, list[int]]
-"""The axes of each parameter that scores are wanted for."""
+Axes = Mapping[str, Mapping[int, Shape]]
+"""The axes of each parameter that scores are wanted for, with the shape of the scores."""
 
 _BLOCK = 2**20
 """Elements of a weight that are summed at a time if sums are not kept for all of them."""
@@ -121,7 +121,7 @@ class _Sums:
         kept = self.kept.get(name)
         if not _KEPT[self.order]:
             value = weight * gradient if self.order == "vector" else (weight * gradient).square_()
-            parts = [axis_sums(value, axis) / self.samples for axis in self.axes[name]]
+            parts = [axis_sums(value, axis, shape) / self.samples for axis, shape in self.axes[name].items()]
             self.kept[name] = parts if kept is None else [a + b for a, b in zip(kept, parts, strict=True)]
         elif kept is None:
             self.kept[name] = [gradient.clone(), *([gradient.square()] if self.order == "mix" else ())]
@@ -182,7 +182,7 @@ class _Sums:
         w, means = weight.detach().float(), [sums.div_(self.samples) for sums in kept]
         change = means[0] if self.order == "first" else means[0] - means[1].mul_(w).mul_(0.5)
         saliency = (w * change).abs_()
-        return {(name, axis): axis_sums(saliency, axis) for axis in axes}
+        return {(name, axis): axis_sums(saliency, axis, shape) for axis, shape in axes.items()}
 
     def by_rows(
         self, name: str, weight: torch.Tensor, gradients: Callable[[slice], Iterable[torch.Tensor]]
@@ -201,7 +201,8 @@ class _Sums:
             self.all_reduce()
             for place, part in self.finish(name, values).items():
                 before = found.get(place)
-                joined = part if before is None else torch.cat((before, part)) if place[1] == 0 else before + part
+                by_row = place[1] == 0 or part.dim() == 2
+                joined = part if before is None else torch.cat((before, part)) if by_row else before + part
                 found[place] = joined
         return found
 
@@ -275,10 +276,10 @@ class TaylorImportancePass(ImportancePass):
         units = {**found.units, **again.units}
         return Scores({group.name: units[group.name] for group in groups})
 
-    def positions(self, graph_module: fx.GraphModule, wanted: tuple[tuple[str, int], ...]) -> Positions:
-        axes: dict[str, list[int]] = {}
-        for name, axis in wanted:
-            axes.setdefault(name, []).append(axis)
+    def positions(self, graph_module: fx.GraphModule, wanted: Wanted) -> Positions:
+        axes: dict[str, dict[int, Shape]] = {}
+        for (name, axis), shape in wanted.items():
+            axes.setdefault(name, {})[axis] = shape
         samples = spread(facts_of(graph_module)[Calibration].samples, self.samples)
         tokens, tensors, kept = count_tokens(samples), dict(weights(graph_module)), _KEPT[self.order]
         bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
@@ -295,7 +296,7 @@ class TaylorImportancePass(ImportancePass):
             costs = {name: costs.get(name, 0.0) + stored * tensor.nbytes for name, tensor in tensors.items()}
         parts = parts_within(self.memory, graph_module, costs, tokens)
         # of a weight that no loss reads, as of a layer behind the one that is used
-        zeros = {(name, axis): torch.zeros(tensors[name].shape[axis]) for name, axis in wanted}
+        zeros = {place: torch.zeros(shape) for place, shape in wanted.items()}
         batches = self._batches(graph_module, samples, axes, products.values())
         sweep = _GradientSweep(graph_module, batches, axes, self.order, parts, products, recorded, bf16=bf16)
         return zeros | sweep.run()
@@ -603,6 +604,7 @@ class FisherImportancePass(ForwardImportancePass):
         return PassCost(runs=3.0 * taken, batch=min(self.batch, taken), backward=True, outputs=3)
 
     def score(self, graph_module: fx.GraphModule, groups: tuple[Group, ...]) -> Scores:
+        groups = tuple(group.tied() for group in groups)
         ends = np.cumsum([0, *(prod(group.shape) for group in groups)]).tolist()
         spans = {group.name: slice(*pair) for group, pair in zip(groups, pairwise(ends), strict=True)}
         rows, costs = self._gradients(graph_module, groups, spans), np.zeros(ends[-1])

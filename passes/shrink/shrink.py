@@ -45,6 +45,7 @@ from fxprune.graph.tensors import (
     read_argument,
     set_argument,
     set_tensor,
+    take,
     tensor_name,
     weights,
 )
@@ -134,9 +135,11 @@ def _sliced(
     for axis, index in kept.items():
         left = torch.from_numpy(index).to(value.device)
         if in_place:
-            gone = torch.from_numpy(np.delete(np.arange(value.shape[axis]), index)).to(value.device)
-            pieces.append((axis, left, gone, value.index_select(axis, gone)))
-        value = value.index_select(axis, left)
+            every = np.arange(value.shape[axis])
+            lost = np.delete(every, index) if index.ndim == 1 else np.stack([np.delete(every, row) for row in index])
+            gone = torch.from_numpy(lost).to(value.device)
+            pieces.append((axis, left, gone, take(value, axis, gone)))
+        value = take(value, axis, left)
     held = value if in_place else offloaded(value)
     is_new = in_place or kept or held is not value
     return as_parameter(held, tensor) if is_new else copy_tensor(tensor), tuple(pieces)

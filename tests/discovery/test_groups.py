@@ -1,6 +1,7 @@
 """Dependencies, groups and their explanation."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import networkx as nx
@@ -30,6 +31,7 @@ from fxprune.removal.removal import Scores
 from fxprune.rules.statements import AtLeast, Competition, Role, Statements
 from fxprune.trace import trace
 from tests.oracle import Net, axes_of, check_removes_exactly, discover, groups_of
+from tests.random_networks import check_every_removal
 
 
 def test_kinds_are_checked_and_one_may_stand_alone() -> None:
@@ -99,6 +101,47 @@ def test_units_inside_outer_ones_count_through() -> None:
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 rand = torch.rand
+
+
+def _picked(m: Net, x: torch.Tensor, *, other: bool = False, met: bool = False) -> torch.Tensor:
+    """Experts picked by a router; the second matrices perhaps by other numbers, or after a sum over experts."""
+    chosen = m.router(x).topk(2, dim=-1).indices.reshape(-1)
+    hidden = torch.bmm(m.up[chosen], x.repeat_interleave(2, dim=0)[..., None]).relu()
+    if met:
+        hidden = hidden.view(-1, 2, 12, 1).sum(1).repeat_interleave(2, dim=0)
+    second = m.router(-x).topk(2, dim=-1).indices.reshape(-1) if other else chosen
+    return torch.bmm(m.down[second], hidden).view(-1, 2, 6).sum(1)
+
+
+def _by_token(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """Experts picked by numbers of two axes, of tokens and of picks."""
+    chosen = m.router(x).topk(2, dim=-1).indices
+    hidden = torch.einsum("tkfh,th->tkf", m.up[chosen], x).relu()
+    return torch.einsum("tkhf,tkf->th", m.down[chosen], hidden)
+
+
+def _side_by_side(m: Net, x: torch.Tensor) -> torch.Tensor:
+    shares = m.router(x).softmax(-1)
+    return torch.einsum("ehf,etf,te->th", m.down, torch.einsum("efh,th->etf", m.up, x).relu(), shares)
+
+
+STACKS: dict[str, tuple[Callable[[Net, torch.Tensor], torch.Tensor], bool]] = {
+    "picked": (_picked, True),
+    "by-token": (_by_token, True),
+    "side-by-side": (_side_by_side, True),
+    "picked-otherwise": (partial(_picked, other=True), False),
+    "that-meet": (partial(_picked, met=True), False),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_each_expert_of_a_stack_has_units_of_its_own_unless_they_meet_those_of_another(name: str) -> None:
+    body, apart = STACKS[name]
+    model = Net(body, router=nn.Linear(6, 4), up=nn.Parameter(rand(4, 12, 6)), down=nn.Parameter(rand(4, 6, 12)))
+    dense = check_every_removal(model, {"x": torch.randn(5, 6)})
+    (group,) = (group for group in groups_of(dense) if group.size == 12)
+    assert (group.shape, group.is_stacked) == (((4, 12), True) if apart else ((12,), False))
+    assert group.tied().shape == (12,) and not group.tied().is_stacked
 
 
 # name: output of a block from its input and its branch, and whether it can be bypassed

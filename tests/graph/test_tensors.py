@@ -35,10 +35,13 @@ from fxprune.graph.facts import (
 from fxprune.graph.tensors import (
     device_of,
     has_meta_weights,
+    masked,
     names_by_identity,
+    put,
     read_argument,
     require_weights,
     set_argument,
+    take,
     tensors_of,
     weights,
     with_argument,
@@ -95,6 +98,23 @@ def test_values_are_read_and_written_where_they_stand() -> None:
     assert node.kwargs == {"sizes": [4, 8], "end": 9}
     assert with_argument((node.args, {}), ("args", 1, 0), 5)[0] == (x, [5, (7, 3)])
     assert node.args == (x, [1, (7, 3)])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_entries_are_taken_put_back_and_masked_also_row_by_row(axis: int, by_row: bool) -> None:
+    value = torch.randn(3, 4, 4)
+    index = torch.tensor([[3, 1], [0, 2], [1, 2]])[: 3 if by_row else 1]
+    if not by_row or axis == 0:
+        index = index[0] % value.shape[axis]
+    found = take(value, axis, index)
+    rows = [value[i].index_select(axis - 1, index[i]) for i in range(3)] if index.dim() == 2 else []
+    assert torch.equal(found, torch.stack(rows) if rows else value.index_select(axis, index))
+    zeros = put(value, axis, index, torch.zeros_like(found))
+    assert torch.equal(put(zeros, axis, index, found), value) and not take(zeros, axis, index).any()
+    mask = torch.ones(*index.shape[:-1], value.shape[axis], dtype=torch.bool)
+    mask.scatter_(-1, index, False)
+    assert torch.equal(masked(value, axis, mask), zeros)
 
 
 def test_the_tensors_of_an_output_class_come_in_the_order_of_its_fields_at_any_depth() -> None:

@@ -122,6 +122,11 @@ def test_axes_that_lose_the_same_are_one_also_in_all_blocks() -> None:
     assert differences(plan(a=[0, 2]), plan(a=[0, 2])) == () == differences(Plan(), Plan())
     with pytest.raises(PlanError, match="does not record the size"):
         differences(Plan({"a": {0: [1]}}), Plan())
+    rows, alike = ({"h.0.up": {1: kept}} for kept in ([[0, 1], [1, 2]], [0, 1]))
+    one, other = (Plan(kept, sizes={"h.0.up": {1: 4}}) for kept in (rows, alike))
+    assert differences(one, other) == (Difference("h.0", ("up[1]",), 8, first=1, second=1, both=3),)
+    with pytest.raises(PlanError, match="the plans keep different experts"):
+        differences(one, replace(one, kept={"h.0.up": {1: [[0, 1]] * 3}}))
 
 
 def root_mean_square(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:

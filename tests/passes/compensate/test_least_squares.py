@@ -21,7 +21,7 @@ from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.removal import Removal, Removed
 from tests.models import tiny, token_ids
-from tests.oracle import Net, decide, discover, groups_of
+from tests.oracle import Net, decide, discover, groups_of, leaving
 from tests.tiers import SLOW
 
 X = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
@@ -443,6 +443,30 @@ def test_tokens_that_go_elsewhere_without_what_went_do_not_count() -> None:
         w = down[e].double()  # type: ignore[index]
         wanted = ridge_solution(w[:, :4], h, inside[0][chosen[e]] @ w.T, ridge * torch.eye(4))
         assert torch.allclose(get_tensor(work, "down")[e, :, :4], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("body", [picked, masked_out])
+@torch.no_grad()
+def test_experts_that_lost_other_units_are_fitted_on_those_that_they_have_left(body: Any) -> None:
+    model = experts(body)
+    dense = fork(planned(model, {"x": X}, 7))
+    (group,) = (group for group in groups_of(dense) if group.shape == (4, 12))
+    decide(dense, keep := leaving(group, 7, 0))
+    assert LeastSquaresPass(damping=DAMPING)(dense, inplace=True).modified
+    tokens, up, down = of_each(model, X, body)
+    left = [np.flatnonzero(row) for row in keep.units[group.factor]]  # type: ignore[index]
+    hidden = [(x @ w.T).relu()[:, own].double() for x, w, own in zip(tokens, up, left, strict=True)]
+    ridge = (DAMPING * sum(h.square().sum(0) for h in hidden).mean() / 3).sqrt() * torch.eye(7)  # type: ignore[union-attr]
+    new = get_tensor(dense, "down")
+    new = new.mT if body is masked_out else new
+    for e, (h, own) in enumerate(zip(hidden, left, strict=True)):
+        w = down[e].double()
+        wanted = ridge_solution(w[:, own], h, (tokens[e] @ up[e].T).relu().double() @ w.T, ridge)
+        assert torch.allclose(new[e][:, own], wanted, atol=1e-5)
+        gone = np.delete(np.arange(12), own)
+        assert torch.equal(new[e][:, gone], down[e][:, gone])
+    rotated = RotationPass()(dense, inplace=True)
+    assert rotated.modified and slim_graph_of(rotated.graph_module)(X).isfinite().all()
 
 
 def test_weights_stay_where_nothing_goes_or_others_read_them() -> None:

@@ -153,14 +153,15 @@ def test_inputs_of_stacked_experts_are_those_of_the_tokens_that_reach_them() -> 
     dense, block, x = mixture()
     chosen = (x @ block.gate.weight.detach().double().T).topk(2, dim=-1).indices
     gate_up, down = (getattr(block.experts, name).detach().double() for name in ("gate_up_proj", "down_proj"))
-    wanda, flap = torch.zeros(FFN), torch.zeros(FFN)
+    wanda, flap = torch.zeros(5, FFN), torch.zeros(5, FFN)
     for expert in range(5):
         own = x[(chosen == expert).any(-1)]
         gate, up = (own @ gate_up[expert].T).chunk(2, -1)
         hidden = nn.functional.silu(gate) * up
         writes = gate_up[expert].abs() * own.square().mean(0).sqrt()
-        wanda += sum(writes.sum(1).split(FFN)) + down[expert].abs().sum(0) * hidden.square().mean(0).sqrt()
-        flap += hidden.var(0) * down[expert].square().sum(0)
+        reads = down[expert].abs().sum(0) * hidden.square().mean(0).sqrt()
+        wanda[expert] = sum(writes.sum(1).split(FFN)) + reads
+        flap[expert] = hidden.var(0) * down[expert].square().sum(0)
     for name, expected in (("wanda", wanda), ("flap", flap)):
         found = scores_of(dense, name, batch=2, kinds="mlp")["model.layers.0/mlp"]
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
@@ -180,7 +181,7 @@ def test_inputs_of_experts_side_by_side_are_apart_and_of_both_uses_of_a_weight_t
     (group,) = (g for g in groups_of(dense) if g.size == 10)
     found = scores_of(dense, "wanda", readers_only=True, kinds=group.kind)[group.name]
     hidden = torch.cat([torch.bmm(y, up).relu() for y in (x, x * 2)], dim=1).double()
-    expected = (hidden.square().mean(1).sqrt() * down.abs().sum(2)).sum(0)
+    expected = hidden.square().mean(1).sqrt() * down.abs().sum(2)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
 
 
