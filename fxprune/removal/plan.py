@@ -31,6 +31,7 @@ _OWN = "Use the plan's own model, or make the plan again"
 
 
 Kept = list[int] | list[list[int]]
+"""The indices of an axis that stay, or those of each kept index of the first axis."""
 
 
 def kept_count(kept: Kept) -> int:

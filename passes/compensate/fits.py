@@ -199,7 +199,7 @@ def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
         for matrix in numbers[reached.any(dim=-1)].unique().tolist():
             chosen = reached & (numbers == matrix)[:, None]
             channels = site.channels if site.channels.dim() == 1 else site.channels[matrix]
-            yield matrix, x[chosen][:, channels], y[chosen], held[chosen]
+            yield matrix, x[chosen].index_select(1, channels), y[chosen], held[chosen]
 
 
 @dataclass(frozen=True, eq=False)

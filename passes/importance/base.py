@@ -242,7 +242,7 @@ class LoadScoresPass(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
-        scores = self._load()
+        scores = self._load().spread(facts[Groups])
         scores.check(facts[Groups])
         facts.put(scores)
         return PassResult(graph_module, False)

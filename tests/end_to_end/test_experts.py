@@ -118,3 +118,7 @@ def test_a_criterion_that_tells_no_experts_apart_takes_the_same_channels_of_all(
     assert all(isinstance(row, int) for row in rows)
     if isinstance(importance, ByChannel):
         assert rows == list(range(88 - len(rows), 88))
+        scores = Scores({"model.layers.0/mlp": np.arange(88.0)})
+        again = fxprune.load_pass("load-scores", scores=scores)
+        options = {"recipe": "llm-pruner", "kinds": "mlp", "protect": (), "ratio": 0.3}
+        assert fxprune.prune(model, importance=again, **options).plan == result.plan
