@@ -360,7 +360,7 @@ def _even_data(site: Any, run: Any) -> Iterator[tuple[int, torch.Tensor, torch.T
     y = torch.cat([one.env[product.node].permute(product.out_order).flatten(0, -2) for one in run.dense])
     rows = max(1, len(x) // count)
     for matrix in range(count):
-        yield matrix, x[:rows, site.channels], y[:rows], torch.arange(rows) >= rows * 3 // 4
+        yield matrix, x[:rows, site.channels_of(matrix)], y[:rows], torch.arange(rows) >= rows * 3 // 4
 
 
 def _even_rows(index: torch.Tensor, experts: int) -> tuple[list[int], tuple[torch.Tensor, ...]]:

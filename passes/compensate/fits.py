@@ -79,6 +79,10 @@ class FitSite:
         index = None if self.picked is None else self.picked.index
         return [node for node in (self.product.node, self.other, self.added, index) if node is not None]
 
+    def channels_of(self, matrix: int) -> torch.Tensor:
+        """The channels of one matrix: ``(kept,)``."""
+        return self.channels if self.channels.dim() == 1 else self.channels[matrix]
+
     def matrices(self, graph_module: fx.GraphModule, run: PairedRuns) -> torch.Tensor:
         """The weight in float32 at least, as ``(matrices, out, in)``, on the device that the graph runs on."""
         there = run.dense[0].env.get(self.product.weight)  # what was read for the product is not read again
@@ -198,8 +202,7 @@ def _stacked_data(site: FitSite, run: PairedRuns) -> FitData:
             held = _held_out(run, i, x.shape[1]).to(x.device).expand_as(reached)
         for matrix in numbers[reached.any(dim=-1)].unique().tolist():
             chosen = reached & (numbers == matrix)[:, None]
-            channels = site.channels if site.channels.dim() == 1 else site.channels[matrix]
-            yield matrix, x[chosen].index_select(1, channels), y[chosen], held[chosen]
+            yield matrix, x[chosen].index_select(1, site.channels_of(matrix)), y[chosen], held[chosen]
 
 
 @dataclass(frozen=True, eq=False)
