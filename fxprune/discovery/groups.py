@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -265,7 +265,7 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     It must be in every tensor that holds ``factor``, and in every weight directly around it, or its first axis: then
     nothing compares or sums units of ``factor`` across units of the outer one, and a choice per outer unit is a
     permutation away from one for all. Activations whose rows pick one outer unit each, as tokens do experts, count as
-    holding it. If two axes of a tensor hold the outer factor, as in ``h @ h.T``, its units do meet each other.
+    holding it. If a tensor holds the outer factor twice, as ``h @ h.T`` does, its units do meet each other.
     """
     common: list[Factor] | None = None
     picking = _picking_rows(axes, reached)
@@ -283,7 +283,7 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     met = [axes.tensors[name] for name in names if name in axes.tensors]
     stacks = {axes.tensors[axis.tensor][0] for axis in reached if axis.tensor in axes.stored}
     candidates = [f for f in common or () if f != factor and (f in stacks or f not in axes.frozen)]
-    candidates = [f for f in candidates if all(sum(_depth(expr, f) for expr in exprs) <= 1 for exprs in met)]
+    candidates = [f for f in candidates if all(_times(f, exprs, picking) <= 1 for exprs in met)]
     return candidates[-1] if candidates else None
 
 
@@ -294,6 +294,12 @@ def _picking_rows(axes: AxisMap, reached: Set[Axis]) -> dict[Factor, frozenset[E
         found.setdefault(axes.picks[tensor].factor, set()).add(axes.picks[tensor])
     rows = {factor: frozenset(next(iter(picks)).rows) - {UNIT} for factor, picks in found.items() if len(picks) == 1}
     return {factor: exprs for factor, exprs in rows.items() if exprs}
+
+
+def _times(factor: Factor, exprs: Sequence[Expr], picking: Mapping[Factor, Set[Expr]]) -> int:
+    """How often a tensor holds a factor at one place, rows that pick units of it included."""
+    picked = factor in picking and picking[factor].issubset(exprs)
+    return sum(_depth(expr, factor) for expr in exprs) + picked
 
 
 def _depth(expr: Expr, factor: Factor) -> int:

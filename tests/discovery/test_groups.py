@@ -125,12 +125,20 @@ def _side_by_side(m: Net, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ehf,etf,te->th", m.down, torch.einsum("efh,th->etf", m.up, x).relu(), shares)
 
 
+def _read_by_all(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """Rows of a table, looked up and multiplied with all of its rows, as tied embeddings are."""
+    chosen = m.router(x).topk(2, dim=-1).indices
+    table = m.up[..., 0]
+    return torch.nn.functional.linear(table[chosen].relu(), table) @ m.down.sum(1)[:, :6]  # type: ignore[no-any-return]
+
+
 STACKS: dict[str, tuple[Callable[[Net, torch.Tensor], torch.Tensor], bool]] = {
     "picked": (_picked, True),
     "by-token": (_by_token, True),
     "side-by-side": (_side_by_side, True),
     "picked-otherwise": (partial(_picked, other=True), False),
     "that-meet": (partial(_picked, met=True), False),
+    "that-read-all": (_read_by_all, False),
 }
 
 
