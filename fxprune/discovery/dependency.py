@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -22,7 +22,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from fxprune.axes import Concat, Expr, Factor, Freeze, factors
+from fxprune.axes import UNIT, Concat, Expr, Factor, Freeze, factors
 from fxprune.discovery.norms import KeptNorm, find_norms
 from fxprune.discovery.zeros import ZeroWalk
 from fxprune.graph.context import defer_gc
@@ -30,9 +30,9 @@ from fxprune.graph.facts import Blocks, Change, Constants, Fact, facts_of, owner
 from fxprune.graph.tensors import get_tensor, is_input, tensor_name
 from fxprune.pipeline.arguments import NORMS, instance, one_of, refuse
 from fxprune.rules.apply import apply_rule, describe_once, fresh_axes
-from fxprune.rules.registry import is_sum
+from fxprune.rules.registry import Values, is_sum, values_of
 from fxprune.rules.site import OpSite
-from fxprune.rules.statements import Axis, Role, SizeArgument, Statements, Statistic, TensorAxes
+from fxprune.rules.statements import Axis, Lookup, Role, SizeArgument, Statements, Statistic, TensorAxes
 from fxprune.trace import Traced
 
 
@@ -123,15 +123,50 @@ class Pick(NamedTuple):
     rows: tuple[Expr, ...]
 
 
-def find_picks(stated: Statements, tensors: Mapping[str, tuple[Expr, ...]]) -> dict[str, Pick]:
-    """Return the picks whose rows take the place of the axis that they pick along, by node."""
-    found: dict[str, Pick] = {}
-    for lookup in stated.lookups:
-        factor, out = stated.solver.resolve(lookup.expr), tensors.get(lookup.node, ())
-        count = len(tensors[lookup.index])
-        if isinstance(factor, Factor) and len(out) == lookup.tensor.rank - 1 + count:
-            found[lookup.node] = Pick(factor, lookup.index, out[lookup.dim : lookup.dim + count])
-    return found
+def find_picking_rows(
+    graph: fx.Graph,
+    stated: Statements,
+    tensors: Mapping[str, tuple[Expr, ...]],
+    summed: Mapping[Factor, Collection[str]],
+) -> dict[Factor, frozenset[str]]:
+    """Return the nodes whose rows belong to one unit of a factor each, by factor; none if it is picked in several ways.
+
+    Such rows pick matrices of a weight by number, as tokens do experts. Ops that treat each row by itself keep them
+    apart: elementwise ones, those that only move other axes, and products of the rows with a matrix each.
+    """
+    found = {lookup.node: pick for lookup in stated.lookups if (pick := _pick(lookup, stated, tensors)) is not None}
+    matrices = set(found)
+    for node in (node for node in graph.nodes if node.op == "call_function" and node.name not in found):
+        sources = [source.name for source in node.all_input_nodes if source.name in found]
+        picks = {found[name] for name in sources}
+        values, outs = values_of(node), [tensors[out.name] for out in stated.tensors.get(node.name, ())]
+        if len(picks) != 1 or not outs:
+            continue
+        (pick,) = picks
+        moves = values in (Values.MOVED, Values.CAST) and str(node.target) not in _REORDERING
+        of_rows = (factor for row in pick.rows for factor in factors(row))
+        multiplies = values is Values.PRODUCT and sum(name in matrices for name in sources) == 1
+        multiplies = multiplies and all(node.name not in summed.get(factor, ()) for factor in of_rows)
+        by_row = moves or multiplies or values in (Values.POINTWISE, Values.COMPARED)
+        if by_row and all(exprs.count(row) == 1 for exprs in outs for row in pick.rows):
+            found[node.name] = pick
+            if moves and matrices.issuperset(sources):
+                matrices.add(node.name)
+    ways = {(pick.factor, pick.numbers, pick.rows) for pick in found.values()}
+    once = {factor for factor, count in Counter(factor for factor, *_ in ways).items() if count == 1}
+    return {factor: frozenset(name for name, pick in found.items() if pick.factor == factor) for factor in once}
+
+
+_REORDERING = ("aten.flip.default", "aten.fliplr.default", "aten.flipud.default", "aten.roll.default")
+"""Ops that move rows among themselves, and may leave their axis the same."""
+
+
+def _pick(lookup: Lookup, stated: Statements, tensors: Mapping[str, tuple[Expr, ...]]) -> Pick | None:
+    """The pick of a lookup whose rows take the place of the axis that they pick along."""
+    factor, out, count = stated.solver.resolve(lookup.expr), tensors.get(lookup.node, ()), len(tensors[lookup.index])
+    rows = tuple(row for row in out[lookup.dim : lookup.dim + count] if row != UNIT)
+    is_pick = isinstance(factor, Factor) and len(out) == lookup.tensor.rank - 1 + count
+    return Pick(factor, lookup.index, rows) if is_pick and rows else None  # type: ignore[arg-type]
 
 
 def resolve_experts(stated: Statements) -> dict[Factor, int]:
@@ -212,7 +247,7 @@ class AxisMap:
         tied: parameter names that alias another name's tensor, with that name.
         least: for factors that must keep more than one unit, the number.
         positions: for tensors that hold positions along an axis, the expression of that axis.
-        picks: for tensors whose rows pick units along an axis by number, those of :func:`find_picks`.
+        picking: for factors that rows pick units of, the nodes of such rows; see :func:`find_picking_rows`.
         constants: names of the buffers that the model's code makes rather than the model holds.
         rules: for the node of each op, its rule as text.
         norm: treatment of norms over removed units, ``sliced`` or ``masked``.
@@ -237,7 +272,7 @@ class AxisMap:
     tied: dict[str, str] = field(default_factory=dict)
     least: dict[Factor, int] = field(default_factory=dict)
     positions: dict[str, Expr] = field(default_factory=dict)
-    picks: dict[str, Pick] = field(default_factory=dict)
+    picking: dict[Factor, frozenset[str]] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     rules: dict[str, str] = field(default_factory=dict)
     norm: str = "sliced"
@@ -414,7 +449,7 @@ def _solve(graph_module: fx.GraphModule, stated: Statements, rules: dict[str, st
         tied={name: owner for name, owner in owners.items() if name != owner},
         least=least,
         positions={name: solver.resolve(found.expr) for name, found in stated.positions.items()},
-        picks=find_picks(stated, tensors),
+        picking=find_picking_rows(graph_module.graph, stated, tensors, zeros.summed),
         constants=tuple(name for name in attributes if name in constants),
         rules=rules,
         norm=norm,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import UNIT, Expr, Factor, Index, Product, beside, factors, unit_index
-from fxprune.discovery.dependency import AxisMap, Pick, axis_map
+from fxprune.axes import Expr, Factor, Index, Product, beside, factors, unit_index
+from fxprune.discovery.dependency import AxisMap, axis_map
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact
-from fxprune.graph.tensors import starred, tensor_name, upstream
+from fxprune.graph.tensors import producer_of, starred, tensor_name, upstream
 from fxprune.pipeline.arguments import EXACT, KINDS, Kind, invalid, one_of, refuse
 from fxprune.pipeline.pipeline import html_table
 from fxprune.rules.apply import apply_rule_alone
@@ -268,38 +268,27 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     holding it. If a tensor holds the outer factor twice, as ``h @ h.T`` does, its units do meet each other.
     """
     common: list[Factor] | None = None
-    picking = _picking_rows(axes, reached)
     for axis in reached:
         exprs = axes.tensors[axis.tensor]
         around = [f for expr in exprs for f in factors(expr)]
-        around += [f for f, rows in picking.items() if rows.issubset(exprs) and f not in around]
+        around += [f for f, nodes in axes.picking.items() if producer_of(axis.tensor) in nodes and f not in around]
         if axis.tensor in axes.stored:  # the factors before every occurrence in the products of the axis
             first, *others = (before for before, _ in beside(exprs[axis.dim], factor))
             around = [f for f in first if all(f in other for other in others)]
             if axis.dim and isinstance(exprs[0], Factor) and axis.tensor not in axes.constants:
                 around.insert(0, exprs[0])
         common = around if common is None else [f for f in common if f in around]
-    names = {a.tensor for a in reached}.union(axes.summed.get(factor, ()))
-    met = [axes.tensors[name] for name in names if name in axes.tensors]
-    stacks = {axes.tensors[axis.tensor][0] for axis in reached if axis.tensor in axes.stored}
-    candidates = [f for f in common or () if f != factor and (f in stacks or f not in axes.frozen)]
-    candidates = [f for f in candidates if all(_times(f, exprs, picking) <= 1 for exprs in met)]
+    summing = axes.summed.get(factor, ())
+    names = {a.tensor for a in reached}.union(summing)
+    met = {name: axes.tensors[name] for name in names if name in axes.tensors}
+    candidates = [f for f in common or () if f != factor and f not in axes.frozen]
+    for f in tuple(candidates):
+        rows = axes.picking.get(f, frozenset())
+        picked = any(producer_of(name) in rows for name in names)
+        times = (sum(_depth(expr, f) for expr in exprs) + (producer_of(name) in rows) for name, exprs in met.items())
+        if max(times) > 1 or (picked and not rows.issuperset(summing)):
+            candidates.remove(f)
     return candidates[-1] if candidates else None
-
-
-def _picking_rows(axes: AxisMap, reached: Set[Axis]) -> dict[Factor, frozenset[Expr]]:
-    """The factors whose units rows pick from the tensors reached, all by the same numbers, with the rows' axes."""
-    found: dict[Factor, set[Pick]] = {}
-    for tensor in {axis.tensor for axis in reached} & axes.picks.keys():
-        found.setdefault(axes.picks[tensor].factor, set()).add(axes.picks[tensor])
-    rows = {factor: frozenset(next(iter(picks)).rows) - {UNIT} for factor, picks in found.items() if len(picks) == 1}
-    return {factor: exprs for factor, exprs in rows.items() if exprs}
-
-
-def _times(factor: Factor, exprs: Sequence[Expr], picking: Mapping[Factor, Set[Expr]]) -> int:
-    """How often a tensor holds a factor at one place, rows that pick units of it included."""
-    picked = factor in picking and picking[factor].issubset(exprs)
-    return sum(_depth(expr, factor) for expr in exprs) + picked
 
 
 def _depth(expr: Expr, factor: Factor) -> int:

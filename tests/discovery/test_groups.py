@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -103,10 +104,11 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 rand = torch.rand
 
 
-def _picked(m: Net, x: torch.Tensor, *, other: bool = False, met: bool = False) -> torch.Tensor:
-    """Experts picked by a router; the second matrices perhaps by other numbers, or after a sum over experts."""
+def _picked(m: Net, x: torch.Tensor, *, other: bool = False, met: bool = False, between: Any = None) -> torch.Tensor:
+    """Experts picked by a router; the second matrices perhaps by other numbers, or of rows that met in between."""
     chosen = m.router(x).topk(2, dim=-1).indices.reshape(-1)
     hidden = torch.bmm(m.up[chosen], x.repeat_interleave(2, dim=0)[..., None]).relu()
+    hidden = hidden if between is None else between(hidden)
     if met:
         hidden = hidden.view(-1, 2, 12, 1).sum(1).repeat_interleave(2, dim=0)
     second = m.router(-x).topk(2, dim=-1).indices.reshape(-1) if other else chosen
@@ -117,7 +119,7 @@ def _by_token(m: Net, x: torch.Tensor) -> torch.Tensor:
     """Experts picked by numbers of two axes, of tokens and of picks."""
     chosen = m.router(x).topk(2, dim=-1).indices
     hidden = torch.einsum("tkfh,th->tkf", m.up[chosen], x).relu()
-    return torch.einsum("tkhf,tkf->th", m.down[chosen], hidden)
+    return torch.einsum("tkhf,tkf->tkh", m.down[chosen], hidden).sum(1)
 
 
 def _side_by_side(m: Net, x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +137,11 @@ def _read_by_all(m: Net, x: torch.Tensor) -> torch.Tensor:
 STACKS: dict[str, tuple[Callable[[Net, torch.Tensor], torch.Tensor], bool]] = {
     "picked": (_picked, True),
     "by-token": (_by_token, True),
-    "side-by-side": (_side_by_side, True),
+    "side-by-side": (_side_by_side, False),  # a softmax freezes their axis
+    "summed-over-rows": (partial(_picked, between=lambda h: h.cumsum(0)), False),
+    "turned": (partial(_picked, between=lambda h: h.flip(0)), False),
+    "compared": (partial(_picked, between=lambda h: ((h[..., 0] @ h[..., 0].mT).relu() @ h[..., 0])[..., None]), False),
+    "moved": (partial(_picked, between=lambda h: h.mT.tanh().double().movedim(1, 0)[0][..., None].float()), True),
     "picked-otherwise": (partial(_picked, other=True), False),
     "that-meet": (partial(_picked, met=True), False),
     "that-read-all": (_read_by_all, False),

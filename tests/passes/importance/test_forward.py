@@ -181,7 +181,7 @@ def test_inputs_of_experts_side_by_side_are_apart_and_of_both_uses_of_a_weight_t
     (group,) = (g for g in groups_of(dense) if g.size == 10)
     found = scores_of(dense, "wanda", readers_only=True, kinds=group.kind)[group.name]
     hidden = torch.cat([torch.bmm(y, up).relu() for y in (x, x * 2)], dim=1).double()
-    expected = hidden.square().mean(1).sqrt() * down.abs().sum(2)
+    expected = (hidden.square().mean(1).sqrt() * down.abs().sum(2)).sum(0)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
 
 
