@@ -128,8 +128,8 @@ def find_picking_rows(
     stated: Statements,
     tensors: Mapping[str, tuple[Expr, ...]],
     summed: Mapping[Factor, Collection[str]],
-) -> dict[Factor, frozenset[str]]:
-    """Return the nodes whose rows belong to one unit of a factor each, by factor; none if it is picked in several ways.
+) -> dict[str, Factor]:
+    """Return the nodes whose rows belong to one unit of a factor each, with it; none if it is picked in several ways.
 
     Such rows pick matrices of a weight by number, as tokens do experts. Ops that treat each row by itself keep them
     apart: elementwise ones, those that only move other axes, and products of the rows with a matrix each.
@@ -152,9 +152,8 @@ def find_picking_rows(
             found[node.name] = pick
             if moves and matrices.issuperset(sources):
                 matrices.add(node.name)
-    ways = {(pick.factor, pick.numbers, pick.rows) for pick in found.values()}
-    once = {factor for factor, count in Counter(factor for factor, *_ in ways).items() if count == 1}
-    return {factor: frozenset(name for name, pick in found.items() if pick.factor == factor) for factor in once}
+    ways = Counter(pick.factor for pick in set(found.values()))
+    return {name: pick.factor for name, pick in found.items() if ways[pick.factor] == 1}
 
 
 _REORDERING = ("aten.flip.default", "aten.fliplr.default", "aten.flipud.default", "aten.roll.default")
@@ -247,7 +246,7 @@ class AxisMap:
         tied: parameter names that alias another name's tensor, with that name.
         least: for factors that must keep more than one unit, the number.
         positions: for tensors that hold positions along an axis, the expression of that axis.
-        picking: for factors that rows pick units of, the nodes of such rows; see :func:`find_picking_rows`.
+        picking: for nodes whose rows pick units of a factor, that factor; see :func:`find_picking_rows`.
         constants: names of the buffers that the model's code makes rather than the model holds.
         rules: for the node of each op, its rule as text.
         norm: treatment of norms over removed units, ``sliced`` or ``masked``.
@@ -272,7 +271,7 @@ class AxisMap:
     tied: dict[str, str] = field(default_factory=dict)
     least: dict[Factor, int] = field(default_factory=dict)
     positions: dict[str, Expr] = field(default_factory=dict)
-    picking: dict[Factor, frozenset[str]] = field(default_factory=dict)
+    picking: dict[str, Factor] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     rules: dict[str, str] = field(default_factory=dict)
     norm: str = "sliced"

@@ -271,7 +271,7 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
     for axis in reached:
         exprs = axes.tensors[axis.tensor]
         around = [f for expr in exprs for f in factors(expr)]
-        around += [f for f, nodes in axes.picking.items() if producer_of(axis.tensor) in nodes and f not in around]
+        around += [f for f in (axes.picking.get(producer_of(axis.tensor)),) if f is not None and f not in around]
         if axis.tensor in axes.stored:  # the factors before every occurrence in the products of the axis
             first, *others = (before for before, _ in beside(exprs[axis.dim], factor))
             around = [f for f in first if all(f in other for other in others)]
@@ -279,16 +279,19 @@ def _outer_factor(axes: AxisMap, factor: Factor, reached: set[Axis]) -> Factor |
                 around.insert(0, exprs[0])
         common = around if common is None else [f for f in common if f in around]
     summing = axes.summed.get(factor, ())
-    names = {a.tensor for a in reached}.union(summing)
-    met = {name: axes.tensors[name] for name in names if name in axes.tensors}
+    names = {axis.tensor for axis in reached}.union(summing)
     candidates = [f for f in common or () if f != factor and f not in axes.frozen]
-    for f in tuple(candidates):
-        rows = axes.picking.get(f, frozenset())
-        picked = any(producer_of(name) in rows for name in names)
-        times = (sum(_depth(expr, f) for expr in exprs) + (producer_of(name) in rows) for name, exprs in met.items())
-        if max(times) > 1 or (picked and not rows.issuperset(summing)):
-            candidates.remove(f)
+    candidates = [f for f in candidates if not _meet(axes, f, names, summing)]
     return candidates[-1] if candidates else None
+
+
+def _meet(axes: AxisMap, outer: Factor, names: Collection[str], summing: Iterable[str]) -> bool:
+    """Whether units of ``outer`` meet in a tensor of ``names``, of which ``summing`` sum over the units inside."""
+    by_row = {name for name in names if axes.picking.get(producer_of(name)) == outer}
+    if by_row and not by_row.issuperset(summing):
+        return True
+    met = {name: axes.tensors[name] for name in names if name in axes.tensors}
+    return any(sum(_depth(expr, outer) for expr in exprs) + (name in by_row) > 1 for name, exprs in met.items())
 
 
 def _depth(expr: Expr, factor: Factor) -> int:

@@ -8,7 +8,7 @@ precision their weights are read as the slim graph will have them, scaled for th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -178,11 +178,7 @@ class MaskedRun(PreciseRun):
         if scaling is not None:
             stored = self.fetch_attr(str(target))
             value = scaling.rounded(stored).to(value.device, value.dtype) if stored.dtype in _NARROW else value
-        exprs = self.axes.tensors.get(str(target), ())
-        for axis, expr in enumerate(exprs):
-            if self.keep.touches(expr):
-                value = masked(value, axis, torch.from_numpy(weight_mask(exprs, axis, self.keep).copy()))
-        return value
+        return masked_weight(value, self.axes.tensors.get(str(target), ()), self.keep)
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of ``n``: the input of a bypassed block, a statistic over the kept units only."""
@@ -220,6 +216,14 @@ class MaskedRun(PreciseRun):
                     shape = [*value.shape[:axis], expr.size, *value.shape[axis + 1 :]]
                     value = value.new_zeros(shape).index_copy(axis, index, value)
         return _renumber(value, positions, keep, to_kept=True) if to_kept else value
+
+
+def masked_weight(value: torch.Tensor, exprs: Sequence[Expr], keep: Keep) -> torch.Tensor:
+    """Return a weight with the axes ``exprs`` with zeros in place of removed units."""
+    for axis, expr in enumerate(exprs):
+        if keep.touches(expr):
+            value = masked(value, axis, torch.from_numpy(weight_mask(exprs, axis, keep).copy()))
+    return value
 
 
 def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:

@@ -298,8 +298,7 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], Mask]:
             made_for = plan.sizes.get(name, {}).get(axis, size)
             if made_for != size:
                 raise PlanError(f"the plan is for {made_for} here, the model has {size}", where=where, remedy=_OWN)
-            places = by_axis.get(0, list(range(exprs[0].size))) if axis else []
-            mask = _index_mask(index, size, places, exprs[0].size)
+            mask = _index_mask(index, size, by_axis.get(0), exprs[0].size)
             if mask is None:
                 remedy = "Make the plan again"
                 raise PlanError(f"kept indices do not fit an axis of {size}", where=where, remedy=remedy)
@@ -307,14 +306,18 @@ def _plan_masks(axes: AxisMap, plan: Plan) -> dict[tuple[str, int], Mask]:
     return masks
 
 
-def _index_mask(kept: Kept, size: int, places: Any, count: int) -> Mask | None:
-    """The mask ``(size,)`` of kept indices, ``(count, size)`` if rows at ``places`` differ; None if they do not fit."""
+def _index_mask(kept: Kept, size: int, first: Any, count: int) -> Mask | None:
+    """The mask ``(size,)`` of kept indices, or ``(count, size)`` of those of rows; None if they do not fit.
+
+    Of the ``count`` rows those at ``first`` stay; None for all.
+    """
     by_row = _are_rows(kept)
     rows: list[Any] = list(kept) if by_row else [kept]
     if not all(row and min(row) >= 0 and max(row) < size and len({*row}) == len(row) for row in rows):
         return None
     if not by_row:
         return np.isin(np.arange(size), rows[0])
+    places = list(range(count)) if first is None else first
     if not _are_numbers(places) or len(rows) != len(places) or not {*range(count)}.issuperset(places):
         return None
     mask = np.zeros((count, size), dtype=bool)
@@ -354,8 +357,8 @@ def _check_plan(axes: AxisMap, keep: Keep, masks: Mapping[tuple[str, int], Mask]
 
 
 def _ordered(kept: Kept) -> list[Any]:
-    rows = [sorted(row) if isinstance(row, list | tuple) else row for row in kept]
-    return rows if _are_rows(kept) else sorted(rows)
+    rows: Any = kept
+    return [sorted(row) for row in rows] if _are_rows(kept) else sorted(rows)
 
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")

@@ -127,9 +127,9 @@ def check_positions(found: Any, wanted: Wanted, criterion: str) -> None:
             raise PassError(what, where=f"pass {criterion}", remedy="Give a real number for each position")
 
 
-def axis_sums(value: torch.Tensor, axis: int, shape: Shape = (0,)) -> torch.Tensor:
+def axis_sums(value: torch.Tensor, axis: int, shape: Shape | None = None) -> torch.Tensor:
     """Sums over all axes except ``axis``, and except the first one if ``shape``, that of the result, is of two."""
-    others = [i for i in range(value.dim()) if i != axis and (i or len(shape) == 1)]
+    others = [i for i in range(value.dim()) if i != axis and (i or shape is None or len(shape) == 1)]
     return value.sum(dim=others) if others else value
 
 

@@ -363,7 +363,7 @@ class FlapImportancePass(ForwardImportancePass):
             for axis, there in uses.items():
                 for use in there:
                     variances = torch.stack([moments.variance for moments in use.each]).to(weight.device)
-                    shape = wanted.get((name, axis), (0,))
+                    shape = wanted.get((name, axis))
                     if use.stack is None:
                         value = variances[0] * axis_sums(squares, axis, shape)
                     else:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxprune.axes import weight_mask
 from fxprune.data.calibration import Calibration
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups
 from fxprune.errors import ArgumentError, PassError
 from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork, within
-from fxprune.graph.tensors import as_parameter, get_tensor, masked, require_weights, set_tensor
+from fxprune.graph.tensors import as_parameter, get_tensor, require_weights, set_tensor
+from fxprune.masking.masked_run import masked_weight
 from fxprune.offload.files import resume_scope
 from fxprune.pipeline.arguments import argument, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
@@ -169,12 +169,9 @@ def _zeroed_and_fitted(graph_module: fx.GraphModule, gone: Removal, fit: Pass | 
         work = fit(work, inplace=True).graph_module
     plan = gone.plan
     with torch.no_grad():
-        for name, by_axis in plan.kept.items():
+        for name in plan.kept:
             tensor = get_tensor(work, name)
-            value = tensor.detach()
-            for axis in by_axis:
-                mask = weight_mask(gone.axes.tensors[name], axis, gone.keep)
-                value = masked(value, axis, torch.from_numpy(mask.copy()))
+            value = masked_weight(tensor.detach(), gone.axes.tensors[name], gone.keep)
             set_tensor(work, name, as_parameter(value, tensor))
         for name in gone.axes.parameters:
             if within(name, plan.removed_blocks):
