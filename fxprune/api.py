@@ -323,7 +323,7 @@ def _leave_width_whole(recipe: Recipe, *, named: bool) -> None:
         if getattr(step, "width", ()):
             before = step.kinds  # type: ignore[attr-defined]
             stay = tuple(kind for kind in before if named or bare_kind(kind) != "channel")
-            recipe.set_arguments("select", {"kinds": stay, "width": ()})
+            recipe.set_arguments("select", {"kinds": stay, "width": (), "compensate": None})
             recipe["importance"] = [
                 changed(one, {"kinds": stay}) if getattr(one, "kinds", ()) == before else one
                 for one in recipe["importance"]

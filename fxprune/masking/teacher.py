@@ -210,10 +210,10 @@ def mean_error(
     return sum(gathered([value for value, counts in found if counts])) / positions
 
 
-def divergence_by_removal(
-    graph_module: fx.GraphModule, samples: Sequence[Sample], where: str
-) -> Callable[[Removal], float]:
+def divergence_by_removal(graph_module: fx.GraphModule, samples: Sequence[Sample], where: str) -> Callable[..., float]:
     """A function that gives the divergence of the masked graph from the dense one, in nats per position.
+
+    It takes the removal, and optionally a fork of the graph whose other weights are masked in place of its own.
 
     Both run in bfloat16 if the device supports it natively and no op of the graph refuses it.
 
@@ -226,9 +226,9 @@ def divergence_by_removal(
     batches = TeacherBatches(recorded, graph_module, batch_size(graph_module, samples, _BATCH))
     dealt = deal_in_step(batches)
 
-    def of(removal: Removal) -> float:
+    def of(removal: Removal, fitted: fx.GraphModule = graph_module) -> float:
         def logits(batch: TeacherBatch) -> torch.Tensor:
-            return run_logits(MaskedRun(graph_module, removal).in_step(), batch.inputs)
+            return run_logits(MaskedRun(fitted, removal).in_step(), batch.inputs)
 
         with autocast(device, bf16):
             return mean_error(divergence, logits, dealt, batches.positions)

@@ -25,7 +25,7 @@ _WANTED = "the name of a recipe, the path of a file with one, or a pipeline in t
 
 _INHERITED = (
     *("kinds", "part", "ranking", "protect", "round_to", "uniform", "tensor_parallel", "budget", "ratio", "first"),
-    *("target", "context", "reduction", "samples", "reach", "channel_samples", "width"),
+    *("target", "context", "reduction", "samples", "reach", "channel_samples", "width", "compensate"),
 )
 """Arguments that mean the same in all passes of a stage: one that takes the place of another inherits them."""
 
@@ -142,6 +142,11 @@ class Recipe(UserDict[str, tuple[Pass, ...]]):
         if made is not None and isinstance(choice, str):
             made = replace(made, **_inside(made, inherit))  # type: ignore[type-var]
         self[stage] = made
+        if stage == "compensate":  # a selection that fits its candidates does so as the recipe does
+            self["select"] = [
+                changed(step, {stage: made}) if getattr(step, stage, None) is not None else step
+                for step in self["select"]
+            ]
 
 
 def read_recipe(name: str) -> Recipe:

@@ -6,12 +6,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from math import lcm
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxprune.data.calibration import Calibration, spread
+from fxprune.data.calibration import Calibration, Sample, spread
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups, as_kinds, bare_kind
 from fxprune.emit import stock_check
@@ -19,11 +20,13 @@ from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.speed import times_file
 from fxprune.graph.context import attempt
 from fxprune.graph.counting import count_parameters
-from fxprune.graph.facts import Fact, facts_of
+from fxprune.graph.facts import Fact, Runnable, facts_of, fork
 from fxprune.graph.tensors import device_of
 from fxprune.masking.teacher import divergence_by_removal
+from fxprune.offload.files import resume_scope
 from fxprune.pipeline.arguments import argument, number, refuse
-from fxprune.pipeline.contract import PassCost
+from fxprune.pipeline.contract import Pass, PassCost
+from fxprune.pipeline.registry import pass_argument
 from fxprune.removal.budget import Budget, check_budget, make_budget
 from fxprune.removal.formats import least_each
 from fxprune.removal.removal import Removal
@@ -69,6 +72,21 @@ _ENOUGH = 0.85
 """Threshold above which the kinds not in ``first`` shrink too, as a fraction of the units of those in it.
 
 What is left of a layer that loses more does little, and a few heads are then the smaller loss."""
+
+
+@dataclass(frozen=True)
+class WidthCandidate:
+    """A selection to compare with others.
+
+    Args:
+        part: the share of residual width in the removed parameters.
+        choices: the choice for each slot.
+        notes: remarks on it, for the report.
+    """
+
+    part: float
+    choices: list[Choice]
+    notes: list[str]
 
 
 def choose_uniform(selection: Selection, fraction_for: Callable[[Mapping[int, Choice], str], float]) -> list[Choice]:
@@ -180,7 +198,14 @@ class SelectByRatioPass(SelectPass):
         samples it stays whole, and where the classes of the model cannot express less.""",
         check=_check_parts,
     )
-    wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration)
+    compensate: Pass | None = argument(
+        None,
+        """The fit of candidates of ``width``, on other samples than they are then run on. If the masked model is better
+        with less width, further shares are tried as long as the divergence of the fitted one falls: a fit makes up for
+        more of a narrower residual width than of emptied layers. None for no further shares.""",
+        check=pass_argument("compensate"),
+    )
+    wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration, Runnable)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -306,10 +331,13 @@ class SelectByRatioPass(SelectPass):
         return 1 - amount_below(self.target, self._target, budget.total, budget.word) / budget.total
 
     def cost(self, samples: int) -> PassCost:
-        """The dense model and every masked one, if residual width may go."""
+        """The dense model and every masked one, if residual width may go.
+
+        Fits of candidates are left out: only models that do better with less width come to them.
+        """
         if not self.width or "channel" not in map(bare_kind, self.kinds):
             return PassCost()
-        measured = min(_MEASURED, samples)
+        measured = self._measured(samples)
         return PassCost(runs=(2 + len(self.width)) * measured, batch=min(4, measured), outputs=4)
 
     def require_reachable(self, selection: Selection) -> None:
@@ -331,37 +359,73 @@ class SelectByRatioPass(SelectPass):
 
     def choose(self, selection: Selection) -> list[Choice]:
         trials = self._trials(selection)
-        part, choices, notes = next(trials)
+        chosen = next(trials)
         known = facts_of(selection.graph_module).get(Calibration)
         if known is not None and self._width_is_measured(selection):
-            measure = divergence_by_removal(selection.graph_module, spread(known.samples, _MEASURED), self.name)
-            least = first = measure(selection.removal_for(choices))
-            for trial in trials:
-                found = measure(selection.removal_for(trial[1]))
-                if found >= least:
-                    break
-                least, (part, choices, notes) = found, trial
-            if part:
-                change = f"divergence of the masked model {least:.2f} in place of {first:.2f}"
-                selection.note(f"residual width is {part:.0%} of what is removed: {change}")
-        for line in notes:
+            chosen = self._narrowed(selection, known.samples, chosen, trials)
+        for line in chosen.notes:
             selection.note(line)
-        return choices
+        return chosen.choices
+
+    def _narrowed(
+        self, selection: Selection, samples: Sequence[Sample], whole: WidthCandidate, narrower: Iterator[WidthCandidate]
+    ) -> WidthCandidate:
+        """The candidate up to which the divergence falls: that of the masked model, then that of the fitted one."""
+        best, following, changes = whole, next(narrower, None), list[str]()
+        for name, measure in self._measures(selection, samples):
+            before = best
+            least = first = measure(best.choices) if following is not None else 0.0
+            while following is not None and (found := measure(following.choices)) < least:
+                least, best, following = found, following, next(narrower, None)
+            if best is not before:
+                changes.append(f"divergence of the {name} model {least:.2f} in place of {first:.2f}")
+            if best is whole:  # fits take much longer than runs, and changed nothing there where it was tried
+                break
+        if changes:
+            selection.note(f"residual width is {best.part:.0%} of what is removed: {', '.join(changes)}")
+        return best
+
+    def _measures(
+        self, selection: Selection, samples: Sequence[Sample]
+    ) -> Iterator[tuple[str, Callable[[Sequence[Choice]], float]]]:
+        """Yield functions that give the divergence of the masked model: as it is, and after a fit on other samples."""
+        graph_module, numbers = selection.graph_module, count()
+        measured = spread(samples, self._measured(len(samples)))
+        taken = {id(sample) for sample in measured}
+        others = tuple(sample for sample in samples if id(sample) not in taken)
+        divergence = divergence_by_removal(graph_module, measured, self.name)
+
+        def fitted(choices: Sequence[Choice]) -> float:
+            assert self.compensate is not None
+            removal, work = selection.removal_for(choices), fork(graph_module)
+            facts = facts_of(work)
+            facts.put(removal)
+            facts.put(replace(facts[Calibration], samples=others))
+            with resume_scope(f"candidate-{next(numbers)}"):
+                return divergence(removal, self.compensate(work, inplace=True).graph_module)
+
+        yield "masked", lambda choices: divergence(selection.removal_for(choices))
+        if self.compensate is not None and others:
+            yield "fitted", fitted
+
+    def _measured(self, samples: int) -> int:
+        """The number of samples that candidates are run on; they are fitted on none of them."""
+        return min(_MEASURED, samples if self.compensate is None else max(1, samples // 2))
 
     def _width_is_measured(self, selection: Selection) -> bool:
         """Whether residual width is one of several kinds that may shrink, and ``width`` says how far."""
         kinds = {slot.kind for slot in selection.slots}
         return bool(self.width) and not isinstance(self.ratio, tuple) and "channel" in kinds and len(kinds) > 1
 
-    def _trials(self, selection: Selection) -> Iterator[tuple[float, list[Choice], list[str]]]:
-        """Candidate selections by rising share of residual width: the share, the choice for each slot, and notes.
+    def _trials(self, selection: Selection) -> Iterator[WidthCandidate]:
+        """Yield candidates by rising share of residual width.
 
         Raises:
             RatioError: the ratio is out of reach with every share.
         """
         if not self._width_is_measured(selection):
             notes: list[str] = []
-            yield 0.0, self._choose_all(replace(selection, note=notes.append)), notes
+            yield WidthCandidate(0.0, self._choose_all(replace(selection, note=notes.append)), notes)
             return
         whole, total = [(0, 0)] * len(selection.slots), selection.budget.total
         wanted, others = self._ratio(selection.budget) * total, {slot.kind for slot in selection.slots} - {"channel"}
@@ -385,7 +449,7 @@ class SelectByRatioPass(SelectPass):
                 refused = error
             else:
                 tried.append(decided)
-                yield part, choices, notes
+                yield WidthCandidate(part, choices, notes)
         if not tried and refused is not None:
             if refused.reachable is None:
                 raise refused

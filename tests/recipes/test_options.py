@@ -173,6 +173,23 @@ def test_stages_are_replaced_left_out_and_added() -> None:
     assert names(calibration=IDS, tune=MyTuning()) == untaught, "logits were recorded that nothing reads"
 
 
+def test_candidates_of_width_are_fitted_as_the_recipe_fits() -> None:
+    recipe = read_recipe("balanced")
+    recipe["select"] = "select-by-ratio{width=[0.2, 0.5], compensate=least-squares{samples=64}}"
+
+    def fit(calibration: Any = IDS, recipe: Any = recipe, **options: Any) -> str:
+        (select,) = (
+            step for step in prune_pipeline(calibration, recipe=recipe, **options).passes if step.stage == "select"
+        )
+        return str(getattr(select, "compensate", "no such argument"))
+
+    assert fit() == fit(select="select-by-ratio{ranking=local}") == "least-squares{samples=64}"
+    assert fit(compensate="none") == "None" and fit(compensate="rotation").startswith("rotation")
+    assert fit(recipe="balanced", compensate="rotation") == "None", "of which none are fitted"
+    assert fit(select="select-by-group-ratio", compensate="rotation") == "no such argument"
+    assert fit(None, importance="l2") == "None", "no samples"
+
+
 def test_samples_come_from_the_call_before_the_recipe() -> None:
     own = "calibrate{file='rows.jsonl', samples=3}, find-groups, taylor, select-by-ratio, least-squares, shrink"
     assert lines(recipe=own)[0] == lines(recipe=own, tokenizer=len)[0] == "calibrate{file=rows.jsonl, samples=3}"

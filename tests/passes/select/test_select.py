@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx import Interpreter
 
 from fxprune.axes import Factor, product
-from fxprune.data.calibration import Calibration
+from fxprune.data.calibration import Calibration, Sample
 from fxprune.discovery.groups import Group, Member
 from fxprune.errors import (
     ArgumentError,
@@ -27,6 +27,7 @@ from fxprune.errors import (
 )
 from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Notes, facts_of, fork
+from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import MaskedRun
 from fxprune.masking.teacher import divergence_by_removal
 from fxprune.pipeline.arguments import read_steps
@@ -155,6 +156,68 @@ def test_a_width_that_rounding_makes_the_same_is_measured_once(
     measured.clear()
     choose_width(wide, ratio=0.4, width=(0.1, 0.9), round_to=1)
     assert measured == [768, 512], "in blocks of 256"
+
+
+@pytest.mark.parametrize(
+    ("masked", "fitted", "part"),
+    [
+        ([3, 4], [], 0),
+        ([3, 2, 2], [2, 1, 0], 0.75),
+        ([3, 2, 2], [2, 1, 3], 0.5),
+        ([3, 2, 2], [1, 1], 0.25),
+        ([4, 3, 2, 1], [], 0.75),
+    ],
+)
+def test_width_goes_further_as_far_as_the_divergence_of_the_fitted_model_falls(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, masked: list[int], fitted: list[int], part: float
+) -> None:
+    """Masked alone, a narrower stream looked worse than emptied layers, of which a fit makes up for less."""
+    left = list(masked), list(fitted)
+
+    def measure(*_: Any) -> Any:
+        return lambda _, *fitted: left[len(fitted)].pop(0)
+
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", measure)
+    state = choose_width(calibrated, compensate=load_pass("least-squares", damping=1.0))
+    assert widths(state, "channel") == [round(128 * (1 - 0.2 * part))] and left == ([], []), "no more are measured"
+    notes = [line for line in facts_of(calibrated)[Notes].lines if "residual width is" in line]
+    assert len(notes) == (part > 0)
+    assert all(("of the fitted model" in line) == (part > 0.25 and bool(fitted)) for line in notes)
+
+
+def test_candidates_are_fitted_on_other_samples_and_on_copies(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = facts_of(calibrated)[Calibration].samples
+    before = {name: tensor.clone() for name, tensor in weights(calibrated)}
+    fit = load_pass("least-squares", damping=1.0)
+    masked: list[tuple[Removal, float]] = []
+    fitted: list[tuple[Removal, float]] = []
+
+    def measure(graph_module: fx.GraphModule, measured: Sequence[Sample], where: str) -> Any:
+        own = divergence_by_removal(graph_module, measured, where)
+
+        def of(removal: Removal, *other: fx.GraphModule) -> float:
+            (fitted if other else masked).append((removal, own(removal, *other)))
+            return (3, 2, 2)[len(masked) - 1] if not other else -len(fitted)
+
+        return of
+
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", measure)
+    choose_width(calibrated, compensate=fit)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(calibrated)), "on copies"
+    assert (len(masked), len(fitted)) == (3, 3)
+    alone = divergence_by_removal(calibrated, [samples[0], samples[2]], "here")
+    for removal, divergence in fitted:
+        work = fork(calibrated)
+        facts_of(work).put(removal)
+        facts_of(work).put(replace(facts_of(work)[Calibration], samples=(samples[1], samples[3])))
+        assert divergence == alone(removal, fit(work).graph_module) != alone(removal)
+    assert all(divergence == alone(removal) for removal, divergence in masked)
+    masked.clear()
+    facts_of(calibrated).put(replace(facts_of(calibrated)[Calibration], samples=samples[:1]))
+    choose_width(calibrated, compensate=fit)
+    assert (len(masked), len(fitted)) == (3, 3), "one sample is for runs alone"
 
 
 def test_the_divergence_of_a_removal_is_that_of_the_masked_model(calibrated: fx.GraphModule) -> None:
