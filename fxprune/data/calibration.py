@@ -180,6 +180,13 @@ def spread(samples: Sequence[T], most: int | None) -> tuple[T, ...]:
     return tuple(samples[i * len(samples) // most] for i in range(most))
 
 
+def hold_out(samples: Sequence[Sample], count: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """``count`` samples, evenly spread, and all the others."""
+    taken = spread(samples, count)
+    numbers = {id(sample) for sample in taken}
+    return taken, tuple(sample for sample in samples if id(sample) not in numbers)
+
+
 def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
     """Ids below ``classes`` of all tokens of a tokenizer that are not special; empty if it does not list them."""
     listed = getattr(tokenizer, "get_vocab", None)

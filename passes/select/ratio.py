@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxprune.data.calibration import Calibration, Sample, spread
+from fxprune.data.calibration import Calibration, Sample, hold_out
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups, as_kinds, bare_kind
 from fxprune.emit import stock_check
@@ -373,8 +373,10 @@ class SelectByRatioPass(SelectPass):
         """The candidate up to which the divergence falls: that of the masked model, then that of the fitted one."""
         best, following, changes = whole, next(narrower, None), list[str]()
         for name, measure in self._measures(selection, samples):
+            if following is None:
+                break
             before = best
-            least = first = measure(best.choices) if following is not None else 0.0
+            least = first = measure(best.choices)
             while following is not None and (found := measure(following.choices)) < least:
                 least, best, following = found, following, next(narrower, None)
             if best is not before:
@@ -390,9 +392,7 @@ class SelectByRatioPass(SelectPass):
     ) -> Iterator[tuple[str, Callable[[Sequence[Choice]], float]]]:
         """Yield functions that give the divergence of the masked model: as it is, and after a fit on other samples."""
         graph_module, numbers = selection.graph_module, count()
-        measured = spread(samples, self._measured(len(samples)))
-        taken = {id(sample) for sample in measured}
-        others = tuple(sample for sample in samples if id(sample) not in taken)
+        measured, others = hold_out(samples, self._measured(len(samples)))
         divergence = divergence_by_removal(graph_module, measured, self.name)
 
         def fitted(choices: Sequence[Choice]) -> float:

@@ -16,6 +16,7 @@ from fxprune.data.calibration import (
     HeldOut,
     Sample,
     embedding_rows,
+    hold_out,
     noised,
     plain_tokens,
     spread,
@@ -174,9 +175,7 @@ class RecordTeacherPass(Pass):
         heldout = self._built_in(samples, graph_module)
         if heldout:
             return samples, heldout, "built-in text of another kind"
-        heldout = spread(samples, max(1, len(samples) // 8))
-        taken = {id(sample) for sample in heldout}
-        rest = tuple(sample for sample in samples if id(sample) not in taken)
+        heldout, rest = hold_out(samples, max(1, len(samples) // 8))
         if not rest:
             what, remedy = "one sample is too few to train on and to hold out", "Pass more samples, or a tokenizer"
             raise CalibrationError(what, where="calibration", remedy=remedy)
