@@ -196,7 +196,10 @@ def generate_samples(
         for ids, numbers in track(batches, what, len(batches)):
             draws = LogitsProcessorList([_Draw(own.eos_token_id, numbers.T)])
             mask = torch.ones_like(ids)
-            found = model.generate(ids, attention_mask=mask, generation_config=drawn, logits_processor=draws)
+            # a whole copy of a sharded model still counts as sharded, and would wait for processes that do not generate
+            found = model.generate(
+                ids, attention_mask=mask, generation_config=drawn, logits_processor=draws, synced_gpus=False
+            )
             written.append(found.cpu())
     return torch.cat(written)
 

@@ -194,6 +194,22 @@ def test_sharded_models_are_pruned_and_come_back_sharded_alike(way: str, tmp_pat
         torch.testing.assert_close(torch.tensor(logits), loaded.flatten(), rtol=0, atol=1e-5)
 
 
+def test_a_sharded_model_generates_samples_in_one_process(tmp_path: Path) -> None:
+    """Its copy still counted as sharded, and the process that generated waited for the other one for ever."""
+    options: dict[str, Any] = {
+        "ratio": 0.3,
+        "recipe": "calibrate{added=2}\nfind-groups\nwanda\nselect-by-ratio\nshrink\nemit-model\nmake-report",
+        "eval": False,
+    }
+
+    def work(rank: int) -> str:
+        return fxprune.prune(sharded(tiny("llama")), token_ids(6), **options).plan.to_json()
+
+    alone = fxprune.prune(tiny("llama"), token_ids(6), **options)
+    assert any("generated were added" in note for note in alone.report.notes)
+    assert in_processes(work, 2, tmp_path) == [alone.plan.to_json()] * 2
+
+
 @pytest.mark.parametrize("family", tiers(["llama", "gpt2"], "llama"))
 def test_a_model_offloaded_by_a_device_map_is_pruned(family: str, tmp_path: Path) -> None:
     """Its weights were there only while their layer ran, and it was refused."""
