@@ -100,6 +100,7 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
     file = work / "request.json"  # a run with the same request resumes the one in the folder
 
     def begin() -> None:
+        stack.enter_context(made_folder(work.parent))
         if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
@@ -108,8 +109,6 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
     with ExitStack() as stack:
         try:
             with wrap_disk_errors(work, CheckpointError):
-                if is_first():
-                    stack.enter_context(made_folder(work.parent))
                 run_on_first(begin, CheckpointError)
                 there = file.read_text("utf-8", "replace") if file.is_file() else ""
                 check_same(lambda: {**_parts(request), "the files in it that they see": there}, where=str(work))

@@ -27,7 +27,7 @@ from fxprune.graph.context import setting
 from fxprune.graph.facts import Source, facts_of
 from fxprune.graph.tensors import as_parameter, get_tensor, set_tensor
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
-from fxprune.offload.ranks import barrier, broadcast_object, is_first
+from fxprune.offload.ranks import barrier, broadcast_object, is_first, run_on_first
 
 SMALLEST = 1 << 16
 """Bytes below which a tensor stays in memory: a mapping takes whole pages, and their number is limited."""
@@ -83,18 +83,26 @@ def cached(name: str, *, own: bool = False) -> Path | None:
     return path if (path.exists() if own else broadcast_object(path.exists())) else None
 
 
-@contextmanager
-def caching(name: str, *, own: bool = False) -> Iterator[Path | None]:
-    """Yield a path to write the cached file ``name`` to, which gets its name once complete; None without a cache.
+def write_cached(name: str, write: Callable[[Path], object], *, own: bool = False) -> None:
+    """Write the cached file ``name`` by a function of a path; it gets its name once complete. Without a cache, nothing.
 
     All processes share the cache. The first writes what all of them hold; with ``own`` each writes files of its own.
+
+    Raises:
+        FxpruneError: the first process could not write it; raised in the others.
     """
     folder = _cache.get()
-    if folder is None or not (own or is_first()):
-        yield None
+    if folder is None:
         return
-    with atomic_path(folder / name, parents=True) as unfinished:
-        yield unfinished
+
+    def write_whole() -> None:
+        with atomic_path(folder / name, parents=True) as unfinished:
+            write(unfinished)
+
+    if own:
+        write_whole()
+    else:
+        run_on_first(write_whole, FxpruneError)
 
 
 def uncache(name: str) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -26,7 +26,7 @@ from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import measure_speed
 from fxprune.graph.compat import tree_leaves
 from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
-from fxprune.offload.ranks import decide_on_first, is_first, run_on_first
+from fxprune.offload.ranks import check_unsharded, decide_on_first, run_on_first
 from fxprune.pipeline.arguments import as_path, flag, invalid, number, one_of, refuse
 from fxprune.pipeline.contract import digest_of, sharing
 from fxprune.recipes import Options, Recipe, as_recipe
@@ -87,8 +87,8 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     keys = {name: _key(source, calibration, {**given, **own}) for name, own in asked.items()}
     known = Sweep(folder, tuple(found))
     todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
-    making = made_folder(folder) if is_first() else nullcontext()
-    with wrap_disk_errors(folder, CheckpointError), making, sharing():
+    with wrap_disk_errors(folder, CheckpointError), ExitStack() as stack, sharing():
+        run_on_first(lambda: stack.enter_context(made_folder(folder)), CheckpointError)
         traced = trace_for(model, given.get("example_inputs"), calibration) if todo else None
         for name in todo:
             assert traced is not None
@@ -120,6 +120,7 @@ def _read_inputs(
         model = load_model(model)
     if given.get("tokenizer") is None:
         raise invalid("tokenizer", None, "quality cannot be measured without one", "Pass the tokenizer of the model")
+    check_unsharded(model)
     if is_text(calibration):
         calibration = text_samples(calibration, given["tokenizer"], None, TOKENS)
     return model, calibration, given

@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, get_tensor, put, require_weights, take
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.files import cached, caching, offloaded, release_freed, write_back, write_values
+from fxprune.offload.files import cached, offloaded, release_freed, write_back, write_cached, write_values
 from fxprune.offload.prefetch import compute_device, to_device
 from fxprune.offload.ranks import all_reduce, broadcast_dealt, check_enough, deal, gathered
 from fxprune.pipeline.arguments import Reach, argument
@@ -299,9 +300,7 @@ class FitPass(Pass):
         home = device_of(graph_module)
         fitted = self.fitted(graph_module, site, run)
         found = {node: to_device(value.contiguous(), home) for node, value in fitted.items()}
-        with caching(f"{site.name}.fit") as file:
-            if file is not None:
-                save_file({str(node.target): value for node, value in found.items()}, file)
+        write_cached(f"{site.name}.fit", partial(save_file, {str(node.target): one for node, one in found.items()}))
         return found
 
     @abstractmethod

@@ -17,7 +17,7 @@ from fxprune.errors import CalibrationError, PassError, PlanError
 from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.graph.tensors import get_tensor, weight_bytes, weights
 from fxprune.masking.parts import Part, cut_graph, output_numel, part_bytes
-from fxprune.offload.files import cached, caching
+from fxprune.offload.files import cached, write_cached
 from fxprune.offload.prefetch import compute_device, free_bytes
 from fxprune.offload.ranks import broadcast_object, check_same
 from fxprune.pipeline.arguments import (
@@ -84,9 +84,7 @@ class ImportancePass(Pass):
         found = found.spread(facts[Groups])
         found.check(facts[Groups], f"Let {self.name} give a finite score for each unit, or check weights and samples")
         scores = replace(broadcast_object(found), source=str(self))
-        with caching("scores.safetensors") as file:
-            if file is not None:
-                scores.save(file)
+        write_cached("scores.safetensors", scores.save)
         facts.put(scores)
         return PassResult(graph_module, False)
 

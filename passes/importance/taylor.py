@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from math import prod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,7 +31,7 @@ from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
 from fxprune.masking.objective import Objective, gives_classes, sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
 from fxprune.masking.teacher import batch_size, logits_use_bf16
-from fxprune.offload.files import cached, caching, is_caching, offloaded, resume_scope, uncache
+from fxprune.offload.files import cached, is_caching, offloaded, resume_scope, uncache, write_cached
 from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
 from fxprune.pipeline.arguments import Memory, Order, Precision, argument
@@ -559,10 +560,10 @@ def finite_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
 
 
 def _cache_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, own: bool = False) -> None:
-    with caching(name, own=own) as file:
-        if file is not None:  # copies, since gradients of two values may be one tensor
-            copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-            save_file(copies, file)
+    def write(file: Path) -> None:  # copies, since gradients of two values may be one tensor
+        save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, file)
+
+    write_cached(name, write, own=own)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from math import lcm
 from typing import Any, ClassVar
 
@@ -23,7 +23,8 @@ from fxprune.graph.counting import count_parameters
 from fxprune.graph.facts import Fact, Runnable, facts_of, fork
 from fxprune.graph.tensors import device_of
 from fxprune.masking.teacher import divergence_by_removal
-from fxprune.offload.files import resume_scope
+from fxprune.offload.files import cached, resume_scope, uncache, write_cached
+from fxprune.offload.ranks import world_size
 from fxprune.pipeline.arguments import argument, number, refuse
 from fxprune.pipeline.contract import Pass, PassCost
 from fxprune.pipeline.registry import pass_argument
@@ -391,21 +392,28 @@ class SelectByRatioPass(SelectPass):
         self, selection: Selection, samples: Sequence[Sample]
     ) -> Iterator[tuple[str, Callable[[Sequence[Choice]], float]]]:
         """Yield functions that give the divergence of the masked model: as it is, and after a fit on other samples."""
-        graph_module, numbers = selection.graph_module, count()
+        graph_module = selection.graph_module
         measured, others = hold_out(samples, self._measured(len(samples)))
         divergence = divergence_by_removal(graph_module, measured, self.name)
 
         def fitted(choices: Sequence[Choice]) -> float:
             assert self.compensate is not None
             removal, work = selection.removal_for(choices), fork(graph_module)
+            name = f"candidate-{removal.plan.digest}"
+            known = cached(f"{name}.json")
+            if known is not None:
+                return float(json.loads(known.read_text("utf-8")))
             facts = facts_of(work)
             facts.put(removal)
             facts.put(replace(facts[Calibration], samples=others))
-            with resume_scope(f"candidate-{next(numbers)}"):
-                return divergence(removal, self.compensate(work, inplace=True).graph_module)
+            with resume_scope(name):
+                found = divergence(removal, self.compensate(work, inplace=True).graph_module)
+            write_cached(f"{name}.json", lambda file: file.write_text(json.dumps(found), encoding="utf-8"))
+            uncache(name)  # as large as the weights
+            return found
 
         yield "masked", lambda choices: divergence(selection.removal_for(choices))
-        if self.compensate is not None and others:
+        if self.compensate is not None and others and len(others) >= world_size():
             yield "fitted", fitted
 
     def _measured(self, samples: int) -> int:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 from fxprune.data.calibration import IGNORED
-from fxprune.errors import ArgumentError, CalibrationError
+from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.compare import TOLERANCE
@@ -34,7 +34,7 @@ from fxprune.masking.teacher import (
     rejection,
     run_logits,
 )
-from fxprune.offload.atomic import atomic_path
+from fxprune.offload.atomic import atomic_path, wrap_disk_errors
 from fxprune.offload.files import free_disk, is_offloading, write_values
 from fxprune.offload.prefetch import autocast, free_bytes, gathers_weights, use_bf16
 from fxprune.offload.ranks import (
@@ -42,7 +42,7 @@ from fxprune.offload.ranks import (
     broadcast,
     broadcast_object,
     check_same,
-    is_first,
+    run_on_first,
 )
 from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
@@ -88,9 +88,15 @@ class Progress:
         return Progress(step, misses, first, best, kept)
 
     def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
-        """Save all that is needed to resume, in the first process; ``mark`` is the fingerprint of the run."""
-        if not is_first():
-            return
+        """Save all that is needed to resume, in the first process; ``mark`` is the fingerprint of the run.
+
+        Raises:
+            FxpruneError: it could not be written; raised in all processes.
+        """
+        with wrap_disk_errors(folder, FxpruneError):
+            run_on_first(partial(self._write, folder, mark, adam), FxpruneError)
+
+    def _write(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
         held = {f"kept.{i}": tensor for i, tensor in enumerate(self.kept)}
         for i, group in enumerate(adam.param_groups):
             (numbers,) = group["params"]

@@ -143,7 +143,7 @@ def test_a_killed_run_is_resumed(
 @pytest.mark.parametrize(
     ("was", "becomes"),
     [
-        ("least-squares{reach=stream}", "rotation\nleast-squares{damping=0.1}"),
+        ("\nleast-squares{reach=stream}", "\nrotation\nleast-squares{damping=0.1}"),
         (
             "\n" + next(line for line in str(read_recipe("fast")).splitlines() if line.startswith("multiply-scores")),
             "\nscore-in-steps{steps=2, importance=wanda, select='select-by-ratio{ratio=0.4}'}",

@@ -20,8 +20,8 @@ from tests.models import tiny
 
 NO_TEXT = CalibrationText(None, None, None)
 GENERAL = len(general_text()) // (4 * 128)
-WIDTHS = 3 * 24 + 7 * 16
-"""Runs that score residual width, and those that tell how far it goes: of the dense model and of six masked ones."""
+WIDTHS = 3 * 24 + 6 * 16
+"""Runs that score residual width, and those that tell how far it goes: of the dense model and of five masked ones."""
 DEMO = Activations(total=800_000, alive=5_000, outputs=49_152)
 DEMO_WEIGHTS = (0.538e9, 0.43e9)
 

@@ -23,6 +23,7 @@ from tests.cli.running import refused
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
 from tests.tiers import SLOW, tiers
+from tests.tokens import character_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -231,3 +232,5 @@ def test_a_model_offloaded_by_a_device_map_is_pruned(family: str, tmp_path: Path
     assert result.model.hf_device_map.keys() == spread.hf_device_map.keys()
     result.save_pretrained(tmp_path / "slim")
     torch.testing.assert_close(fxprune.from_pretrained(tmp_path / "slim")(ids).logits, alone.model(ids).logits)
+    with pytest.raises(UnsupportedModelError, match="a device_map has offloaded it"):
+        fxprune.sweep(spread, ids, out=tmp_path / "sweep", tokenizer=character_tokenizer())

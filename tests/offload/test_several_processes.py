@@ -9,14 +9,16 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from fxprune.passes.tune.tune import Progress
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fxprune
+from fxprune.checkpoint.low_memory import resumable_folder
 from fxprune.errors import ArgumentError, FxpruneError, PassError, UnsupportedModelError
 from fxprune.evaluation import perplexity
 from fxprune.offload import ranks
-from fxprune.offload.files import cached, caching, offload_to, uncache
+from fxprune.offload.files import cached, offload_to, uncache, write_cached
 from fxprune.offload.ranks import (
     all_reduce,
     barrier,
@@ -41,6 +43,7 @@ from fxprune.offload.ranks import (
 )
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
+from tests.tokens import character_tokenizer
 
 
 def test_small_tensors_of_several_dtypes_are_summed_in_buckets(tmp_path: Path) -> None:
@@ -105,12 +108,8 @@ def test_the_first_process_says_what_is_done(tmp_path: Path) -> None:
     def work(rank: int) -> list[object]:
         with offload_to(tmp_path, tmp_path):
             before = cached("scores")
-            with caching("scores") as file:
-                if file is not None:
-                    file.write_text(str(rank))
-            with caching(f"parts/{rank}", own=True) as file:
-                assert file is not None
-                file.write_text("")
+            write_cached("scores", lambda file: file.write_text(str(rank)))
+            write_cached(f"parts/{rank}", lambda file: file.write_text(""), own=True)
             barrier()
             seen = cached("scores")
             own = [cached(f"parts/{place}", own=True) is not None for place in range(3)]
@@ -119,6 +118,38 @@ def test_the_first_process_says_what_is_done(tmp_path: Path) -> None:
             return [before, seen and seen.read_text(), own, (tmp_path / "parts").exists()]
 
     assert in_processes(work, 2, tmp_path) == [[None, "0", [True, True, False], False]] * 2
+
+
+def test_a_disk_error_of_the_first_process_is_raised_in_all(tmp_path: Path) -> None:
+    """It alone writes; the others waited until the time was up, or said that it had ended."""
+    file = tmp_path / "file"
+    file.write_text("")
+
+    def cache() -> None:
+        with offload_to(tmp_path, file):
+            write_cached("scores", lambda path: path.write_text(""))
+
+    def start() -> None:
+        with resumable_folder(file / "out"):
+            pass
+
+    def save() -> None:
+        Progress(0, 0, 1.0, 1.0, ()).save(str(file / "run"), "", torch.optim.Adam([torch.zeros(2)]))
+
+    def compare() -> None:
+        fxprune.sweep(tiny("llama"), token_ids(2), out=file / "out", tokenizer=character_tokenizer())
+
+    def work(rank: int) -> list[str]:
+        found = []
+        for step in (cache, start, save, compare):
+            with pytest.raises((OSError, FxpruneError)) as raised:
+                step()
+            found.append(str(raised.value))
+            barrier()
+        return found
+
+    for mine, other in zip(*in_processes(work, 2, tmp_path, timeout=20), strict=True):
+        assert "cannot be written" in mine and "the first process: " in other and str(file) in other
 
 
 def test_processes_that_end_with_other_weights_all_raise_it(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_naming_an_importance_replaces_the_scores_and_nothing_else() -> None:
 def test_width_goes_where_it_is_measured_alone() -> None:
     """Replaced as text, a selection by the units of each group took a fourth of the width."""
     select = "select-by-ratio{kinds=[mlp, head, conv, exact-channel], ranking=auto, protect=[0.07, 0.04], first=[mlp]"
-    measured = f"{select}, width=[0.2, 0.35, 0.5, 0.65, 0.8], "
+    measured = f"{select}, width=[0.2, 0.35, 0.5, 0.65], "
     measured += "compensate=least-squares{samples=64, reach=stream}}"
     assert measured in lines(calibration=IDS) and measured in lines(calibration=IDS, select="select-by-ratio")
     by_group = "select-by-group-ratio{ranking=auto, protect=[0.07, 0.04]}"
@@ -247,7 +247,7 @@ def test_replacing_a_stage_is_an_assignment() -> None:
     recipe["compensate"] = load_pass("rotation")
     expected = "calibrate{written=384, added=200, programs=0.25, languages=0.5}\nfind-groups{norm=masked}\n"
     expected += "taylor{order=second}\nselect-by-ratio{kinds=[mlp, head, conv, exact-channel], ranking=auto, "
-    expected += "protect=[0.07, 0.04], first=[mlp], width=[0.2, 0.35, 0.5, 0.65, 0.8], "
+    expected += "protect=[0.07, 0.04], first=[mlp], width=[0.2, 0.35, 0.5, 0.65], "
     expected += "compensate=least-squares{samples=64, reach=stream}}\nrotation\n"
     expected += "shrink{verify}\nemit-model\nmake-report"
     assert str(recipe) == str(recipe.pipeline) == expected

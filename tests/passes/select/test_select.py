@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fxprune.graph.facts import Notes, facts_of, fork
 from fxprune.graph.tensors import weights
 from fxprune.masking.masked_run import MaskedRun
 from fxprune.masking.teacher import divergence_by_removal
+from fxprune.offload.files import offload_to
 from fxprune.pipeline.arguments import read_steps
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
@@ -218,6 +220,48 @@ def test_candidates_are_fitted_on_other_samples_and_on_copies(
     facts_of(calibrated).put(replace(facts_of(calibrated)[Calibration], samples=samples[:1]))
     choose_width(calibrated, compensate=fit)
     assert (len(masked), len(fitted)) == (3, 3), "one sample is for runs alone"
+
+
+def test_divergences_of_fitted_candidates_resume_and_their_weights_do_not_stay(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Candidates of a second round, with other units, took the fits of the first one's, by their number."""
+    plans: list[str] = []
+
+    def measure(graph_module: fx.GraphModule, measured: Sequence[Sample], where: str) -> Any:
+        own, masked = divergence_by_removal(graph_module, measured, where), iter((3, 2, 2))
+
+        def of(removal: Removal, *other: fx.GraphModule) -> float:
+            plans.extend(removal.plan.digest for _ in other)
+            return own(removal, *other) if other else next(masked)
+
+        return of
+
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", measure)
+    alone = choose_width(calibrated, compensate=load_pass("least-squares"))
+    notes, wanted = facts_of(calibrated)[Notes].lines, {f"candidate-{plan}.json" for plan in plans}
+    scores, calls = facts_of(calibrated)[Scores], len(plans)
+    assert calls == len(wanted) > 1
+    for fits in (calls, calls):
+        with offload_to(tmp_path, tmp_path):
+            assert choose_width(calibrated, compensate=load_pass("least-squares")).plan == alone.plan
+        assert len(plans) == calls + fits and {path.name for path in tmp_path.iterdir()} == wanted
+        assert set(facts_of(calibrated)[Notes].lines) == set(notes), "the divergences are the same"
+    facts_of(calibrated).put(replace(scores, units={name: -row for name, row in scores.units.items()}))
+    with offload_to(tmp_path, tmp_path):
+        choose_width(calibrated, compensate=load_pass("least-squares"))
+    assert len(set(plans)) > calls, "of other units"
+
+
+def test_no_candidates_are_fitted_on_fewer_samples_than_there_are_processes(
+    calibrated: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the samples are held out; the rest was then refused as too few, after all scores."""
+    left = [3, 2, 2]
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", lambda *_: lambda _: left.pop(0))
+    monkeypatch.setattr("fxprune.passes.select.ratio.world_size", lambda: 3)
+    choose_width(calibrated, compensate=load_pass("least-squares"))
+    assert not left
 
 
 def test_the_divergence_of_a_removal_is_that_of_the_masked_model(calibrated: fx.GraphModule) -> None:
