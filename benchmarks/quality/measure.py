@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from fxprune.evaluation.comparison import Column, Comparison, as_column
 from fxprune.evaluation.tasks import Task, named_tasks
 from fxprune.graph.facts import facts_of
 from fxprune.offload.atomic import atomic_path
+from fxprune.offload.files import offload_to
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
@@ -110,12 +112,30 @@ class Bench:
     def _prune(
         self, row: QualityRow, samples: torch.Tensor | None, options: Mapping[str, Any]
     ) -> tuple[QualityRow, Any]:
-        """Row of a prune with its time and memory, and the slim model, or its graph where there is none."""
+        """Row of a prune with its time and memory, and the slim model, or its graph where there is none.
+
+        Where slim models are kept, a prune that was interrupted resumes; its time is that of all its runs together.
+        """
         clock = time.process_time if row.threads == 1 else time.perf_counter
+        work = None if self.keep is None else self.keep / f"unfinished-{self._digest(row)}"
+        costs = None if work is None else work / "costs.json"
+        seconds, peak = (0.0, 0.0) if costs is None or not costs.exists() else json.loads(costs.read_text())
         reset_peak_memory()
-        begin = clock()
-        result = fxprune.prune(self.model, samples, eval=False, **options)
-        seconds, peak = clock() - begin, memory_bytes("VmHWM") / 1e9
+        begin = clock() - seconds
+
+        def spent() -> tuple[float, float]:
+            return clock() - begin, max(peak, memory_bytes("VmHWM") / 1e9)
+
+        def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+            for item in items:
+                yield item
+                if costs is not None:
+                    costs.parent.mkdir(parents=True, exist_ok=True)
+                    costs.write_text(json.dumps(spent()))
+
+        with offload_to(None, work):
+            result = fxprune.prune(self.model, samples, eval=False, track=track, **options)
+        seconds, peak = spent()
         row = replace(row, parameters=result.report.parameters[1], seconds=seconds, peak_gb=peak)
         if result.model is None:
             return row, result.graph_module
@@ -123,7 +143,14 @@ class Bench:
             folder = _folder_of(self.keep, row)
             result.save_pretrained(folder, self.tokenizer)
             (folder / _ROW).write_text(json.dumps(row.to_dict()), encoding="utf-8")
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
         return row, result.model
+
+    def _digest(self, row: QualityRow) -> str:
+        """Fingerprint of a prune: what is pruned, by which passes, and on which samples."""
+        about = (row.entry, row.ratio, row.draw, row.passes, row.protocol.calibrated, weights_digest(self.model))
+        return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
     def _samples(self, entry: Entry, draw: int) -> torch.Tensor | None:
         rows = self.texts.calibration

@@ -40,8 +40,8 @@ _cache: ContextVar[Path | None] = ContextVar("cache", default=None)
 
 
 @contextmanager
-def offload_to(folder: Path, cache: Path | None = None) -> Iterator[None]:
-    """Keep tensors that passes make, and that last, in files of a folder.
+def offload_to(folder: Path | None, cache: Path | None = None) -> Iterator[None]:
+    """Keep tensors that passes make, and that last, in files of a folder; in memory with None.
 
     The files are unlinked once they are open, so that the space is free when the last tensor in one is gone, however
     the process ends. A second run of the same passes on the same data resumes from intermediate results in ``cache``.
@@ -69,6 +69,11 @@ def is_offloading() -> bool:
 def is_caching() -> bool:
     """Whether there is a cache to resume from."""
     return _cache.get() is not None
+
+
+def cache_folder() -> Path | None:
+    """The folder of the cache of the pass that runs; None if there is no cache."""
+    return _cache.get()
 
 
 def cached(name: str, *, own: bool = False) -> Path | None:

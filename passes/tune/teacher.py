@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from statistics import median_low
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.data.built_in import offline_docstrings
@@ -29,9 +31,10 @@ from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.objective import read_heldout
 from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
+from fxprune.offload.files import cached, write_cached
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument, instance
-from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
+from fxprune.pipeline.contract import Pass, PassCost, PassResult, digest_of, tracked
 from fxprune.vocabulary.prune import DenseTeacher
 
 
@@ -131,15 +134,30 @@ class RecordTeacherPass(Pass):
         else:
             bf16 = logits_use_bf16(self.precision, graph_module, samples[0], self.name)
             samples = self._with_noise(samples, graph_module)
-            every = (*samples, *heldout)
             with autocast(compute_device(graph_module), bf16):
-                recorded = record_teacher_logits(
-                    graph_module, every, self.kept, self.batch, lambda one, total: tracked(one, "dense model", total)
-                )
+                recorded = self._recorded(graph_module, (*samples, *heldout))
             train, stopping = recorded[: len(samples)], recorded[len(samples) :]
         facts.put(Teacher(train, stopping, source))
         facts.put(HeldOut(tuple(one.sample for one in stopping)))
         return PassResult(graph_module, False)
+
+    def _recorded(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> tuple[TeacherLogits, ...]:
+        """Logits of the graph, or those that an interrupted run recorded of the same samples."""
+        read = [value for one in samples for value in one.inputs.values() if isinstance(value, torch.Tensor)]
+        name = f"teacher-{hashlib.sha256(''.join(map(digest_of, read)).encode()).hexdigest()[:16]}.safetensors"
+        known = cached(name)
+        if known is not None:
+            held = load_file(known)
+            return tuple(
+                TeacherLogits(one, held[f"classes.{i}"], held[f"likelihoods.{i}"]) for i, one in enumerate(samples)
+            )
+        found = record_teacher_logits(
+            graph_module, samples, self.kept, self.batch, lambda one, total: tracked(one, "dense model", total)
+        )
+        held = {f"classes.{i}": one.classes for i, one in enumerate(found)}
+        held |= {f"likelihoods.{i}": one.likelihoods for i, one in enumerate(found)}
+        write_cached(name, partial(save_file, held))
+        return found
 
     def _taught(
         self, dense: DenseTeacher, samples: tuple[Sample, ...], graph_module: fx.GraphModule

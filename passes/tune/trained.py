@@ -11,13 +11,24 @@ from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
+from fxprune.errors import CheckpointError
 from fxprune.graph.tensors import device_of, get_tensor, weights
 from fxprune.masking.masked_run import TrainingRun, UntouchedRun
-from fxprune.offload.files import offloaded, release_freed, write_back
+from fxprune.offload.files import cached, free_disk, offloaded, release_freed, uncache, write_back, write_cached
 from fxprune.offload.prefetch import gathers_weights
-from fxprune.offload.ranks import all_reduce, own_elements, reduce_to_own, start_gather
+from fxprune.offload.ranks import (
+    all_reduce,
+    barrier,
+    broadcast_object,
+    own_elements,
+    rank,
+    reduce_to_own,
+    start_gather,
+    world_size,
+)
 from fxprune.removal.removal import Removal
 from fxprune.rules.products import LoneProduct, lone_products
 
@@ -255,6 +266,7 @@ class StoredWeights:
         self._own: dict[str, torch.Tensor] = {}
         self._adam: dict[str, torch.optim.Adam] = {}
         self._best: dict[str, torch.Tensor] = {}
+        self._last: int | None = None
         self._counts = True
         for name, weight in weights.items():
             own = own_elements(weight.numel()) if self._shared else slice(None)
@@ -307,6 +319,50 @@ class StoredWeights:
             else:
                 best = offloaded(share)
                 self._best[name] = best.clone() if best is share else best
+
+    def save(self, step: int) -> bool:
+        """Save in the cache all that is needed to resume after a step; False if the disk has no room for it."""
+        parts = [(f"{name}.{part}", value) for name in self._own for part, value in self._state(name).items()]
+        needed = sum(value.nbytes for _, value in parts) * (world_size() if self._shared else 1)
+        if not broadcast_object(needed <= free_disk()):
+            return False
+        for name, value in parts:
+            write_cached(self._file(step, name), partial(save_file, {"": value.detach()}), own=self._shared)
+        barrier()
+        return True
+
+    def load(self, step: int) -> None:
+        """Restore what :meth:`save` saved after a step."""
+        for name in self._own:
+            if (best := self._saved(step, f"{name}.best")) is not None:
+                self._best[name] = offloaded(best)
+            for part, value in self._state(name).items():
+                if (saved := self._saved(step, f"{name}.{part}")) is None:
+                    what, remedy = f"{name} is missing", "Delete the folder of the unfinished run, and start again"
+                    raise CheckpointError(what, where="the run to resume", remedy=remedy)
+                with torch.no_grad():
+                    value.copy_(saved)
+                write_back(value)
+        self._last = step
+
+    def forget_earlier(self, step: int) -> None:
+        """Delete what was saved before a step."""
+        if self._last is not None:
+            uncache(f"weights-{self._last}")
+        self._last = step
+
+    def _state(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a weight's training, of the elements of this process."""
+        share = self._own[name]
+        best = {"best": self._best[name]} if name in self._best else {}
+        return {"weight": share, **self._adam[name].state[share], **best}
+
+    def _saved(self, step: int, name: str) -> torch.Tensor | None:
+        file = cached(self._file(step, name), own=self._shared)
+        return None if file is None else load_file(file)[""]
+
+    def _file(self, step: int, name: str) -> str:
+        return f"weights-{step}/{rank() if self._shared else 0}/{name}.safetensors"
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name of each weight and the best so far, whole."""

@@ -35,7 +35,7 @@ from fxprune.masking.teacher import (
     run_logits,
 )
 from fxprune.offload.atomic import atomic_path, wrap_disk_errors
-from fxprune.offload.files import free_disk, is_offloading, write_values
+from fxprune.offload.files import cache_folder, free_disk, is_offloading, write_values
 from fxprune.offload.prefetch import autocast, free_bytes, gathers_weights, use_bf16
 from fxprune.offload.ranks import (
     all_reduce,
@@ -43,6 +43,7 @@ from fxprune.offload.ranks import (
     broadcast_object,
     check_same,
     run_on_first,
+    world_size,
 )
 from fxprune.pipeline.arguments import Memory, Precision, argument, as_seed, path_or_empty, refuse
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, tracked
@@ -50,7 +51,7 @@ from fxprune.removal.removal import Removed
 from fxprune.rules.registry import written_sources
 
 from .teacher import HELDOUT, Teacher
-from .trained import Trained, TrainedVectors, TrainedWeights
+from .trained import StoredWeights, Trained, TrainedVectors, TrainedWeights
 
 _FILE = "tuning.safetensors"
 """In the folder of a run: all processes read it, and the first one writes it."""
@@ -89,6 +90,8 @@ class Progress:
 
     def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
         """Save all that is needed to resume, in the first process; ``mark`` is the fingerprint of the run.
+
+        What is trained in files is saved before, by :meth:`StoredWeights.save`.
 
         Raises:
             FxpruneError: it could not be written; raised in all processes.
@@ -152,7 +155,8 @@ class Training:
         heldout = TeacherBatches(teacher.heldout, graph_module, size)
         self.heldout, self.measured = deal_in_step(heldout), heldout.positions
         self.batches = TeacherBatches(teacher.train, graph_module, settings.batch, in_shards=True)
-        self.stored = getattr(trained, "stored", None)
+        self.stored: StoredWeights | None = getattr(trained, "stored", None)
+        self.folder = settings.folder or str(cache_folder() or "")
         self.parts = self._parts()
         self.numbers = [numbers.requires_grad_() for numbers in trained.initial(graph_module)]
         highest = settings.rate or trained.rate
@@ -173,10 +177,12 @@ class Training:
         if not math.isfinite(first):
             remedy = "Check the weights and the samples"
             raise CalibrationError("an output of the slim model is not finite", where="tuning", remedy=remedy)
-        resumed = Progress.load(self.settings.folder, self._mark, self.adam) if self.settings.folder else None
-        check_same(lambda: {"the progress saved": resumed and resumed.step}, where=self.settings.folder or "tuning")
+        resumed = Progress.load(self.folder, self._mark, self.adam) if self.folder else None
+        check_same(lambda: {"the progress saved": resumed and resumed.step}, where=self.folder or "tuning")
+        if resumed and self.stored is not None:
+            self.stored.load(resumed.step)
         progress = resumed or Progress(0, 0, first, first, ())
-        if progress.misses >= self.settings.patience:  # an earlier run with this folder ended so
+        if progress.misses >= self.settings.patience:  # an earlier run ended so
             return progress
         every = max(1, self.steps // self.settings.measurements)
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -198,11 +204,19 @@ class Training:
                 best=error if better else progress.best,
                 kept=tuple(numbers.detach().clone() for numbers in self.numbers) if better else progress.kept,
             )
-            if self.settings.folder:
-                progress.save(self.settings.folder, self._mark, self.adam)
+            if self.folder:
+                self._save(progress)
             if progress.misses >= self.settings.patience:
                 break
         return progress
+
+    def _save(self, progress: Progress) -> None:
+        """Save the progress; of weights in files, if the disk has room for them."""
+        if self.stored is not None and not self.stored.save(progress.step):
+            return
+        progress.save(self.folder, self._mark, self.adam)
+        if self.stored is not None:
+            self.stored.forget_earlier(progress.step)
 
     def _parts(self) -> Sequence[Part]:
         """The parts that a backward run computes again; none if all activations of a step fit."""
@@ -231,7 +245,8 @@ class Training:
         for tensor in parts:
             found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return f"{self.settings} {self.trained.count} {found.hexdigest()}"
+        shares = world_size() if self.stored is not None and gathers_weights() else 1
+        return broadcast_object(f"{self.settings} {self.trained.count} {shares} {found.hexdigest()}")
 
     def _step(self, batch: TeacherBatch, step: int) -> None:
         # the first steps of Adam are as long as any, and the least informed: the rate rises over a tenth of the steps,
@@ -389,7 +404,8 @@ class TunePass(Pass):
     patience: int = argument(3, "Measurements without improvement before tuning stops.", least=1)
     folder: str = argument(
         "",
-        "Folder to save progress in, from which a run with the same arguments resumes; empty for none.",
+        """Folder to save progress in, from which a run with the same arguments resumes; empty for none, or with
+        ``offload`` for that of the unfinished run.""",
         check=path_or_empty,
     )
     seed: int = argument(0, "Random seed of the order of the samples.", check=as_seed)

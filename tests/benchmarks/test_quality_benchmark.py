@@ -135,6 +135,43 @@ def test_a_kept_model_is_measured_by_another_protocol_without_a_prune(
         run(small, *kept, "--samples", "2")
 
 
+@pytest.mark.slow
+def test_a_prune_that_was_interrupted_resumes_where_models_are_kept(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that takes hours began anew."""
+    tuned = {"recipe": "llm-pruner", "importance": "wanda", "tune": "tune{epochs=1}"}
+    monkeypatch.setattr(entries_module, "ENTRIES", (Entry("tuned", tuned),))
+    prune, seen = fxprune.prune, list[str]()
+
+    def until(last: str) -> Any:
+        def stopped(*arguments: Any, track: Any, **options: Any) -> Any:
+            def watched(items: Any, what: str, total: int) -> Any:
+                if what == last:
+                    raise KeyboardInterrupt
+                seen.append(what)
+                return track(items, what, total)
+
+            return prune(*arguments, track=watched, **options)
+
+        return stopped
+
+    kept = small / "kept"
+    monkeypatch.setattr(fxprune, "prune", until("tuning"))
+    bench = ["--only", "tuned", "--keep", str(kept)]
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        run(small, *bench)
+    assert "wanda" in seen and "dense model" in seen
+    (costs,) = kept.glob("unfinished-*/costs.json")
+    costs.write_text("[1000.0, 0.001]")
+    seen.clear()
+    monkeypatch.setattr(fxprune, "prune", until(""))
+    run(small, *bench)
+    assert "tuning" in seen and "wanda" not in seen and "dense model" not in seen
+    row = found_rows()[-1]
+    assert 1000 < row["seconds"] < 1600 and row["peak_gb"] > 0.1 and not list(kept.glob("unfinished-*"))
+
+
 def test_rows_of_the_calibration_text_are_kept_back(small: Path) -> None:
     rows = [f"row {i}: {'abcd' * 5}" for i in range(17)]
     (small / "c4.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))

@@ -22,6 +22,7 @@ from fxprune.recipes import read_recipe
 from tests.export.small import tokenizer
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
+from tests.tiers import tiers
 
 FIT = "least-squares{reach=stream}"
 OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "ratio": 0.2, "compensate": FIT, "protect": ()}
@@ -138,6 +139,40 @@ def test_a_killed_run_is_resumed(
         assert again.count("gradients") < steps.count("gradients"), "what was found out is not found out again"
     assert result.plan == in_memory.plan and not (tmp_path / "slim.unfinished").exists()
     require_same(weights_of(tmp_path / "slim"), in_memory)
+
+
+TUNED: dict[str, Any] = {"recipe": "balanced", "ratio": 0.2, "protect": (), "kinds": ["mlp"]}
+
+
+@pytest.fixture(scope="module")
+def tuned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run of the default recipe that is not stopped, and its steps."""
+    seen: list[str] = []
+    out = tmp_path_factory.mktemp("tuned") / "slim"
+    fxprune.prune_checkpoint(source, out, token_ids(24), tokenizer=tokenizer(), track=stopping(-1, seen), **TUNED)
+    return out, seen
+
+
+@pytest.mark.parametrize(
+    "moment", tiers(["the model writes programs", "dense model", "tuning"], "the model writes programs")
+)
+def test_a_killed_run_neither_writes_nor_asks_the_dense_model_nor_tunes_again(
+    source: Path, tmp_path: Path, tuned: tuple[Path, list[str]], moment: str
+) -> None:
+    """Only scores and fits were taken up; samples, teacher logits and tuning, which take the most time, were not."""
+    out, steps = tuned
+    again, options = list[str](), {**TUNED, "tokenizer": tokenizer()}
+    last = len(steps) - 1 - steps[::-1].index(moment)
+    at = last + (
+        moment != "tuning"
+    )  # of these steps the last one is done; of tuning, after which nothing is shown, not
+    with pytest.raises(Stopped):
+        fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(24), track=stopping(at, []), **options)
+    fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(24), track=stopping(-1, again), **options)
+    assert again.count(moment) == (steps.count(moment) // 3 if moment == "tuning" else 0), "since it was measured last"
+    found, wanted = weights_of(tmp_path / "slim"), weights_of(out)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from fxprune.passes.tune import RecordTeacherPass, TunePass
+from fxprune.passes.tune import trained as trained_module
 from fxprune.passes.tune.teacher import Teacher
 from fxprune.passes.tune.trained import StoredWeights, TrainedVectors, TrainedWeights, VectorsRun
 from fxprune.passes.tune.tune import Training
@@ -395,6 +396,44 @@ def test_it_resumes_where_it_stopped(slim: fx.GraphModule, tmp_path: Path, weigh
     seen.clear()
     tune(slim, seen, **settings)
     assert seen == list(range(24))
+
+
+@pytest.mark.parametrize("processes", tiers([1, 2], 1))
+def test_it_resumes_from_the_cache_of_an_unfinished_run(
+    slim: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """A killed run trained anew, for hours where weights are in files: without ``folder`` nothing was saved."""
+    monkeypatch.setattr(files, "SMALLEST", 0)
+    monkeypatch.setattr(prefetch, "SMALLEST", 0)
+    settings: dict[str, Any] = {"epochs": 8, "measurements": 4, "patience": 9, "weights": True, "precision": "float32"}
+
+    def work(place: int, name: str, stop: int = -1) -> tuple[list[int], list[Any], set[str]]:
+        seen: list[int] = []
+        gathering = GatheringPrefetcher(torch.device("cpu")) if world_size() > 1 else None
+        folder = tmp_path / f"{name} {place}"
+        folder.mkdir(exist_ok=True)
+        with offload_to(folder, tmp_path / name), offer_prefetcher(gathering):
+            try:
+                tuned = tune(slim, seen, stop, **settings)
+            except Stopped:
+                return seen, [], {path.name for path in (tmp_path / name).glob("*")}
+        return seen, [tensor.detach().numpy().copy() for _, tensor in weights(tuned)], set()
+
+    def run(name: str, stop: int = -1) -> list[tuple[list[int], list[Any], set[str]]]:
+        if processes == 1:
+            return [work(0, name, stop)]
+        return in_processes(lambda rank: work(rank, name, stop), processes, tmp_path / f"{name} {stop}")
+
+    whole = run("whole")
+    for seen, _, left in run("stopped", 15):
+        assert seen == list(range(15)) and left == {"tuning.safetensors", "weights-12"}, "of the last measurement"
+    for (seen, resumed, _), (_, wanted, _) in zip(run("stopped"), whole, strict=True):
+        assert seen == list(range(12, 24))
+        assert all((one == other).all() for one, other in zip(resumed, wanted, strict=True))
+    if processes == 1:
+        monkeypatch.setattr(trained_module, "free_disk", lambda: 0)
+        (_, _, left) = work(0, "full", 15)
+        assert not left, "no room for a copy of what is trained"
 
 
 def test_progress_of_another_teacher_or_other_weights_is_not_resumed(slim: fx.GraphModule, tmp_path: Path) -> None:
