@@ -299,7 +299,7 @@ class CalibratePass(Pass):
                     rows=rows,
                 )
 
-        found = attempt(decide_on_first, generate, PassError)
+        found: torch.Tensor | Refusal = attempt(decide_on_first, generate, PassError)
         if isinstance(found, Refusal):
             return f"the model generated none: {found}"
         write_cached(_GENERATED, partial(save_file, {"samples": found}))
