@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -12,15 +12,12 @@ import torch
 from torch import fx
 
 import fxprune
-from fxprune.data.calibration import Calibration
-from fxprune.discovery.dependency import Dependencies
-from fxprune.discovery.groups import DEFAULT_KINDS, Groups
-from fxprune.graph.facts import Change, Fact, Runnable, facts_of, fork
+from fxprune.discovery.groups import DEFAULT_KINDS
+from fxprune.graph.facts import Change, Fact, facts_of
 from fxprune.pipeline.arguments import argument, as_seed
 from fxprune.pipeline.contract import Pass, PassResult
-from fxprune.pipeline.registry import pass_argument
 from fxprune.recipes import Recipe, read_recipe
-from fxprune.removal.removal import Scores
+from fxprune.removal.removal import Removal
 
 
 @dataclass(frozen=True)
@@ -39,31 +36,30 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class ShuffledScoresPass(Pass):
-    """Scores by a criterion, shuffled within each group: its width stays, and the units are random."""
+class RandomUnitsPass(Pass):
+    """Random units in place of those selected, as many of each group: the same widths, residual width too."""
 
-    name: ClassVar[str] = "shuffled-scores"
-    stage: ClassVar[str] = "importance"
+    name: ClassVar[str] = "random-units"
+    stage: ClassVar[str] = "select"
     changes: ClassVar[Change] = "nothing"
-    needs: ClassVar[tuple[type[Fact], ...]] = (Groups, Dependencies, Runnable, Calibration)
-    gives: ClassVar[tuple[type[Fact], ...]] = (Scores,)
+    needs: ClassVar[tuple[type[Fact], ...]] = (Removal,)
+    gives: ClassVar[tuple[type[Fact], ...]] = (Removal,)
 
-    importance: Pass = argument("wanda", "The criterion.", check=pass_argument("importance"))
     seed: int = argument(0, "Random seed.", check=as_seed)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Score the units, and shuffle the scores."""
-        work, generator = fork(graph_module), np.random.default_rng(self.seed)
-        self.importance(work)
-        rows = facts_of(work)[Scores].units
-        shuffled = {name: generator.permutation(row.ravel()).reshape(row.shape) for name, row in rows.items()}
-        facts_of(graph_module).put(Scores(shuffled, str(self)))
+        """Shuffle within each group which of the units stay."""
+        removal, generator = facts_of(graph_module)[Removal], np.random.default_rng(self.seed)
+        stay = {factor: generator.permuted(mask, axis=-1) for factor, mask in removal.keep.units.items()}
+        facts_of(graph_module).put(replace(removal, keep=replace(removal.keep, units=stay)))
         return PassResult(graph_module, False)
 
 
 def _random_units(name: str) -> Entry:
-    """A recipe with random units, and the widths that its scores give."""
-    return _changed(name, "random units", importance=ShuffledScoresPass(importance=read_recipe(name)["importance"][0]))
+    """A recipe with random units, of the widths that it gives."""
+    recipe = read_recipe(name)
+    recipe["select"] = (*recipe["select"], RandomUnitsPass())
+    return _changed(name, "random units", recipe=recipe)
 
 
 def _calibrated(name: str, **arguments: Any) -> Recipe:

@@ -106,7 +106,7 @@ class Progress:
             held[f"numbers.{i}"] = numbers.detach()
             held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
         state = {"step": self.step, "misses": self.misses, "first": self.first, "best": self.best}
-        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in held.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
         with atomic_path(Path(folder) / _FILE, parents=True) as new:
             save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(state)})
 

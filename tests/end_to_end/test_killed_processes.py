@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 
 import fxprune
 from fxprune.checkpoint.low_memory import load_mapped
-from fxprune.offload import prefetch
+from fxprune.offload import files, prefetch
 from tests.models import tiny, token_ids
 
 OPTIONS = {
     "importance": "taylor{order=mix, memory=low}",
     "compensate": "least-squares{reach=stream}",
-    "tune": "tune{epochs=1, precision=float32}",
+    "tune": "tune{epochs=3, measurements=3, precision=float32, weights=True}",
     "recipe": "balanced",
     "ratio": 0.3,
 }
@@ -65,6 +65,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[str]:
     fxprune.trace(load_mapped(folder / "dense", folder))  # for all forks
 
     def prune(out: Path) -> None:
+        files.SMALLEST = 0  # weights that are trained are in files, from which they are taken up
         prefetch.SMALLEST = 0  # of small weights too, each process reads a share
         fxprune.prune_checkpoint(folder / "dense", out, token_ids(9, 12), **OPTIONS)
 
