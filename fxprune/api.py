@@ -473,7 +473,8 @@ def _prune_offloaded(
     if has_vocab(values):
         vocabulary.check_alone({**values, "offload": folder})
     pipeline = _pipeline(calibration, values)
-    with resumable_folder(folder, request_key(source, calibration, str(pipeline)), force=force) as work:
+    key = request_key(source, calibration, str(pipeline), values["tokenizer"])
+    with resumable_folder(folder, key, force=force) as work:
         result = _run(pipeline, load_mapped(source, work), {**values, "inplace": False})
         finish_writes()
         finish(result)

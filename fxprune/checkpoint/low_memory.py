@@ -29,7 +29,9 @@ from fxprune.checkpoint.read import (
     slim_folder,
 )
 from fxprune.checkpoint.write import check_place
+from fxprune.data.named import is_data_set
 from fxprune.data.samples import FileSamples
+from fxprune.data.text import is_text
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, default_modes, quiet, replaced, silence_stderr
 from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
@@ -168,14 +170,16 @@ def _load(source: str | os.PathLike[str], unpacked: Path) -> tuple[PreTrainedMod
     return model, info
 
 
-def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -> str | None:
-    """Key that identifies a prune of a folder: its files, data, passes and versions of packages.
+def request_key(
+    source: str | os.PathLike[str], calibration: Any, passes: str, tokenizer: Any | None = None
+) -> str | None:
+    """Key that identifies a prune of a folder: its files, data, passes, tokenizer and versions of packages.
 
-    None for data other than token ids: whether they are the same cannot be checked cheaply.
+    None for data other than token ids and text in a file or in a list: whether they are the same cannot be checked
+    cheaply.
     """
-    if isinstance(calibration, FileSamples):
-        calibration = calibration["input_ids"]
-    if calibration is not None and not isinstance(calibration, torch.Tensor):
+    data = _data_key(calibration)
+    if calibration is not None and data is None:
         return None
     folder = Path(source)
     paths = [folder] if folder.is_file() else sorted(path for path in folder.glob("*") if path.is_file())
@@ -183,10 +187,25 @@ def request_key(source: str | os.PathLike[str], calibration: Any, passes: str) -
     small = {path: path.read_bytes() if path.stat().st_size < 1 << 20 else b"" for path in paths}
     digests = {path: hashlib.sha256(content).hexdigest() for path, content in small.items()}
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, digests[path]) for path in paths]
-    data = None
-    if calibration is not None:
-        digest = hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
-        data = [digest, str(calibration.dtype), list(calibration.shape)]
     name = str(folder.resolve() if folder.exists() else source)
     parts = {"the path of the model": name, _FILES: files, "the samples": data, "the passes": passes}
+    if tokenizer is not None:
+        words: list[Any] = [getattr(tokenizer, "get_vocab", dict)(), getattr(tokenizer, "chat_template", None)]
+        parts["the tokenizer"] = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()
     return json.dumps({**parts, "the versions of packages": package_versions()})
+
+
+def _data_key(data: Any) -> list[Any] | None:
+    """Fingerprint of calibration data; None if there are none, or if making one takes more than reading a file."""
+    if isinstance(data, FileSamples):
+        data = data["input_ids"]
+    if isinstance(data, torch.Tensor):
+        digest = hashlib.sha256(data.cpu().contiguous().numpy().tobytes()).hexdigest()
+        return [digest, str(data.dtype), list(data.shape)]
+    if not is_text(data):
+        return None
+    if isinstance(data, list | tuple):
+        return [hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest(), "texts", len(data)]
+    if isinstance(data, str | os.PathLike) and not is_data_set(data) and Path(data).is_file():
+        return [hashlib.sha256(Path(data).read_bytes()).hexdigest(), "file", Path(data).name]
+    return None

@@ -21,7 +21,7 @@ from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare
 from benchmarks.quality.texts import read_texts
 from fxprune.evaluation import Divergence, Perplexity
 from tests.benchmarks.command import run_main
-from tests.models import tiny
+from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
 
 
@@ -31,6 +31,20 @@ def test_every_entry_is_a_pipeline_that_can_be_made() -> None:
     for entry in entries():
         assert "ratio=0.35" in str(fxprune.prune_pipeline(ids, ratio=0.35, **entry.options)), entry.name
     assert [entry.name for entry in entries(["fast"])] == ["fast"]
+
+
+def test_random_units_have_the_widths_that_the_recipe_chooses() -> None:
+    """With shuffled scores another residual width was measured as the best, so that the two were no comparison."""
+    plans = []
+    for chosen in entries(["fast", "fast, random units"]):
+        options = {"compensate": "none", "protect": (), "eval": False, **chosen.options}
+        plans.append(fxprune.prune(tiny("llama"), token_ids(6), ratio=0.3, **options).plan)
+    mine, random = (
+        {(name, axis): kept for name, by in plan.kept.items() for axis, kept in by.items()} for plan in plans
+    )
+    assert mine.keys() == random.keys()
+    assert all(len(random[place]) == len(kept) for place, kept in mine.items())
+    assert any(list(random[place]) != list(kept) for place, kept in mine.items())
 
 
 @pytest.fixture

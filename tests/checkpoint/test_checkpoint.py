@@ -24,6 +24,7 @@ from tests.emitted import greedy, logits
 from tests.export.small import tokenizer
 from tests.models import tiny, token_ids
 from tests.remembered import pruned
+from tests.tokens import character_tokenizer
 
 torch.set_num_threads(1)
 
@@ -204,7 +205,14 @@ def test_a_run_resumes_only_for_the_same_question(dense: Path, monkeypatch: pyte
     edit(dense / CONFIG, lambda data: data.update(rms_norm_eps=1e-3))
     os.utime(dense / CONFIG, ns=(before.st_atime_ns, before.st_mtime_ns))
     others.append(request_key(dense, ids, "l2"))
-    assert key not in others and len(set(others)) == len(others)
+    text = dense / "text.txt"
+    for words in ("some text", "some more"):
+        text.write_text(words)
+        others += [request_key(dense, text, "l2"), request_key(dense, [words], "l2")]
+    others += [request_key(dense, text, "l2", character_tokenizer(chat)) for chat in (False, True)]
+    assert others[-1] == request_key(dense, text, "l2", character_tokenizer(chat=True))
+    assert None not in others and key not in others and len(set(others)) == len(others)
+    assert request_key(dense, "wikitext2", "l2") is None is request_key(dense, iter([ids]), "l2"), "not without reading"
 
 
 def test_a_slim_model_in_another_dtype_has_whole_frequencies_of_positions(tmp_path: Path) -> None:
