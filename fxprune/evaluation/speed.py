@@ -111,12 +111,16 @@ class Speed:
         return asdict(self) | {"prefill_rate": self.prefill_rate, "decode_rate": self.decode_rate}
 
 
+PROMPT, TOKENS = 256, 32
+"""Tokens of the prompts, and of what is generated after them, unless others are asked for."""
+
+
 @wrap_errors("measure_speed", "Pass language models that generate, on one device", EvaluationError)
 def measure_speed(
     models: Mapping[str, Any],
     *,
-    prompt: int = 256,
-    tokens: int = 32,
+    prompt: int = PROMPT,
+    tokens: int = TOKENS,
     batch: int = 1,
     rounds: int = 5,
     track: Track = no_progress,
@@ -136,14 +140,7 @@ def measure_speed(
     whole_number("tokens", tokens, least=2, error=EvaluationError)
     check_track(track)
     for name, model in models.items():
-        instance(f"models[{name!r}]", model, transformers.PreTrainedModel, "a Hugging Face model", EvaluationError)
-        if not model.can_generate():
-            what = f"a {type(model).__name__} does not generate"
-            raise EvaluationError(what, where=name, remedy="Pass a language model")
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(most, int) and prompt + tokens > most:
-            what = f"prompt and new tokens are {prompt + tokens}, and the model takes {most}"
-            raise EvaluationError(what, where=name, remedy="Ask for a shorter prompt or fewer tokens")
+        check_generates(name, model, prompt, tokens)
     smallest = min(int(model.get_input_embeddings().weight.shape[0]) for model in models.values())
     ids = torch.randint(smallest, (batch, prompt), generator=torch.Generator().manual_seed(0))
     jobs = {name: partial(_generate, model, ids, tokens) for name, model in models.items()}
@@ -167,6 +164,18 @@ def measure_speed(
             speed_up=(median(ratios), min(ratios), max(ratios)),
         )
     return speeds
+
+
+def check_generates(name: str, model: Any, prompt: int = PROMPT, tokens: int = TOKENS) -> None:
+    """Refuse a model that cannot generate so many tokens after a prompt."""
+    instance(f"models[{name!r}]", model, transformers.PreTrainedModel, "a Hugging Face model", EvaluationError)
+    if not model.can_generate():
+        what = f"a {type(model).__name__} does not generate"
+        raise EvaluationError(what, where=name, remedy="Pass a language model")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and prompt + tokens > most:
+        what = f"prompt and new tokens are {prompt + tokens}, and the model takes {most}"
+        raise EvaluationError(what, where=name, remedy="Ask for a shorter prompt or fewer tokens")
 
 
 def _generate(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, int | None, int | None]:

@@ -23,7 +23,7 @@ from fxprune.data.named import is_data_set
 from fxprune.data.samples import is_in_memory
 from fxprune.data.text import TOKENS, calibration_text, is_text, text_samples
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
-from fxprune.evaluation.speed import measure_speed
+from fxprune.evaluation.speed import check_generates, measure_speed
 from fxprune.graph.compat import tree_leaves
 from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
 from fxprune.offload.ranks import check_unsharded, decide_on_first, run_on_first
@@ -81,6 +81,8 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     folder = Path(as_path("out", out))
     bench, force = flag("bench", bench), flag("force", force)
     model, calibration, given = _read_inputs(model, calibration, options)
+    if bench:
+        check_generates("dense", model)
     source = _digest(model, calibration)
     found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
     rows, made = {row.name: row for row in found}, set[str]()

@@ -12,7 +12,7 @@ import torch
 
 import fxprune
 from fxprune.data.built_in import offline_docstrings
-from fxprune.errors import ArgumentError, CheckpointError, FxpruneError, UnknownNameError
+from fxprune.errors import ArgumentError, CheckpointError, EvaluationError, FxpruneError, UnknownNameError
 from fxprune.pipeline.contract import sharing
 from fxprune.recipes import Recipe
 from fxprune.sweep.table import Sweep, SweepRow
@@ -185,6 +185,14 @@ def test_what_cannot_work_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(error, match=text):
         sweep(tmp_path / "out", **{"ratio": 0.1, "recipe": "fast", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_timed_is_refused_before_any_work(tmp_path: Path) -> None:
+    """It was refused after the first prune."""
+    model = tiny("llama", max_position_embeddings=64)
+    with pytest.raises(EvaluationError, match="prompt and new tokens are 288, and the model takes 64"):
+        fxprune.sweep(model, SAMPLES, out=tmp_path / "out", bench=True, **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
