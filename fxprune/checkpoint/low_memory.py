@@ -206,6 +206,6 @@ def _data_key(data: Any) -> list[Any] | None:
         return None
     if isinstance(data, list | tuple):
         return [hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest(), "texts", len(data)]
-    if isinstance(data, str | os.PathLike) and not is_data_set(data) and Path(data).is_file():
+    if isinstance(data, str | os.PathLike) and not is_data_set(data) and os.path.isfile(data):
         return [hashlib.sha256(Path(data).read_bytes()).hexdigest(), "file", Path(data).name]
     return None
