@@ -22,7 +22,6 @@ from fxprune.recipes import read_recipe
 from tests.export.small import tokenizer
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
-from tests.tiers import tiers
 
 FIT = "least-squares{reach=stream}"
 OPTIONS: dict[str, Any] = {"recipe": "llm-pruner", "ratio": 0.2, "compensate": FIT, "protect": ()}
@@ -153,9 +152,8 @@ def tuned(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return out, seen
 
 
-@pytest.mark.parametrize(
-    "moment", tiers(["the model writes programs", "dense model", "tuning"], "the model writes programs")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["the model writes programs", "dense model", "tuning"])
 def test_a_killed_run_neither_writes_nor_asks_the_dense_model_nor_tunes_again(
     source: Path, tmp_path: Path, tuned: tuple[Path, list[str]], moment: str
 ) -> None:
