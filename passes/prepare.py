@@ -10,7 +10,6 @@ from statistics import median_low
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import fx
 from transformers.utils.generic import find_labels
 
@@ -33,7 +32,7 @@ from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weight_bytes
 from fxprune.masking.objective import Objective, own_loss, predicts_next
-from fxprune.offload.files import cached, is_offloading, write_cached
+from fxprune.offload.files import cached_tensors, is_offloading, write_cached_tensors
 from fxprune.offload.prefetch import autocast, use_bf16
 from fxprune.offload.ranks import broadcast_object, check_same, decide_on_first
 from fxprune.pipeline.arguments import Norm, argument, as_seed, path_or_empty
@@ -267,10 +266,9 @@ class CalibratePass(Pass):
         source, name = facts_of(graph_module).get(Source), token_input(graph_module)
         if source is None or name is None or not can_generate(source.model):
             return "the model cannot generate text"
-        known = cached(_GENERATED)  # by an interrupted run
+        known = cached_tensors(_GENERATED)  # by an interrupted run
         if known is not None:
-            samples: torch.Tensor = load_file(known)["samples"]
-            return samples
+            return known["samples"]
         require_weights(graph_module, self.name)
         rows = embedding_rows(graph_module)[name]
         vocabulary = plain_tokens(self.tokenizer, rows)
@@ -302,7 +300,7 @@ class CalibratePass(Pass):
         found: torch.Tensor | Refusal = attempt(decide_on_first, generate, PassError)
         if isinstance(found, Refusal):
             return f"the model generated none: {found}"
-        write_cached(_GENERATED, partial(save_file, {"samples": found}))
+        write_cached_tensors(_GENERATED, {"samples": found})
         return found
 
 

@@ -38,6 +38,35 @@ _ROW = "row.json"
 """File beside a kept slim model with its row, from which a later run takes the costs of the prune."""
 
 
+class _Costs:
+    """Time and peak memory of a prune, of the runs before it that were interrupted too.
+
+    Args:
+        work: Folder of the unfinished prune, where they are kept at each step; None to keep none.
+        threads: Threads of the prune: the time of a single one is processor time.
+    """
+
+    def __init__(self, work: Path | None, threads: int) -> None:
+        self._file = None if work is None else work / "costs.json"
+        self._clock = time.process_time if threads == 1 else time.perf_counter
+        there = self._file is not None and self._file.exists()
+        seconds, peak = json.loads(self._file.read_text()) if self._file is not None and there else (0.0, 0.0)
+        reset_peak_memory()
+        self._begin, self._peak = self._clock() - seconds, float(peak)
+
+    def so_far(self) -> tuple[float, float]:
+        """Seconds and gigabytes."""
+        return self._clock() - self._begin, max(self._peak, memory_bytes("VmHWM") / 1e9)
+
+    def track(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        """Keep the costs after each item."""
+        for item in items:
+            yield item
+            if self._file is not None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                self._file.write_text(json.dumps(self.so_far()))
+
+
 @dataclass(frozen=True)
 class Bench:
     """Setting of the benchmark: the dense model, its predictions, texts and protocol.
@@ -116,39 +145,22 @@ class Bench:
 
         Where slim models are kept, a prune that was interrupted resumes; its time is that of all its runs together.
         """
-        clock = time.process_time if row.threads == 1 else time.perf_counter
         work = None if self.keep is None else self.keep / f"unfinished-{self._digest(row)}"
-        costs = None if work is None else work / "costs.json"
-        seconds, peak = (0.0, 0.0) if costs is None or not costs.exists() else json.loads(costs.read_text())
-        reset_peak_memory()
-        begin = clock() - seconds
-
-        def spent() -> tuple[float, float]:
-            return clock() - begin, max(peak, memory_bytes("VmHWM") / 1e9)
-
-        def track(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-            for item in items:
-                yield item
-                if costs is not None:
-                    costs.parent.mkdir(parents=True, exist_ok=True)
-                    costs.write_text(json.dumps(spent()))
-
+        costs = _Costs(work, row.threads)
         with offload_to(None, work):
-            result = fxprune.prune(self.model, samples, eval=False, track=track, **options)
-        seconds, peak = spent()
+            result = fxprune.prune(self.model, samples, eval=False, track=costs.track, **options)
+        seconds, peak = costs.so_far()
         row = replace(row, parameters=result.report.parameters[1], seconds=seconds, peak_gb=peak)
-        if result.model is None:
-            return row, result.graph_module
-        if self.keep is not None:
+        if result.model is not None and self.keep is not None:
             folder = _folder_of(self.keep, row)
             result.save_pretrained(folder, self.tokenizer)
             (folder / _ROW).write_text(json.dumps(row.to_dict()), encoding="utf-8")
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-        return row, result.model
+        return row, result.graph_module if result.model is None else result.model
 
     def _digest(self, row: QualityRow) -> str:
-        """Fingerprint of a prune: what is pruned, by which passes, and on which samples."""
+        """Fingerprint of a prune's model, passes and samples, 16 hexadecimal digits."""
         about = (row.entry, row.ratio, row.draw, row.passes, row.protocol.calibrated, weights_digest(self.model))
         return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 

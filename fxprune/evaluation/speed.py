@@ -112,7 +112,7 @@ class Speed:
 
 
 PROMPT, TOKENS = 256, 32
-"""Tokens of the prompts, and of what is generated after them, unless others are asked for."""
+"""Default lengths of a prompt and of its continuation, in tokens."""
 
 
 @wrap_errors("measure_speed", "Pass language models that generate, on one device", EvaluationError)

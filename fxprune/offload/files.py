@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.errors import FxpruneError
@@ -108,6 +109,26 @@ def write_cached(name: str, write: Callable[[Path], object], *, own: bool = Fals
         write_whole()
     else:
         run_on_first(write_whole, FxpruneError)
+
+
+def cached_tensors(name: str, *, own: bool = False) -> dict[str, torch.Tensor] | None:
+    """Tensors by name in the cached file ``name``, as :func:`cached`; None if there is no such file."""
+    file = cached(name, own=own)
+    return None if file is None else load_file(file)
+
+
+def require_cached_tensors(name: str, refusal: type[FxpruneError], *, own: bool = False) -> dict[str, torch.Tensor]:
+    """The same as :func:`cached_tensors`; ``refusal`` is raised if there is no such file."""
+    found = cached_tensors(name, own=own)
+    if found is None:
+        remedy = "Delete the folder of the unfinished run, and start again"
+        raise refusal(f"{name} is missing", where="the run to resume", remedy=remedy)
+    return found
+
+
+def write_cached_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, own: bool = False) -> None:
+    """Write contiguous tensors that share no memory to the cached file ``name``, as :func:`write_cached`."""
+    write_cached(name, partial(save_file, {key: value.detach() for key, value in tensors.items()}), own=own)
 
 
 def uncache(name: str) -> None:

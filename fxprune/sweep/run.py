@@ -91,19 +91,15 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
     with wrap_disk_errors(folder, CheckpointError), ExitStack() as stack, sharing():
         run_on_first(lambda: stack.enter_context(made_folder(folder)), CheckpointError)
-        traced = trace_for(model, given.get("example_inputs"), calibration) if todo else None
-        for name in todo:
-            assert traced is not None
-            start, own = time.perf_counter(), asked[name]
-            result = prune_traced(traced, model, calibration, {**given, **own})  # type: ignore[typeddict-item]
-            row = partial(_row, name, keys[name], own, result, model if bench else None, time.perf_counter() - start)
-            rows[name] = decide_on_first(row, EvaluationError)
+        own = {name: asked[name] for name in todo}
+        for row, result in _prunes(own, keys, model, calibration, given, bench=bench):
+            rows[row.name] = row
             done = Sweep(folder, tuple(rows.values()))
-            if keep == "all" or (keep == "best" and rows[name] in done.best):
-                result.save_pretrained(folder / name, given["tokenizer"])
-            made.add(name)
+            if keep == "all" or (keep == "best" and row in done.best):
+                result.save_pretrained(folder / row.name, given["tokenizer"])
+            made.add(row.name)
             run_on_first(partial(_write, done, source, made if keep == "best" else ()), CheckpointError)
-            del result, row  # before the next one is made
+            del result  # before the next one is made
     done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
     run_on_first(partial(_write_pages, done, source), CheckpointError)
     return done
@@ -212,6 +208,26 @@ def _missing(keys: Mapping[str, str], table: Sweep, *, keep: Keep, bench: bool) 
     kept = {"all": table.rows, "best": table.best, "none": ()}[keep]
     gone = {row.name for row in kept if not (table.folder / row.name / MANIFEST).is_file()}
     return [name for name in keys if name not in done or name in gone]
+
+
+def _prunes(
+    asked: Mapping[str, Mapping[str, Any]],
+    keys: Mapping[str, str],
+    model: nn.Module,
+    calibration: Any,
+    given: Mapping[str, Any],
+    *,
+    bench: bool,
+) -> Iterator[tuple[SweepRow, Result]]:
+    """Yield the row and the result of each prune asked for, all of one traced graph."""
+    traced = trace_for(model, given.get("example_inputs"), calibration) if asked else None
+    for name, own in asked.items():
+        assert traced is not None
+        start = time.perf_counter()
+        result = prune_traced(traced, model, calibration, {**given, **own})  # type: ignore[typeddict-item]
+        row = partial(_row, name, keys[name], own, result, model if bench else None, time.perf_counter() - start)
+        yield decide_on_first(row, EvaluationError), result
+        del result, row  # before the next one is made
 
 
 def _row(

@@ -10,13 +10,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.axes import kept_positions, weight_mask
@@ -26,7 +24,14 @@ from fxprune.errors import CalibrationError
 from fxprune.graph.facts import Change, Fact, Runnable, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, get_tensor, put, require_weights, take
 from fxprune.masking.compare import PairedRuns
-from fxprune.offload.files import cached, offloaded, release_freed, write_back, write_cached, write_values
+from fxprune.offload.files import (
+    cached_tensors,
+    offloaded,
+    release_freed,
+    write_back,
+    write_cached_tensors,
+    write_values,
+)
 from fxprune.offload.prefetch import compute_device, to_device
 from fxprune.offload.ranks import all_reduce, broadcast_dealt, check_enough, deal, gathered
 from fxprune.pipeline.arguments import Reach, argument
@@ -292,15 +297,15 @@ class FitPass(Pass):
     def _fit_or_resume(
         self, graph_module: fx.GraphModule, site: FitSite, run: PairedRuns
     ) -> Mapping[fx.Node, torch.Tensor]:
-        known = cached(f"{site.name}.fit")
+        known = cached_tensors(f"{site.name}.fit")
         if known is not None:
             nodes = {str(node.target): node for node in graph_module.graph.nodes}
-            return {nodes[name]: value for name, value in load_file(known).items()}
+            return {nodes[name]: value for name, value in known.items()}
         release_freed()
         home = device_of(graph_module)
         fitted = self.fitted(graph_module, site, run)
         found = {node: to_device(value.contiguous(), home) for node, value in fitted.items()}
-        write_cached(f"{site.name}.fit", partial(save_file, {str(node.target): one for node, one in found.items()}))
+        write_cached_tensors(f"{site.name}.fit", {str(node.target): one for node, one in found.items()})
         return found
 
     @abstractmethod

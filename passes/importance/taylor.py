@@ -11,12 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.axes import Index
@@ -31,7 +29,15 @@ from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
 from fxprune.masking.objective import Objective, gives_classes, sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
 from fxprune.masking.teacher import batch_size, logits_use_bf16
-from fxprune.offload.files import cached, is_caching, offloaded, resume_scope, uncache, write_cached
+from fxprune.offload.files import (
+    cached_tensors,
+    is_caching,
+    offloaded,
+    require_cached_tensors,
+    resume_scope,
+    uncache,
+    write_cached_tensors,
+)
 from fxprune.offload.prefetch import current_prefetcher, to_device
 from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
 from fxprune.pipeline.arguments import Memory, Order, Precision, argument
@@ -492,10 +498,10 @@ class _GradientSweep:
         for batch, place in enumerate(self.numbers):
             gradients = {f"gradient {name}": value for name, value in self.runs.gradients_by_name(batch).items()}
             late = {f"late {name}": value for (name, one), value in self.late.items() if one == batch}
-            _cache_tensors(f"{self._gradients(number)}/{place}.safetensors", gradients | late, own=True)
+            write_cached_tensors(f"{self._gradients(number)}/{place}.safetensors", _copies(gradients | late), own=True)
         barrier()
         scores = {f"score {axis} {name}": value for (name, axis), value in found.items()}
-        _cache_tensors(f"part-{self.cut}-{number}.safetensors", scores)
+        write_cached_tensors(f"part-{self.cut}-{number}.safetensors", _copies(scores))
         if self.saved is not None:
             uncache(self._gradients(self.saved))
         self.saved = number
@@ -504,23 +510,19 @@ class _GradientSweep:
         """The number of parts left to run, and the scores of those that an interrupted run has finished."""
         found: Positions = {}
         for number in reversed(range(len(self.parts))):
-            file = cached(f"part-{self.cut}-{number}.safetensors")
-            if file is None:
+            saved = cached_tensors(f"part-{self.cut}-{number}.safetensors")
+            if saved is None:
                 continue
             self.saved = number
-            for key, value in load_file(file).items():
+            for key, value in saved.items():
                 _, axis, name = key.split(" ", 2)
                 found[name, int(axis)] = value
         if self.saved is None:
             return len(self.parts), found
         for batch, place in enumerate(self.numbers):
             name = f"{self._gradients(self.saved)}/{place}.safetensors"
-            file = cached(name, own=True)
-            if file is None:
-                what, remedy = f"{name} is missing", "Delete the folder of the unfinished run, and start again"
-                raise CalibrationError(what, where="the run to resume", remedy=remedy)
             gradients = {}
-            for key, value in load_file(file).items():
+            for key, value in require_cached_tensors(name, CalibrationError, own=True).items():
                 kind, _, of = key.partition(" ")
                 if kind == "late":
                     self.late[of, batch] = value
@@ -559,11 +561,9 @@ def finite_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
     return loss
 
 
-def _cache_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, own: bool = False) -> None:
-    def write(file: Path) -> None:  # copies, since gradients of two values may be one tensor
-        save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, file)
-
-    write_cached(name, write, own=own)
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in memory of their own: gradients of two values may be one tensor."""
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)

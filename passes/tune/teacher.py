@@ -9,7 +9,6 @@ from statistics import median_low
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import fx
 
 from fxprune.data.built_in import offline_docstrings
@@ -31,7 +30,7 @@ from fxprune.graph.facts import Change, Fact, Runnable, add_note, facts_of
 from fxprune.graph.tensors import require_weights
 from fxprune.masking.objective import read_heldout
 from fxprune.masking.teacher import TeacherLogits, logits_use_bf16, record_teacher_logits
-from fxprune.offload.files import cached, write_cached
+from fxprune.offload.files import cached_tensors, write_cached_tensors
 from fxprune.offload.prefetch import autocast, compute_device
 from fxprune.pipeline.arguments import Precision, argument, instance
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, digest_of, tracked
@@ -145,18 +144,17 @@ class RecordTeacherPass(Pass):
         """Logits of the graph, or those that an interrupted run recorded of the same samples."""
         read = [value for one in samples for value in one.inputs.values() if isinstance(value, torch.Tensor)]
         name = f"teacher-{hashlib.sha256(''.join(map(digest_of, read)).encode()).hexdigest()[:16]}.safetensors"
-        known = cached(name)
+        known = cached_tensors(name)
         if known is not None:
-            held = load_file(known)
             return tuple(
-                TeacherLogits(one, held[f"classes.{i}"], held[f"likelihoods.{i}"]) for i, one in enumerate(samples)
+                TeacherLogits(one, known[f"classes.{i}"], known[f"likelihoods.{i}"]) for i, one in enumerate(samples)
             )
         found = record_teacher_logits(
             graph_module, samples, self.kept, self.batch, lambda one, total: tracked(one, "dense model", total)
         )
         held = {f"classes.{i}": one.classes for i, one in enumerate(found)}
         held |= {f"likelihoods.{i}": one.likelihoods for i, one in enumerate(found)}
-        write_cached(name, partial(save_file, held))
+        write_cached_tensors(name, held)
         return found
 
     def _taught(

@@ -11,13 +11,21 @@ from itertools import chain
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from fxprune.errors import CheckpointError
 from fxprune.graph.tensors import device_of, get_tensor, weights
 from fxprune.masking.masked_run import TrainingRun, UntouchedRun
-from fxprune.offload.files import cached, free_disk, offloaded, release_freed, uncache, write_back, write_cached
+from fxprune.offload.files import (
+    cached_tensors,
+    free_disk,
+    offloaded,
+    release_freed,
+    require_cached_tensors,
+    uncache,
+    write_back,
+    write_cached_tensors,
+)
 from fxprune.offload.prefetch import gathers_weights
 from fxprune.offload.ranks import (
     all_reduce,
@@ -321,32 +329,31 @@ class StoredWeights:
                 self._best[name] = best.clone() if best is share else best
 
     def save(self, step: int) -> bool:
-        """Save in the cache all that is needed to resume after a step; False if the disk has no room for it."""
+        """Write a checkpoint of a step to the cache; False if the disk has no room for it."""
         parts = [(f"{name}.{part}", value) for name in self._own for part, value in self._state(name).items()]
         needed = sum(value.nbytes for _, value in parts) * (world_size() if self._shared else 1)
         if not broadcast_object(needed <= free_disk()):
             return False
         for name, value in parts:
-            write_cached(self._file(step, name), partial(save_file, {"": value.detach()}), own=self._shared)
+            write_cached_tensors(self._file(step, name), {"": value}, own=self._shared)
         barrier()
         return True
 
     def load(self, step: int) -> None:
-        """Restore what :meth:`save` saved after a step."""
+        """Restore the checkpoint of a step."""
         for name in self._own:
-            if (best := self._saved(step, f"{name}.best")) is not None:
-                self._best[name] = offloaded(best)
             for part, value in self._state(name).items():
-                if (saved := self._saved(step, f"{name}.{part}")) is None:
-                    what, remedy = f"{name} is missing", "Delete the folder of the unfinished run, and start again"
-                    raise CheckpointError(what, where="the run to resume", remedy=remedy)
+                file = self._file(step, f"{name}.{part}")
                 with torch.no_grad():
-                    value.copy_(saved)
+                    value.copy_(require_cached_tensors(file, CheckpointError, own=self._shared)[""])
                 write_back(value)
+            best = cached_tensors(self._file(step, f"{name}.best"), own=self._shared)
+            if best is not None:
+                self._best[name] = offloaded(best[""])
         self._last = step
 
-    def forget_earlier(self, step: int) -> None:
-        """Delete what was saved before a step."""
+    def delete_previous(self, step: int) -> None:
+        """Delete the checkpoint before that of ``step``, which is complete."""
         if self._last is not None:
             uncache(f"weights-{self._last}")
         self._last = step
@@ -356,10 +363,6 @@ class StoredWeights:
         share = self._own[name]
         best = {"best": self._best[name]} if name in self._best else {}
         return {"weight": share, **self._adam[name].state[share], **best}
-
-    def _saved(self, step: int, name: str) -> torch.Tensor | None:
-        file = cached(self._file(step, name), own=self._shared)
-        return None if file is None else load_file(file)[""]
 
     def _file(self, step: int, name: str) -> str:
         return f"weights-{step}/{rank() if self._shared else 0}/{name}.safetensors"

@@ -216,7 +216,7 @@ class Training:
             return
         progress.save(self.folder, self._mark, self.adam)
         if self.stored is not None:
-            self.stored.forget_earlier(progress.step)
+            self.stored.delete_previous(progress.step)
 
     def _parts(self) -> Sequence[Part]:
         """The parts that a backward run computes again; none if all activations of a step fit."""

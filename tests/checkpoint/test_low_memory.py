@@ -160,10 +160,8 @@ def test_a_killed_run_neither_writes_nor_asks_the_dense_model_nor_tunes_again(
     """Only scores and fits were taken up; samples, teacher logits and tuning, which take the most time, were not."""
     out, steps = tuned
     again, options = list[str](), {**TUNED, "tokenizer": tokenizer()}
-    last = len(steps) - 1 - steps[::-1].index(moment)
-    at = last + (
-        moment != "tuning"
-    )  # of these steps the last one is done; of tuning, after which nothing is shown, not
+    at = len(steps) - steps[::-1].index(moment)  # once the last of these steps is done
+    at -= moment == "tuning"  # or before it: after that of tuning nothing is shown
     with pytest.raises(Stopped):
         fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(24), track=stopping(at, []), **options)
     fxprune.prune_checkpoint(source, tmp_path / "slim", token_ids(24), track=stopping(-1, again), **options)
