@@ -34,7 +34,7 @@ from fxprune.data.samples import FileSamples
 from fxprune.data.text import is_text
 from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, default_modes, quiet, replaced, silence_stderr
-from fxprune.offload.atomic import made_folder, wrap_disk_errors, write_file
+from fxprune.offload.atomic import locked, made_folder, wrap_disk_errors, write_file
 from fxprune.offload.files import offload_to, sync_writes
 from fxprune.offload.ranks import barrier, check_same, is_first, run_on_first
 from fxprune.report.report import package_versions
@@ -96,19 +96,27 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
     All processes share it. The first one says what an earlier run has done, and that run may have had another number of
     processes. A killed run is resumed by one of the same ``request``; None starts from scratch. With ``force``, ``out``
     may hold something else.
+
+    Raises:
+        CheckpointError: ``out`` cannot be written, or another run that goes on uses the folder.
     """
     target = check_place(out, force=force)
     work = target.with_name(f"{target.name}.unfinished")
     file = work / "request.json"  # a run with the same request resumes the one in the folder
 
-    def begin() -> None:
+    def reserve() -> None:
         stack.enter_context(made_folder(work.parent))
+        stack.enter_context(locked(work.with_name(f"{work.name}.lock"), CheckpointError))
+
+    def begin() -> None:
         if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             file.write_text(json.dumps(request), encoding="utf-8")
 
     with ExitStack() as stack:
+        with wrap_disk_errors(work, CheckpointError):
+            run_on_first(reserve, CheckpointError)
         try:
             with wrap_disk_errors(work, CheckpointError):
                 run_on_first(begin, CheckpointError)

@@ -22,9 +22,13 @@ from functools import cache
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from fxprune.errors import FxpruneError
+
+LOCK = ".lock"
+"""Name of the lock in a folder that one run at a time may use."""
 
 _OLD = ".old"
 
@@ -140,6 +144,27 @@ def made_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not made, or another process writes there
                 path.rmdir()
         raise
+
+
+@contextmanager
+def locked(file: Path, error: type[FxpruneError]) -> Iterator[None]:
+    """Hold a lock against other runs, by a file that is deleted at the end. A run that was killed holds none.
+
+    Raises:
+        FxpruneError: another run holds it; of the type ``error``.
+    """
+    lock = FileLock(file, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        remedy = "Wait until it is done, or name another folder"
+        raise error("another run uses the folder, and holds this lock", where=os.fspath(file), remedy=remedy) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where a file in use cannot be deleted, it stays
+            file.unlink()
+        lock.release()
 
 
 def resolve_target(folder: str | os.PathLike[str]) -> Path:

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fxprune.graph.context import preserve_rng, quiet, wrap_errors
 from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE
-from fxprune.offload.atomic import write_file
+from fxprune.offload.atomic import LOCK, locked, write_file
 from fxprune.offload.distributed import is_fully_sharded
 from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import check_trainable
@@ -249,7 +249,8 @@ def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
         path = Path(folder).expanduser()
         with wrap_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
             path.mkdir(parents=True, exist_ok=True)
-        yield path
+        with nullcontext() if int(os.environ.get("RANK", "0")) else locked(path / LOCK, RecoveryError):
+            yield path
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         remedy = "Give $folder, one that all of them can write to"

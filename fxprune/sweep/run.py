@@ -25,7 +25,7 @@ from fxprune.data.text import TOKENS, calibration_text, is_text, text_samples
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import check_generates, measure_speed
 from fxprune.graph.compat import tree_leaves
-from fxprune.offload.atomic import atomic_path, made_folder, wrap_disk_errors, write_file
+from fxprune.offload.atomic import LOCK, atomic_path, locked, made_folder, wrap_disk_errors, write_file
 from fxprune.offload.ranks import check_unsharded, decide_on_first, run_on_first
 from fxprune.pipeline.arguments import as_path, flag, invalid, number, one_of, refuse
 from fxprune.pipeline.contract import digest_of, sharing
@@ -90,7 +90,7 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     known = Sweep(folder, tuple(found))
     todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
     with wrap_disk_errors(folder, CheckpointError), ExitStack() as stack, sharing():
-        run_on_first(lambda: stack.enter_context(made_folder(folder)), CheckpointError)
+        run_on_first(partial(_reserve, folder, stack), CheckpointError)
         own = {name: asked[name] for name in todo}
         for row, result in _prunes(own, keys, model, calibration, given, bench=bench):
             rows[row.name] = row
@@ -153,6 +153,11 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     return found
 
 
+def _reserve(folder: Path, stack: ExitStack) -> None:
+    stack.enter_context(made_folder(folder))
+    stack.enter_context(locked(folder / LOCK, CheckpointError))
+
+
 def _digest(model: nn.Module, calibration: Any) -> str:
     values = [(list(t.shape), str(t.dtype), digest_of(t)) for t in _tensors((model.state_dict(), calibration))]
     config: Any = getattr(model, "config", None)
@@ -174,7 +179,7 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError("is a file", where=str(folder), remedy="Choose a folder")
     if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()) and not force:
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not force:
             remedy = "Choose a new folder, or write into this one with $force=True"
             raise CheckpointError("it holds files that are not of a sweep", where=str(folder), remedy=remedy)
         return []

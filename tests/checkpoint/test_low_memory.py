@@ -205,6 +205,19 @@ def test_another_request_starts_from_scratch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second deleted what the first had found, or took up what it was still writing."""
+    with resumable_folder(tmp_path / "slim", "a") as work:
+        (work / "found").write_text("")
+        for request in ("a", "b", None):
+            with pytest.raises(CheckpointError, match="another run uses"), resumable_folder(tmp_path / "slim", request):
+                raise AssertionError("it began")
+        with resumable_folder(tmp_path / "other", "a"):
+            pass
+        assert (work / "found").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_written_or_read_is_refused_before_any_work(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

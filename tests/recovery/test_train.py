@@ -221,7 +221,10 @@ def test_a_model_comes_back_as_it_was_whatever_happens() -> None:
 def test_a_folder_is_the_callers_or_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with checkpoint_folder(tmp_path / "a" / "b") as path:
         assert path == tmp_path / "a" / "b"
+        with pytest.raises(RecoveryError, match="another run uses"), checkpoint_folder(path):
+            raise AssertionError("it began")
     assert path.is_dir()
+    assert list(path.iterdir()) == []
     with checkpoint_folder(None) as path:
         assert path.is_dir()
     assert not path.exists()

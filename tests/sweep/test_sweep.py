@@ -114,6 +114,18 @@ def test_an_interrupted_sweep_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
             fxprune.sweep(tiny("llama"), other, out=tmp_path / "out", recipe=FIT, ratio=0.1, **OPTIONS)
 
 
+def test_two_sweeps_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The table of one, written last, was without the rows of the other."""
+
+    def interfere(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+        with pytest.raises(CheckpointError, match="another run uses"):
+            sweep(tmp_path, recipe=FIT, ratio=0.2)
+        return items
+
+    assert [row.ratio for row in sweep(tmp_path, recipe=FIT, ratio=0.1, keep="none", track=interfere).rows] == [0.1]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_rows_are_measured_again_on_a_text_that_changed(tmp_path: Path) -> None:
     """The key of a row held the path of the text, and a figure of the old one stood beside figures of the new one."""
     text = tmp_path / "text.txt"
