@@ -20,6 +20,7 @@ from fxprune.data.text import calibration_text, opening_tokens, paragraphs, toke
 from fxprune.errors import CalibrationError
 from fxprune.graph.compat import cache_of
 from fxprune.graph.context import Refusal, attempt, eval_mode, preserve_rng, quiet, replaced
+from fxprune.offload.files import cached_tensors, write_cached_tensors
 from fxprune.pipeline.contract import Track, no_progress
 
 CHARACTERS_PER_TOKEN = 4
@@ -171,6 +172,9 @@ def generate_samples(
 ) -> torch.Tensor:
     """Token ids ``(samples, tokens)`` sampled from a model.
 
+    An interrupted run resumes after the last batch that it generated, inside :func:`~fxprune.offload.files.offload_to`
+    with a cache. One process generates, and no other looks for its files.
+
     Args:
         model: one that :func:`can_generate`.
         starts: token ids ``(starts, fewer than tokens)`` that samples begin with, in turn.
@@ -193,7 +197,12 @@ def generate_samples(
     settings = replaced(model, generation_config=plain)
     with settings, eval_mode(model), preserve_rng(), torch.no_grad(), quiet(logging.WARNING):
         torch.manual_seed(seed)
-        for ids, numbers in track(batches, what, len(batches)):
+        for number, (ids, numbers) in enumerate(track(batches, what, len(batches))):
+            name = f"{what} {number + 1} of {len(batches)}.safetensors".replace(" ", "-")
+            known = cached_tensors(name, own=True)
+            if known is not None:
+                written.append(known["samples"])
+                continue
             draws = LogitsProcessorList([_Draw(own.eos_token_id, numbers.T)])
             mask = torch.ones_like(ids)
             # a whole copy of a sharded model still counts as sharded, and would wait for processes that do not generate
@@ -201,6 +210,7 @@ def generate_samples(
                 ids, attention_mask=mask, generation_config=drawn, logits_processor=draws, synced_gpus=False
             )
             written.append(found.cpu())
+            write_cached_tensors(name, {"samples": written[-1]}, own=True)
     return torch.cat(written)
 
 

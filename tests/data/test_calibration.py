@@ -46,6 +46,7 @@ from fxprune.data.processed import needs_processor, processed_samples
 from fxprune.data.samples import read_calibration
 from fxprune.data.text import token_windows
 from fxprune.errors import CalibrationError
+from fxprune.offload.files import offload_to
 from fxprune.trace.capture import trace
 from tests import remembered
 from tests.models import tiny, token_ids
@@ -395,6 +396,25 @@ def test_generated_samples_depend_on_starts_and_seed_alone() -> None:
     fitting = [rows_at_once(model, STARTS[:1], 7, most) for most in (0, 7 * each * 3, 7 * each * 3 - 1, 1e9)]
     assert fitting == [1, 3, 2, 96]
     assert model.generation_config is own and own.num_beams == 2
+
+
+def test_interrupted_generation_resumes_after_the_last_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began anew, and with weights on disk each token of a batch reads all of them."""
+    model, asked = tiny("llama"), list[int]()
+    whole, generate = generate_samples(model, STARTS, 6, 7, 0, rows=2), model.generate
+
+    def stop_at_the_third(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        asked.append(len(ids))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return generate(ids, **settings)
+
+    monkeypatch.setattr(model, "generate", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt), offload_to(tmp_path, tmp_path):
+        generate_samples(model, STARTS, 6, 7, 0, rows=2)
+    with offload_to(tmp_path, tmp_path):
+        assert torch.equal(generate_samples(model, STARTS, 6, 7, 0, rows=2), whole)
+    assert asked == [2, 2, 2, 2], "the third batch, which was interrupted, again"
 
 
 def test_tokens_are_drawn_by_what_the_model_says() -> None:
