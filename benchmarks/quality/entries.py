@@ -106,7 +106,7 @@ _RANKED: dict[str, dict[str, Any]] = {
 
 ENTRIES = (
     Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
-    Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, samples=64),
+    Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap{standardise}", "ranking": "global"}, samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
     Entry("best", {"recipe": "best"}),
@@ -118,7 +118,7 @@ ENTRIES = (
     ),
     Entry(
         "FLAP, fitted and tuned as balanced",
-        {"recipe": _fitted_and_tuned("flap{samples=64}", "select-by-ratio{ranking=global}")},
+        {"recipe": _fitted_and_tuned("flap{samples=64, standardise}", "select-by-ratio{ranking=global}")},
     ),
     Entry(
         "whole layers, fitted and tuned as balanced",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -139,6 +140,7 @@ class TaskScore:
         correct: question by question, whether the answer was right by ``metric``; for paired comparison.
         answers: question by question, the number of the choice by ``metric``; empty for questions without choices.
         chance: accuracy of guessing: the mean of 1 / number of choices; 0 for questions without choices.
+        constant: accuracy of the answer that is right most often, if all questions have the same choices; else 0.
     """
 
     metric: str
@@ -149,11 +151,12 @@ class TaskScore:
     correct: tuple[float, ...] = ()
     answers: tuple[int, ...] = ()
     chance: float = 0.0
+    constant: float = 0.0
 
     @property
     def informed(self) -> bool:
-        """Whether the model beats guessing by more than one standard error."""
-        return self.value - self.standard_error > self.chance
+        """Whether the model beats guessing, and the same answer to all questions, by more than two standard errors."""
+        return self.value - 2 * self.standard_error > max(self.chance, self.constant)
 
 
 def named_tasks(tasks: Task | Sequence[Task] | Mapping[str, Task]) -> dict[str, Task]:
@@ -384,4 +387,16 @@ def _score(name: str, task: Any, found: Mapping[str, Any]) -> TaskScore:
         correct=tuple(float(sample[metric]) for sample in samples),
         answers=tuple(_chosen(sample, those, normalised=metric == "acc_norm") for sample, those in pairs),
         chance=sum(1 / len(those) for those in options) / len(options) if options else 0.0,
+        constant=_constant([sample["target"] for sample in samples], options),
     )
+
+
+def _constant(targets: Sequence[Any], options: Sequence[Sequence[str]]) -> float:
+    """The largest fraction of questions with the same right choice, if all have the same choices, as yes and no.
+
+    The harness gives the right choice by number or in words.
+    """
+    if len(options) < 2 or any(list(those) != list(options[0]) for those in options):
+        return 0.0
+    words = (options[0][target] if isinstance(target, int) else target for target in targets)
+    return max(Counter(word for word in words if word in options[0]).values(), default=0) / len(targets)

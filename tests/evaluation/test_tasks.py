@@ -1,6 +1,7 @@
 """Accuracy on multiple-choice tasks, by lm-evaluation-harness."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,24 @@ def test_local_questions_are_scored_as_by_hand(model: PreTrainedModel, tmp_path:
     assert score.standard_error == pytest.approx((p * (1 - p) / (n - 1)) ** 0.5, rel=1e-4)
 
 
+def test_the_most_frequent_answer_is_no_knowledge(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A model that said yes to each question of boolq, right for 62% of them, counted as better than guessing."""
+    labels = [{"query": q["query"], "choices": ["no", "yes"], "gold": int(i > 0)} for i, q in enumerate(QUESTIONS)]
+    score = zero_shot(model, TOKENIZER, write(tmp_path / "labels.jsonl", labels))["labels"]
+    assert score.chance == 0.5 and score.constant == pytest.approx(1 - 1 / len(labels))
+    labels[0]["choices"] = ["never", "always"]
+    assert zero_shot(model, TOKENIZER, write(tmp_path / "words.jsonl", labels))["words"].constant == 0
+    known = replace(score, value=0.9, standard_error=0.04, constant=0.7)
+    assert known.informed and not replace(known, constant=0.83).informed and not replace(known, chance=0.83).informed
+
+
 def test_questions_by_context_are_scored_as_by_hand(model: PreTrainedModel, tmp_path: Path) -> None:
     score = zero_shot(model, TOKENIZER, write(tmp_path / "schema.jsonl", SCHEMAS))["schema"]
     best = [
         max((0, 1), key=lambda i, row=row: log_likelihood(model, row["context_options"][i], f" {row['continuation']}"))
         for row in SCHEMAS
     ]
-    assert score.metric == "acc" and score.chance == 0.5
+    assert score.metric == "acc" and score.chance == 0.5 and score.constant == 0
     assert score.correct == tuple(float(b == row["gold"]) for b, row in zip(best, SCHEMAS, strict=True))
 
 
