@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
-from benchmarks.quality.tables import Section, sections, task_rows, type_error
+from benchmarks.quality.tables import Section, known_tasks, retained, sections, task_rows, type_error
 from fxprune.cli.demo import demo_name
 
 DOCS = ROOT / "docs"
@@ -40,6 +40,7 @@ def _render(name: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["spelled"] = format
+    environment.globals |= {"known_tasks": known_tasks, "retained": retained}
     return environment.get_template(f"{name}.md.jinja").render(demo=demo_name(), **values)
 
 
@@ -119,8 +120,17 @@ def quality_page(
         models=[found for _, found in models],
         type_error=type_error(data, models[0][1][0].protocol),
         tasks=tasks,
-        task_rows=task_rows(tasks) if tasks else (),
+        task_rows=task_rows(tasks, models[0][1][0].rows) if tasks else (),
+        metrics=_metrics(tasks) if tasks else {},
     )
+
+
+def _metrics(tasks: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of tasks by the metric that they count by."""
+    found: dict[str, list[str]] = {}
+    for name, score in tasks["columns"][0]["evaluation"]["tasks"].items():
+        found.setdefault(score["metric"], []).append(name)
+    return found
 
 
 def vocabulary_page(files: Sequence[Mapping[str, Any]]) -> str:

@@ -107,6 +107,7 @@ _RANKED: dict[str, dict[str, Any]] = {
 ENTRIES = (
     Entry("llm-pruner", {"recipe": "llm-pruner"}, samples=10),
     Entry("FLAP", {"recipe": "llm-pruner", "importance": "flap{standardise}", "ranking": "global"}, samples=64),
+    Entry("FLAP, not standardised", {"recipe": "llm-pruner", "importance": "flap", "ranking": "global"}, samples=64),
     Entry("fast", {"recipe": "fast"}),
     Entry("balanced", {}),
     Entry("best", {"recipe": "best"}),
@@ -119,6 +120,10 @@ ENTRIES = (
     Entry(
         "FLAP, fitted and tuned as balanced",
         {"recipe": _fitted_and_tuned("flap{samples=64, standardise}", "select-by-ratio{ranking=global}")},
+    ),
+    Entry(
+        "FLAP, not standardised, fitted and tuned as balanced",
+        {"recipe": _fitted_and_tuned("flap{samples=64}", "select-by-ratio{ranking=global}")},
     ),
     Entry(
         "whole layers, fitted and tuned as balanced",
@@ -168,6 +173,12 @@ ABLATIONS = (
 )
 """Recipes with a change, the last one that is named. Most change `fast`: tuning evens out differences between its
 starting points, and takes the most time."""
+
+EARLIER = {
+    "fast": ("fast, width whole",),
+    "balanced": ("balanced, width whole", "balanced, less varied", "balanced, less varied, scored on fewer samples"),
+}
+"""Entries that are what a recipe was in an earlier version, in which others of its ablations were measured."""
 
 WITHDRAWN = (
     "fast, ranked half way",

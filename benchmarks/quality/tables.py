@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.entries import is_ablation, is_current, place_of_entry
+from benchmarks.quality.entries import EARLIER, is_ablation, is_current, place_of_entry
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, compare, over_dense, read_rows
-from fxprune.evaluation import Perplexity
+from fxprune.evaluation import Perplexity, TaskScore
 
 _NONE = "-"
 """Empty cell."""
+
+_MARK = " †"
+"""End of the name of an entry that was measured with an earlier version of its recipe."""
 
 _CONTROL = ", random units"
 """End of the name of an entry whose units are drawn at random, with the widths and all else of the one before it."""
@@ -63,17 +68,19 @@ class Section:
         return {text: [row[text] for row in rows if text in row] for text in self.texts(length)}
 
     def costs(self, ratio: float) -> Iterator[dict[str, Any]]:
-        """Size, trained parts and costs of the prune, by entry."""
+        """Size, trained parts and costs of the prune, by entry; times are of the processor with the most draws."""
         for name, drawn in self.entries(ratio):
-            threads = max(row.threads for row in drawn)  # times with other numbers of threads do not compare
+            (cpu, threads), _ = Counter((row.cpu, row.threads) for row in drawn).most_common(1)[0]
+            timed = [row for row in drawn if (row.cpu, row.threads) == (cpu, threads)]  # others do not compare
             yield {
                 "entry": titled(name, drawn),
                 "parameters": fmean(row.parameters for row in drawn),
                 "trained": drawn[0].trained,
                 "trained_tokens": max(row.trained_tokens for row in drawn),
-                "seconds": fmean(row.seconds for row in drawn if row.threads == threads),
+                "seconds": fmean(row.seconds for row in timed),
                 "threads": threads,
-                "peak_gb": max(row.peak_gb for row in drawn),
+                "cpu": cpu,
+                "peak_gb": min(row.peak_gb for row in drawn),  # other rows before one leave something in the process
                 "draws": len(drawn),
             }
 
@@ -96,7 +103,7 @@ class Section:
             yield titled(name, drawn), [_bits(found) for found in self._by_text(drawn, length).values()]
 
     def short_rows(self, ratio: float, length: int) -> Iterator[list[str]]:
-        """For each entry its draws, means over all texts, and the least and the largest perplexity over dense.
+        """For each entry its draws, and means over all texts, with the ranges over texts and over draws.
 
         The means are of the perplexity over that of the dense model, of the divergence, and of the agreement.
         """
@@ -107,13 +114,18 @@ class Section:
             if not rows or any(len(each) < len(rows) for each in by_text):
                 continue
             ratios = [fmean(each.ratio for each in found) for found in by_text]
+            by_draw = [fmean(each.ratio for each in found) for found in zip(*by_text, strict=True)]
             errors = [fmean(each.ratio_error for each in found) for found in by_text]
             error = sum(each**2 for each in errors) ** 0.5 / len(errors)
             every = [each for found in by_text for each in found]
             same, mean = fmean(each.agreement for each in every), fmean(each.mean for each in every)
-            spread = f"x{_short(min(ratios))} to x{_short(max(ratios))}"
-            cells = [f"x{_short(fmean(ratios))} ± {_short(error)}", spread]
+            cells = [f"x{_short(fmean(ratios))} ± {_short(error)}", _range(ratios), _range(by_draw)]
             yield [titled(name, drawn), str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
+
+    def means(self, ratio: float, length: int) -> dict[str, str]:
+        """Perplexity over dense by entry, the mean over texts and draws; marked as the name of the entry is."""
+        rows = [(cells[0], cells[2]) for cells in self.short_rows(ratio, length)]
+        return {name.removesuffix(_MARK): value + _MARK * name.endswith(_MARK) for name, value in rows}
 
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
         """For each recipe with a control, its perplexity over that of random units, from the same draws and windows."""
@@ -121,9 +133,22 @@ class Section:
         return self._compared(ratio, length, [(name.removesuffix(_CONTROL), name) for name in controls])
 
     def changes(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
-        """For each ablation, its perplexity over that without the change, from the same draws and windows."""
-        changed = [name for name, _ in self.entries(ratio) if is_ablation(name)]
-        return self._compared(ratio, length, [(name, _unchanged(name)) for name in changed])
+        """For each ablation, its perplexity over that without the change, from the same draws and windows.
+
+        One that was measured with an earlier version of the recipe is compared with the row that is most like it.
+        """
+        every = dict(self.entries(ratio))
+        pairs = []
+        for name, rows in every.items():
+            base = _unchanged(name)
+            if is_ablation(name):
+                earlier = () if _is_current(rows) or name in EARLIER.get(base, ()) else EARLIER.get(base, ())
+                unlike = {one: _unlike(rows, every[one]) for one in (base, *earlier) if one in every}
+                pairs += [(name, min(unlike, key=unlike.__getitem__, default=base))]
+        for name, draws, cells in self._compared(ratio, length, pairs):
+            other = dict(pairs)[name.removesuffix(_MARK)]
+            beside = "" if other == _unchanged(name.removesuffix(_MARK)) else f", over *{other}*"
+            yield f"{name}{beside}", draws, cells
 
     def _compared(
         self, ratio: float, length: int, pairs: Sequence[tuple[str, str]]
@@ -145,8 +170,16 @@ class Section:
 
 def titled(name: str, rows: Sequence[QualityRow]) -> str:
     """The name of an entry, with a mark if one of its rows was measured with an earlier version of the recipe."""
-    current = all(is_current(row.entry, row.ratio, row.draw, row.passes) for row in rows)
-    return name if current else f"{name} †"
+    return name if _is_current(rows) else f"{name}{_MARK}"
+
+
+def _is_current(rows: Sequence[QualityRow]) -> bool:
+    return all(is_current(row.entry, row.ratio, row.draw, row.passes) for row in rows)
+
+
+def _unlike(rows: Sequence[QualityRow], others: Sequence[QualityRow]) -> float:
+    """How much the passes of two entries differ, in [0, 1]."""
+    return 1 - SequenceMatcher(None, rows[0].passes, others[0].passes, autojunk=False).ratio()
 
 
 def _unchanged(name: str) -> str:
@@ -162,6 +195,11 @@ def over(ratios: Sequence[tuple[float, float | None]]) -> str:
     error = f" ± {_short(fmean(errors))}" if len(errors) == len(values) else ""
     spread = f" ({_short(min(values))} to {_short(max(values))})" if len(values) > 1 else ""
     return f"x{_short(fmean(values))}{error}{spread}"
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest of several ratios."""
+    return f"x{_short(min(values))} to x{_short(max(values))}" if len(values) > 1 else _NONE
 
 
 def _short(value: float) -> str:
@@ -229,17 +267,53 @@ def _same_windows(one: QualityRow, other: QualityRow) -> Iterable[tuple[Perplexi
                 yield found, theirs[text]
 
 
-def task_rows(tasks: Mapping[str, Any]) -> Iterator[list[str]]:
+def known_tasks(tasks: Mapping[str, Any]) -> list[str]:
+    """The tasks on which the dense model knows something, by :attr:`fxprune.evaluation.TaskScore.informed`."""
+    scores = tasks["columns"][0]["evaluation"]["tasks"]
+    return [name for name, score in scores.items() if TaskScore(**score).informed]
+
+
+def retained(tasks: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    """Mean accuracy on the known tasks as a fraction of the dense model's, ± its standard error; "-" without a task.
+
+    The error of a ratio ``r`` is that of ``b - r a``, whose variance is ``(1 - r) var b + (r r - r) var a + r var (b -
+    a)``. Files have the errors of the accuracies ``a`` and ``b``, and that of their paired difference unless they are
+    old: then the ratio stands alone.
+    """
+    names, dense = known_tasks(tasks), tasks["columns"][0]["evaluation"]["tasks"]
+    slim, apart = column["evaluation"]["tasks"], column.get("difference")
+    if not names:
+        return _NONE
+    total = sum(dense[name]["value"] for name in names)
+    ratio = sum(slim[name]["value"] for name in names) / total
+    if apart is None:
+        return f"{ratio:.1%}"
+    variance = sum(
+        (1 - ratio) * slim[name]["standard_error"] ** 2
+        + (ratio**2 - ratio) * dense[name]["standard_error"] ** 2
+        + ratio * apart[name][1] ** 2
+        for name in names
+    )
+    return f"{ratio:.1%} ± {max(variance, 0.0) ** 0.5 / total:.1%}"
+
+
+def task_rows(tasks: Mapping[str, Any], rows: Sequence[QualityRow] = ()) -> Iterator[list[str]]:
     """For each model its accuracy on each task, with the error; of others, the difference from the dense model.
 
-    The last two cells are the mean over the tasks, and the fraction of answers that are another choice than the dense
-    model's.
+    The last cells are the mean over the tasks that the dense model knows something of, the fraction of answers to them
+    that are another choice than the dense model's, and what is retained of its accuracy on them.
     """
+    known = known_tasks(tasks)
     for column in tasks["columns"]:
-        paired, scores = column is not tasks["columns"][0], column["evaluation"]["tasks"].values()
-        found = [(score["value"], score["standard_error"]) for score in scores]
-        found = list(column["difference"].values()) if paired else found
-        mean = fmean(value for value, _ in found), sum(error**2 for _, error in found) ** 0.5 / len(found)
-        cells = [f"{100 * value:{'+' if paired else ''}.1f} ± {100 * error:.1f}" for value, error in (*found, mean)]
-        changed = [flips[1][0] for flips in column["flips"].values() if flips] if paired else []
-        yield [column["name"], *cells, f"{fmean(changed):.1%}" if changed else _NONE]
+        paired, scores = column is not tasks["columns"][0], column["evaluation"]["tasks"]
+        found = {name: (score["value"], score["standard_error"]) for name, score in scores.items()}
+        found = {name: tuple(each) for name, each in column["difference"].items()} if paired else found
+        own = [found[name] for name in known]
+        means = [(fmean(value for value, _ in own), sum(error**2 for _, error in own) ** 0.5 / len(own))] if own else []
+        cells = [f"{100 * value:{'+' if paired else ''}.1f} ± {100 * error:.1f}" for value, error in found.values()]
+        cells += [f"{100 * value:{'+' if paired else ''}.1f} ± {100 * error:.1f}" for value, error in means] or [_NONE]
+        changed = [flips[1][0] for name, flips in column["flips"].items() if flips and name in known] if paired else []
+        name = column["name"]
+        ours = [row for row in rows if f"{row.entry}, {row.ratio:.0%}" == name and row.draw == 0]
+        title = name if not paired or (ours and titled(name, ours) == name) else f"{name}{_MARK}"
+        yield [title, *cells, f"{fmean(changed):.1%}" if changed else _NONE, retained(tasks, column)]

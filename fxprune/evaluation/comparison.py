@@ -259,7 +259,7 @@ class Comparison:
 
     @property
     def informed(self) -> tuple[str, ...]:
-        """The tasks on which the first model beats guessing, and one answer to all questions, by two standard errors."""
+        """The tasks on which the first model beats guessing and the most frequent answer by two standard errors."""
         return tuple(task for task, score in self.columns[0].evaluation.tasks.items() if score.informed)
 
     def rows(self) -> Iterator[tuple[str, ...]]:

@@ -18,8 +18,10 @@ from benchmarks.quality.entries import Entry, entries
 from benchmarks.quality.measure import trained_by, with_earlier
 from benchmarks.quality.reference import KeptReference
 from benchmarks.quality.rows import Protocol, QualityRow, blocks, compare
+from benchmarks.quality.tables import known_tasks, retained, task_rows
 from benchmarks.quality.texts import read_texts
-from fxprune.evaluation import Divergence, Perplexity
+from fxprune.evaluation import Divergence, Evaluation, Perplexity, TaskScore
+from fxprune.evaluation.comparison import Column, Comparison
 from tests.benchmarks.command import run_main
 from tests.models import tiny, token_ids
 from tests.tokens import character_tokenizer
@@ -312,6 +314,53 @@ def test_processors_are_those_of_the_rows_and_perplexities_of_other_tokens_do_no
     rows = row("dense", 0, 10.0), row("balanced", 0, 14.0), replace(row("dense", 0, 30.0), entry="smaller")
     page = quality_page(as_data(*rows, row("best", 0, 13.0, "slow one")))
     assert "Ran on fast one; but these ran on slow one: best at 20%; torch t" in page and "| smaller | - |" in page
+
+
+def test_times_are_those_of_one_processor_and_the_range_over_draws_is_shown() -> None:
+    """A mean of 1141 s on one and 510 s on another was the time of neither."""
+    drawn = [row("balanced", 0, 14.0), row("balanced", 1, 15.0), row("balanced", 2, 16.0, "slow one")]
+    rows = [replace(each, seconds=seconds) for each, seconds in zip(drawn, (100.0, 110.0, 900.0), strict=True)]
+    page = quality_page(as_data(row("dense", 0, 10.0), *rows))
+    assert "| balanced | 80 | vectors | 640 | 105 | 2 | fast one | 1.0 | 3 |" in page
+    assert "| balanced | 3 | x1.50 ± 0.02 | - | x1.40 to x1.60 | 0.50 | 64% |" in page
+
+
+def test_an_ablation_of_an_earlier_version_is_compared_with_that_version() -> None:
+    """Beside the recipe of today, the effect of all changes since stood there as that of the ablation."""
+    values = {"dense": 10.0, "fast": 14.0, "fast, width whole": 20.0, "fast, uniform": 28.0}
+    *others, uniform = (row(name, 0, value) for name, value in values.items())
+    page = quality_page(as_data(*others, uniform))
+    assert "| fast, uniform | 1 | x2.00 ± 0.00 |" in page and "| fast, width whole | 1 | x1.43 ± 0.00 |" in page
+    earlier = replace(uniform, passes=others[2].passes.replace("protect=[0.07, 0.04]", "protect=[], uniform"))
+    assert earlier.passes != others[2].passes
+    assert "| fast, uniform †, over *fast, width whole* | 1 | x1.40 ± 0.00 |" in quality_page(as_data(*others, earlier))
+
+
+def test_what_is_retained_is_that_of_the_comparison() -> None:
+    """Of files with answers counted, errors of accuracies and of paired differences give that of the ratio."""
+
+    def score(bits: str, chance: float = 0.2, constant: float = 0.0) -> TaskScore:
+        right = tuple(map(float, bits * 10))
+        value = sum(right) / len(right)
+        error = (value * (1 - value) / (len(right) - 1)) ** 0.5
+        return TaskScore("acc", value, error, len(right), {}, right, tuple(map(int, right)), chance, constant)
+
+    tasks = {
+        "dense": {"quiz": score("11101101"), "words": score("1110"), "said": score("1101", constant=0.75)},
+        "slim": {"quiz": score("10100101"), "words": score("0111"), "said": score("1111", constant=0.75)},
+    }
+    columns = tuple(Column(name, 1, 1, 1, None, Evaluation(tasks=each)) for name, each in tasks.items())
+    compared = Comparison(columns, {})
+    data = json.loads(json.dumps(compared.to_dict()))
+    kept = compared.retained("slim")
+    assert kept is not None and compared.informed == ("quiz", "words") and known_tasks(data) == ["quiz", "words"]
+    assert retained(data, data["columns"][1]) == f"{kept[0]:.1%} ± {kept[1]:.1%}"
+    rows = list(task_rows(data))
+    assert rows[0][0] == "dense" and rows[1][0] == "slim †", "of no row that is there"
+    mean = sum(
+        columns[1].evaluation.tasks[name].value - columns[0].evaluation.tasks[name].value for name in ("quiz", "words")
+    )
+    assert rows[1][4].startswith(f"{100 * mean / 2:+.1f} ±") and rows[1][6] == retained(data, data["columns"][1])
 
 
 def test_rows_of_another_protocol_stand_apart_unless_they_were_measured_by_both() -> None:
