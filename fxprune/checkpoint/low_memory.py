@@ -106,7 +106,7 @@ def resumable_folder(out: str | os.PathLike[str], request: str | None = None, *,
 
     def reserve() -> None:
         stack.enter_context(made_folder(work.parent))
-        stack.enter_context(locked(work.with_name(f"{work.name}.lock"), CheckpointError))
+        stack.enter_context(locked(target.with_name(f"{target.name}.running"), CheckpointError))
 
     def begin() -> None:
         if request is None or not file.is_file() or file.read_text("utf-8", "replace") != json.dumps(request):

@@ -54,7 +54,14 @@ from fxprune.errors import CheckpointError
 from fxprune.graph.context import Refusal, attempt, default_modes, quiet, replaced
 from fxprune.graph.tensors import names_by_identity
 from fxprune.modelling import blocks, layerwise, table_rows
-from fxprune.offload.atomic import finish_files, replace_folder, resolve_target, staging_folder, wrap_disk_errors
+from fxprune.offload.atomic import (
+    finish_files,
+    holds_files,
+    replace_folder,
+    resolve_target,
+    staging_folder,
+    wrap_disk_errors,
+)
 from fxprune.offload.files import offload_large, sync_writes
 from fxprune.offload.ranks import decide_on_first, gathered, is_sharded, rank, run_on_first, world_size
 from fxprune.pipeline.arguments import as_path, flag, refuse, whole_number
@@ -443,7 +450,7 @@ def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
         target = resolve_target(folder)
         if target.exists() and not target.is_dir():
             raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
-        if force or not target.is_dir() or not any(target.iterdir()):
+        if force or not target.is_dir() or not holds_files(target):
             return target
         if not (target / MANIFEST).is_file():
             remedy = "Choose a new folder, or empty this one"

@@ -67,11 +67,13 @@ def _check_name(out: Path) -> None:
 def _check_folder(out: Path, *, force: bool) -> None:
     if out.is_file():
         raise CheckpointError("is a file", where=str(out), remedy="Choose a folder, or a name that ends in .gguf")
+    from fxprune.offload.atomic import holds_files
+
     if (out / MANIFEST).is_file() and not force:
         from fxprune.checkpoint.write import check_place
 
         check_place(out)
-    if not out.is_dir() or (out / MANIFEST).is_file() or run_file(out).is_file() or not any(out.iterdir()):
+    if not out.is_dir() or (out / MANIFEST).is_file() or run_file(out).is_file() or not holds_files(out):
         return
     if not force:
         remedy = "Choose a new folder, or write into this one with --force"

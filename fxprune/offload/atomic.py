@@ -27,8 +27,11 @@ from safetensors import SafetensorError
 
 from fxprune.errors import FxpruneError
 
-LOCK = ".lock"
-"""Name of the lock in a folder that one run at a time may use."""
+LOCK = "_lock"
+"""Name of the lock in a folder that one run at a time may use; transformers uploads no file of such a name."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of file systems that have no locks, as some in a network."""
 
 _OLD = ".old"
 
@@ -150,21 +153,37 @@ def made_folder(folder: Path) -> Iterator[None]:
 def locked(file: Path, error: type[FxpruneError]) -> Iterator[None]:
     """Hold a lock against other runs, by a file that is deleted at the end. A run that was killed holds none.
 
+    On file systems without locks nothing is locked.
+
     Raises:
-        FxpruneError: another run holds it; of the type ``error``.
+        FxpruneError: another run holds it, or the file cannot be written; of the type ``error``.
     """
     lock = FileLock(file, blocking=False)
     try:
-        lock.acquire()
-    except Timeout:
-        remedy = "Wait until it is done, or name another folder"
-        raise error("another run uses the folder, and holds this lock", where=os.fspath(file), remedy=remedy) from None
-    try:
+        with wrap_disk_errors(file, error):
+            try:
+                lock.acquire()
+            except Timeout:
+                what, remedy = (
+                    "another run uses the folder, and holds this lock",
+                    "Wait until it is done, or name another folder",
+                )
+                raise error(what, where=os.fspath(file), remedy=remedy) from None
+            except OSError as cause:
+                if cause.errno not in _NO_LOCKS:
+                    raise
+                file.unlink(missing_ok=True)
         yield
     finally:
-        with suppress(OSError):  # where a file in use cannot be deleted, it stays
-            file.unlink()
-        lock.release()
+        if lock.is_locked:
+            with suppress(OSError):  # where a file in use cannot be deleted, it stays
+                file.unlink()
+            lock.release()
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a folder holds anything but the lock of a run."""
+    return any(path.name != LOCK for path in folder.iterdir())
 
 
 def resolve_target(folder: str | os.PathLike[str]) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx
 
@@ -112,9 +113,19 @@ def write_cached(name: str, write: Callable[[Path], object], *, own: bool = Fals
 
 
 def cached_tensors(name: str, *, own: bool = False) -> dict[str, torch.Tensor] | None:
-    """Tensors by name in the cached file ``name``, as :func:`cached`; None if there is no such file."""
+    """Tensors by name in the cached file ``name``, as :func:`cached`; None if there is no such file.
+
+    Raises:
+        FxpruneError: the file cannot be read.
+    """
     file = cached(name, own=own)
-    return None if file is None else load_file(file)
+    if file is None:
+        return None
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        remedy = "Delete the folder of the unfinished run, and start again"
+        raise FxpruneError(f"cannot be read: {error}", where=os.fspath(file), remedy=remedy) from error
 
 
 def require_cached_tensors(name: str, refusal: type[FxpruneError], *, own: bool = False) -> dict[str, torch.Tensor]:

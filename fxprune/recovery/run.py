@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.atomic import LOCK, locked, write_file
 from fxprune.offload.distributed import is_fully_sharded
 from fxprune.offload.prefetch import has_bf16
-from fxprune.offload.ranks import check_trainable
+from fxprune.offload.ranks import check_trainable, run_on_first, world_size
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
@@ -249,7 +249,15 @@ def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
         path = Path(folder).expanduser()
         with wrap_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
             path.mkdir(parents=True, exist_ok=True)
-        with nullcontext() if int(os.environ.get("RANK", "0")) else locked(path / LOCK, RecoveryError):
+        with ExitStack() as stack:
+
+            def reserve() -> None:
+                stack.enter_context(locked(path / LOCK, RecoveryError))
+
+            if world_size() > 1:
+                run_on_first(reserve, RecoveryError)
+            elif int(os.environ.get("RANK", "0")) == 0:  # of a group that is not made yet
+                reserve()
             yield path
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

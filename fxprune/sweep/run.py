@@ -25,7 +25,7 @@ from fxprune.data.text import TOKENS, calibration_text, is_text, text_samples
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError
 from fxprune.evaluation.speed import check_generates, measure_speed
 from fxprune.graph.compat import tree_leaves
-from fxprune.offload.atomic import LOCK, atomic_path, locked, made_folder, wrap_disk_errors, write_file
+from fxprune.offload.atomic import LOCK, atomic_path, holds_files, locked, made_folder, wrap_disk_errors, write_file
 from fxprune.offload.ranks import check_unsharded, decide_on_first, run_on_first
 from fxprune.pipeline.arguments import as_path, flag, invalid, number, one_of, refuse
 from fxprune.pipeline.contract import digest_of, sharing
@@ -84,13 +84,15 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
     if bench:
         check_generates("dense", model)
     source = _digest(model, calibration)
-    found = decide_on_first(lambda: _read(folder, source, force=force), CheckpointError)
-    rows, made = {row.name: row for row in found}, set[str]()
+    read = partial(_read, folder, source, force=force)
+    decide_on_first(read, CheckpointError)  # a folder of something else is refused before it is locked
     keys = {name: _key(source, calibration, {**given, **own}) for name, own in asked.items()}
-    known = Sweep(folder, tuple(found))
-    todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
     with wrap_disk_errors(folder, CheckpointError), ExitStack() as stack, sharing():
         run_on_first(partial(_reserve, folder, stack), CheckpointError)
+        found = decide_on_first(read, CheckpointError)
+        rows, made = {row.name: row for row in found}, set[str]()
+        known = Sweep(folder, tuple(found))
+        todo = decide_on_first(partial(_missing, keys, known, keep=keep, bench=bench), CheckpointError)
         own = {name: asked[name] for name in todo}
         for row, result in _prunes(own, keys, model, calibration, given, bench=bench):
             rows[row.name] = row
@@ -100,8 +102,8 @@ def sweep(  # type: ignore[misc]  # lists of ratios and of recipes, in place of 
             made.add(row.name)
             run_on_first(partial(_write, done, source, made if keep == "best" else ()), CheckpointError)
             del result  # before the next one is made
-    done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
-    run_on_first(partial(_write_pages, done, source), CheckpointError)
+        done = Sweep(folder, tuple(rows[name] for name in (*asked, *(name for name in rows if name not in asked))))
+        run_on_first(partial(_write_pages, done, source), CheckpointError)
     return done
 
 
@@ -179,7 +181,7 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError("is a file", where=str(folder), remedy="Choose a folder")
     if not file.is_file():
-        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not force:
+        if folder.is_dir() and holds_files(folder) and not force:
             remedy = "Choose a new folder, or write into this one with $force=True"
             raise CheckpointError("it holds files that are not of a sweep", where=str(folder), remedy=remedy)
         return []

@@ -45,7 +45,7 @@ from fxprune.data.calibration import (
 from fxprune.data.processed import needs_processor, processed_samples
 from fxprune.data.samples import read_calibration
 from fxprune.data.text import token_windows
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.offload.files import offload_to
 from fxprune.trace.capture import trace
 from tests import remembered
@@ -415,6 +415,10 @@ def test_interrupted_generation_resumes_after_the_last_batch(tmp_path: Path, mon
     with offload_to(tmp_path, tmp_path):
         assert torch.equal(generate_samples(model, STARTS, 6, 7, 0, rows=2), whole)
     assert asked == [2, 2, 2, 2], "the third batch, which was interrupted, again"
+    kept = sorted(tmp_path.glob("*.safetensors"))
+    kept[0].write_bytes(kept[0].read_bytes()[:50])
+    with offload_to(tmp_path, tmp_path), pytest.raises(FxpruneError, match="cannot be read"):
+        generate_samples(model, STARTS, 6, 7, 0, rows=2)  # the prune would take another text in their place
 
 
 def test_tokens_are_drawn_by_what_the_model_says() -> None:

@@ -1,5 +1,6 @@
 """Atomic replacement: a reader sees the old file or folder or the new one, whatever happens to the writer."""
 
+import errno
 import os
 import random
 import shutil
@@ -22,6 +23,8 @@ from fxprune.offload import atomic
 from fxprune.offload.atomic import (
     atomic_path,
     folder_identity,
+    holds_files,
+    locked,
     replace_folder,
     resolve_target,
     restore_replaced,
@@ -324,3 +327,30 @@ def test_a_model_and_the_weights_beside_it_are_replaced_together(
         else:
             assert path.read_text() == "new" and data.exists() == further
         assert {file.name for file in tmp_path.iterdir()} <= {"model", "model.data"}
+
+
+def test_one_run_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    file = tmp_path / "_lock"
+    with locked(file, CheckpointError):
+        assert not holds_files(tmp_path), "of a run that is killed now"
+        with pytest.raises(CheckpointError, match="another run uses"), locked(file, CheckpointError):
+            raise AssertionError("it began")
+    with pytest.raises(KeyboardInterrupt), locked(file, CheckpointError):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    file.mkdir()
+    with pytest.raises(CheckpointError, match="_lock: cannot be written"), locked(file, CheckpointError):
+        raise AssertionError("it began")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_nothing_is_locked_where_the_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(self: Any, **_: Any) -> None:
+        (tmp_path / "_lock").touch()
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(atomic.FileLock, "acquire", refuse)
+    with locked(tmp_path / "_lock", CheckpointError):
+        assert list(tmp_path.iterdir()) == []

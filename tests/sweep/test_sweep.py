@@ -3,6 +3,7 @@
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fxprune.data.built_in import offline_docstrings
 from fxprune.errors import ArgumentError, CheckpointError, EvaluationError, FxpruneError, UnknownNameError
 from fxprune.pipeline.contract import sharing
 from fxprune.recipes import Recipe
+from fxprune.sweep import run as sweep_run
 from fxprune.sweep.table import Sweep, SweepRow
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
@@ -122,8 +124,23 @@ def test_two_sweeps_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
             sweep(tmp_path, recipe=FIT, ratio=0.2)
         return items
 
+    (tmp_path / "_lock").touch()  # of a run that was killed
     assert [row.ratio for row in sweep(tmp_path, recipe=FIT, ratio=0.1, keep="none", track=interfere).rows] == [0.1]
-    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "_lock").exists()
+
+
+def test_rows_of_a_sweep_that_ended_just_before_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table was read before the folder was reserved, and written without the rows of a sweep that ended between."""
+    real = sweep_run._reserve
+
+    def late(folder: Path, stack: ExitStack) -> None:
+        monkeypatch.setattr(sweep_run, "_reserve", real)
+        sweep(tmp_path / "out", recipe=FIT, ratio=0.2, keep="none")
+        real(folder, stack)
+
+    monkeypatch.setattr(sweep_run, "_reserve", late)
+    found = sweep(tmp_path / "out", recipe=FIT, ratio=0.1, keep="none")
+    assert [row.ratio for row in found.rows] == [0.1, 0.2]
 
 
 def test_rows_are_measured_again_on_a_text_that_changed(tmp_path: Path) -> None:
