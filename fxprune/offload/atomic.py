@@ -164,10 +164,8 @@ def locked(file: Path, error: type[FxpruneError]) -> Iterator[None]:
             try:
                 lock.acquire()
             except Timeout:
-                what, remedy = (
-                    "another run uses the folder, and holds this lock",
-                    "Wait until it is done, or name another folder",
-                )
+                what = "another run uses the folder, and holds this lock"
+                remedy = "Wait until it is done, or name another folder"
                 raise error(what, where=os.fspath(file), remedy=remedy) from None
             except OSError as cause:
                 if cause.errno not in _NO_LOCKS:
