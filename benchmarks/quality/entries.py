@@ -178,7 +178,7 @@ EARLIER = {
     "fast": ("fast, width whole",),
     "balanced": ("balanced, width whole", "balanced, less varied", "balanced, less varied, scored on fewer samples"),
 }
-"""Entries that are what a recipe was in an earlier version, in which others of its ablations were measured."""
+"""Earlier versions of a recipe, by entry: an ablation that was measured with one is compared with it."""
 
 WITHDRAWN = (
     "fast, ranked half way",

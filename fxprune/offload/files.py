@@ -37,6 +37,8 @@ SMALLEST = 1 << 16
 _UNWRITTEN = 1 << 26
 """Bytes that may wait to be written while the next tensors are computed; less than a part of a model takes anyway."""
 
+_START_AGAIN = "Delete the folder of the unfinished run, and start again"
+
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 _cache: ContextVar[Path | None] = ContextVar("cache", default=None)
 
@@ -124,16 +126,14 @@ def cached_tensors(name: str, *, own: bool = False) -> dict[str, torch.Tensor] |
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        remedy = "Delete the folder of the unfinished run, and start again"
-        raise FxpruneError(f"cannot be read: {error}", where=os.fspath(file), remedy=remedy) from error
+        raise FxpruneError(f"cannot be read: {error}", where=os.fspath(file), remedy=_START_AGAIN) from error
 
 
 def require_cached_tensors(name: str, refusal: type[FxpruneError], *, own: bool = False) -> dict[str, torch.Tensor]:
     """The same as :func:`cached_tensors`; ``refusal`` is raised if there is no such file."""
     found = cached_tensors(name, own=own)
     if found is None:
-        remedy = "Delete the folder of the unfinished run, and start again"
-        raise refusal(f"{name} is missing", where="the run to resume", remedy=remedy)
+        raise refusal(f"{name} is missing", where="the run to resume", remedy=_START_AGAIN)
     return found
 
 
