@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fxprune.cli.demo import demo_checkpoint, demo_name, load_gguf
+from fxprune.cli.demo import demo_checkpoint, demo_entry, load_gguf
 from fxprune.data.rows import json_lines
 from fxprune.data.text import calibration_texts, paragraphs
 from fxprune.errors import DataError
@@ -54,7 +54,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 def load_named(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """Load the model in a folder or a GGUF file, its tokenizer and its name; the demo model if none is given."""
     if folder is None:
-        return *load_demo_model(), demo_name()
+        return *load_demo_model(), demo_entry()["name"]
     if folder.suffix == ".gguf":
         return *load_gguf(folder), folder.stem
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), folder.name

@@ -137,8 +137,8 @@ def main(
     rows = []
     for row in criterion_rows(
         model,
-        token_windows(tokenizer, front, tokens, limit=samples),
-        token_windows(tokenizer, back, 256, limit=windows),
+        token_windows(tokenizer, front, tokens)[:samples],
+        token_windows(tokenizer, back, 256)[:windows],
         ratio=ratio,
     ):
         console.print(f"{row.criterion}: perplexity {row.perplexity:.1f}")

@@ -53,9 +53,9 @@ def _row(table: Table, name: str, dense: float, slim: float, form: str) -> None:
 def demo_samples(tokenizer: Any, samples: int, windows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids to calibrate on, `(samples, 128)`, a third of them chats, and held-out ones, `(windows, 256)`."""
     front, back = split_calibration_heldout(offline_text())
-    chats = token_windows(tokenizer, general_chats(tokenizer), 128, limit=max(1, samples // 3))
-    text = token_windows(tokenizer, front, 128, limit=max(1, samples - len(chats)))
-    return torch.cat([text, chats]), token_windows(tokenizer, back, 256, limit=windows)
+    chats = token_windows(tokenizer, general_chats(tokenizer), 128)[: max(1, samples // 3)]
+    text = token_windows(tokenizer, front, 128)[: max(1, samples - len(chats))]
+    return torch.cat([text, chats]), token_windows(tokenizer, back, 256)[:windows]
 
 
 def _answer(model: Any, tokenizer: Any) -> str:

@@ -93,7 +93,7 @@ def width_rows(ratios: tuple[float, ...], samples: int, windows: int) -> Iterato
     model, tokenizer = load_demo_model()
     texts = split_calibration_heldout(offline_text())
     calibration, heldout = (
-        token_windows(tokenizer, text, 128, limit) for text, limit in zip(texts, (samples, windows), strict=True)
+        token_windows(tokenizer, text, 128)[:limit] for text, limit in zip(texts, (samples, windows), strict=True)
     )
     options: dict[str, Any] = {"kinds": ["channel"], "protect": (), "recipe": "llm-pruner", "calibration": calibration}
     scored = fxprune.prune(model, **options, ratio=ratios[0], importance="taylor{order=second}", verify=False)

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
 from benchmarks.quality.tables import Section, known_tasks, retained, sections, task_rows, type_error
-from fxprune.cli.demo import demo_name
+from fxprune.cli.demo import demo_entry
 
 DOCS = ROOT / "docs"
 DEMO = ROOT / "fxprune" / "cli" / "demo.json"
@@ -41,7 +41,7 @@ def _render(name: str, **values: Any) -> str:
     )
     environment.filters["spelled"] = format
     environment.globals |= {"known_tasks": known_tasks, "retained": retained}
-    return environment.get_template(f"{name}.md.jinja").render(demo=demo_name(), **values)
+    return environment.get_template(f"{name}.md.jinja").render(demo=demo_entry()["name"], **values)
 
 
 def results_page(folder: Path = RESULTS) -> str:

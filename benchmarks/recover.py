@@ -52,7 +52,7 @@ def calibration_windows(tokenizer: Any, rows: Iterable[Any], samples: int, token
 def starts(tokenizer: Any, texts: Mapping[str, str | Path], windows: int, window: int) -> dict[str, str]:
     """Beginnings of the texts that are files, where `make bench-quality` measures."""
     files = {name: read_text(path) for name, path in texts.items() if isinstance(path, Path)}
-    ids = {name: token_windows(tokenizer, text, window, limit=windows).flatten() for name, text in files.items()}
+    ids = {name: token_windows(tokenizer, text, window)[:windows].flatten() for name, text in files.items()}
     return {f"{name}, its start": tokenizer.decode(tokens) for name, tokens in ids.items()}
 
 

@@ -75,7 +75,7 @@ def main(
     console = Console(soft_wrap=True)
     model, tokenizer = load_demo_model()
     samples = first_tokens(tokenizer, calibration_texts(data / "c4_sample.jsonl"), samples=10, tokens=64)
-    heldout = token_windows(tokenizer, read_text(data / "wikitext2" / "test.txt"), 128, limit=60)
+    heldout = token_windows(tokenizer, read_text(data / "wikitext2" / "test.txt"), 128)[:60]
     dense = float(perplexity(model, heldout))
     console.print(f"dense: {dense:.1f}", highlight=False)
     rows = []

@@ -316,8 +316,7 @@ def _pipeline(
 def _leave_width_whole(recipe: Recipe, *, named: bool) -> None:
     """Take residual width out of a selection that would measure how far it goes, which takes samples.
 
-    Args:
-        named: Whether options name the kinds that shrink, which then all do.
+    ``named`` says whether options name the kinds that shrink, which then all do.
     """
     for step in recipe["select"]:
         if getattr(step, "width", ()):

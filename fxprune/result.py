@@ -15,8 +15,8 @@ from fxprune.checkpoint import save_pretrained
 from fxprune.checkpoint.write import check_repository, push_folder
 from fxprune.data.calibration import Calibration, token_input
 from fxprune.draw.write import layer_svg
-from fxprune.emit import Structure
 from fxprune.emit.emitted import Emitted
+from fxprune.emit.structure import Structure
 from fxprune.errors import ExportError
 from fxprune.evaluation.comparison import Comparison, graph_predictor, measure_quality, window_of
 from fxprune.export import export_graph, export_model
@@ -42,8 +42,9 @@ class Result:
             one or its classes cannot express the plan, with the reason in ``report.model_reasons``.
         plan: which indices of which parameter stayed.
         report: numbers before and after.
-        scores: what each unit was worth: ``scores.save(file)`` keeps them, and ``fxprune.prune(scores=...)`` decides by
-            them, for another ratio too; None where a plan was applied.
+        scores: what each unit was worth: ``scores.save(file)`` keeps them, and
+            ``fxprune.prune(importance="load-scores{file=...}")`` decides by them, for another ratio too; None where a
+            plan was applied.
         tokenizer: the tokenizer of the slim model; None if its vocabulary is that of the dense one.
     """
 

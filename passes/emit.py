@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import fx
@@ -122,14 +121,6 @@ class MakeReportPass(Pass):
         return PassResult(graph_module, False)
 
 
-@dataclass(frozen=True)
-class Saved(Fact):
-    """The slim model is on disk; ``is_stock`` if stock transformers loads it by its config alone."""
-
-    folder: Path
-    is_stock: bool
-
-
 @dataclass(frozen=True, eq=False)
 class SaveCheckpointPass(Pass):
     """Writes the slim Hugging Face model with its plan and report to a folder; see :func:`fxprune.save_pretrained`."""
@@ -138,7 +129,6 @@ class SaveCheckpointPass(Pass):
     stage: ClassVar[str] = "save"
     changes: ClassVar[Change] = "nothing"
     needs: ClassVar[tuple[type[Fact], ...]] = (Emitted, Removed, Report)
-    gives: ClassVar[tuple[type[Fact], ...]] = (Saved,)
 
     folder: str = argument("", "The folder to write.")
     tokenizer: Any = argument(None, "A tokenizer to save with the model, or the folder of one.")
@@ -154,7 +144,7 @@ class SaveCheckpointPass(Pass):
         facts = facts_of(graph_module)
         named = isinstance(self.tokenizer, str)
         tokenizer = load_tokenizer(self.tokenizer) if named else self.tokenizer
-        structure = save_pretrained(
+        save_pretrained(
             facts[Emitted].require_model(),
             self.folder,
             tokenizer,
@@ -162,5 +152,4 @@ class SaveCheckpointPass(Pass):
             report=facts[Report],
             max_shard_size=self.max_shard_size,
         )
-        facts.put(Saved(Path(self.folder), structure.is_stock))
         return PassResult(graph_module, False)

@@ -17,16 +17,16 @@ import fxprune
 from fxprune.data.calibration import make_inputs
 from fxprune.discovery.explain import exactness, frozen_axes
 from fxprune.discovery.groups import Group
-from fxprune.emit import inexpressible
+from fxprune.emit.emitted import inexpressible
 from fxprune.graph.facts import Source, facts_of, fork
 from fxprune.graph.tensors import map_tensors
-from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.masking.compare import TOLERANCE, compare, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.result import Result
 from fxprune.trace import Traced, trace
 from fxprune.trace.inputs import default_inputs
-from tests.oracle import axes_of, decide, graph_of, groups_of, one_gone, zeroed
+from tests.oracle import axes_of, decide, graph_of, groups_of, masked_outputs, one_gone, zeroed
 from tests.zoo import forward, tiny_model, token_ids
 from tests.zoo_classes import inputs_of, tiny_model_of
 

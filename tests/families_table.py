@@ -49,7 +49,7 @@ def row(family: str) -> tuple[str, ...]:
     equal = [kind for kind in ("mlp", "head") if widths(even, kind)]
     loads = "stock" if through_disk(even).stock else "modelling file"
     notes = [f"stays whole: {', '.join(whole)}"] if whole else []
-    if result.model.fxprune_blueprint["inputs"]:
+    if result.model.fxprune_overrides.inputs:
         notes.append("each layer takes its rows of the position biases")
     notes += [note for note in even.report.notes if "whole" in note]
     return (

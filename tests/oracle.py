@@ -16,7 +16,7 @@ from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group, Groups
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import computed_tensors
-from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.masking.compare import TOLERANCE, compare, masked_by_block, slim_outputs
 from fxprune.masking.masked_run import output_tensors
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Plan, keep_of, plan_of
@@ -48,6 +48,11 @@ def discover(module: nn.Module, inputs: Inputs | None = None, norm: str = "slice
     dense = trace(module.eval(), inputs).graph_module
     load_pass("find-groups", norm=norm)(dense)
     return dense
+
+
+def masked_outputs(dense: fx.GraphModule, removal: Removal, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """The float outputs of a graph with the removed structures zeroed."""
+    return masked_by_block(dense, removal, inputs, by_block=False)[0]
 
 
 def graph_of(dense: fx.GraphModule) -> nx.Graph:

@@ -216,11 +216,11 @@ def main(
         place = slim or Path(folder) / "slim"
         if slim is None:
             source = front if calibration is None else read_text(calibration)
-            samples = token_windows(tokenizer, source, 128, limit=1024)
+            samples = token_windows(tokenizer, source, 128)[:1024]
             result = fxprune.prune(dense, samples, tokenizer=tokenizer, ratio=ratio, round_to={"mlp": 32}, eval=False)
             result.save_pretrained(place, tokenizer)
         model = fxprune.from_pretrained(place)
-        held = token_windows(tokenizer, back if text is None else read_text(text), tokens, limit=windows)
+        held = token_windows(tokenizer, back if text is None else read_text(text), tokens)[:windows]
         console.print(_comparison(model, tokenizer, held.tolist(), Path(folder)))
     console.print(environment(), soft_wrap=True)
 

@@ -114,7 +114,7 @@ def _write_uneven_demo(folder: Path, ratio: float) -> Any:
         SystemExit: All layers have equal sizes.
     """
     dense, tokenizer = load_demo_model()
-    samples = token_windows(tokenizer, offline_text(), tokens=128, limit=10)
+    samples = token_windows(tokenizer, offline_text(), tokens=128)[:10]
     scores: dict[str, Any] = {"recipe": "llm-pruner", "importance": "taylor{order=first}"}
     result = fxprune.prune(dense, samples, **scores, ratio=ratio, ranking="global", protect=(2, 2))
     result.save_pretrained(folder, tokenizer)

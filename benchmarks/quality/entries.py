@@ -19,6 +19,9 @@ from fxprune.pipeline.contract import Pass, PassResult
 from fxprune.recipes import Recipe, read_recipe
 from fxprune.removal.removal import Removal
 
+CONTROL = ", random units"
+"""End of the name of an entry whose units are drawn at random, with the widths and all else of the one before it."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -59,7 +62,7 @@ def _random_units(name: str) -> Entry:
     """A recipe with random units, of the widths that it gives."""
     recipe = read_recipe(name)
     recipe["select"] = (*recipe["select"], RandomUnitsPass())
-    return _changed(name, "random units", recipe=recipe)
+    return Entry(f"{name}{CONTROL}", {"recipe": recipe})
 
 
 def _calibrated(name: str, **arguments: Any) -> Recipe:
@@ -69,11 +72,11 @@ def _calibrated(name: str, **arguments: Any) -> Recipe:
     return recipe
 
 
-def _fitted_and_tuned(importance: str, select: str) -> Recipe:
+def _fitted_and_tuned(name: str, importance: str, select: str) -> Entry:
     """The default recipe with scores and a selection of another method."""
     recipe = read_recipe("balanced")
     recipe["importance"], recipe["select"] = importance, select
-    return recipe
+    return Entry(f"{name}, fitted and tuned as balanced", {"recipe": recipe})
 
 
 def _changed(name: str, change: str, **options: Any) -> Entry:
@@ -113,22 +116,10 @@ ENTRIES = (
     Entry("best", {"recipe": "best"}),
     _random_units("fast"),
     _random_units("balanced"),
-    Entry(
-        "llm-pruner, fitted and tuned as balanced",
-        {"recipe": _fitted_and_tuned("taylor{samples=64}", "select-by-ratio")},
-    ),
-    Entry(
-        "FLAP, fitted and tuned as balanced",
-        {"recipe": _fitted_and_tuned("flap{samples=64, standardise}", "select-by-ratio{ranking=global}")},
-    ),
-    Entry(
-        "FLAP, not standardised, fitted and tuned as balanced",
-        {"recipe": _fitted_and_tuned("flap{samples=64}", "select-by-ratio{ranking=global}")},
-    ),
-    Entry(
-        "whole layers, fitted and tuned as balanced",
-        {"recipe": _fitted_and_tuned("block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}")},
-    ),
+    _fitted_and_tuned("llm-pruner", "taylor{samples=64}", "select-by-ratio"),
+    _fitted_and_tuned("FLAP", "flap{samples=64, standardise}", "select-by-ratio{ranking=global}"),
+    _fitted_and_tuned("FLAP, not standardised", "flap{samples=64}", "select-by-ratio{ranking=global}"),
+    _fitted_and_tuned("whole layers", "block-influence{samples=64}", "select-by-ratio{kinds=[layer], protect=[]}"),
 )
 """Recipes, and their controls: random units of the same widths, and the selections of other methods with the fit and
 the tuning of the default recipe."""

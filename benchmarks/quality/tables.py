@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from statistics import fmean
 from typing import Any
 
-from benchmarks.quality.entries import EARLIER, is_ablation, is_current, place_of_entry
+from benchmarks.quality.entries import CONTROL, EARLIER, is_ablation, is_current, place_of_entry
 from benchmarks.quality.rows import DENSE, Protocol, QualityRow, compare, over_dense, read_rows
 from fxprune.evaluation import Perplexity, TaskScore
 
@@ -18,9 +18,6 @@ _NONE = "-"
 
 _MARK = " †"
 """End of the name of an entry that was measured with an earlier version of its recipe."""
-
-_CONTROL = ", random units"
-"""End of the name of an entry whose units are drawn at random, with the widths and all else of the one before it."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,8 @@ class Section:
 
     def worth(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
         """For each recipe with a control, its perplexity over that of random units, from the same draws and windows."""
-        controls = [name for name, _ in self.entries(ratio) if name.endswith(_CONTROL)]
-        return self._compared(ratio, length, [(name.removesuffix(_CONTROL), name) for name in controls])
+        controls = [name for name, _ in self.entries(ratio) if name.endswith(CONTROL)]
+        return self._compared(ratio, length, [(name.removesuffix(CONTROL), name) for name in controls])
 
     def changes(self, ratio: float, length: int) -> Iterator[tuple[str, int, list[str]]]:
         """For each ablation, its perplexity over that without the change, from the same draws and windows.

@@ -235,8 +235,6 @@ class Manifest:
         stock: whether stock transformers loads it by its config alone.
         weights: the files of weights by name.
         files: SHA-256 of each other file that was written, by name.
-        plan: the plan as plain data in manifests of earlier releases; now it is in ``plan.json``.
-        report: the report as plain data in manifests of earlier releases; now it is in ``report.json``.
         plan_digest: digest of the plan that the model came of; None if that is not known.
         forward: what one short forward pass gave, or a ``note`` why there was none; None if it was left out.
     """
@@ -245,8 +243,6 @@ class Manifest:
     stock: bool
     weights: Mapping[str, WeightFile]
     files: Mapping[str, str] = field(default_factory=dict)
-    plan: Mapping[str, Any] | None = None
-    report: Mapping[str, Any] | None = None
     plan_digest: str | None = None
     forward: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=package_versions)
@@ -258,19 +254,18 @@ class Manifest:
 
     def read_plan(self, folder: Path) -> Plan | None:
         """Read the plan of the checkpoint in a folder; None if it was saved without one."""
-        return self._read(folder, PLAN, self.plan, Plan.from_json)
+        return self._read(folder, PLAN, Plan.from_json)
 
     def read_report(self, folder: Path) -> Report | None:
         """Read the report of the checkpoint in a folder; None if it was saved without one."""
-        return self._read(folder, REPORT, self.report, lambda text: Report.from_dict(json.loads(text)))
+        return self._read(folder, REPORT, lambda text: Report.from_dict(json.loads(text)))
 
-    def _read(self, folder: Path, name: str, embedded: Mapping[str, Any] | None, parse: Callable[[str], T]) -> T | None:
-        if embedded is None and name not in self.files:  # a file of this name may be the user's
+    def _read(self, folder: Path, name: str, parse: Callable[[str], T]) -> T | None:
+        if name not in self.files:  # a file of this name may be the user's
             return None
-        place = folder / (name if name in self.files else MANIFEST)
+        place = folder / name
         try:
-            text = place.read_text("utf-8", "replace") if embedded is None else json.dumps(embedded)
-            return parse(text)
+            return parse(place.read_text("utf-8", "replace"))
         except OSError as error:
             raise CheckpointError("this file is missing", where=str(place), remedy=_COPY_AGAIN) from error
         except (ValueError, RecursionError) as error:
@@ -305,13 +300,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError("missing", where=str(path), remedy=remedy)
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        # format 1 listed the files of weights only, format 2 had no digest of itself
-        if type(data["format"]) is not int or not 1 <= data["format"] <= _FORMAT:
+        if data["format"] != _FORMAT:
             what = f"written in format {data['format']}, this release reads {_FORMAT}"
             remedy = f"Load it with the release that wrote it: {data.get('versions', {}).get('fxprune')}"
             raise CheckpointError(what, where=str(path), remedy=remedy)
-        digest = data.pop("digest", None)
-        if digest != content_digest(data) and (digest is not None or data["format"] == _FORMAT):
+        if data.pop("digest", None) != content_digest(data):
             raise CheckpointError("its content was changed", where=str(path), remedy=_COPY_AGAIN)
         weights = {str(name): WeightFile(**entry) for name, entry in data.pop("weights").items()}
         found = Manifest(weights=weights, **data)
@@ -326,7 +319,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_types(manifest: Any) -> None:
     fields: dict[str, Any] = {"stock": bool, **dict.fromkeys(("source", "files", "versions"), dict)}
-    fields |= dict.fromkeys(("plan", "report", "forward"), (dict, type(None))) | {"plan_digest": (str, type(None))}
+    fields |= {"forward": (dict, type(None)), "plan_digest": (str, type(None))}
     wrong = [name for name, kind in fields.items() if not isinstance(getattr(manifest, name), kind)]
     wrong += [name for name, digest in manifest.files.items() if not isinstance(digest, str)] if not wrong else []
     for name, file in manifest.weights.items():
@@ -353,15 +346,13 @@ def other_files(folder: Path) -> dict[str, str]:
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """Files and folders that a user put into a checkpoint and no loader looks for; none if that is not known.
+    """Files and folders that a user put into a checkpoint and no loader looks for.
 
     All that no loader looks for, if there is no manifest that can be read.
     """
     if not folder.is_dir():
         return []
     manifest = _earlier_manifest(folder)
-    if manifest is not None and not manifest.files:
-        return []
     known = set() if manifest is None else {*manifest.weights, *manifest.files}
     return sorted(p for p in folder.iterdir() if p.name not in {MANIFEST, *known} and not _is_loaded(p.name))
 
@@ -396,9 +387,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError("its content was changed", where=str(path), remedy=_COPY_AGAIN)
     known = {MANIFEST, *manifest.weights, *manifest.files}
     for path in sorted(folder.iterdir()):
-        # format 1 did not list the other files: there only weight files are known not to belong
-        loaded = _is_loaded(path.name) if manifest.files else path.suffix == ".safetensors"
-        if loaded and path.name not in known:
+        if _is_loaded(path.name) and path.name not in known:
             raise CheckpointError("does not belong to this checkpoint", where=str(path), remedy="Remove it")
 
 

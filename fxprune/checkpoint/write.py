@@ -211,7 +211,7 @@ def replace_report(folder: str | os.PathLike[str], report: Report) -> None:
             data, source = ModelCard.load(work / CARD).data, manifest.source
             texts[CARD] = _card_text(data, source["name"], source["class"], work, target, manifest, report)
         digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-        changed = replace(manifest, files={**manifest.files, **digests}, report=None)
+        changed = replace(manifest, files={**manifest.files, **digests})
         for name, text in (*texts.items(), (MANIFEST, changed.to_json())):
             (work / name).unlink(missing_ok=True)  # a link to the file in use
             (work / name).write_text(text, encoding="utf-8")
@@ -303,7 +303,18 @@ def save_pretrained(
             record = check_written(model, forward, read_model(work, stock_class(model)))
         source = _source_of(model, report)
         manifest = Manifest(source, structure.is_stock, weight_files(work), plan_digest=digest, forward=record)
-        _describe(work, Path(folder), model, manifest, tokenizer, plan, report)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        if plan is not None:
+            (work / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        if report is not None:
+            (work / REPORT).write_text(report.to_json(), encoding="utf-8")
+            (work / PAGE).write_text(report.to_html(), encoding="utf-8")
+        if not has_user_card(Path(folder)):
+            card = model_card(model, work, Path(folder), manifest, report)
+            (work / CARD).write_text(card, encoding="utf-8")
+        manifest = replace(manifest, files=other_files(work))
+        (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if also is not None:
             also(work)
 
@@ -405,29 +416,6 @@ def write_folder(folder: str | os.PathLike[str], fill: Callable[[Path], object],
             if not os.path.lexists(work / path.name):
                 copy(path, work / path.name)
         replace_folder(work, target)
-
-
-def _describe(
-    work: Path,
-    target: Path,
-    model: PreTrainedModel,
-    manifest: Manifest,
-    tokenizer: Any,
-    plan: Plan | None,
-    report: Report | None,
-) -> None:
-    """Write everything but the model."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(work)
-    if plan is not None:
-        (work / PLAN).write_text(plan.to_json(), encoding="utf-8")
-    if report is not None:
-        (work / REPORT).write_text(report.to_json(), encoding="utf-8")
-        (work / PAGE).write_text(report.to_html(), encoding="utf-8")
-    if not has_user_card(target):
-        (work / CARD).write_text(model_card(model, work, target, manifest, report), encoding="utf-8")
-    manifest = replace(manifest, files=other_files(work))
-    (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def check_request(folder: Any, tokenizer: Any, max_shard_size: Any) -> str:

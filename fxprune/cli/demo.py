@@ -20,9 +20,13 @@ from fxprune.errors import FxpruneError
 DEMO = "demo"
 
 
-def demo_name() -> str:
-    """The name of the demo model."""
-    return _entry()["name"]
+@cache
+def demo_entry() -> dict[str, str]:
+    """The entry of the demo model in `demo.json`: its name, its package, and how to install that.
+
+    `uniform` is the cost in perplexity of equal widths in all layers, in words that `python -m benchmarks.pages` wrote.
+    """
+    return dict(json.loads(files("fxprune.cli").joinpath("demo.json").read_text(encoding="utf-8")))
 
 
 def demo_checkpoint() -> Path:
@@ -30,7 +34,7 @@ def demo_checkpoint() -> Path:
     gguf = demo_gguf()
     configured = os.environ.get("FXPRUNE_CACHE")
     cached = Path(configured).expanduser() if configured else Path.home() / ".cache" / "fxprune"
-    target = cached / f"{gguf.stem}-{version(_entry()['package'])}"
+    target = cached / f"{gguf.stem}-{version(demo_entry()['package'])}"
     if not target.is_dir():
         from fxprune.offload.atomic import finish_files, replace_folder, staging_folder, wrap_disk_errors
 
@@ -44,7 +48,7 @@ def demo_checkpoint() -> Path:
 
 def demo_gguf() -> Path:
     """The GGUF file in the installed package, which is not imported: it imports packages that may be missing."""
-    package, install = _entry()["package"], _entry()["install"]
+    package, install = demo_entry()["package"], demo_entry()["install"]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise FxpruneError("its package is not installed", where="the demo model", remedy=f"Install it: {install}")
@@ -66,13 +70,3 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     clear_quantisation_marks(model)
     return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
-
-
-def uniform_price() -> str:
-    """The cost in perplexity of equal widths in all layers, in words, as written by `python -m benchmarks.pages`."""
-    return _entry()["uniform"]
-
-
-@cache
-def _entry() -> dict[str, str]:
-    return dict(json.loads(files("fxprune.cli").joinpath("demo.json").read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.config import is_file, run_file
 from fxprune.cli.console import console, is_first, notes, print_json, print_lines, warnings_as_notes, working
-from fxprune.cli.demo import uniform_price
+from fxprune.cli.demo import demo_entry
 from fxprune.cli.models import is_gguf
 from fxprune.errors import ArgumentError, CheckpointError, ExportError, FxpruneError, UnknownNameError
 from fxprune.pipeline.arguments import MANIFEST, SUFFIXES
@@ -102,13 +102,6 @@ def gguf_options(source: str, tokenizer: Any, quantization: str | None) -> dict[
     if is_gguf(source):
         return {"like": source, "quantization": quantization or most_common_type(source)}
     return {"tokenizer": tokenizer, "quantization": quantization or "f16"}
-
-
-def gguf_multiple(source: str, quantization: str | None) -> int:
-    """The multiple that widths should be rounded to for a GGUF file of :func:`gguf_options`."""
-    from fxprune.export.gguf.quantization import row_multiple
-
-    return row_multiple(gguf_options(source, None, quantization)["quantization"])
 
 
 def runners(out: Path) -> str:
@@ -217,7 +210,7 @@ def _lines(report: Any, out: Path, loading: str) -> Iterator[str]:
         yield f"verified: masked and slim outputs differ by at most {report.verification_error:.1e}{over}"
     yield f"{report.achieved:.2%} of the parameters removed; model, plan and report written to {out}: {loading}"
     if loading == OURS and report.widths and not report.measured:
-        price = f"for {uniform_price()} (docs/quality.md)"
+        price = f"for {demo_entry()['uniform']} (docs/quality.md)"
         yield f"with --uniform, layers have the same widths and any transformers loads it, {price}"
 
 

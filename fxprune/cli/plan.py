@@ -14,8 +14,7 @@ from rich.table import Column, Table
 from fxprune.cli import options as flags
 from fxprune.cli.config import is_file
 from fxprune.cli.console import QuickCommand, app, console, print_json, print_lines, print_table
-from fxprune.errors import CheckpointError, PlanError
-from fxprune.pipeline.arguments import MANIFEST
+from fxprune.errors import PlanError
 
 if TYPE_CHECKING:
     from fxprune.removal.plan import Difference, Plan
@@ -101,18 +100,7 @@ def read_plan(path: Path) -> WrittenPlan:
         return _from_files(path.with_suffix(f".{_FILE}"), path.with_suffix(f".{_REPORT}"))
     if not path.is_dir():
         return _from_files(path, path.with_name(path.name.removesuffix(_FILE) + _REPORT))
-    if (path / _FILE).is_file() or not (path / MANIFEST).is_file():
-        return _from_files(path / _FILE, path / _REPORT)
-    from fxprune.checkpoint.manifest import read_manifest
-
-    manifest = read_manifest(path)
-    try:
-        plan, report = manifest.read_plan(path), manifest.read_report(path)
-    except CheckpointError as error:
-        raise PlanError(error.what, where=str(path), remedy=_REMEDY) from error
-    if plan is None:
-        raise PlanError("the checkpoint was saved without a plan", where=str(path), remedy="Name a plan.json")
-    return WrittenPlan(plan) if report is None else WrittenPlan(plan, report.widths, report.parameters)
+    return _from_files(path / _FILE, path / _REPORT)
 
 
 def _from_files(path: Path, report: Path) -> WrittenPlan:

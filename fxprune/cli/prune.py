@@ -57,7 +57,10 @@ def prune(
     text = CalibrationText(calibration, samples, tokens, None if gguf_file is not None else model_class(model))
     output.check_quantization(quantization, out)
     if to_gguf:  # one epsilon for all norms, and rows of whole blocks
-        options = {"norm": "sliced", "round_to": {"mlp": output.gguf_multiple(model, quantization)}, **options}
+        from fxprune.export.gguf.quantization import row_multiple
+
+        multiple = row_multiple(output.gguf_options(model, None, quantization)["quantization"])
+        options = {"norm": "sliced", "round_to": {"mlp": multiple}, **options}
     if push_to_hub is not None:
         output.check_push(push_to_hub, out)
     if out is not None:

@@ -60,13 +60,9 @@ class Calibration(Fact):
 
 @dataclass(frozen=True)
 class HeldOut(Fact):
-    """Samples that training is stopped by, beside those it trains on.
+    """Samples that training is stopped by, beside those it trains on."""
 
-    Args:
-        samples: the samples; none where the calibration samples were split.
-    """
-
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[Sample, ...]
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -145,14 +141,8 @@ def token_input(graph_module: fx.GraphModule) -> str | None:
     return next(iter(embedding_rows(graph_module)), None)
 
 
-def stacked(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[dict[str, Any]]:
-    """Yield batches of inputs of one shape each; a graph with a fixed batch size gets samples one by one."""
-    for numbers in batch_indices(samples, graph_module, most):
-        yield batched([samples[i] for i in numbers], graph_module)
-
-
 def batch_indices(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[tuple[int, ...]]:
-    """Yield the indices of the samples of each batch of :func:`stacked`."""
+    """Yield the indices of each batch of samples of one shape; a graph with a fixed batch size gets them one by one."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     tensors = [node.meta["val"] for node in placeholders if isinstance(node.meta["val"], torch.Tensor)]
     size = most if all(is_free(value.shape[0]) for value in tensors) else 1

@@ -53,10 +53,18 @@ def is_text(data: Any) -> bool:
 
 
 def text_samples(data: Any, tokenizer: Any, samples: int | None, tokens: int, most: int = MOST_SAMPLES) -> FileSamples:
-    """Samples of a text that :func:`is_text`, with where it is from; see :func:`calibration_windows`."""
-    where = text_source(data)
-    ids = calibration_windows(tokenizer, calibration_text(data, tokenizer), samples, tokens, where, most)
-    return FileSamples(ids, where, data)
+    """Samples of a text that :func:`is_text`, and its source: windows that do not overlap, spread evenly over it.
+
+    Each begins with the tokens that the tokenizer puts before a text. If ``samples`` is None, there are as many as
+    fit, up to ``most``.
+    """
+    count, found = _all_windows(tokenizer, calibration_text(data, tokenizer), tokens)
+    wanted = min(max(len(found), 1), most) if samples is None else samples
+    if len(found) < wanted:
+        what = f"{count:,} tokens are fewer than {wanted:,} sample{'s' if wanted > 1 else ''} of {tokens:,}"
+        fewer = "samples of fewer $tokens" if samples is None else "smaller $samples or $tokens"
+        raise CalibrationError(what, where=text_source(data), remedy=f"Give a longer text, or {fewer}")
+    return FileSamples(found[list(spread(range(len(found)), wanted))], text_source(data), data)
 
 
 def text_source(data: Any) -> str:
@@ -154,23 +162,6 @@ def opening_tokens(tokenizer: Any) -> list[int]:
     return list(ids[:start])
 
 
-def calibration_windows(
-    tokenizer: Any, text: str, samples: int | None, tokens: int, where: str, most: int = MOST_SAMPLES
-) -> torch.Tensor:
-    """Token ids ``(samples, tokens)`` of windows that do not overlap, spread evenly over the text.
-
-    Each begins with the tokens that the tokenizer puts before a text. If ``samples`` is None, there are as many as
-    fit, up to ``most``.
-    """
-    count, found = _all_windows(tokenizer, text, tokens)
-    wanted = min(max(len(found), 1), most) if samples is None else samples
-    if len(found) < wanted:
-        what = f"{count:,} tokens are fewer than {wanted:,} sample{'s' if wanted > 1 else ''} of {tokens:,}"
-        fewer = "samples of fewer $tokens" if samples is None else "smaller $samples or $tokens"
-        raise CalibrationError(what, where=where, remedy=f"Give a longer text, or {fewer}")
-    return found[list(spread(range(len(found)), wanted))]
-
-
 def _all_windows(tokenizer: Any, text: str, tokens: int) -> tuple[int, torch.Tensor]:
     """Number of tokens of a text, and windows of it ``(windows, tokens)`` that begin as the tokenizer begins a text."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -180,20 +171,16 @@ def _all_windows(tokenizer: Any, text: str, tokens: int) -> tuple[int, torch.Ten
     return len(ids), torch.cat([opening.expand(len(rows), -1), rows], dim=1)[:, :tokens]
 
 
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, limit: int | None = None
-) -> torch.LongTensor:
-    """Token ids ``(windows, tokens)`` of windows that do not overlap, in the order of the text, at most ``limit``.
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> torch.LongTensor:
+    """Token ids ``(windows, tokens)`` of windows that do not overlap, in the order of the text.
 
     Each begins with the tokens that the tokenizer puts before a text. The rest after the last whole window is dropped.
     """
-    if tokens < 1 or (limit is not None and limit < 1):
-        raise DataError(f"tokens={tokens} and limit={limit}", where="tokens", remedy="Pass positive numbers")
     count, found = _all_windows(tokenizer, text, tokens)
     if not len(found):
         what = f"a text of {count} tokens holds no window of {tokens}"
         raise DataError(what, where="text", remedy="Give a longer text or shorter windows")
-    return found[:limit]  # type: ignore[return-value]
+    return found  # type: ignore[return-value]
 
 
 def paragraphs(text: str) -> Iterator[str]:

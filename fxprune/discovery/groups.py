@@ -193,7 +193,7 @@ def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
             if factor in seen or not factor.size:
                 continue
             seen.add(factor)
-            reached = propagate(graph, trigger, by_factor[factor])
+            reached = set(nx.node_connected_component(graph.subgraph(by_factor[factor]), trigger))
             group = _make_group(axes, factor, trigger, reached)
             count = taken[group.name] = taken.get(group.name, 0) + 1
             groups.append(group if count == 1 else replace(group, name=f"{group.name}.{count}"))
@@ -204,11 +204,6 @@ def find_groups(graph: nx.Graph[Axis]) -> tuple[Group, ...]:
             inside[block].append(Member(name, 0, axes.tensors[name][0]))
     layers = {block: tuple(members) for block, members in inside.items() if members}
     return (*groups, *(Group(f"{block}/layer", "layer", members, block=block) for block, members in layers.items()))
-
-
-def propagate(graph: nx.Graph[Axis], trigger: Axis, holding: Iterable[Axis]) -> set[Axis]:
-    """The axes reached from ``trigger`` by breadth-first search among the axes ``holding`` its factor."""
-    return set(nx.node_connected_component(graph.subgraph(holding), trigger))
 
 
 def axes_by_factor(graph: nx.Graph[Axis]) -> dict[Factor, list[Axis]]:
@@ -304,14 +299,9 @@ def _depth(expr: Expr, factor: Factor) -> int:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A contraction of activations with a weight, or with a selection from one.
+    """A contraction, ``node``, of activations with a weight, or with a selection from one.
 
-    Args:
-        node: the product.
-        source: the activations.
-        dim: their contracted axis.
-        name: the parameter.
-        axis: its contracted axis; positions along it are those along ``dim``.
+    Positions along axis ``dim`` of ``source`` are those along axis ``axis`` of the parameter ``name``.
     """
 
     node: fx.Node

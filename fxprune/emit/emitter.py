@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice, product
 from typing import TYPE_CHECKING, Any
@@ -79,14 +79,6 @@ class Blueprint(Overrides):
     fields: Mapping[str, int] = field(default_factory=dict)
     epsilons: Mapping[str, float] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "removed": list(self.removed)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Blueprint:
-        """Return the blueprint from the values of ``as_dict``, also after a trip through JSON."""
-        return cls(**{**data, "removed": tuple(data["removed"])})
 
 
 def rebuild(dense: PreTrainedModel, blueprint: Blueprint, layout: Layout | None = None) -> PreTrainedModel:
@@ -192,10 +184,9 @@ class Emission:
     """A slim model, or why there is none.
 
     Args:
-        model: of the dense model's class, holding the given tensors. Two attributes say how it differs:
-            ``fxprune_overrides`` (an ``Overrides``: the config fields in which a block differs from ``model.config``,
-            and those that the class needs at their dense values while it is built), and ``fxprune_blueprint`` (a
-            ``Blueprint`` as JSON values, from which ``rebuild`` makes the same structure out of the dense config).
+        model: of the dense model's class, holding the given tensors. Its attribute ``fxprune_overrides`` says how it
+            differs: an ``Overrides`` with the config fields in which a block differs from ``model.config``, and those
+            that the class needs at their dense values while it is built.
         reasons: block, parameter, wanted and obtained shape of what cannot be expressed; empty on success.
         runs_dry: whether the model, or the dense one, ran without storage; else only real tensors show whether it runs.
     """
@@ -567,7 +558,6 @@ class _Emitter:
             absent={new: list(absent[path]) for new, path in names.items() if path in absent},
             built_with=dict(blueprint.built_with),
         )
-        vars(slim)["fxprune_blueprint"] = blueprint.as_dict()
         disagreement = self.disagreement(blueprint, slim)
         return slim if disagreement is None else (*candidate.gaps, disagreement)
 

@@ -111,27 +111,7 @@ class Structure:
     @property
     def is_stock(self) -> bool:
         """Whether the stock class builds the model from its config alone."""
-        return not self.differences
-
-    @property
-    def differences(self) -> tuple[str, ...]:
-        lines = [f"its config class refuses these widths: {self.refusal}"] if self.refusal else []
-        lines += ["its blocks differ in width"] if self.overrides.block_fields or self.overrides.absent else []
-        for part, words in _WORDS.items():
-            names = sorted(getattr(self.overrides, part))
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines += [f"{words}: {names[0] or 'the model'}{more}"] if names else []
-        return tuple(lines)
-
-
-_WORDS = {
-    "built_with": "its class cannot be built with the value that the slim model needs of",
-    "attributes": "no config field sets an attribute of",
-    "shapes": "no config field sets the shape of",
-    "buffers": "the class makes other values for",
-    "built_at": "the class builds another kind of block at",
-    "inputs": "no config field says which units remain in the inputs of",
-}
+        return not self.refusal and self.overrides == Overrides()
 
 
 def describe_structure(model: PreTrainedModel) -> Structure:

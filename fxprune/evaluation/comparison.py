@@ -170,21 +170,14 @@ def evaluate(
     options: dict[str, Any] = {"window": window, "stride": stride, "limit": windows, "batch": batch, "track": track}
     options |= {"reference": other.model, "reference_tokenizer": other.tokenizer}
     predicts = PartwiseModel(model) if memory == "low" and corpora else model
-    perplexities = _perplexities(predicts, tokenizer, corpora, options)
+    loaded = {name: load_corpus(source) for name, source in corpora.items()}  # all of them, before one is measured
+    perplexities = {name: text_perplexity(predicts, tokenizer, text, **options) for name, text in loaded.items()}
     scores = zero_shot(model, tokenizer, asked, limit=questions, batch=batch) if asked else {}
     if not generate:
         return Evaluation(perplexities, scores)
     answers = answer_questions(model, tokenizer, batch=batch, track=track)
     compared = compare_answers(answers) if reference is None else other.compare(answers, tokenizer, batch, track)
     return Evaluation(perplexities, scores, compared, answers)
-
-
-def _perplexities(
-    model: Any, tokenizer: Any, corpora: Mapping[str, Any], options: Mapping[str, Any]
-) -> dict[str, Perplexity]:
-    """Perplexity on each text, after all of them are loaded; ``options`` are those of :func:`text_perplexity`."""
-    texts = {name: load_corpus(source) for name, source in corpora.items()}
-    return {name: text_perplexity(model, tokenizer, text, **options) for name, text in texts.items()}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from fxprune.export.program import (
     can_check,
     export_graph,
     plain_tensors,
-    program_path,
     strip_metadata,
     wrap_export_errors,
     write_program,
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 Past = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, verify: bool = True) -> Path:
+def export_decoder(model: PreTrainedModel, path: Path, *, verify: bool = True) -> Path:
     """Write a program for generation with a cache that needs neither this package nor transformers.
 
     It takes ``input_ids`` ``(batch, n)``, the next tokens, and ``past``: for each block with attention its keys and
@@ -52,7 +51,6 @@ def export_decoder(model: PreTrainedModel, path: str | os.PathLike[str], *, veri
     Sequences of a batch have one length, without padding. With ``verify``, the exported file is run with an empty past
     and with a longer one, and compared.
     """
-    path = program_path(path)
     with eval_mode(model):
         step = _Step(model)
         program = _export_step(step)

@@ -22,17 +22,11 @@ from fxprune.graph.compat import is_free, is_impure, size_hint, tree_map, tree_u
 from fxprune.graph.context import default_modes, quiet, wrap_errors
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import as_parameter, device_of, set_tensor, tensors_of, weights
-from fxprune.masking.compare import TOLERANCE, compare
+from fxprune.masking.compare import ROUGH, TOLERANCE, compare
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.atomic import atomic_path
 from fxprune.pipeline.arguments import as_path, flag, instance, one_of
 from fxprune.trace.inputs import free_axes
-
-LOW_PRECISION_TOLERANCE = 2e-2
-"""Accepted difference of logits with weights narrower than float32: two runtimes round at different places.
-
-One rounding to bfloat16 is off by up to ``2**-8``; this leaves room for five that add up.
-"""
 
 COMPANIONS = (".data",)
 """Endings of files beside an ONNX model, named after it: weights over 2 GB."""
@@ -70,7 +64,7 @@ def write_program(
             got = output_tensors(run(given))
             with torch.no_grad(), quiet(logging.ERROR):
                 want = output_tensors(module(**given))
-            tolerance = TOLERANCE if want[0].element_size() >= 4 else LOW_PRECISION_TOLERANCE
+            tolerance = TOLERANCE if want[0].element_size() >= 4 else ROUGH
             error = compare([value.float().cpu() for value in want], [value.float().cpu() for value in got])
             if not error <= tolerance:
                 what = f"the exported program differs from the graph by {error:.2e}, more than {tolerance:.0e}"
@@ -181,7 +175,9 @@ def export_graph(
     """
     wanted = "fxprune.trace(model).graph_module, or a result's"
     instance("graph_module", graph_module, fx.GraphModule, wanted, ExportError)
-    path, verify = program_path(path), flag("verify", verify)
+    path, verify = Path(as_path("path", path, error=ExportError)), flag("verify", verify)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise UnknownNameError("suffix", path.suffix, (".pt2", ".onnx"))
     check_names(example_inputs, on_meta=False)
     known = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     for name in example_inputs or ():
@@ -207,14 +203,6 @@ def export_graph(
         axes=[{} if i else dynamic for i in range(len(values))],
     )
     return path
-
-
-def program_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a program to write, ``.pt2`` or ``.onnx``; other suffixes are refused."""
-    found = Path(as_path("path", path, error=ExportError))
-    if found.suffix not in (".pt2", ".onnx"):
-        raise UnknownNameError("suffix", found.suffix, (".pt2", ".onnx"))
-    return found
 
 
 def _export(

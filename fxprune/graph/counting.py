@@ -64,7 +64,8 @@ def count_macs(graph_module: fx.GraphModule, tokens: int = TOKENS) -> int:
     sizes = ((1, tokens), (None, tokens), (None, None))
     for batch, length in sizes:
         try:
-            return _by_shapes(graph_module.graph, _chosen(graph_module.graph, batch, length)) // 2
+            shaped = SampleSizes(_chosen(graph_module.graph, batch, length))
+            return sum(map(shaped.operations, graph_module.graph.nodes)) // 2
         except Exception:  # an unknown shape, an op that needs data, a batch that the graph does not take
             continue
     for (batch, length), real in itertools.product(sizes, ways):
@@ -130,12 +131,6 @@ def _chosen(graph: fx.Graph, batch: int | None, tokens: int | None) -> dict[str,
     if not texts and len({str(value.shape[0]) for value in tensors}) == 1:  # images, sounds: rows of one number
         pairs = [(tensors[0].shape[0], batch)]
     return {str(size): new for size, new in pairs if new is not None and is_free(size)}
-
-
-def _by_shapes(graph: fx.Graph, chosen: Mapping[str, int]) -> int:
-    """Operations of a graph from the shapes of its values, without running it; raises if that is not possible."""
-    sizes = SampleSizes(chosen)
-    return sum(map(sizes.operations, graph.nodes))
 
 
 @cache

@@ -286,12 +286,6 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def delete_tensor(module: nn.Module, name: str) -> None:
-    """Remove the parameter or buffer ``name`` from ``module``."""
-    owner, _, leaf = name.rpartition(".")
-    delattr(submodule(module, owner), leaf)
-
-
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters, then buffers, under all their names."""
     yield from module.named_parameters(remove_duplicate=False)
@@ -335,12 +329,6 @@ def weight_bytes(graph_module: fx.GraphModule) -> int:
 def has_meta_weights(graph_module: fx.GraphModule) -> bool:
     """Whether the graph reads a tensor on ``meta``."""
     return any(tensor.is_meta for _, tensor in weights(graph_module))
-
-
-def find_nonfinite(graph_module: fx.GraphModule) -> str:
-    """The name of the first parameter the graph reads that holds NaN or an infinity, or ""."""
-    trained = ((name, t) for name, t in weights(graph_module) if isinstance(t, nn.Parameter) and not t.is_meta)
-    return next((name for name, tensor in trained if not bool(tensor.isfinite().all())), "")
 
 
 def require_weights(graph_module: fx.GraphModule, name: str) -> None:

@@ -29,7 +29,7 @@ class UntouchedRun(PickingRun):
 
     def __init__(self, graph_module: fx.GraphModule, garbage_collect_values: bool = True) -> None:
         super().__init__(graph_module, garbage_collect_values=garbage_collect_values)
-        self._written = written_sources(graph_module.graph)
+        self.written = written_sources(graph_module.graph)
         self._copies: dict[str, Any] = {}
         prefetcher = current_prefetcher()
         self._prefetcher = None if prefetcher is None or prefetcher.gathers else prefetcher
@@ -78,10 +78,6 @@ class UntouchedRun(PickingRun):
             self._prefetcher.prefetch([self.fetch_attr(following)])
         return there
 
-    def writes_to(self, name: str) -> bool:
-        """Whether an op writes to the weight or input ``name``, so that this run has a copy of it."""
-        return name in self._written
-
     def keep_until(self, value: fx.Node, user: fx.Node) -> None:
         last = next((node for node, freed in self.user_to_last_uses.items() if value in freed), None)
         if last is not None and last < user:
@@ -89,7 +85,7 @@ class UntouchedRun(PickingRun):
             self.user_to_last_uses.setdefault(user, []).append(value)
 
     def _copied(self, name: str, value: Any) -> Any:
-        if name not in self._written:
+        if name not in self.written:
             return value
         if name not in self._copies:
             self._copies[name] = map_tensors(value, torch.clone)

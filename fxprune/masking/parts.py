@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from fxprune.data.calibration import Sample, clear_sample_errors, stacked
+from fxprune.data.calibration import Sample, batch_indices, batched, clear_sample_errors
 from fxprune.errors import EvaluationError
 from fxprune.graph.compat import size_hint, tree_leaves
 from fxprune.graph.tensors import device_of, get_tensor, map_tensors, weights
@@ -444,7 +444,8 @@ def observe_nodes(
         batch_by_batch: every value of a batch comes before those of the next. If False and weights are prefetched to
             another device, or in files, the graph runs in parts, so that they are read once for all batches.
     """
-    batches = list(stacked(samples, graph_module, batch))
+    numbers = batch_indices(samples, graph_module, batch)
+    batches = [batched([samples[i] for i in together], graph_module) for together in numbers]
     streams = current_prefetcher() is not None or is_offloading()
     if not batch_by_batch and streams and not written_sources(graph_module.graph):
         parts = parts_by_weights(graph_module)

@@ -223,12 +223,8 @@ def overrides_in(config: PreTrainedConfig) -> Overrides:
     spec = vars(config).get(_HETEROGENEOUS) if section else None
     layers = section["layers"] if "layers" in section else getattr(spec, "per_layer_overrides", None) or {}
     blocks = section.get("blocks", "")
-    earlier = {  # the names in the first releases
-        "built_at": {f"{blocks}.{index}": place for index, place in section.get("places", {}).items()},
-        "written_afterwards": section.get("holds", {}),
-    }
     known = {entry.name for entry in fields(Overrides)} - {"block_fields"}
-    values = earlier | {name: value for name, value in section.items() if name in known}
+    values = {name: value for name, value in section.items() if name in known}
     if not all(isinstance(value, Mapping) for value in (layers, *values.values())):
         raise ValueError(f"the entry {SECTION!r} is not one that was written for a pruned model")
     return Overrides(block_fields={f"{blocks}.{int(i)}": dict(own) for i, own in layers.items()}, **values)

@@ -70,11 +70,6 @@ def is_offloading() -> bool:
     return _folder.get() is not None
 
 
-def is_caching() -> bool:
-    """Whether there is a cache to resume from."""
-    return _cache.get() is not None
-
-
 def cache_folder() -> Path | None:
     """The folder of the cache of the pass that runs; None if there is no cache."""
     return _cache.get()

@@ -50,13 +50,6 @@ def check_unsharded(model: nn.Module, remedy: str = _FOLDER) -> None:
             raise UnsupportedModelError(what, where=where.removeprefix("."), remedy=remedy)
 
 
-def check_trainable(model: nn.Module, where: str) -> None:
-    """Refuse to train a model that is sharded, offloaded or without weights; it may be on several devices."""
-    check_unsharded(model, "Pass the whole model, which arguments={'fsdp': True} shards for training")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModelError("its weights are on meta", where=where, remedy="Load the weights first")
-
-
 def check_one_device(model: nn.Module) -> None:
     """Refuse a model whose weights are on several devices; the error names the parameter."""
     named = list(model.named_parameters())
@@ -140,12 +133,6 @@ def check_enough(samples: Sequence[Any]) -> None:
         what = f"{len(samples)} samples for {world_size()} processes"
         remedy = "Pass at least one sample for each process, or start fewer"
         raise CalibrationError(what, where="calibration", remedy=remedy)
-
-
-def shard(samples: Sequence[T]) -> tuple[T, ...]:
-    """Return this process's share of the samples; raises CalibrationError if there are fewer than processes."""
-    check_enough(samples)
-    return deal(samples)
 
 
 def deal(pieces: Sequence[T]) -> tuple[T, ...]:

@@ -29,7 +29,7 @@ from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import default_modes, setting, wrap_errors
 from fxprune.graph.facts import Change, Fact, Notes, Source, add_note, facts_of, fork, reading, unshare
 from fxprune.graph.tensors import comparable, device_of, version_of, weights
-from fxprune.offload.files import is_caching, release_freed
+from fxprune.offload.files import cache_folder, release_freed
 from fxprune.offload.prefetch import free_bytes, use_prefetcher
 from fxprune.offload.ranks import check_same
 from fxprune.pipeline.arguments import Arguments, flag, format_value, function, spell
@@ -227,7 +227,7 @@ class Pass(Arguments, PassBase):
     def _shared(self, graph_module: fx.GraphModule) -> dict[str, Any]:
         """Values that must be equal in all processes that run this pass together, by name."""
         named = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights(graph_module)]
-        return {"the pass": str(self), "the weights": named, "whether they can be resumed": is_caching()}
+        return {"the pass": str(self), "the weights": named, "whether they can be resumed": cache_folder() is not None}
 
     def _run(self, graph_module: fx.GraphModule) -> PassResult:
         source = facts_of(graph_module).get(Source)

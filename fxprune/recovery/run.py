@@ -25,7 +25,7 @@ from fxprune.masking.compare import TOLERANCE
 from fxprune.offload.atomic import LOCK, locked, write_file
 from fxprune.offload.distributed import is_fully_sharded
 from fxprune.offload.prefetch import has_bf16
-from fxprune.offload.ranks import check_trainable, run_on_first, world_size
+from fxprune.offload.ranks import check_unsharded, run_on_first, world_size
 from fxprune.pipeline.arguments import as_path, flag, function, instance, refuse
 from fxprune.pipeline.contract import Track, check_track, no_progress
 from fxprune.recovery.data import DataReport, TrainingData, collate, read_training_data
@@ -159,7 +159,9 @@ def _check_model(model: Any, result: Result | None, tokenizer: Any, inplace: boo
         remedy = "Pass the result of a prune that has one; train a graph in a loop of your own"
         raise UnsupportedModelError(what, where="pruned", remedy=remedy)
     if not is_fully_sharded(model):
-        check_trainable(model, "pruned")
+        check_unsharded(model, "Pass the whole model, which arguments={'fsdp': True} shards for training")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UnsupportedModelError("its weights are on meta", where="pruned", remedy="Load the weights first")
     elif result is not None or not inplace:
         what = "it is sharded, and a copy, or the graph of a result, would hold whole weights"
         raise UnsupportedModelError(what, where="pruned", remedy="Pass the model, plan=result.plan and inplace=True")

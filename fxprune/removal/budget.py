@@ -33,26 +33,12 @@ from fxprune.rules.registry import Values, values_of
 _FORMS = "the table that `make bench` writes, or the output of `fxprune bench DENSE SLIM --json`"
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Time of a model that does a share of the work of the dense one: ``seconds * (fixed + (1 - fixed) * share)``.
+def read_timing(phase: str, place: str) -> tuple[float, float, str]:
+    """The seconds of the dense model, the fraction of them that is fixed, and the name of the measured quantity.
 
-    Args:
-        seconds: of the dense model, in the first case measured.
-        fixed: the fraction of them that every call costs whatever the widths, 0 to 1.
-        what: name of the measured quantity.
-    """
-
-    seconds: float
-    fixed: float
-    what: str
-
-
-def read_timing(phase: str, place: str) -> Timing:
-    """Fit time as a function of work to measurements of the dense model and slim ones.
-
-    Times and work are relative to the dense model, case by case; the fixed fraction is the least squares fit. ``place``
-    is a JSON file, and after a colon the engine if the file covers several.
+    A model that does a share of the work takes ``seconds * (fixed + (1 - fixed) * share)``, by a least squares fit to
+    measurements of the dense model and slim ones, case by case; the seconds are those of the first case. ``place`` is a
+    JSON file, and after a colon the engine if the file covers several.
     """
     path, engine = Path(place), ""
     if not os.path.isfile(path) and ":" in place:  # a colon may also be part of the name of the file
@@ -81,7 +67,7 @@ def read_timing(phase: str, place: str) -> Timing:
         )
     slope = sum(work * time for work, time in slim) / sum(work * work for work, _ in slim)
     dense = next((seconds for work, _, seconds in rows if work == 1), rows[0][2])
-    return Timing(dense, 1 - min(max(slope, 0.0), 1.0), f"{phase} time{f' in {engine}' if engine else ''}")
+    return dense, 1 - min(max(slope, 0.0), 1.0), f"{phase} time{f' in {engine}' if engine else ''}"
 
 
 def _benchmark_rows(table: Mapping[str, Any], phase: str, engine: str) -> Iterator[tuple[float, float, float]]:
@@ -261,11 +247,11 @@ def make_budget(name: str, graph_module: fx.GraphModule, axes: AxisMap) -> Budge
         found = Budget(_cache(graph, axes), "bytes of the key-value cache")
     elif at and quantity in PHASES:
         work = _work(graph, axes) if quantity == PHASES[0] else _weights(axes)
-        timing, budget = read_timing(quantity, detail), Budget(work, "work")
-        microseconds = timing.seconds * 1e6
-        each = microseconds * (1 - timing.fixed) / max(budget.total, 1)
+        (seconds, fixed, what), budget = read_timing(quantity, detail), Budget(work, "work")
+        microseconds = seconds * 1e6
+        each = microseconds * (1 - fixed) / max(budget.total, 1)
         terms = [Term(term.exprs, term.block, term.each * each) for term in budget.terms]
-        found = Budget([Term((), None, microseconds * timing.fixed), *terms], f"microseconds of {timing.what}")
+        found = Budget([Term((), None, microseconds * fixed), *terms], f"microseconds of {what}")
     elif at and quantity == "bytes":
         file_format = check_format(detail)
         found = FileBudget(graph, axes, file_format, (), f"bytes of a file in {file_format}")

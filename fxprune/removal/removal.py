@@ -194,12 +194,6 @@ def scaled_numbers(axes: AxisMap, keep: Keep) -> dict[tuple[str, tuple[Any, ...]
     }
 
 
-def scaled_weights(axes: AxisMap, keep: Keep) -> dict[str, Scaling]:
-    """Return the scaling of weights by name; tied weights are under one of their names."""
-    touched = _touched(axes, keep)
-    return {w.name: Scaling(float(ratio) ** w.power, w.offset) for norm, ratio in touched for w in norm.weights}
-
-
 def kept_norm_modules(axes: AxisMap, keep: Keep) -> tuple[str, ...]:
     """Return the modules whose norm loses units and is rescaled."""
     return tuple(axes.modules.get(norm.node) or norm.node for norm, _ in _touched(axes, keep))
@@ -285,7 +279,9 @@ class Removal(Fact):
 
     @cached_property
     def scaled(self) -> dict[str, Scaling]:
-        return scaled_weights(self.axes, self.keep)
+        """The scaling of weights by name; tied weights are under one of their names."""
+        touched = _touched(self.axes, self.keep)
+        return {w.name: Scaling(float(ratio) ** w.power, w.offset) for norm, ratio in touched for w in norm.weights}
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,15 +52,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Reached:
-    """The outcome of a target.
-
-    Args:
-        target: as it was asked for.
-        word: the quantity and its unit.
-        asked: the amount asked for.
-        dense: that of the dense model.
-        slim: that of the slim model.
-    """
+    """What a target asked for, in ``word``, and what the dense and the slim model have of it."""
 
     target: str
     word: str

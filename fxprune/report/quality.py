@@ -40,12 +40,6 @@ class TextQuality:
     agreement: Value
 
     @property
-    def is_far(self) -> bool:
-        """Whether the slim model predicts far worse than the dense one."""
-        value, error = self.ratio
-        return value - error > FAR
-
-    @property
     def data(self) -> str:
         """The data that was measured on, in words."""
         return f"{self.text}: {self.windows:,} windows of {self.window:,} tokens, {self.tokens:,} tokens predicted"
@@ -96,7 +90,7 @@ class Quality:
     @property
     def is_far(self) -> bool:
         """Whether the slim model predicts far worse than the dense one on a text."""
-        return any(text.is_far for text in self.texts)
+        return any(value - error > FAR for value, error in (text.ratio for text in self.texts))
 
 
 def figures_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:

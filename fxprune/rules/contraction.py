@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 from fxprune.axes import new_factor, product
-from fxprune.rules.registry import rule, state_product_roles
+from fxprune.rules.registry import rule
 from fxprune.rules.site import OpSite
 from fxprune.rules.statements import Role, TensorAxes
 
@@ -35,7 +35,7 @@ def matmul(op: OpSite) -> None:
             if x.sizes[-i] != 1:
                 op.tie(x, -i, op.out, -i if a.rank >= 2 and column else -i + 1)
     axes = [(x, i, i < x.rank - 2) for x in (a, b) for i in range(x.rank)]
-    state_product_roles(op, axes, [(a, -1), (b, max(b.rank - 2, 0))])
+    op.tag_product(axes, [(a, -1), (b, max(b.rank - 2, 0))])
 
 
 @rule("tensordot", "inner", values="product")
@@ -94,7 +94,7 @@ def einsum(op: OpSite) -> None:
     if len(operands) == 2:
         batch = set(terms[0]) & set(terms[1]) & set(output)
         summed = [(x, i) for x, i, letter in axes if letter not in output]
-        state_product_roles(op, [(x, i, letter in batch) for x, i, letter in axes], summed)
+        op.tag_product([(x, i, letter in batch) for x, i, letter in axes], summed)
 
 
 def _spell_out(equation: str, operands: list[TensorAxes], rank: int) -> tuple[list[str], str]:

@@ -92,26 +92,6 @@ def weight_product(node: fx.Node) -> LoneProduct | None:
     return None
 
 
-def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct]:
-    """Yield the products with an exclusive weight of two axes, in order; those of a single row are left out."""
-    exclusive = _exclusive_parameters(graph_module)
-    for node in graph_module.graph.nodes:
-        found = weight_product(node)
-        if found is not None and found.weight in exclusive and found.source.meta["val"].dim() >= 2:
-            yield replace(found, bias=str(found.added.target) if _is_bias(found.added, exclusive) else None)
-
-
-def _exclusive_parameters(graph_module: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that read an exclusive parameter."""
-    read = {n: get_tensor(graph_module, str(n.target)) for n in graph_module.graph.nodes if n.op == "get_attr"}
-    uses = Counter(id(tensor) for node, tensor in read.items() for _ in node.users)
-    return {node for node, tensor in read.items() if isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1}
-
-
-def _is_bias(added: fx.Node | None, exclusive: Container[fx.Node]) -> TypeGuard[fx.Node]:
-    return added is not None and added in exclusive and added.meta["val"].dim() == 1
-
-
 def _reads_weight(node: fx.Node) -> bool:
     return any(source.op == "get_attr" for source in node.all_input_nodes)
 
@@ -173,15 +153,6 @@ def sliding_product(node: fx.Node) -> SlidingProduct | None:
             order, outputs = (passed[0], found.axis, *taps), out.index(w[passed[0]])
             return SlidingProduct(node, found.source, found.i, found.weight, order, outputs, found.added)
     return None
-
-
-def lone_sliding_products(graph_module: fx.GraphModule) -> Iterator[SlidingProduct]:
-    """Yield the sliding products with an exclusive weight, in order of execution."""
-    exclusive = _exclusive_parameters(graph_module)
-    for node in graph_module.graph.nodes:
-        found = sliding_product(node)
-        if found is not None and found.weight in exclusive:
-            yield replace(found, bias=_is_bias(found.added, exclusive))
 
 
 def _sizes_are_known(exprs: Sequence[Expr]) -> bool:
@@ -267,16 +238,6 @@ def stacked_product(node: fx.Node) -> StackedProduct | None:
     return None
 
 
-def lone_stacked_products(graph_module: fx.GraphModule) -> Iterator[StackedProduct]:
-    """Yield the stacked products with an exclusive weight, in order of execution."""
-    exclusive = _exclusive_parameters(graph_module)
-    for node in graph_module.graph.nodes:
-        found = stacked_product(node)
-        is_lone = found is not None and (found.picked is None or len(found.picked.node.users) == 1)
-        if found is not None and is_lone and found.weight in exclusive:
-            yield found
-
-
 def _stacked_axes(found: Contraction) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
     """The weight's axes of matrices and of outputs, and the order of the axes of activations and result; or None."""
     x, w, out = found.x, found.w, found.out
@@ -298,3 +259,30 @@ def _only(exprs: Sequence[Expr], wanted: Expr) -> int | None:
     """The only place of ``wanted`` among axes; None if there is none or there are several, or it has size 1."""
     places = [i for i, expr in enumerate(exprs) if expr == wanted]
     return places[0] if len(places) == 1 and wanted is not UNIT else None
+
+
+def lone_products(graph_module: fx.GraphModule) -> Iterator[LoneProduct | StackedProduct | SlidingProduct]:
+    """Yield the products with an exclusive weight, in order; those of a single row and a matrix are left out."""
+    exclusive = _exclusive_parameters(graph_module)
+    for node in graph_module.graph.nodes:
+        found = weight_product(node) or sliding_product(node) or stacked_product(node)
+        if found is None or found.weight not in exclusive:
+            continue
+        if isinstance(found, StackedProduct):
+            if found.picked is None or len(found.picked.node.users) == 1:
+                yield found
+        elif isinstance(found, SlidingProduct):
+            yield replace(found, bias=_is_bias(found.added, exclusive))
+        elif found.source.meta["val"].dim() >= 2:
+            yield replace(found, bias=str(found.added.target) if _is_bias(found.added, exclusive) else None)
+
+
+def _exclusive_parameters(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that read an exclusive parameter."""
+    read = {n: get_tensor(graph_module, str(n.target)) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    uses = Counter(id(tensor) for node, tensor in read.items() for _ in node.users)
+    return {node for node, tensor in read.items() if isinstance(tensor, nn.Parameter) and uses[id(tensor)] == 1}
+
+
+def _is_bias(added: fx.Node | None, exclusive: Container[fx.Node]) -> TypeGuard[fx.Node]:
+    return added is not None and added in exclusive and added.meta["val"].dim() == 1

@@ -1,4 +1,4 @@
-"""The registry of rules by op, rules as one line of text, spellings of ops, and what may share memory.
+"""The registry of rules by op, rules as one line of text, and what may share memory.
 
     linear      input[*b, i], weight[o, i], bias[o]? -> out[*b, o]      sums i
     embedding   weight[r, w], indices[*i] -> out[*i, w]                 r by indices
@@ -10,8 +10,7 @@ optional axis, ``?`` after the bracket marks an optional tensor. A letter of the
 clause:
 
 * ``sums i, j``: contracted (multiplied and summed over);
-* ``r by indices``: units are picked by the numbers in another tensor;
-* ``c zero with weight, bias``, for letters that stay: masked units are zero where they are in all of these tensors.
+* ``r by indices``: units are picked by the numbers in another tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fxprune.errors import FxpruneError, UnknownNameError
 from fxprune.graph.compat import OpOverload, argument_names
 from fxprune.pipeline.arguments import function, instance, refuse
 from fxprune.rules.site import OpSite
-from fxprune.rules.statements import Role, TensorAxes
+from fxprune.rules.statements import TensorAxes
 
 _SPARE_LETTERS = "stuvwxyzcdefghjklmnpqrabio"
 """Names for the further axes of a ``*b``, those usual for positions in a text first."""
@@ -97,7 +96,6 @@ class Notation:
     Args:
         sums: letters that are summed over.
         picked: letters whose units are picked, with the tensor of their numbers.
-        zero: letters whose masked units are zero where they are in all of the tensors given here.
         multiplies: whether the inputs are multiplied.
     """
 
@@ -105,7 +103,6 @@ class Notation:
     outputs: tuple[TensorPattern, ...]
     sums: tuple[str, ...] = ()
     picked: dict[str, str] = field(default_factory=dict)
-    zero: dict[str, tuple[str, ...]] = field(default_factory=dict)
     multiplies: bool = False
 
     @property
@@ -134,10 +131,6 @@ class Notation:
             for _, tensor, key, i in where:
                 if key[0] == letter and not op.picks(op.need(index), tensor, i):
                     op.freeze(tensor, i, "rows are looked up by number")
-        for letter, names in self.zero.items():
-            sources = [(tensor, i) for x, tensor, key, i in where if x.name in names and key[0] == letter]
-            if len(sources) == len(names):
-                op.keep_zeros(*results[letter, 0], *sources)
         if self.multiplies and self.sums:
             self._state_roles(op, where)
 
@@ -147,26 +140,7 @@ class Notation:
         batch = set.intersection(*(set(x.names()) for x in factors)) - set(self.sums) if len(factors) > 1 else set()
         axes = [(tensor, i, key[0] in batch) for x, tensor, key, i in where if x in factors]
         summed = [(tensor, i) for _, tensor, key, i in where if key[0] in self.sums]
-        state_product_roles(op, axes, summed)
-
-
-def state_product_roles(
-    op: OpSite, axes: list[tuple[TensorAxes, int, bool]], summed: list[tuple[TensorAxes, int]]
-) -> None:
-    """Roles of the axes of a product: batch axes of two activations are heads, their other axes are inside a head.
-
-    Batch axes of weights lie side by side; other axes of weights have no role.
-
-    Args:
-        axes: operand, axis, and whether it is a batch axis.
-        summed: operand and axis of each axis that is summed over.
-    """
-    if not any(op.is_weight(x) for x, _, _ in axes):
-        roles = [(x, i, Role.HEAD if batch else Role.HEAD_DIM) for x, i, batch in axes]
-        op.multiply_activations(*roles, *((x, i, Role.SUMMED) for x, i in summed))
-    for x, i, batch in axes:
-        if batch and op.is_weight(x):
-            op.tag(x, i, Role.SIDE_BY_SIDE)
+        op.tag_product(axes, summed)
 
 
 def _name_axes(op: OpSite, where: list[tuple[Place, TensorAxes, int]]) -> None:
@@ -187,8 +161,7 @@ _AXIS = re.compile(r"(\*?)([a-z])(\??)")
 _LETTERS = r"[a-z](?:\s*,\s*[a-z]\b)*"
 _CLAUSES = re.compile(
     rf"\s*(?:sums\s+(?P<sums>{_LETTERS})"
-    r"|(?P<picked>[a-z])\s+by\s+(?P<index>\w+)"
-    r"|(?P<zero>[a-z])\s+zero\s+with\s+(?P<sources>\w+(?:\s*,\s*\w+)*))(?:\s\s+|\s*;|\s*$)"
+    r"|(?P<picked>[a-z])\s+by\s+(?P<index>\w+))(?:\s\s+|\s*;|\s*$)"
 )
 
 
@@ -234,10 +207,9 @@ def _parse_tensors(text: str, op: str) -> tuple[TensorPattern, ...]:
     return tuple(found)
 
 
-def _parse_clauses(text: str, op: str) -> tuple[tuple[str, ...], dict[str, str], dict[str, tuple[str, ...]]]:
+def _parse_clauses(text: str, op: str) -> tuple[tuple[str, ...], dict[str, str]]:
     sums: list[str] = []
     picked: dict[str, str] = {}
-    zero: dict[str, tuple[str, ...]] = {}
     at = 0
     while text[at:].strip():
         match = _CLAUSES.match(text, at)
@@ -245,12 +217,10 @@ def _parse_clauses(text: str, op: str) -> tuple[tuple[str, ...], dict[str, str],
             raise _error(op, f"{text[at:].strip()!r} is not a clause", 'A clause is "sums i" or "r by indices"')
         if match["sums"]:
             sums += re.findall("[a-z]", match["sums"])
-        elif match["picked"]:
-            picked[match["picked"]] = match["index"]
         else:
-            zero[match["zero"]] = tuple(re.findall(r"\w+", match["sources"]))
+            picked[match["picked"]] = match["index"]
         at = match.end()
-    return tuple(sums), picked, zero
+    return tuple(sums), picked
 
 
 def _check_letters(found: Notation, op: str) -> None:
@@ -270,11 +240,9 @@ def _check_letters(found: Notation, op: str) -> None:
     if found.outputs and before - after - gone:
         left = ", ".join(sorted(before - after - gone))
         raise _error(op, f"no clause determines {left}", f'Add a clause such as "sums {left[0]}"')
-    inputs = {x.name for x in found.inputs}
-    named = {*found.picked.values(), *(name for names in found.zero.values() for name in names)}
-    if named - inputs or set(found.zero) - after:
-        unknown = ", ".join(sorted((named - inputs) | (set(found.zero) - after)))
-        raise _error(op, f"a clause names {unknown}, which the notation does not have")
+    unread = {*found.picked.values()} - {x.name for x in found.inputs}
+    if unread:
+        raise _error(op, f"a clause names {', '.join(sorted(unread))}, which the notation does not have")
 
 
 def _check_arguments(found: Notation, op: str) -> None:
@@ -326,7 +294,6 @@ class Rule:
     added: str = ""
     may_alias: bool = False
     regroups: bool = False
-    adds: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -342,7 +309,6 @@ def rule(
     added: str = "",
     may_alias: bool = False,
     regroups: bool = False,
-    adds: bool = False,
 ) -> Callable[[Decorated], Decorated]:
     """Register a rule for the ops ``names``: the decorated function, or ``notation``, with which nothing is decorated.
 
@@ -353,7 +319,6 @@ def rule(
         added: for a product, the argument that is added to it; derived from a notation.
         may_alias: whether the op may return its input itself although its schema does not declare it.
         regroups: whether the op regroups axes, which a view cannot do for every memory layout.
-        adds: whether the op is the sum of its first two arguments.
 
     Raises:
         ArgumentError: there is no name, or an argument is of the wrong type.
@@ -368,7 +333,7 @@ def rule(
     if values is not None and values not in tuple(Values):
         raise UnknownNameError("values", str(values), tuple(Values))
     effect = None if values is None else Values(values)
-    make: Callable[..., Rule] = partial(Rule, values=effect, may_alias=may_alias, regroups=regroups, adds=adds)
+    make: Callable[..., Rule] = partial(Rule, values=effect, may_alias=may_alias, regroups=regroups)
     if notation is not None:
         for name in map(_qualified, names):
             read = read_notation(notation, name, multiplies=effect is Values.PRODUCT)
@@ -422,30 +387,8 @@ def moves_values(op: str) -> bool:
 
 def is_sum(node: fx.Node) -> bool:
     """Whether ``node`` adds two values, neither of them scaled."""
-    found = find_rule(node.target)
-    return found is not None and found.adds and bool(node.kwargs.get("alpha", 1) == 1)
-
-
-Respell = Callable[[fx.Node, fx.GraphModule], None]
-"""Rewrites a node in place, possibly adding nodes before it; values do not change."""
-
-_SPELLINGS: dict[str, Respell] = {}
-
-
-def spelling(*names: str) -> Callable[[Respell], Respell]:
-    """Register the decorated function as the rewrite of ATen ops (``"slice.Tensor"``) to their canonical spelling."""
-
-    def decorate(function: Respell) -> Respell:
-        for name in names:
-            _SPELLINGS[f"aten::{name}"] = function
-        return function
-
-    return decorate
-
-
-def find_spelling(target: object) -> Respell | None:
-    """The rewrite of an op to its canonical spelling; None if it has none."""
-    return _SPELLINGS.get(target.name()) if isinstance(target, OpOverload) else None
+    adds = node.target in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+    return adds and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def may_alias(node: fx.Node) -> bool:

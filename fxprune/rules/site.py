@@ -38,13 +38,6 @@ from fxprune.rules.statements import (
 )
 
 
-def op_name(target: object) -> str:
-    """The op's name without namespace and overload: ``linear``."""
-    if isinstance(target, OpOverload):
-        return str(target.name()).partition("::")[2].partition(".")[0]
-    return str(getattr(target, "__name__", target))
-
-
 class OpArguments:
     """The arguments of a node by the names in its op's schema."""
 
@@ -174,7 +167,8 @@ class OpSite:
     @property
     def name(self) -> str:
         """The op's name without namespace and overload: ``linear``."""
-        return op_name(self.node.target)
+        target = getattr(self.node.target, "overloadpacket", self.node.target)
+        return str(getattr(target, "__name__", target))
 
     @cached_property
     def arguments(self) -> OpArguments:
@@ -359,11 +353,7 @@ class OpSite:
         self._stated.competitions.append(Competition(x.axes[i], Freeze(reason, self.node.name)))
         self.tag(x, i, Role.SHARED_OUT)
 
-    def need_units(self, x: TensorAxes, i: int, count: int) -> None:
-        """State that axis ``i`` of ``x`` must keep at least ``count`` units."""
-        self.need_units_of(x.axes[i], count)
-
-    def need_units_of(self, expr: Expr, count: int) -> None:
+    def need_units(self, expr: Expr, count: int) -> None:
         """State that ``expr`` must keep at least ``count`` units."""
         self._stated.at_least.append(AtLeast(expr, count))
 
@@ -371,9 +361,22 @@ class OpSite:
         """State the role of axis ``i`` of ``x`` in this op."""
         self._stated.solver.tag(x.axes[i], role)
 
-    def multiply_activations(self, *roles: tuple[TensorAxes, int, Role]) -> None:
-        """State that this op multiplies activations, whose axes have these roles unless one of them holds experts."""
-        self._stated.products.append(tuple((x.axes[i], role) for x, i, role in roles))
+    def tag_product(self, axes: list[tuple[TensorAxes, int, bool]], summed: list[tuple[TensorAxes, int]]) -> None:
+        """State the roles of the axes of a product.
+
+        Unless an axis holds experts, batch axes of two activations are heads, and their other axes are inside a head.
+        Batch axes of weights lie side by side; other axes of weights have no role.
+
+        Args:
+            axes: operand, axis, and whether it is a batch axis.
+            summed: operand and axis of each axis that is summed over.
+        """
+        if not any(self.is_weight(x) for x, _, _ in axes):
+            roles = [(x.axes[i], Role.HEAD if batch else Role.HEAD_DIM) for x, i, batch in axes]
+            self._stated.products.append((*roles, *((x.axes[i], Role.SUMMED) for x, i in summed)))
+        for x, i, batch in axes:
+            if batch and self.is_weight(x):
+                self.tag(x, i, Role.SIDE_BY_SIDE)
 
     def pick_weights(self, out: TensorAxes) -> None:
         """State that ``out`` consists of matrices picked from weights and counts as a weight."""

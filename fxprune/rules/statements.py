@@ -139,18 +139,11 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Positions):
     """Units along axis ``dim`` of ``tensor`` are picked by the numbers in the tensor named ``index``."""
 
-    tensor: TensorAxes
-    dim: int
     index: str
     node: str
-
-    @property
-    def expr(self) -> Expr:
-        """The expression of the axis when this was stated."""
-        return self.tensor.axes[self.dim]
 
 
 @dataclass(frozen=True)

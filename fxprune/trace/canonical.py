@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fxprune.graph.compat import OpOverload, is_impure, is_random, tree_leaves
 from fxprune.graph.tensors import get_tensor, set_tensor, weights
-from fxprune.rules.registry import alias_roots, find_spelling, may_alias, regroups, spelling, writes
+from fxprune.rules.registry import alias_roots, may_alias, regroups, writes
 
 aten = torch.ops.aten
 
@@ -122,13 +122,27 @@ class _ConstantValues:
         return self.known[node]
 
 
+_Respell = Callable[[fx.Node, fx.GraphModule], None]
+"""Rewrites a node in place, possibly adding nodes before it; values do not change."""
+
+_SPELLINGS: dict[str, _Respell] = {}
+
+
+def _spelling(*names: str) -> Callable[[_Respell], _Respell]:
+    """Register the decorated function as the rewrite of ATen ops (``"slice.Tensor"``) to their canonical spelling."""
+
+    def decorate(function: _Respell) -> _Respell:
+        _SPELLINGS.update((f"aten::{name}", function) for name in names)
+        return function
+
+    return decorate
+
+
 def canonicalize(graph_module: fx.GraphModule) -> None:
     """Rewrite the ops of a graph to their canonical spelling; values do not change."""
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        respell = find_spelling(node.target) if node.op == "call_function" else None
-        if respell is not None:
-            respell(node, graph_module)
+    for node in list(graph_module.graph.nodes):
+        if isinstance(node.target, OpOverload) and node.target.name() in _SPELLINGS:
+            _SPELLINGS[node.target.name()](node, graph_module)
 
 
 def remove_in_place_ops(graph_module: fx.GraphModule) -> None:
@@ -151,7 +165,7 @@ def remove_in_place_ops(graph_module: fx.GraphModule) -> None:
                 root.replace_all_uses_with(contiguous, delete_user_cb=partial(operator.is_not, contiguous))
 
 
-@spelling("view", "reshape", "_unsafe_view")
+@_spelling("view", "reshape", "_unsafe_view")
 def _reshape(node: Any, graph_module: fx.GraphModule) -> None:
     node.target = aten.reshape.default
     source, sizes = node.args
@@ -160,7 +174,7 @@ def _reshape(node: Any, graph_module: fx.GraphModule) -> None:
     node.args = (source, explicit)
 
 
-@spelling("chunk", "split.Tensor")
+@_spelling("chunk", "split.Tensor")
 def _split(node: Any, graph_module: fx.GraphModule) -> None:
     source, _, *rest = node.args
     dim = rest[0] if rest else node.kwargs.get("dim", 0)
@@ -170,7 +184,7 @@ def _split(node: Any, graph_module: fx.GraphModule) -> None:
         node.args, node.kwargs = (source, sizes, dim), {}
 
 
-@spelling("slice.Tensor")
+@_spelling("slice.Tensor")
 def _slice(node: Any, graph_module: fx.GraphModule) -> None:
     """Count bounds from the front: then only units removed before them move them."""
     source, *rest = node.args
@@ -181,7 +195,7 @@ def _slice(node: Any, graph_module: fx.GraphModule) -> None:
         node.args = (source, dim, *bounds, *rest[3:])
 
 
-@spelling("narrow")
+@_spelling("narrow")
 def _narrow(node: Any, graph_module: fx.GraphModule) -> None:
     source, dim, start, length = node.args
     size = source.meta["val"].shape[dim]
@@ -190,7 +204,7 @@ def _narrow(node: Any, graph_module: fx.GraphModule) -> None:
         node.target, node.args = aten.slice.Tensor, (source, dim, first, first + length)
 
 
-@spelling("squeeze", "squeeze.dim", "squeeze.dims")
+@_spelling("squeeze", "squeeze.dim", "squeeze.dims")
 def _squeeze(node: Any, graph_module: fx.GraphModule) -> None:
     """Name the axes of size 1, so that an axis with a single unit left stays."""
     source, *dims = node.args
@@ -201,7 +215,7 @@ def _squeeze(node: Any, graph_module: fx.GraphModule) -> None:
     node.args = (source, [i for i in found if isinstance(shape[i], int) and shape[i] == 1])
 
 
-@spelling("unflatten.int")
+@_spelling("unflatten.int")
 def _unflatten(node: Any, graph_module: fx.GraphModule) -> None:
     source, dim, sizes = node.args
     shape = source.meta["val"].shape
@@ -211,7 +225,7 @@ def _unflatten(node: Any, graph_module: fx.GraphModule) -> None:
     _reshape(node, graph_module)
 
 
-@spelling("reshape_as", "view_as")
+@_spelling("reshape_as", "view_as")
 def _reshape_as(node: Any, graph_module: fx.GraphModule) -> None:
     """Read the sizes of the other tensor: its axes are not otherwise related to those of the result."""
     source, other = node.args
@@ -233,7 +247,7 @@ def _sizes(source: fx.Node, before: fx.Node, but: int | None = None) -> list[Any
     return found
 
 
-@spelling("scaled_dot_product_attention")
+@_spelling("scaled_dot_product_attention")
 def _attention(node: Any, graph_module: fx.GraphModule) -> None:
     query = node.args[0]
     width = query.meta["val"].shape[-1]
@@ -241,14 +255,14 @@ def _attention(node: Any, graph_module: fx.GraphModule) -> None:
         node.kwargs = {**node.kwargs, "scale": 1 / math.sqrt(width)}
 
 
-@spelling("view_as_complex")
+@_spelling("view_as_complex")
 def _view_as_complex(node: Any, graph_module: fx.GraphModule) -> None:
     """Copy the input: pairs must start at even offsets, which those of a slice may no longer do."""
     source = node.args[0]
     node.args = (_insert_copy(source, node),)
 
 
-@spelling("index.Tensor")
+@_spelling("index.Tensor")
 def _index(node: Any, graph_module: fx.GraphModule) -> None:
     """Replace ``x[.., [i, i + 1, ..], ..]`` with a constant list by a slice."""
     source, entries = node.args

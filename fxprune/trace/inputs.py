@@ -451,14 +451,7 @@ def _is_foreign(hook: Any) -> bool:
     return not getattr(hook, "part_of_model", False) and module != _CAPTURING and module.partition(".")[0] != "torch"
 
 
-_MARKS = (
-    "is_quantized",
-    "hf_quantizer",
-    "quantization_method",
-    "quantization_config",
-    "_is_quantized",
-    "_pre_quantization_dtype",
-)
+_MARKS = ("is_quantized", "hf_quantizer", "quantization_method", "quantization_config", "_is_quantized")
 """Attributes that transformers sets on a model, or on its config, when it loads quantised weights."""
 
 _DEQUANTISE = "Load it in float32, bfloat16 or float16, or call model.dequantize() first"

@@ -142,8 +142,7 @@ def trimmed_model(model: PreTrainedModel, kept: Sequence[int], *, share: bool = 
 def _renumber(owner: Any, counts: Mapping[int, int], new: Mapping[int, int], *, every: bool = False) -> None:
     """Set numbers of tokens by ``counts``, and ids by ``new``, among the attributes of a module or a config.
 
-    Args:
-        every: whether each attribute that is the size of a vocabulary is one.
+    With ``every``, each attribute that is the size of a vocabulary is a number of tokens.
     """
     for name, value in vars(owner).items():
         if type(value) is int and value in counts and (every or "vocab" in name):

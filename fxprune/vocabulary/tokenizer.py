@@ -128,8 +128,7 @@ class _Merged(Tokens):
         super().__init__(spec)
         model = spec["model"]
         self._suffix = model.get("end_of_word_suffix") or ""
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+        self._ranks = {pair: rank for rank, pair in enumerate(map(tuple, model["merges"]))}
 
     def parts(self, token: int) -> tuple[int, ...]:
         return self._halves.get(token, ())
@@ -288,7 +287,8 @@ def _trimmed(spec: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
     else:
         model["vocab"] = {text: new[number] for text, number in model["vocab"].items() if number in new}
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if _is_whole(merge, model)]
+        # those of which both tokens stay, and the one that they make
+        model["merges"] = [merge for merge in model["merges"] if {*merge, "".join(merge)} <= model["vocab"].keys()]
     added = [{**token, "id": new[token["id"]]} for token in spec["added_tokens"]]
     found = {**spec, "model": model, "added_tokens": added}
     if spec["post_processor"] is not None:
@@ -296,12 +296,6 @@ def _trimmed(spec: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
     if spec["padding"] is not None:
         found["padding"] = {**spec["padding"], "pad_id": renumbered(spec["padding"]["pad_id"], new)}
     return found
-
-
-def _is_whole(merge: str | Sequence[str], model: Mapping[str, Any]) -> bool:
-    """Whether both tokens that a merge joins stay, and the one that it makes."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return all(token in model["vocab"] for token in (left, right, left + right))
 
 
 def _processor(step: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:

@@ -37,15 +37,7 @@ from fxprune.offload.ranks import all_reduce, broadcast_dealt, check_enough, dea
 from fxprune.pipeline.arguments import Reach, argument
 from fxprune.pipeline.contract import Pass, PassCost, PassResult, claim, shared, tracked
 from fxprune.removal.removal import Removal, Scores
-from fxprune.rules.products import (
-    LoneProduct,
-    PickedMatrices,
-    SlidingProduct,
-    StackedProduct,
-    lone_products,
-    lone_sliding_products,
-    lone_stacked_products,
-)
+from fxprune.rules.products import LoneProduct, PickedMatrices, SlidingProduct, StackedProduct, lone_products
 from fxprune.rules.registry import is_sum, writes
 
 
@@ -105,10 +97,8 @@ class FitSite:
 def find_sites(graph_module: fx.GraphModule, removal: Removal, reach: Reach = "lost") -> Iterator[FitSite]:
     """Yield the products of the dense graph to fit, in order of execution; for ``reach`` see :class:`FitPass`."""
     axes, keep, device = removal.axes, removal.keep, compute_device(graph_module)
-    kinds = (lone_products, lone_stacked_products, lone_sliding_products)
-    products = {product.node: product for kind in kinds for product in kind(graph_module)}
     changed = False
-    for product in (products[node] for node in graph_module.graph.nodes if node in products):
+    for product in lone_products(graph_module):
         name = str(product.weight.target)
         block = axes.block_of(name)
         if block in removal.removed_blocks:

@@ -26,7 +26,7 @@ from fxprune.pipeline.arguments import Precision, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Scores
 from fxprune.rules.products import stacked_product
-from fxprune.rules.registry import Values, find_rule
+from fxprune.rules.registry import Values, is_sum, values_of
 
 from .base import PRECISION, ImportancePass, Positions, Wanted, axis_sums, require_finite
 
@@ -478,8 +478,7 @@ def _first_multiplication(product: fx.Node) -> fx.Node | None:
         for user in pending.pop(0).users:
             if user.target is torch.ops.aten.mul.Tensor and not chain.issuperset(user.all_input_nodes):
                 return user
-            rule = find_rule(user.target) if user.op == "call_function" else None
-            follows = rule is not None and (rule.values in (Values.MOVED, Values.CAST) or rule.adds)
+            follows = values_of(user) in (Values.MOVED, Values.CAST) or is_sum(user)
             if follows and user not in chain:
                 chain.add(user)
                 pending.append(user)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.axes import Index
 from fxprune.data.calibration import Calibration, Sample, batch_indices, batched, clear_sample_errors, spread
@@ -24,14 +24,14 @@ from fxprune.discovery.groups import Consumer, Group, Groups, bare_kind, units_a
 from fxprune.errors import CalibrationError
 from fxprune.graph.compat import is_free
 from fxprune.graph.facts import Fact, Runnable, facts_of
-from fxprune.graph.tensors import device_of, find_nonfinite, require_weights, weights
+from fxprune.graph.tensors import device_of, require_weights, weights
 from fxprune.masking.masked_run import GatedRun, output_tensors, spread_gates
 from fxprune.masking.objective import Objective, gives_classes, sample_loss
 from fxprune.masking.parts import LOW_MEMORY, Hooks, Part, PartRuns
 from fxprune.masking.teacher import batch_size, logits_use_bf16
 from fxprune.offload.files import (
+    cache_folder,
     cached_tensors,
-    is_caching,
     offloaded,
     require_cached_tensors,
     resume_scope,
@@ -39,7 +39,7 @@ from fxprune.offload.files import (
     write_cached_tensors,
 )
 from fxprune.offload.prefetch import current_prefetcher, to_device
-from fxprune.offload.ranks import all_reduce, barrier, deal, shard, world_size
+from fxprune.offload.ranks import all_reduce, barrier, check_enough, deal, world_size
 from fxprune.pipeline.arguments import Memory, Order, Precision, argument
 from fxprune.pipeline.contract import PassCost, tracked
 from fxprune.removal.removal import Array, Scores
@@ -76,9 +76,7 @@ def _gradient_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of a weight as ``first.T @ second``, ``(tokens, rows)`` and ``(tokens, columns)``.
 
-    Args:
-        inputs: those of the product.
-        gradient: that of its outputs.
+    ``inputs`` are those of the product, ``gradient`` is that of its outputs.
     """
     read, given = (value.reshape(-1, value.shape[-1]) for value in (inputs, gradient))
     return (given, read) if product.axis == 1 else (read, given)
@@ -91,7 +89,7 @@ def recordable_products(graph_module: fx.GraphModule) -> dict[str, LoneProduct]:
     """
     if any(writes(node) for node in graph_module.graph.nodes):
         return {}
-    return {product.name: product for product in lone_products(graph_module)}
+    return {product.name: product for product in lone_products(graph_module) if isinstance(product, LoneProduct)}
 
 
 def count_tokens(samples: Sequence[Sample]) -> int:
@@ -347,7 +345,8 @@ class _GradientSweep:
         bf16: bool = False,
     ) -> None:
         self.graph_module, self.total, self.order = graph_module, sum(map(len, batches)), order
-        self.numbers = shard(range(len(batches)))
+        check_enough(batches)
+        self.numbers = deal(range(len(batches)))
         """Of the batches of this process, among those of all."""
         self.batches = [batches[number] for number in self.numbers]
         self.sizes = [len(batch) for batch in batches]
@@ -493,7 +492,7 @@ class _GradientSweep:
 
         Those of the part before it are of no more use.
         """
-        if not is_caching():
+        if cache_folder() is None:
             return
         for batch, place in enumerate(self.numbers):
             gradients = {f"gradient {name}": value for name, value in self.runs.gradients_by_name(batch).items()}
@@ -554,7 +553,8 @@ def finite_loss(graph_module: fx.GraphModule, output: Any, sample: Sample, numbe
     """The loss of a sample, as :func:`sample_loss`; CalibrationError if it is not finite."""
     loss = sample_loss(graph_module, output, sample, number, name)
     if not bool(loss.isfinite()):
-        bad = find_nonfinite(graph_module)
+        trained = ((key, t) for key, t in weights(graph_module) if isinstance(t, nn.Parameter) and not t.is_meta)
+        bad = next((key for key, tensor in trained if not bool(tensor.isfinite().all())), "")
         what = f"the loss is {loss.item()}{f': {bad} has values that are not finite' if bad else ''}"
         remedy = "Repair the weights, or look for samples that the model cannot process"
         raise CalibrationError(what, where="calibration", remedy=remedy)

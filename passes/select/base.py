@@ -22,7 +22,7 @@ from fxprune.axes import Factor, Freeze, Keep, Mask, unit_index
 from fxprune.discovery.dependency import AxisMap, Dependencies
 from fxprune.discovery.explain import frozen_in, unruled
 from fxprune.discovery.groups import DEFAULT_KINDS, Group, Groups, as_kinds, bare_kind
-from fxprune.emit import inexpressible
+from fxprune.emit.emitted import inexpressible
 from fxprune.errors import ArgumentError, FxpruneError, PassError, PlanError, RatioError
 from fxprune.evaluation.speed import read_widths
 from fxprune.graph.facts import Change, Fact, Source, add_note, facts_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import fx, nn
 from fxprune.data.calibration import Calibration, Sample, hold_out
 from fxprune.discovery.dependency import Dependencies
 from fxprune.discovery.groups import Groups, as_kinds, bare_kind
-from fxprune.emit import stock_check
+from fxprune.emit.emitted import stock_check
 from fxprune.errors import ArgumentError, RatioError
 from fxprune.evaluation.speed import times_file
 from fxprune.graph.context import attempt
@@ -202,8 +203,8 @@ class SelectByRatioPass(SelectPass):
     compensate: Pass | None = argument(
         None,
         """The fit of candidates of ``width``, on other samples than they are then run on. If the masked model is better
-        with less width, further shares are tried as long as the divergence of the fitted one falls: a fit makes up for
-        more of a narrower residual width than of emptied layers. None for no further shares.""",
+        with less width, further shares are tried as long as the divergence of the fitted one falls, or else the shares
+        before: a fit makes up for more of some removals than of others. None to compare masked models alone.""",
         check=pass_argument("compensate"),
     )
     wants: ClassVar[tuple[type[Fact], ...]] = (*SelectPass.wants, Calibration, Runnable)
@@ -371,22 +372,34 @@ class SelectByRatioPass(SelectPass):
     def _narrowed(
         self, selection: Selection, samples: Sequence[Sample], whole: WidthCandidate, narrower: Iterator[WidthCandidate]
     ) -> WidthCandidate:
-        """The candidate up to which the divergence falls: that of the masked model, then that of the fitted one."""
-        best, following, changes = whole, next(narrower, None), list[str]()
+        """The candidate that models lead to by their divergence: masked ones, and from there on fitted ones.
+
+        Fitted ones may also lead back: a fit makes up for more of some removals than of others.
+        """
+        candidates, at, changes = [whole], 0, list[str]()
+
+        def candidate(place: int) -> WidthCandidate | None:
+            if place == len(candidates):
+                candidates.extend(itertools.islice(narrower, 1))
+            return candidates[place] if 0 <= place < len(candidates) else None
+
+        if candidate(1) is None:
+            return whole
         for name, measure in self._measures(selection, samples):
-            if following is None:
-                break
-            before = best
-            least = first = measure(best.choices)
-            while following is not None and (found := measure(following.choices)) < least:
-                least, best, following = found, following, next(narrower, None)
-            if best is not before:
-                changes.append(f"divergence of the {name} model {least:.2f} in place of {first:.2f}")
-            if best is whole:  # fits take much longer than runs, and changed nothing there where it was tried
+            before, least = at, measure(candidates[at].choices)
+            first = least
+            for step in (1, -1):
+                while (one := candidate(at + step)) is not None and (found := measure(one.choices)) < least:
+                    least, at = found, at + step
+                if at != before:
+                    changes.append(f"divergence of the {name} model {least:.2f} in place of {first:.2f}")
+                    break
+            if not at:  # fits take much longer than runs, and changed nothing there where it was tried
                 break
         if changes:
-            selection.note(f"residual width is {best.part:.0%} of what is removed: {', '.join(changes)}")
-        return best
+            part = candidates[at].part
+            selection.note(f"residual width is {part:.0%} of what is removed: {', '.join(changes)}")
+        return candidates[at]
 
     def _measures(
         self, selection: Selection, samples: Sequence[Sample]

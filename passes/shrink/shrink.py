@@ -35,7 +35,6 @@ from fxprune.graph.shapes import ShapedCalls, calls_of, fits_mode, same_shapes, 
 from fxprune.graph.tensors import (
     as_parameter,
     copy_tensor,
-    delete_tensor,
     device_of,
     get_tensor,
     has_meta_weights,
@@ -45,6 +44,7 @@ from fxprune.graph.tensors import (
     read_argument,
     set_argument,
     set_tensor,
+    submodule,
     take,
     tensor_name,
     weights,
@@ -56,8 +56,6 @@ from fxprune.masking.compare import (
     compare,
     find_divergence,
     masked_by_block,
-    masked_outputs,
-    require_equal,
     slim_by_block,
     slim_outputs,
 )
@@ -295,8 +293,7 @@ def record_masked_outputs(graph_module: fx.GraphModule, *, by_block: bool, seed:
         why = "the module draws random numbers in evaluation" if is_random else "the weights are on meta"
         add_note(graph_module, f"not verified: {why}")
         return MaskedOutputs(inputs, None, None, {})
-    run = graph_module, removal, inputs
-    outputs, leaving = masked_by_block(*run) if by_block else (masked_outputs(*run), {})
+    outputs, leaving = masked_by_block(graph_module, removal, inputs, by_block=by_block)
     frees_dense = source is not None and source.shares
     return MaskedOutputs(inputs, outputs, None if frees_dense else fork(graph_module), leaving)
 
@@ -319,7 +316,9 @@ def verify_removal(graph_module: fx.GraphModule, expected: MaskedOutputs) -> Ver
             where = next(wrong, "the outputs (prune with $inplace=False to see the node)")
             if expected.dense is not None:
                 where = find_divergence(expected.dense, graph_module, facts[Removed].removal, expected.inputs)
-            require_equal(error, where)
+            what = f"slim and masked outputs differ by {error:.2e}, more than {TOLERANCE:.0e}"
+            remedy = "Please report the model's config; freeze the group concerned by leaving its kind out"
+            raise VerificationError(what, where=where, remedy=remedy)
     if verified.blocks:
         largest = f"{verified.blocks[verified.worst]:.1e} in {verified.worst}"
         add_note(graph_module, f"verified block by block: the largest difference is {largest}")
@@ -455,7 +454,8 @@ class EliminateDeadCodePass(Pass):
         changed = graph_module.graph.eliminate_dead_code(is_impure)
         read = {name for name, _ in weights(graph_module)}
         for name in [name for name, _ in named_tensors(graph_module) if name not in read]:
-            delete_tensor(graph_module, name)
+            owner, _, leaf = name.rpartition(".")
+            delattr(submodule(graph_module, owner), leaf)
             changed = True
         graph_module.delete_all_unused_submodules()
         if changed:  # an unchanged graph has been linted before

@@ -178,6 +178,8 @@ def _start(rows: int, rank: int) -> torch.Tensor:
 def _tuned_products(graph_module: fx.GraphModule, removal: Removal, everywhere: bool) -> Iterator[LoneProduct]:
     """Yield the products with a weight that nothing else reads: all, or those that lost inputs."""
     for product in lone_products(graph_module):
+        if not isinstance(product, LoneProduct):
+            continue
         exprs = removal.axes.tensors.get(product.name)
         lost = exprs is not None and removal.keep.touches(exprs[product.axis])
         if everywhere or lost:

@@ -78,8 +78,7 @@ class Progress:
     def of_first(self, numbers: Sequence[torch.Tensor]) -> Progress:
         """The progress of the first process, in each of them: others may have rounded, resumed or stopped otherwise.
 
-        Args:
-            numbers: tensors of the shapes of those that are trained.
+        ``numbers`` are tensors of the shapes of those that are trained.
         """
         step, misses, first, best, count = broadcast_object(
             (self.step, self.misses, self.first, self.best, len(self.kept))

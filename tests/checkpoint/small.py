@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxprune.checkpoint.manifest import content_digest
-from fxprune.emit import emit
+from fxprune.emit.emitter import emit
 from tests.models import all_tensors, tiny
 
 

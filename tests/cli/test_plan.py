@@ -13,7 +13,6 @@ import fxprune
 import fxprune.cli.console
 from fxprune.cli.plan import read_plan
 from fxprune.report.report import Report
-from tests.checkpoint.small import sealed
 from tests.cli.running import output_of, refused, run
 from tests.models import token_ids
 
@@ -38,14 +37,6 @@ def test_what_went_is_shown_by_block_and_kind(models: Path) -> None:
     dense, slim = json.loads((models / "slim/report.json").read_text())["parameters"]
     assert f"parameters: {dense:,} to {slim:,}, " in output and "norms over removed units: sliced" in output
     assert run("plan", "show", models / "slim/plan.json") == (0, output, "")
-
-
-def test_a_checkpoint_alone_has_its_plan(models: Path, tmp_path: Path) -> None:
-    """Earlier releases kept plan and report in the manifest."""
-    manifest = json.loads((models / "slim/fxprune.json").read_text())
-    kept = {name: json.loads((models / f"slim/{name}.json").read_text()) for name in ("plan", "report")}
-    (tmp_path / "fxprune.json").write_text(json.dumps(sealed(manifest | kept)))
-    assert output_of("plan", "show", tmp_path) == output_of("plan", "show", models / "slim")
 
 
 def test_a_command_before_it_that_was_quiet_does_not_silence_it(tmp_path: Path) -> None:

@@ -34,12 +34,13 @@ from fxprune.data.built_in import (
 from fxprune.data.calibration import (
     IGNORED,
     Sample,
+    batch_indices,
+    batched,
     embedding_rows,
     make_inputs,
     next_token_loss,
     noised,
     plain_tokens,
-    stacked,
     token_input,
 )
 from fxprune.data.processed import needs_processor, processed_samples
@@ -123,7 +124,8 @@ def test_loss_is_that_of_the_next_token_and_skips_what_is_ignored() -> None:
 
 def test_samples_of_one_shape_are_stacked(graph_module: fx.GraphModule) -> None:
     samples = [sample for tokens in (ids(3, 6), ids(1, 4)) for sample in read_calibration(tokens, graph_module)]
-    shapes = [tuple(batch["x"].shape) for batch in stacked(samples, graph_module, 2)]
+    numbers = list(batch_indices(samples, graph_module, 2))
+    shapes = [tuple(batched([samples[i] for i in each], graph_module)["x"].shape) for each in numbers]
     assert shapes == [(2, 6), (1, 6), (1, 4)]
     assert embedding_rows(graph_module) == {"x": ROWS} and token_input(graph_module) == "x"
 
@@ -154,7 +156,8 @@ def test_inputs_other_than_tensors_are_as_traced_and_lists_of_tensors_are_refuse
     graph_module = trace(Takes(), {"scale": 2.0, "ids": ids}).graph_module
     samples = read_calibration(data, graph_module)
     assert [list(sample.inputs) for sample in samples] == [["scale", "ids"]] * 3
-    (batch,) = stacked(samples, graph_module, 8)
+    assert list(batch_indices(samples, graph_module, 8)) == [(0, 1, 2)]
+    batch = batched(samples, graph_module)
     assert batch["scale"] == 2.0 and graph_module(**batch).shape == (3, 4, ROWS)
     with pytest.raises(CalibrationError, match="takes a list for ids"):
         read_calibration(data, trace(Takes(), {"scale": 2.0, "ids": [ids, ids]}).graph_module)

@@ -17,10 +17,10 @@ from fxprune.data.rows import TEMPLATE, TEMPLATE_WITH_INPUT, BadRow, Row, parse_
 from fxprune.data.text import (
     RUN,
     calibration_text,
-    calibration_windows,
     is_text,
     paragraphs,
     read_text,
+    text_samples,
     token_windows,
     unseen,
 )
@@ -71,22 +71,19 @@ def test_token_windows_follow_the_text_without_overlap() -> None:
     windows = token_windows(characters, text, tokens=3)
     assert windows.dtype == torch.int64
     assert ["".join(map(chr, window)) for window in windows.tolist()] == ["abc", "def", "ghi"]
-    assert torch.equal(token_windows(characters, text, tokens=3, limit=2), windows[:2])
-    assert token_windows(characters, text, tokens=3, limit=9).shape == (3, 3)
-    for tokens, limit in ((11, None), (0, None), (3, 0)):
-        with pytest.raises(DataError):
-            token_windows(characters, text, tokens=tokens, limit=limit)
+    with pytest.raises(DataError):
+        token_windows(characters, text, tokens=11)
 
 
 def test_windows_are_spread_over_the_text() -> None:
     text = "".join(chr(i) for i in range(100))
-    found = calibration_windows(characters, text, 3, 10, "here")
+    found = text_samples([text], characters, 3, 10)["input_ids"]
     assert found[:, 0].tolist() == [0, 30, 60] and found.shape == (3, 10)
-    assert calibration_windows(characters, text, None, 10, "here").shape == (10, 10)
-    assert calibration_windows(characters, "ab" * 3000, None, 2, "here").shape == (1024, 2)
+    assert text_samples([text], characters, None, 10)["input_ids"].shape == (10, 10)
+    assert text_samples(["ab" * 3000], characters, None, 2)["input_ids"].shape == (1024, 2)
     for samples, tokens in ((11, 10), (None, 101)):
-        with pytest.raises(CalibrationError, match=r"here.*100 tokens are fewer than"):
-            calibration_windows(characters, text, samples, tokens, "here")
+        with pytest.raises(CalibrationError, match=r"the texts passed.*100 tokens are fewer than"):
+            text_samples([text], characters, samples, tokens)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +354,7 @@ def test_text_calibrates_as_the_windows_of_it_do(asked: list[tuple[Any, ...]], t
     graph_module = trace(model, {"input_ids": token_ids(2, 8)}).graph_module
     file, rows = tmp_path / "a.txt", datasets.Dataset.from_dict({"text": TEXTS})
     file.write_text("\n\n".join(TEXTS))
-    want = calibration_windows(tokenizer, "\n\n".join(TEXTS), 3, 20, "here")
+    want = text_samples(["\n\n".join(TEXTS)], tokenizer, 3, 20)["input_ids"]
     sources: list[tuple[Any, str]] = [("c4", "c4"), (file, "a.txt"), (str(file), "a.txt")]
     streams = (
         rows.to_iterable_dataset(),

@@ -23,7 +23,6 @@ import fxprune
 import fxprune.draw.write
 from fxprune.axes import factors
 from fxprune.discovery.explain import frozen_axes
-from fxprune.discovery.groups import propagate
 from fxprune.draw.atlas import Atlas
 from fxprune.draw.graphviz import FROZEN, _quoted, draw, hue_of
 from fxprune.draw.view import contracted
@@ -274,7 +273,7 @@ def test_group_shows_all_that_the_search_reaches(llama: nx.Graph, tmp_path: Path
     group = next(g for g in fxprune.find_groups(llama) if g.name == "model.layers.1/head")
     picture = Picture(tmp_path, llama, group=group)
     holding = {a for a, data in llama.nodes(data=True) if group.factor in factors(data["expr"])}
-    reached = propagate(llama, group.trigger, holding)
+    reached = nx.node_connected_component(llama.subgraph(holding), group.trigger)
     assert picture.nodes.keys() == {f"{a.tensor}[{a.dim}]" for a in reached}
     assert any(node.get("style") == '"filled,rounded"' for node in picture.nodes.values())
     marked = [name for name, node in picture.nodes.items() if plain(node.get("peripheries")) == "2"]

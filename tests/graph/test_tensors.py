@@ -12,7 +12,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fxprune.errors import CalibrationError, PassError
-from fxprune.graph import counting
 from fxprune.graph.compat import (
     UNKNOWN_SIZE,
     clear_symbolic_caches,
@@ -21,7 +20,7 @@ from fxprune.graph.compat import (
     size_hint,
     size_range,
 )
-from fxprune.graph.counting import Work, count_bytes, count_macs, count_parameters
+from fxprune.graph.counting import SampleSizes, Work, count_bytes, count_macs, count_parameters
 from fxprune.graph.facts import (
     Change,
     Fact,
@@ -270,6 +269,7 @@ def test_work_that_depends_on_data_is_unknown_without_values() -> None:
 def test_shapes_alone_count_what_a_run_counts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph_module = traced(family)
     quick = [count_macs(graph_module, tokens) for tokens in (64, 7)]
-    assert quick[0] == counting._by_shapes(graph_module.graph, counting._chosen(graph_module.graph, 1, 64)) // 2
-    monkeypatch.setattr(counting, "_by_shapes", None)
+    sizes = SampleSizes.of_sample(graph_module.graph)
+    assert quick[0] == sum(map(sizes.operations, graph_module.graph.nodes)) // 2
+    monkeypatch.setattr(SampleSizes, "operations", None)
     assert quick == [count_macs(graph_module, tokens) for tokens in (64, 7)]

@@ -18,7 +18,7 @@ from fxprune.errors import FxpruneError, PassError
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import weights
 from fxprune.masking import teacher as masking_teacher
-from fxprune.masking.compare import compare, masked_outputs
+from fxprune.masking.compare import compare
 from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, UntouchedRun, spread_gates
 from fxprune.masking.objective import Objective, drawn_divergence, gives_classes, own_loss, predicts_next, sample_loss
 from fxprune.masking.teacher import (
@@ -35,7 +35,7 @@ from fxprune.rules import picked
 from fxprune.trace import trace
 from tests.architectures.library import LIBRARY, stirred
 from tests.models import tiny, token_ids
-from tests.oracle import Net, axes_of, decide, discover, groups_of, removal_of
+from tests.oracle import Net, axes_of, decide, discover, groups_of, masked_outputs, removal_of
 from tests.remembered import grouped
 from tests.zoo import tiny_model
 

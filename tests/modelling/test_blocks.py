@@ -116,15 +116,11 @@ def config_with(section: Any) -> PreTrainedConfig:
     return config
 
 
-def test_sections_of_the_first_releases_are_read() -> None:
+def test_a_section_is_read_with_the_fields_of_its_blocks() -> None:
     place = {"index": 3, "fields": {"num_hidden_layers": 4}}
-    earlier = {**WHERE, "layers": {"0": {}}, "places": {"2": place}, "holds": {"n": 1}, "built_with": {"n": 2}}
-    assert overrides_in(config_with(earlier)) == Overrides(
-        block_fields={"model.layers.0": {}},
-        built_at={"model.layers.2": place},
-        written_afterwards={"n": 1},
-        built_with={"n": 2},
-    )
+    own = {"built_at": {"model.layers.2": place}, "written_afterwards": {"n": 1}, "built_with": {"n": 2}}
+    found = overrides_in(config_with({**WHERE, "layers": {"0": {}}, **own}))
+    assert found == Overrides(block_fields={"model.layers.0": {}}, **own)
 
 
 @pytest.mark.parametrize("section", [{"layers": []}, {"attributes": 3}, {"layers": {"first": {}}}])

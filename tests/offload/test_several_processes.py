@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fxprune
 from fxprune.checkpoint.low_memory import resumable_folder
-from fxprune.errors import ArgumentError, FxpruneError, PassError, UnsupportedModelError
+from fxprune.errors import ArgumentError, FxpruneError, PassError, RecoveryError, UnsupportedModelError
 from fxprune.evaluation import perplexity
 from fxprune.offload import ranks
 from fxprune.offload.files import cached, offload_to, uncache, write_cached
@@ -24,10 +24,11 @@ from fxprune.offload.ranks import (
     barrier,
     broadcast,
     broadcast_object,
+    check_enough,
     check_one_device,
     check_same,
-    check_trainable,
     check_unsharded,
+    deal,
     decide_on_first,
     input_device,
     is_first,
@@ -37,7 +38,6 @@ from fxprune.offload.ranks import (
     rank,
     reduce_to_own,
     run_on_first,
-    shard,
     shard_indices,
     start_gather,
 )
@@ -206,7 +206,7 @@ def test_an_offloaded_model_is_not_traced_or_trained_and_can_be_measured(
     with pytest.raises(UnsupportedModelError, match=r"device_map has offloaded it.*prune_checkpoint"):
         fxprune.trace(model)
     with pytest.raises(UnsupportedModelError, match=r"offloaded it.*fsdp"):
-        check_trainable(model, "pruned")
+        fxprune.recover(model)
     whole = AutoModelForCausalLM.from_pretrained(folder)
     assert float(perplexity(model, token_ids(4))) == pytest.approx(float(perplexity(whole, token_ids(4))), rel=1e-6)
     with pytest.raises(UnsupportedModelError, match="offloaded"):
@@ -237,10 +237,11 @@ def test_a_plain_model_is_neither_sharded_nor_refused() -> None:
     model = tiny("llama")
     check_unsharded(model)
     check_one_device(model)
-    check_trainable(model, "pruned")
     assert not is_sharded(model)
+    with pytest.raises(RecoveryError, match="tokenizer is None"):
+        fxprune.recover(model)
     with pytest.raises(UnsupportedModelError, match="weights are on meta"):
-        check_trainable(nn.Linear(2, 2, device="meta"), "pruned")
+        fxprune.recover(model.to("meta"))
 
 
 def test_one_process_does_everything() -> None:
@@ -248,7 +249,8 @@ def test_one_process_does_everything() -> None:
     all_reduce([sums])
     broadcast([sums])
     with process_group():
-        assert shard([3, 4, 5]) == (3, 4, 5) and rank() == 0 and is_first() and broadcast_object("x") == "x"
+        check_enough([3, 4, 5])
+        assert deal([3, 4, 5]) == (3, 4, 5) and rank() == 0 and is_first() and broadcast_object("x") == "x"
     assert sums.tolist() == [1.0, 2.0] and list(shard_indices(3)) == [0, 1, 2]
     assert run_on_first(lambda: 7, FxpruneError) == 7
     with pytest.raises(KeyError):

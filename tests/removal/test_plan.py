@@ -27,7 +27,6 @@ from fxprune.removal.removal import (
     Scores,
     kept_norm_modules,
     scaled_numbers,
-    scaled_weights,
     score_groups,
     unit_scores,
     unkept_norm_reasons,
@@ -174,9 +173,9 @@ def test_numbers_and_weights_of_a_removal_and_the_reason_why_a_norm_is_not_resca
     keep = Keep({groups[12].factor: np.arange(12) < 9, groups[8].factor: np.arange(8) < 4})  # type: ignore[dict-item]
     (change,) = scaled_numbers(axes, keep).values()
     assert change == RescaledNumber(0.5, 0.5 * 12 / 9)
-    ((name, scaling),) = scaled_weights(axes, keep).items()
+    ((name, scaling),) = Removal(axes, groups_of(graph), keep).scaled.items()
     assert name == "w" and scaling.offset == 0 and abs(scaling.factor - (12 / 9) ** 0.5) < 1e-12
-    assert scaled_numbers(axes, Keep()) == scaled_weights(axes, Keep()) == {}
+    assert scaled_numbers(axes, Keep()) == Removal(axes, groups_of(graph), Keep()).scaled == {}
     assert len(kept_norm_modules(axes, keep)) == 1 and kept_norm_modules(axes, Keep()) == ()
     (line,) = unkept_norm_reasons(axes, groups[8].renormalised)
     assert "is taken over the kept units" in line and "before a weight has been multiplied" in line

@@ -11,14 +11,15 @@ import fxprune
 from fxprune.errors import FxpruneError
 from fxprune.rules.probing import scaled_literal, scaling_power, shift_of
 from fxprune.rules.products import (
-    lone_sliding_products,
-    lone_stacked_products,
+    SlidingProduct,
+    StackedProduct,
+    lone_products,
     picked_matrices,
     sliding_product,
     stacked_product,
     weight_product,
 )
-from fxprune.rules.registry import alias_roots, find_spelling, may_alias, moves_values, read_notation, regroups, writes
+from fxprune.rules.registry import alias_roots, may_alias, moves_values, read_notation, regroups, writes
 from fxprune.trace import trace
 from tests.oracle import Net
 
@@ -40,7 +41,6 @@ WRONG = {
     "same-tensor-twice": ("input[i], input[j] -> out[i, j]", "a tensor occurs twice"),
     "no-clause": ("input[*b, i] -> out[*b]  sum i", "is not a clause"),
     "by-what": ("input[*b, i] -> out[*b]  i by rows", "a clause names rows"),
-    "zero-with-what": ("input[*b, i] -> out[*b, i]  i zero with shift", "a clause names shift"),
 }
 
 
@@ -105,7 +105,6 @@ def test_a_write_through_a_view_has_the_root_of_the_view() -> None:
     root = alias_roots(graph)
     (written,) = (node for node in graph.nodes if writes(node))
     assert root[written].target is aten.clone.default
-    assert find_spelling(aten.view.default) is not None and find_spelling(aten.view.dtype) is None
     views = [node for node in graph.nodes if may_alias(node) and root[node] is root[written]]
     assert len(views) >= 2 and not any(regroups(node) for node in views)
 
@@ -212,7 +211,8 @@ def test_a_stacked_product_is_recomputed_from_its_parts(name: str) -> None:
     body, shape, weight = STACKED[name]
     model, x = Net(body, w=drawn(*weight)), torch.randn(shape)
     graph_module = trace(model, {"x": x}).graph_module
-    (found,) = lone_stacked_products(graph_module)
+    (found,) = lone_products(graph_module)
+    assert isinstance(found, StackedProduct)
     source = found.source.args[0] if name == "picked" else found.source
     assert source.op == "placeholder" and found.weight.target == "w"  # type: ignore[union-attr]
     w = model.w.permute(found.order)  # type: ignore[operator]
@@ -246,7 +246,7 @@ OTHERS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], tuple[int, 
 def test_other_products_are_not_stacked_products(name: str) -> None:
     body, shape, weight = OTHERS[name]
     graph_module = trace(Net(body, w=drawn(*weight)), {"x": torch.randn(shape)}).graph_module
-    assert not list(lone_stacked_products(graph_module))
+    assert not any(isinstance(found, StackedProduct) for found in lone_products(graph_module))
 
 
 def test_other_nodes_are_not_products() -> None:
@@ -270,7 +270,8 @@ def test_a_sliding_product_is_recomputed_from_its_inputs(name: str) -> None:
     module, shape = SLIDING[name]
     x = torch.randn(shape)
     graph_module = trace(Net(lambda m, x: m.a(x), a=module), {"x": x}).graph_module
-    (found,) = lone_sliding_products(graph_module)
+    (found,) = lone_products(graph_module)
+    assert isinstance(found, SlidingProduct)
     weight = dict(module.named_parameters())["weight"]
     inputs = found.inputs({found.source: x, found.weight: weight}, torch.arange(5))
     out = (inputs @ weight.permute(found.order).flatten(1).T).movedim(-1, found.outputs)
@@ -285,4 +286,4 @@ def test_a_sliding_product_is_recomputed_from_its_inputs(name: str) -> None:
 @pytest.mark.parametrize("groups", [2, 6])
 def test_channels_in_groups_are_left_out(groups: int) -> None:
     module = Net(lambda m, x: m.a(x), a=nn.Conv1d(6, 6, 3, groups=groups))
-    assert not list(lone_sliding_products(trace(module, {"x": torch.randn(2, 6, 11)}).graph_module))
+    assert not list(lone_products(trace(module, {"x": torch.randn(2, 6, 11)}).graph_module))

@@ -21,7 +21,7 @@ from fxprune.discovery.explain import frozen_axes
 from fxprune.discovery.groups import Group
 from fxprune.errors import PlanError, RatioError
 from fxprune.graph.facts import facts_of
-from fxprune.masking.compare import TOLERANCE, compare, masked_outputs, slim_outputs
+from fxprune.masking.compare import TOLERANCE, compare, slim_outputs
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass
 from fxprune.removal.plan import Plan, keep_of, plan_of
@@ -34,6 +34,7 @@ from tests.oracle import (
     discover,
     graph_of,
     groups_of,
+    masked_outputs,
     plain_outputs,
     removal_of,
     slim_graph,

@@ -374,6 +374,13 @@ def writes(module: nn.Module) -> list[str]:
     return [str(n.target) for n in graph_module.graph.nodes if n.op == "call_function" and is_impure(n)]
 
 
+def test_a_view_of_a_shape_is_a_reshape_and_one_of_a_dtype_stays() -> None:
+    net = Net(lambda net, x: x.view(2, 6).view(torch.int32).view(torch.float32) * net.w, w=nn.Parameter(torch.ones(6)))
+    ops = targets(trace(net, {"x": torch.randn(2, 2, 3)}).graph_module, "call_function")
+    aten = torch.ops.aten
+    assert ops[-4:] == [aten.reshape.default, aten.view.dtype, aten.view.dtype, aten.mul.Tensor]
+
+
 def test_a_write_is_replaced_unless_a_view_sees_it() -> None:
     def routed(net: Net, x: torch.Tensor) -> torch.Tensor:
         """Weights of a router, made to sum to one: read, then divided in place."""

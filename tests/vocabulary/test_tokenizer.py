@@ -107,7 +107,8 @@ def with_bytes(*texts: str, **steps: Any) -> Tokens:
 def merged(*merges: str, alphabet: str = "abcd") -> Tokens:
     """Byte pair encoding with these merges, in order, and ids after those of the alphabet."""
     texts = [*alphabet, *dict.fromkeys(merge.replace(" ", "") for merge in merges)]
-    return tokens_of({"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)}, "merges": list(merges)})
+    pairs = [merge.split() for merge in merges]
+    return tokens_of({"type": "BPE", "vocab": {text: i for i, text in enumerate(texts)}, "merges": pairs})
 
 
 def chosen(tokens: Tokens, size: int, counts: dict[str, int], expected: dict[str, float] | None = None) -> str:
@@ -148,7 +149,7 @@ def test_the_merges_of_a_token_are_those_that_are_applied() -> None:
 
 def test_a_token_that_no_merge_makes_is_written_by_what_merges_make() -> None:
     texts = {"a": 0, "b": 1, "ab": 2, "aba": 3}
-    tokens = tokens_of({"type": "BPE", "vocab": texts, "merges": ["a b"], "ignore_merges": True})
+    tokens = tokens_of({"type": "BPE", "vocab": texts, "merges": [["a", "b"]], "ignore_merges": True})
     assert tokens.parts(3) == () and tokens.pieces(3, ()) == (2, 0)
     assert tokens.written(3, {2, 3}) == (0, 1, 0)
 

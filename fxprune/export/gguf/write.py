@@ -27,8 +27,8 @@ from fxprune.export.gguf.quantization import (
 )
 from fxprune.export.gguf.reference import find_contents, input_importance
 from fxprune.export.gguf.tokenizer import Entry, copy_tokenizer, describe_tokenizer, entry_of
-from fxprune.export.program import LOW_PRECISION_TOLERANCE, wrap_export_errors
-from fxprune.masking.compare import TOLERANCE
+from fxprune.export.program import wrap_export_errors
+from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.offload.atomic import atomic_path
 from fxprune.removal.formats import Format
 
@@ -174,7 +174,7 @@ def check_gguf(
     """
     decoder = read_decoder(model)
     narrow = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in decoder.tensors.values())
-    contents = find_contents(decoder, LOW_PRECISION_TOLERANCE if narrow else TOLERANCE)
+    contents = find_contents(decoder, ROUGH if narrow else TOLERANCE)
     rows = contents.keys["vocab_size"]
     entries = copy_tokenizer(like, rows) if like is not None else describe_tokenizer(tokenizer, rows)
     empty = [entry.key for entry in entries if entry.kind == gguf.GGUFValueType.ARRAY and not len(entry.value)]

@@ -408,7 +408,8 @@ def find_dependence(
         native: the dtype of its weights; ``other`` is the one to try.
         dry_run: the run in its dtype and in evaluation mode on ``meta``, if it runs there.
     """
-    modes, varies = _modes(model), other != native
+    training = {path: module.training for path, module in model.named_modules()}
+    modes, varies = training if any(training.values()) else {}, other != native
     if not (modes or varies):
         return Dependence()
     found = Dependence()
@@ -424,12 +425,6 @@ def find_dependence(
         if plain is not None and by_dtype is not None and by_mode is not None:
             break
     return found
-
-
-def _modes(model: nn.Module) -> Mapping[str, bool]:
-    """Whether each module is in training, by path; empty if none is."""
-    modes = {path: module.training for path, module in model.named_modules()}
-    return modes if any(modes.values()) else {}
 
 
 def _first_difference(

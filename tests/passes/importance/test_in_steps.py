@@ -18,14 +18,13 @@ from fxprune.data.calibration import Calibration, Sample
 from fxprune.errors import ArgumentError, CalibrationError, PassError
 from fxprune.graph.facts import facts_of, fork
 from fxprune.graph.tensors import get_tensor, set_tensor
-from fxprune.masking.compare import masked_outputs
 from fxprune.offload import files
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass
 from fxprune.removal.removal import Removal, Scores
 from tests.forked import in_processes
 from tests.models import tiny, token_ids
-from tests.oracle import Net, axes_of, discover, groups_of
+from tests.oracle import Net, axes_of, discover, groups_of, masked_outputs
 from tests.passes.compensate.test_least_squares import deep
 from tests.remembered import grouped
 
