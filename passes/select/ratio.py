@@ -392,13 +392,14 @@ class SelectByRatioPass(SelectPass):
                 while (one := candidate(at + step)) is not None and (found := measure(one.choices)) < least:
                     least, at = found, at + step
                 if at != before:
-                    changes.append(f"divergence of the {name} model {least:.2f} in place of {first:.2f}")
+                    shares = f"{least:.2f} at {candidates[at].part:.0%}, {first:.2f} at {candidates[before].part:.0%}"
+                    changes.append(f"divergence of the {name} model {shares}")
                     break
             if not at:  # fits take much longer than runs, and changed nothing there where it was tried
                 break
         if changes:
             part = candidates[at].part
-            selection.note(f"residual width is {part:.0%} of what is removed: {', '.join(changes)}")
+            selection.note(f"residual width is {part:.0%} of what is removed: {'; '.join(changes)}")
         return candidates[at]
 
     def _measures(

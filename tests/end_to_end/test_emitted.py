@@ -253,10 +253,10 @@ def test_width_that_is_measured_leaves_a_model_of_its_class(
 ) -> None:
     """Less width gave a graph alone where a class makes tables for each layer, or views of a fixed width."""
     numbers = count()
-    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", lambda *_: lambda _: -next(numbers))
+    monkeypatch.setattr("fxprune.passes.select.ratio.divergence_by_removal", lambda *_: lambda *_: -next(numbers))
     recipe = read_recipe("fast")
     recipe["compensate"], recipe["importance"] = None, "l2{kinds=[mlp, head, exact-channel]}"
-    recipe.set_arguments("select", {"kinds": ("mlp", "head", "exact-channel"), "width": (0.5,)})
+    recipe.set_arguments("select", {"kinds": ("mlp", "head", "exact-channel"), "width": (0.5,), "compensate": None})
     result = fxprune.prune(
         tiny_model(model_type), token_ids(), recipe=recipe, ratio=0.1, protect=(), round_to={"channel": 1}, eval=False
     )

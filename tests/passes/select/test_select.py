@@ -193,6 +193,8 @@ def test_width_goes_further_or_back_as_far_as_the_divergence_of_the_fitted_model
     notes = [line for line in facts_of(calibrated)[Notes].lines if "residual width is" in line]
     assert len(notes) == bool(fitted)
     assert all(("of the fitted model" in line) == (part != start) for line in notes)
+    beginning = f"residual width is {part:.0%} of what is removed: divergence of the masked model "
+    assert all(line.startswith(f"{beginning}{min(masked):.2f} at {start:.0%}, ") for line in notes), notes
 
 
 def test_candidates_are_fitted_on_other_samples_and_on_copies(
