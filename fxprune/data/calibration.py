@@ -177,6 +177,15 @@ def hold_out(samples: Sequence[Sample], count: int) -> tuple[tuple[Sample, ...],
     return taken, tuple(sample for sample in samples if id(sample) not in numbers)
 
 
+def has_stalled(errors: Sequence[float], patience: int) -> bool:
+    """Whether none of the last ``patience`` errors on held-out samples is a new best, and they do not fall either.
+
+    At the highest rates of a schedule a model is often worse than at its start, and gets better as the rate falls.
+    """
+    last, before = errors[-patience:], errors[:-patience]
+    return bool(before) and not min(last) < min(before) and not last[-1] < last[0]
+
+
 def plain_tokens(tokenizer: Any, classes: int) -> torch.Tensor:
     """Ids below ``classes`` of all tokens of a tokenizer that are not special; empty if it does not list them."""
     listed = getattr(tokenizer, "get_vocab", None)

@@ -57,7 +57,10 @@ class RecoverySettings(Arguments):
     held_out: float = _option(0.04, "Fraction of the samples to hold out, or their number if 1 or more.", above=0)
     evaluations: int = _argument(10, "Evaluations of the held-out loss in the run; each writes a checkpoint.", least=1)
     patience: int = _argument(
-        3, "Evaluations without a new best loss after which training ends; the best weights are kept.", least=1
+        3,
+        """Evaluations without a new best loss after which training ends, unless the loss is falling again; the best
+        weights are kept.""",
+        least=1,
     )
     precision: Precision = argument(
         "auto", "Precision of training; auto is bf16 if the device supports it natively.", panel=TRAINING

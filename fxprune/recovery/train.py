@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fxprune.data.calibration import IGNORED
+from fxprune.data.calibration import IGNORED, has_stalled
 from fxprune.errors import RecoveryError
 from fxprune.graph.context import eval_mode
 from fxprune.offload.distributed import is_fully_sharded, reshard
@@ -212,7 +212,7 @@ class _EarlyStopping(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.settings.patience:
+        if has_stalled(losses, self.settings.patience):
             control.should_training_stop = True
 
     on_train_begin = on_evaluate  # a resumed run may have been about to stop

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
-from fxprune.data.calibration import IGNORED
+from fxprune.data.calibration import IGNORED, has_stalled
 from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weights
@@ -63,16 +63,12 @@ class Progress:
 
     Args:
         step: steps done.
-        misses: measurements in a row without improvement.
-        first: held-out divergence at the start, in nats per position.
-        best: the lowest so far.
-        kept: the trained tensors it was measured with; none if nothing was better than the start.
+        errors: held-out divergence at the start and in each measurement, in nats per position.
+        kept: the trained tensors with the lowest; none if nothing was better than the start.
     """
 
     step: int
-    misses: int
-    first: float
-    best: float
+    errors: tuple[float, ...]
     kept: tuple[torch.Tensor, ...]
 
     def of_first(self, numbers: Sequence[torch.Tensor]) -> Progress:
@@ -80,12 +76,10 @@ class Progress:
 
         ``numbers`` are tensors of the shapes of those that are trained.
         """
-        step, misses, first, best, count = broadcast_object(
-            (self.step, self.misses, self.first, self.best, len(self.kept))
-        )
+        step, errors, count = broadcast_object((self.step, self.errors, len(self.kept)))
         kept = tuple(tensor.detach().clone() for tensor in (self.kept or numbers)[:count])
         broadcast(kept)
-        return Progress(step, misses, first, best, kept)
+        return Progress(step, errors, kept)
 
     def save(self, folder: str, mark: str, adam: torch.optim.Adam) -> None:
         """Save all that is needed to resume, in the first process; ``mark`` is the fingerprint of the run.
@@ -104,7 +98,7 @@ class Progress:
             (numbers,) = group["params"]
             held[f"numbers.{i}"] = numbers.detach()
             held.update({f"{name}.{i}": torch.as_tensor(value) for name, value in adam.state[numbers].items()})
-        state = {"step": self.step, "misses": self.misses, "first": self.first, "best": self.best}
+        state = {"step": self.step, "errors": self.errors}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
         with atomic_path(Path(folder) / _FILE, parents=True) as new:
             save_file(tensors, new, metadata={"mark": mark, "progress": json.dumps(state)})
@@ -118,7 +112,8 @@ class Progress:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("mark") != mark:
+                state = json.loads(metadata.get("progress", "{}"))
+                if metadata.get("mark") != mark or "errors" not in state:
                     return None
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):  # half a file, or another one: start again
@@ -135,7 +130,7 @@ class Progress:
             name, _, i = key.rpartition(".")
             states.setdefault(int(i), {})[name] = value
         adam.load_state_dict({"state": states, "param_groups": adam.state_dict()["param_groups"]})
-        return cls(**json.loads(metadata["progress"]), kept=tuple(kept))
+        return cls(state["step"], tuple(state["errors"]), tuple(kept))
 
 
 class Training:
@@ -180,8 +175,8 @@ class Training:
         check_same(lambda: {"the progress saved": resumed and resumed.step}, where=self.folder or "tuning")
         if resumed and self.stored is not None:
             self.stored.load(resumed.step)
-        progress = resumed or Progress(0, 0, first, first, ())
-        if progress.misses >= self.settings.patience:  # an earlier run ended so
+        progress = resumed or Progress(0, (first,), ())
+        if has_stalled(progress.errors, self.settings.patience):  # an earlier run ended so
             return progress
         every = max(1, self.steps // self.settings.measurements)
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -193,19 +188,17 @@ class Training:
             if (step + 1) % every and step + 1 < self.steps:
                 continue
             error = self._measure()
-            better = error < progress.best
+            better = error < min(progress.errors)
             if better and self.stored is not None:
                 self.stored.keep()
             progress = Progress(
                 step=step + 1,
-                misses=0 if better else progress.misses + 1,
-                first=progress.first,
-                best=error if better else progress.best,
+                errors=(*progress.errors, error if math.isfinite(error) else math.inf),
                 kept=tuple(numbers.detach().clone() for numbers in self.numbers) if better else progress.kept,
             )
             if self.folder:
                 self._save(progress)
-            if progress.misses >= self.settings.patience:
+            if has_stalled(progress.errors, self.settings.patience):
                 break
         return progress
 
@@ -336,7 +329,8 @@ class TunePass(Pass):
     text falls further, by what the slim model learns of such text and no longer has from the dense one.
 
     Now and then the error is measured on held-out samples. The best parameters there are folded in, so that the
-    model is never worse on them than it was; after ``patience`` measurements without improvement, it stops.
+    model is never worse on them than it was; after ``patience`` measurements without improvement it stops, unless the
+    error is falling again.
     """
 
     name: ClassVar[str] = "tune"
@@ -400,7 +394,9 @@ class TunePass(Pass):
         fit into half the free memory, else ``low``.""",
     )
     measurements: int = argument(8, "How often the divergence is measured on held-out samples.", least=1)
-    patience: int = argument(3, "Measurements without improvement before tuning stops.", least=1)
+    patience: int = argument(
+        3, "Measurements without improvement before tuning stops, unless the error is falling again.", least=1
+    )
     folder: str = argument(
         "",
         """Folder to save progress in, from which a run with the same arguments resumes; empty for none, or with
@@ -441,15 +437,16 @@ class TunePass(Pass):
             trained = own.in_files(graph_module, self.rate or own.rate) if in_files else own
         training = Training(self, graph_module, trained, teacher)
         progress = training.run().of_first(training.numbers)
-        better = progress.best < progress.first
+        start, lowest = progress.errors[0], min(progress.errors)
+        better = lowest < start
         if better:
             with torch.no_grad():
                 for name, value in trained.folded(progress.kept, graph_module):
                     write_values(graph_module, name, value)
         unit = "nats per token" if gives_classes(graph_module) else "of the square of its outputs"
-        measure, first, best = "divergence from the dense model", f"{progress.first:.3f}", f"{progress.best:.3f} {unit}"
+        measure, first, best = "divergence from the dense model", f"{start:.3f}", f"{lowest:.3f} {unit}"
         if self.objective == "acceptance":
-            measure, first, best = "tokens accepted as a draft", f"{1 - progress.first:.1%}", f"{1 - progress.best:.1%}"
+            measure, first, best = "tokens accepted as a draft", f"{1 - start:.1%}", f"{1 - lowest:.1%}"
         change = f"{measure} from {first} to {best} on {teacher.heldout_from}"
         outcome = change if better else f"training did not help on {teacher.heldout_from}, and nothing was changed"
         if training.truth < self.truth:

@@ -134,7 +134,7 @@ def test_a_disk_error_of_the_first_process_is_raised_in_all(tmp_path: Path) -> N
             pass
 
     def save() -> None:
-        Progress(0, 0, 1.0, 1.0, ()).save(str(file / "run"), "", torch.optim.Adam([torch.zeros(2)]))
+        Progress(0, (1.0,), ()).save(str(file / "run"), "", torch.optim.Adam([torch.zeros(2)]))
 
     def compare() -> None:
         fxprune.sweep(tiny("llama"), token_ids(2), out=file / "out", tokenizer=character_tokenizer())

@@ -55,6 +55,7 @@ def test_training_ends_when_the_held_out_loss_has_not_fallen_for_a_while() -> No
     assert not watched(falling, patience=3)
     assert watched(falling, patience=2)
     assert not watched([*falling, {"eval_loss": 1.9}], patience=2)
+    assert not watched([{"eval_loss": value} for value in (2.0, 2.5, 2.4, 2.3)], patience=3), "it is falling again"
 
 
 def test_a_loss_that_diverges_is_an_error_and_one_that_starts_high_is_not() -> None:

@@ -1,6 +1,7 @@
 """Tuning: parameters are folded in exactly, never end worse, and an interrupted run resumes."""
 
 import dataclasses
+import math
 import re
 import weakref
 from collections.abc import Iterable, Iterator
@@ -156,7 +157,7 @@ def test_processes_end_with_the_weights_of_the_first(
     def work(rank: int) -> tuple[str, float]:
         if rank:
             run = Training.run
-            monkeypatch.setattr(Training, "run", lambda one: dataclasses.replace(run(one), best=1e9, kept=()))
+            monkeypatch.setattr(Training, "run", lambda one: dataclasses.replace(run(one), errors=(1e9,), kept=()))
         tuned = TunePass(epochs=3, rate=0.02)(slim).graph_module
         return facts_of(tuned)[Notes].lines[-1], sum(float(w.double().square().sum()) for _, w in weights(tuned))
 
@@ -455,6 +456,27 @@ def test_progress_of_another_teacher_or_other_weights_is_not_resumed(slim: fx.Gr
     facts_of(first).put(teacher)
     tuned(first)
     assert steps == [6, 0, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("errors", "measured"),
+    [
+        ([5, 9, 8, 7, 6, 4, 3, 2, 1], 9),  # an error above that of the start ended a run at its highest rates
+        ([5, math.nan, 8, 7, 6, 4, 3, 2, 1], 9),
+        ([5, 6, 7, 8, 0, 0, 0, 0, 0], 4),
+        ([5, 4, 6, 6, 6, 0, 0, 0, 0], 5),
+        ([5, 4, 6, 7, 5, 5, 5, 0, 0], 7),
+    ],
+)
+def test_tuning_stops_where_the_error_is_not_falling(
+    slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, errors: list[float], measured: int
+) -> None:
+    left = list(errors)
+    monkeypatch.setattr(Training, "_measure", lambda _: left.pop(0))
+    tuned = TunePass(epochs=8, batch=999, measurements=8, patience=3)(slim).graph_module
+    assert len(errors) - len(left) == measured
+    note, best = facts_of(tuned)[Notes].lines[-1], min(errors[:measured])
+    assert ("did not help" in note) == (best == errors[0]) and (f"to {best:.3f}" in note or best == errors[0])
 
 
 @pytest.mark.slow
