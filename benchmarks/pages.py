@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
+from benchmarks.quality.rows import QualityRow
 from benchmarks.quality.tables import Section, known_tasks, retained, sections, task_rows, type_error
 from fxprune.cli.demo import demo_entry
 
@@ -109,7 +110,7 @@ def quality_page(
     counts = Counter(row.cpu for _, found in models for section in found for row in section.rows)
     processors = [cpu for cpu, _ in counts.most_common()]
     elsewhere = {
-        cpu: list(dict.fromkeys(f"{row.entry} at {row.ratio:.0%}" for row in models[0][1][0].rows if row.cpu == cpu))
+        cpu: list(dict.fromkeys(_place_of(row, models[0][1][0].rows) for row in models[0][1][0].rows if row.cpu == cpu))
         for cpu in processors[1:]
     }
     return _render(
@@ -123,6 +124,13 @@ def quality_page(
         task_rows=task_rows(tasks, models[0][1][0].rows) if tasks else (),
         metrics=_metrics(tasks) if tasks else {},
     )
+
+
+def _place_of(row: QualityRow, rows: Sequence[QualityRow]) -> str:
+    """The entry and ratio of a row, with the draw if others of the entry ran on other processors."""
+    alike = [one for one in rows if (one.entry, one.ratio) == (row.entry, row.ratio)]
+    draw = f", draw {row.draw}" if any(one.cpu != row.cpu for one in alike) else ""
+    return f"{row.entry} at {row.ratio:.0%}{draw}"
 
 
 def _metrics(tasks: Mapping[str, Any]) -> dict[str, list[str]]:

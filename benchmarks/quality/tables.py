@@ -116,7 +116,7 @@ class Section:
             error = sum(each**2 for each in errors) ** 0.5 / len(errors)
             every = [each for found in by_text for each in found]
             same, mean = fmean(each.agreement for each in every), fmean(each.mean for each in every)
-            cells = [f"x{_short(fmean(ratios))} ± {_short(error)}", _range(ratios), _range(by_draw)]
+            cells = [f"x{_short(fmean(ratios))} ± {_short(error, fmean(ratios))}", _range(ratios), _range(by_draw)]
             yield [titled(name, drawn), str(len(rows)), *cells, f"{mean:.2f}", f"{same:.0%}"]
 
     def means(self, ratio: float, length: int) -> dict[str, str]:
@@ -189,7 +189,7 @@ def over(ratios: Sequence[tuple[float, float | None]]) -> str:
     if not ratios:
         return _NONE
     values, errors = [value for value, _ in ratios], [error for _, error in ratios if error is not None]
-    error = f" ± {_short(fmean(errors))}" if len(errors) == len(values) else ""
+    error = f" ± {_short(fmean(errors), fmean(values))}" if len(errors) == len(values) else ""
     spread = f" ({_short(min(values))} to {_short(max(values))})" if len(values) > 1 else ""
     return f"x{_short(fmean(values))}{error}{spread}"
 
@@ -199,9 +199,9 @@ def _range(values: Sequence[float]) -> str:
     return f"x{_short(min(values))} to x{_short(max(values))}" if len(values) > 1 else _NONE
 
 
-def _short(value: float) -> str:
-    """A number with two decimals, or none from a thousand on."""
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+def _short(value: float, of: float = 0.0) -> str:
+    """A number with two decimals, or none if it, or the number whose error it is, is at least a thousand."""
+    return f"{value:.2f}" if max(value, of) < 1000 else f"{value:,.0f}"
 
 
 def _apart(found: Sequence[Perplexity]) -> str:
