@@ -116,9 +116,9 @@ def criterion_table(rows: list[CriterionRow], title: str) -> Table:
 
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 10,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 128,
-    windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 60,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 10,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 256 tokens.")] = 60,
     calibration: Annotated[Path | None, typer.Option(help="Text to calibrate on (.txt, .jsonl, .json).")] = None,
     heldout: Annotated[Path | None, typer.Option(help="Text to measure on.")] = None,
     json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{RESULTS.name}.")] = False,

@@ -68,8 +68,10 @@ def _answer(model: Any, tokenizer: Any) -> str:
 
 def main(
     ratio: Annotated[float, typer.Option(help="Fraction of the parameters to remove.")] = 0.2,
-    samples: Annotated[int, typer.Option(help="Calibration samples of 128 tokens; more samples tune longer.")] = 120,
-    windows: Annotated[int, typer.Option(help="Held-out windows of 256 tokens.")] = 20,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Calibration samples of 128 tokens; more samples tune longer.")
+    ] = 120,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 256 tokens.")] = 20,
     recipe: Annotated[str | None, typer.Option(help="A recipe other than the default.")] = None,
 ) -> None:
     """Prune SmolLM2-135M by the default recipe, on fewer samples than it can use, and compare it with the dense model.

@@ -267,7 +267,7 @@ def passes_table(rows: Sequence[DiscoverySummary]) -> Table:
 
 def main(
     shapes: Annotated[str, typer.Option(help=f"Which of {','.join(SHAPES)}, separated by commas.")] = ",".join(SHAPES),
-    repeats: Annotated[int, typer.Option(help="Measurements of each tool on each shape.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each tool on each shape.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch in each process.")] = 1,
     scaling: Annotated[bool, typer.Option("--scaling", help="Measure the 7B shape at growing depth instead.")] = False,
     passes: Annotated[bool, typer.Option("--passes", help="Measure each pass at growing depth instead.")] = False,

@@ -433,8 +433,8 @@ def main(
     processes: Annotated[str, typer.Option(help="Numbers of processes; the first alone for a mixture.")] = "8,64",
     layers: Annotated[int, typer.Option(help="Layers, 0 for all.")] = 0,
     recipe: Annotated[str, typer.Option(help="The recipe.")] = "balanced",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 576,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 576,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 2048,
     sustained: Annotated[float, typer.Option(help="Fraction of a card's operations that is sustained.")] = 0.4,
     rank: Annotated[int, typer.Option(help="Which of the processes.")] = 0,
 ) -> None:

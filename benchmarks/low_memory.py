@@ -179,8 +179,8 @@ def main(
     ffn: Annotated[int, typer.Option(help="Channels of an MLP.")] = 5632,
     layers: Annotated[int, typer.Option(help="Layers.")] = 22,
     share: Annotated[float, typer.Option(help="Memory allowed, as a fraction of the bytes of the weights.")] = 0.5,
-    samples: Annotated[int, typer.Option(help="Calibration samples; 0 for none of `--demo`.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
+    samples: Annotated[int, typer.Option(min=0, help="Calibration samples; 0 for none of `--demo`.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 64,
     experts: Annotated[int, typer.Option(help="Experts of each layer; 0 for a model without.")] = 0,
     recipe: Annotated[
         str, typer.Option(help="Recipe; by default Taylor scores and least squares; `--demo`: balanced.")

@@ -183,8 +183,8 @@ def byte_loss(model: Any, windows: torch.Tensor) -> float:
 
 def main(
     ratios: Annotated[str, typer.Option(help="Fractions of the parameters, comma-separated.")] = "0.1,0.2",
-    samples: Annotated[int, typer.Option(help="Samples of 128 tokens to score and fit by.")] = 32,
-    windows: Annotated[int, typer.Option(help="Windows of 128 tokens to measure on.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of 128 tokens to score and fit by.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens to measure on.")] = 32,
     models: Annotated[int, typer.Option(help="Small models of each type.")] = 2,
     steps: Annotated[int, typer.Option(help="Steps to train each of them.")] = 250,
     out: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,

@@ -93,8 +93,8 @@ def main(
     hidden: Annotated[int, typer.Option(help="Width.")] = 2048,
     ffn: Annotated[int, typer.Option(help="Channels of an MLP.")] = 5632,
     layers: Annotated[int, typer.Option(help="Layers.")] = 22,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 10,
-    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 10,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 64,
     json_: Annotated[bool, typer.Option("--json", help=f"Also write results/{RESULTS.name}.")] = False,
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:

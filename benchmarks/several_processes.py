@@ -131,8 +131,8 @@ def main(
     recipe: Annotated[str, typer.Option(help="The recipe.")] = "balanced",
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 8,
     width: Annotated[int, typer.Option(help="Its width.")] = 128,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
-    tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 64,
     files: Annotated[bool, typer.Option("--files", help="Leave the weights in files.")] = False,
 ) -> None:
     """Prune one model by several numbers of processes, and print what each pass takes."""

@@ -51,7 +51,9 @@ def measure(
 def main(
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions to remove.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Recipes.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples of built-in text, in place of the recipe's own.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of built-in text, in place of the recipe's own.")
+    ] = None,
 ) -> None:
     """Print a row for each prune of the demo model, and the part of their time that the sweep takes."""
     model, tokenizer = load_demo_model()

@@ -67,7 +67,7 @@ def main(
     ratio: Annotated[list[float] | None, typer.Option(help="Fractions of the parameters to remove.")] = None,
     characters: Annotated[int, typer.Option(help="Characters of each text.")] = 16_000,
     tune: Annotated[str, typer.Option(help="A pass that tunes what is left, such as 'tune{rank=8}'; else none.")] = "",
-    samples: Annotated[int, typer.Option(help="Samples of 128 tokens that it is tuned on.")] = 288,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of 128 tokens that it is tuned on.")] = 288,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
 ) -> None:
     """Prune the vocabulary of a model by each ratio, and write results/vocabulary-NAME.json."""

@@ -48,12 +48,18 @@ class UntouchedRun(PickingRun):
     ) -> Any:
         """Run node by node, up to ``until``, and return the last value; values are freed after their last use.
 
-        ``visit`` is called with each node and its value, and returns the value that the run continues with.
+        ``visit`` is called with each node and its value, and returns the value that the run continues with. An error of
+        an op names its node, as in ``run``.
         """
         self.args_iter = iter(inputs)
         value = None
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
-            value = self.env[node] = visit(node, self.run_node(node))
+            try:
+                found = self.run_node(node)
+            except Exception as error:  # any of an op, which is raised again
+                error.args = (f"{next(iter(error.args), '')}\n\nWhile executing {node.format_node()}", *error.args[1:])
+                raise
+            value = self.env[node] = visit(node, found)
             for used in self.user_to_last_uses.get(node, ()):
                 del self.env[used]
             if node is until:

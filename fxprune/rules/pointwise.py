@@ -19,6 +19,7 @@ rule("type_as", "to.other", notation="self[*a] -> out[*a]", values="cast", may_a
 rule("copy_", "copy", notation="self[*a], src[*a] -> out[*a]", values="pointwise")
 
 
+@rule("add.Tensor", "add_.Tensor", values="pointwise", adds=True)
 @rule("dropout", values="pointwise", may_alias=True)
 @rule("to", "contiguous", values="cast", may_alias=True)
 @rule("_to_copy", "clone", "detach", "alias", "lift_fresh_copy", values="cast")

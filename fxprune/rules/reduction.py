@@ -53,7 +53,7 @@ def variance(op: OpSite) -> None:
     given = op.arg("correction", None)
     correction = int(op.arg("unbiased", True)) if given is None else int(given)
     if correction > 0:
-        op.need_units(product(*(x.axes[i] for i in dims)), correction + 1)
+        op.need_units_of(product(*(x.axes[i] for i in dims)), correction + 1)
 
 
 @rule("logsumexp")
@@ -78,7 +78,7 @@ def argmax(op: OpSite) -> None:
     op.tie_others(x, (i,))
     op.hold_positions(op.outs[-1], x, i)
     if len(op.outs) == 1 or any(user.args[1:] == (1,) and user.users for user in op.node.users):
-        op.need_units(x.axes[i], 1)
+        op.need_units(x, i, 1)
 
 
 @rule("prod", values="reduced")

@@ -294,6 +294,7 @@ class Rule:
     added: str = ""
     may_alias: bool = False
     regroups: bool = False
+    adds: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -309,6 +310,7 @@ def rule(
     added: str = "",
     may_alias: bool = False,
     regroups: bool = False,
+    adds: bool = False,
 ) -> Callable[[Decorated], Decorated]:
     """Register a rule for the ops ``names``: the decorated function, or ``notation``, with which nothing is decorated.
 
@@ -319,6 +321,7 @@ def rule(
         added: for a product, the argument that is added to it; derived from a notation.
         may_alias: whether the op may return its input itself although its schema does not declare it.
         regroups: whether the op regroups axes, which a view cannot do for every memory layout.
+        adds: whether the op is the sum of its first two arguments.
 
     Raises:
         ArgumentError: there is no name, or an argument is of the wrong type.
@@ -333,7 +336,7 @@ def rule(
     if values is not None and values not in tuple(Values):
         raise UnknownNameError("values", str(values), tuple(Values))
     effect = None if values is None else Values(values)
-    make: Callable[..., Rule] = partial(Rule, values=effect, may_alias=may_alias, regroups=regroups)
+    make: Callable[..., Rule] = partial(Rule, values=effect, may_alias=may_alias, regroups=regroups, adds=adds)
     if notation is not None:
         for name in map(_qualified, names):
             read = read_notation(notation, name, multiplies=effect is Values.PRODUCT)
@@ -387,8 +390,8 @@ def moves_values(op: str) -> bool:
 
 def is_sum(node: fx.Node) -> bool:
     """Whether ``node`` adds two values, neither of them scaled."""
-    adds = node.target in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-    return adds and bool(node.kwargs.get("alpha", 1) == 1)
+    found = find_rule(node.target)
+    return found is not None and found.adds and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def may_alias(node: fx.Node) -> bool:

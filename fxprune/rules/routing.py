@@ -149,7 +149,7 @@ def sort(op: OpSite) -> None:
         op.tie_all(x, out, but=(i,))
     if isinstance(k, int):
         op.take_statistic(x, i)
-        op.need_units(x.axes[i], k)
+        op.need_units(x, i, k)
         op.hold_positions(op.outs[1], x, i)
     known = op.positions_of(x) if op.name != "topk" else None
     if known is not None:

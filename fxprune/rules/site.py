@@ -353,7 +353,11 @@ class OpSite:
         self._stated.competitions.append(Competition(x.axes[i], Freeze(reason, self.node.name)))
         self.tag(x, i, Role.SHARED_OUT)
 
-    def need_units(self, expr: Expr, count: int) -> None:
+    def need_units(self, x: TensorAxes, i: int, count: int) -> None:
+        """State that axis ``i`` of ``x`` must keep at least ``count`` units."""
+        self.need_units_of(x.axes[i], count)
+
+    def need_units_of(self, expr: Expr, count: int) -> None:
         """State that ``expr`` must keep at least ``count`` units."""
         self._stated.at_least.append(AtLeast(expr, count))
 

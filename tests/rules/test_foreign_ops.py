@@ -165,3 +165,48 @@ def test_a_rule_that_says_too_little_is_named_where_the_slim_graph_fails(memory:
     said = r"^halves \(foreign.halves.default\): the slim graph does not run: RuntimeError: .*op.size_argument"
     with pytest.raises(fxprune.FxpruneError, match=said):
         pruned_halves(memory=memory)
+
+
+@foreign
+def plus(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A sum."""
+    return x + y
+
+
+class Residual(nn.Module):
+    """A block whose sum with the stream is an op of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return plus(x, self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_blocks_end_in_a_sum_that_is_an_op_of_its_own(adds: bool) -> None:
+    """The rule could not say so for a while, and there were no layers to remove."""
+    fxprune.rule("foreign::plus", notation="x[*a], y[*a] -> out[*a]", values="pointwise", adds=adds)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*(Residual() for _ in range(3))), nn.Linear(8, 4)).eval()
+    graph = fxprune.dependency_graph(fxprune.trace(model, {"input": torch.randn(3, 4)}).graph_module)
+    layers = [group.name for group in fxprune.find_groups(graph) if group.kind == "layer"]
+    assert len(layers) == 3 * adds
+
+
+@foreign
+def picky(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, of which none is zero everywhere."""
+    if not x.flatten(0, -2).any(0).all():
+        raise ValueError("a channel is zero")
+    return x.clone()
+
+
+picky.register_fake(torch.empty_like)
+
+
+def test_an_op_that_refuses_masked_values_is_named() -> None:
+    fxprune.rule("foreign::picky", notation="x[*b, i] -> out[*b, i]", values="pointwise")
+    model, inputs = between(picky)
+    with pytest.raises(ValueError, match=r"(?s)a channel is zero.*While executing %picky.*foreign\.picky"):
+        fxprune.prune(model, ratio=0.3, importance="l2", example_inputs=inputs, protect=())
