@@ -90,6 +90,7 @@ class LlamaServer:
         if not narrow:
             settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(settings)
+        self.complete([0])  # comes from its loop: at the end it waits for that, for ever if it had not begun
 
     def complete(self, tokens: Sequence[int], **more: Any) -> dict[str, Any]:
         """Completion of a prompt, as llama.cpp returns it.
@@ -132,6 +133,9 @@ class LlamaServer:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, special tokens included."""
+        self.complete(
+            [0]
+        )  # from its loop, which tokens do not come from: one that never began is waited for at the end
         body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
         url = self.server.listening_address.rstrip("/") + "/tokenize"
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})

@@ -65,6 +65,7 @@ class TrainedVectors:
     """
 
     rate: ClassVar[float] = 0.005
+    in_nats: ClassVar[bool] = False
     products: Mapping[str, LoneProduct]
     sizes: Mapping[tuple[str, str], int]
     rank: int = 0
@@ -207,6 +208,9 @@ class TrainedWeights:
     """
 
     rate: ClassVar[float] = 0.008
+    in_nats: ClassVar[bool] = True
+    """Whether this is the rate for each nat of the divergence at the start, up to one."""
+
     sizes: dict[str, int]
     stored: StoredWeights | None = None
 

@@ -161,6 +161,7 @@ class Training:
         self.truth = settings.truth if tries else 0.0
         self._error = {"divergence": divergence, "acceptance": rejection}[settings.objective]
         self.steps = max(1, round(settings.epochs * len(self.batches)))
+        self._share = 1.0
         one = self.batches[0]
         self.bf16 = use_bf16(
             settings.precision, graph_module, lambda: self._error(self._logits(one), one), settings.name
@@ -176,6 +177,7 @@ class Training:
         if resumed and self.stored is not None:
             self.stored.load(resumed.step)
         progress = resumed or Progress(0, (first,), ())
+        self._share = self._share_of_rate(progress.errors[0])
         if has_stalled(progress.errors, self.settings.patience):  # an earlier run ended so
             return progress
         every = max(1, self.steps // self.settings.measurements)
@@ -201,6 +203,11 @@ class Training:
             if has_stalled(progress.errors, self.settings.patience):
                 break
         return progress
+
+    def _share_of_rate(self, first: float) -> float:
+        """The fraction of the highest rate at which weights are trained, by the divergence at the start."""
+        by_nats = self.settings.objective == "divergence" and gives_classes(self.graph_module)
+        return min(1.0, first) if by_nats and not self.settings.rate and self.trained.in_nats else 1.0
 
     def _save(self, progress: Progress) -> None:
         """Save the progress; of weights in files, if the disk has room for them."""
@@ -243,7 +250,8 @@ class Training:
     def _step(self, batch: TeacherBatch, step: int) -> None:
         # the first steps of Adam are as long as any, and the least informed: the rate rises over a tenth of the steps,
         # then falls along a cosine
-        factor = min(1.0, (step + 1) * 10 / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        rising, falling = min(1.0, (step + 1) * 10 / self.steps), 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        factor = self._share * rising * falling
         for group in self.adam.param_groups:
             group["lr"] = group["highest"] * factor
         if self.stored is not None:
@@ -346,7 +354,8 @@ class TunePass(Pass):
     rate: float | None = argument(
         None,
         """Highest learning rate of Adam: it rises over the first tenth of the steps and falls to 0 along a cosine. None
-        for 0.008 for weights, and 0.005 for vectors.""",
+        for 0.005 for vectors, and for weights for 0.008 for each nat of the divergence at the start, at most 0.008: the
+        nearer the slim model is to the dense one, the less its weights have to move.""",
         above=0,
     )
     batch: int = argument(4, "Samples in a step.", least=1)

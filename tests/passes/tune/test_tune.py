@@ -459,6 +459,33 @@ def test_progress_of_another_teacher_or_other_weights_is_not_resumed(slim: fx.Gr
 
 
 @pytest.mark.parametrize(
+    ("settings", "first", "share"),
+    [
+        ({"weights": True}, 0.25, 0.25),
+        ({"weights": True}, 1.5, 1.0),
+        ({"weights": True, "rate": 0.008}, 0.25, 1.0),
+        ({"weights": True, "objective": "acceptance"}, 0.25, 1.0),
+        ({}, 0.25, 1.0),
+    ],
+)
+def test_weights_near_the_dense_model_move_less(
+    slim: fx.GraphModule, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], first: float, share: float
+) -> None:
+    """At a rate that suits a model far from the dense one, a long tuning of a near one had done harm when it ended."""
+    rates: list[float] = []
+    step = Training._step
+
+    def observed(training: Training, *arguments: Any) -> None:
+        step(training, *arguments)
+        rates.append(training.adam.param_groups[0]["lr"] / training.adam.param_groups[0]["highest"])
+
+    monkeypatch.setattr(Training, "_step", observed)
+    monkeypatch.setattr(Training, "_measure", lambda _: first)
+    TunePass(epochs=20, batch=999, measurements=1, **settings)(slim)
+    assert max(rates) == pytest.approx(share, rel=0.03) and rates[-1] < 0.05 * share
+
+
+@pytest.mark.parametrize(
     ("errors", "measured"),
     [
         ([5, 9, 8, 7, 6, 4, 3, 2, 1], 9),  # an error above that of the start ended a run at its highest rates
