@@ -182,7 +182,7 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
         raise CheckpointError("is a file", where=str(folder), remedy="Choose a folder")
     if not file.is_file():
         if folder.is_dir() and holds_files(folder) and not force:
-            remedy = "Choose a new folder, or write into this one with $force=True"
+            remedy = "Choose a new folder, or write into this one with $force"
             raise CheckpointError("it holds files that are not of a sweep", where=str(folder), remedy=remedy)
         return []
     try:
@@ -194,7 +194,7 @@ def _read(folder: Path, source: str, *, force: bool) -> list[SweepRow]:
             f"it is not the table of a sweep: {type(error).__name__}: {error}", where=str(file), remedy="Delete it"
         ) from error
     if not same and not force:
-        remedy = "Choose a new folder, or replace it with $force=True"
+        remedy = "Choose a new folder, or replace it with $force"
         raise CheckpointError("it is of another model, other samples or versions", where=str(file), remedy=remedy)
     return rows if same else []
 
