@@ -109,8 +109,9 @@ def quality_page(
     models = [(each, sections(each)) for each in (data, *others)]
     counts = Counter(row.cpu for _, found in models for section in found for row in section.rows)
     processors = [cpu for cpu, _ in counts.most_common()]
+    first = models[0][1][0]
     elsewhere = {
-        cpu: list(dict.fromkeys(_place_of(row, models[0][1][0].rows) for row in models[0][1][0].rows if row.cpu == cpu))
+        cpu: list(dict.fromkeys(_place_of(row, first.rows) for row in first.rows if row.cpu == cpu))
         for cpu in processors[1:]
     }
     return _render(
@@ -119,9 +120,9 @@ def quality_page(
         processor=processors[0],
         other_processors={cpu: entries for cpu, entries in elsewhere.items() if entries},
         models=[found for _, found in models],
-        type_error=type_error(data, models[0][1][0].protocol),
+        type_error=type_error(data, first.protocol),
         tasks=tasks,
-        task_rows=task_rows(tasks, models[0][1][0].rows) if tasks else (),
+        task_rows=task_rows(tasks, first.rows) if tasks else (),
         metrics=_metrics(tasks) if tasks else {},
     )
 

@@ -90,7 +90,8 @@ class LlamaServer:
         if not narrow:
             settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(settings)
-        self.complete([0])  # comes from its loop: at the end it waits for that, for ever if it had not begun
+        # The server's destructor waits for its loop, for ever if that never began: a token comes from one that runs.
+        self.complete([0])
 
     def complete(self, tokens: Sequence[int], **more: Any) -> dict[str, Any]:
         """Completion of a prompt, as llama.cpp returns it.
@@ -133,9 +134,6 @@ class LlamaServer:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, special tokens included."""
-        self.complete(
-            [0]
-        )  # from its loop, which tokens do not come from: one that never began is waited for at the end
         body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
         url = self.server.listening_address.rstrip("/") + "/tokenize"
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
