@@ -467,6 +467,7 @@ class SelectByRatioPass(SelectPass):
                     notes.clear()
                     choices = _merged(selection, others, decided, self._choose_rest(rest, max(left, 0.0) / total))
                     left += wanted - removed_by(selection.budget, selection.slots, choices)
+                self._check(replace(selection, note=notes.append), choices, wanted / total, total)
             except RatioError as error:
                 refused = error
             else:
@@ -497,11 +498,17 @@ class SelectByRatioPass(SelectPass):
     def _choose_all(self, selection: Selection) -> list[Choice]:
         """Choices for all slots, whatever ``width`` says."""
         if not isinstance(self.ratio, tuple):
-            return self._choose_rest(selection, self._ratio(selection.budget))
+            ratio = self._ratio(selection.budget)
+            choices = self._choose_rest(selection, ratio)
+            self._check(selection, choices, ratio, selection.budget.total)
+            return choices
         whole = [(0, 0)] * len(selection.slots)
         for spelled, ratio in self.ratio:
             kind = bare_kind(spelled)
-            whole = self._choose_of(selection, (kind,), whole, ratio, selection.sizes.get(kind, 0.0))
+            part, size = _of_kinds(selection, (kind,), whole), selection.sizes.get(kind, 0.0)
+            choices = self._choose(part, ratio, size)
+            self._check(part, choices, ratio, size)
+            whole = _merged(selection, (kind,), whole, choices)
         return whole
 
     def _choose_rest(self, selection: Selection, ratio: float) -> list[Choice]:
@@ -513,14 +520,14 @@ class SelectByRatioPass(SelectPass):
             return self._choose(selection, ratio, total)
         part = _of_kinds(selection, self.first, whole)
         if BudgetSolver(part, ratio * total).fraction({}) <= _ENOUGH:
-            return self._choose_of(selection, self.first, whole, ratio, total)
+            return _merged(selection, self.first, whole, self._choose(part, ratio, total))
         # the other kinds lose what is left beyond that, and come first, since their units are larger
         enough = removed_by(part.budget, part.slots, [(0, _ENOUGH * slot.options[0].most) for slot in part.slots])
         others = {slot.kind for slot in selection.slots} - {*self.first}
         if decided := self._solve_of(selection, others, whole, ratio * total - enough):
             left = ratio * total - removed_by(selection.budget, selection.slots, decided)
             if choices := self._solve_of(selection, self.first, decided, left):
-                return self._checked(selection, choices, ratio, total)
+                return choices
         return self._choose(selection, ratio, total)  # all kinds alike where they do not suffice
 
     def _solve_of(
@@ -533,18 +540,13 @@ class SelectByRatioPass(SelectPass):
             return None
         return _merged(selection, kinds, decided, self._solve(part, solver))
 
-    def _choose_of(
-        self, selection: Selection, kinds: Sequence[str], decided: Sequence[Choice], ratio: float, whole: float
-    ) -> list[Choice]:
-        return _merged(selection, kinds, decided, self._choose(_of_kinds(selection, kinds, decided), ratio, whole))
-
     def _choose(self, selection: Selection, ratio: float, whole: float) -> list[Choice]:
         """Choices that remove a fraction of ``whole``."""
         solver = BudgetSolver(selection, ratio * whole)
         largest = solver.removed(solver.most()) / max(whole, 1)
         if not ratio <= largest + CLOSE:
             raise self._out_of_reach(selection, ratio, largest)
-        return self._checked(selection, self._solve(selection, solver), ratio, whole)
+        return self._solve(selection, solver)
 
     def _solve(self, selection: Selection, solver: BudgetSolver) -> list[Choice]:
         if self.uniform:
@@ -552,8 +554,8 @@ class SelectByRatioPass(SelectPass):
         local = self.ranking == "local"
         return solver.repair(solver.local() if local else solver.globally(by_rest=self.ranking == "auto"))
 
-    def _checked(self, selection: Selection, choices: list[Choice], ratio: float, whole: float) -> list[Choice]:
-        """Choices that come near a ratio, with a note if they miss it."""
+    def _check(self, selection: Selection, choices: Sequence[Choice], ratio: float, whole: float) -> None:
+        """Note what is removed of ``whole``, and whether that misses a ratio; refuse uniform choices far below it."""
         word, achieved = selection.budget.word, removed_by(selection.budget, selection.slots, choices) / max(whole, 1)
         if self.uniform and ratio - achieved > 0.05:
             accepted = f"with $kinds {listed(self.kinds)} the stock config accepts {achieved:.1%}"
@@ -565,7 +567,6 @@ class SelectByRatioPass(SelectPass):
         if abs(achieved - ratio) > CLOSE:
             what = "the target is missed: removed" if self.target else "ratio"
             selection.note(f"{what} {achieved:.2%} instead of {ratio:.2%}: the units are too large to come nearer")
-        return choices
 
 
 def _block(width: int) -> int:

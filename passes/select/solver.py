@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from operator import itemgetter
 
 import numpy as np
 
@@ -18,14 +20,28 @@ CLOSE = 0.005
 """The achieved ratio is within half a percentage point of the requested one if the units are small enough."""
 
 
+_ROUNDS = 3
+"""Most combinations that are tried: what a slot removes depends a little on the others, and the next corrects that."""
+
+_TRIED = 33
+"""Most numbers of units of a slot that combinations are made of, and most combinations that are counted exactly."""
+
+_TIE = 1e-6
+"""Weight of scores beside changes of fractions, so small that they decide only between equal ones."""
+
+
+def _means(slots: Sequence[Slot]) -> dict[str, float]:
+    """The mean magnitude of the scores of each kind; 1 if that is 0."""
+    by_kind: dict[str, list[Array]] = {}
+    for slot in slots:
+        by_kind.setdefault(slot.kind, []).append(slot.options[0].scores)
+    return {kind: float(np.abs(np.concatenate(found)).mean()) or 1.0 for kind, found in by_kind.items()}
+
+
 def normalised(slots: Sequence[Slot]) -> list[Array]:
     """The scores of each slot's first option, cheapest first, divided by the mean magnitude of all of its kind."""
-    rows = [slot.options[0].scores for slot in slots]
-    by_kind: dict[str, list[Array]] = {}
-    for slot, row in zip(slots, rows, strict=True):
-        by_kind.setdefault(slot.kind, []).append(row)
-    means = {kind: float(np.abs(np.concatenate(found)).mean()) for kind, found in by_kind.items()}
-    return [row / (means[slot.kind] or 1.0) for slot, row in zip(slots, rows, strict=True)]
+    means = _means(slots)
+    return [slot.options[0].scores / means[slot.kind] for slot in slots]
 
 
 def below_threshold(slots: Sequence[Slot], values: Sequence[Array], threshold: Callable[[str], float]) -> list[Choice]:
@@ -41,6 +57,7 @@ class BudgetSolver:
         self.slots = selection.slots
         self.budget = selection.budget
         self.target = target
+        self.close = CLOSE * selection.budget.total
 
     def removed(self, choices: Sequence[tuple[int, float]]) -> float:
         return removed_by(self.budget, self.slots, choices)
@@ -85,14 +102,61 @@ class BudgetSolver:
     def repair(self, choices: list[Choice]) -> list[Choice]:
         """Move single units, cheapest first, as long as each brings the number nearer to the target.
 
-        Slots with the smallest units are tried first; larger ones only while the error is above half a percent.
+        Slots with the smallest units are tried first; larger ones only while the error is above half a percent, and
+        combinations of all only if it still is then.
         """
         trial = _Trial(self.slots, self.budget, choices)
         for kind in reversed(self._kinds_by_unit()):
             self._repair_kind(trial, kind)
-            if abs(trial.removed() - self.target) <= CLOSE * self.budget.total:
+            if abs(trial.removed() - self.target) <= self.close:
+                return trial.choices
+        for _ in range(_ROUNDS):
+            if not self._combine(trial):
                 break
         return trial.choices
+
+    def _combine(self, trial: _Trial) -> bool:
+        """Take the combination of choices that comes nearest to the target, if that is nearer than the present one.
+
+        Of combinations that are close, the one with the fractions nearest to the present ones is taken, and of equal
+        ones the one with the lowest scores: a knapsack, where what a slot removes alone stands for what it adds.
+        """
+        before, now, width = list(trial.choices), trial.removed(), self.close / 8
+        reached: dict[int, tuple[float, float, tuple[Choice, ...]]] = {0: (now, 0.0, ())}
+        for moves in self._moves_apart(trial):
+            states = reached.values()
+            reached = {}
+            for (total, cost, picks), (pick, more, change) in product(states, moves):
+                place = round((total + more - self.target) / width)
+                if place not in reached or cost + change < reached[place][1]:
+                    reached[place] = total + more, cost + change, (*picks, pick)
+
+        def miss(total: float, cost: float) -> tuple[float, float]:
+            return max(abs(total - self.target), self.close), cost
+
+        found = [(miss(now, 0.0), before)]
+        for _, cost, picks in sorted(reached.values(), key=lambda state: miss(*state[:2]))[:_TRIED]:
+            trial.choose_all(picks)
+            found.append((miss(trial.removed(), cost), list(picks)))
+        best = min(found, key=itemgetter(0))[1]
+        trial.choose_all(best)
+        return best != before
+
+    def _moves_apart(self, trial: _Trial) -> Iterator[list[tuple[Choice, float, float]]]:
+        """Yield the choices of each slot, what each removes more than the present one, and how far it is from it."""
+        now, means = trial.removed(), _means(self.slots)
+        for index, slot in enumerate(self.slots):
+            present, moves = trial.choices[index], list[tuple[Choice, float, float]]()
+            fraction = present[1] / slot.options[present[0]].size
+            for i, option in enumerate(slot.options):
+                counts = {option.nearest(part) for part in np.linspace(0, option.most, _TRIED)}
+                for removed in sorted({*counts, present[1]} if i == present[0] else counts):
+                    trial.choose(index, (i, removed))
+                    score = float(option.scores[:removed].sum()) / means[slot.kind]
+                    change = (removed / option.size - fraction) ** 2 + _TIE * score
+                    moves.append(((i, removed), trial.removed() - now, change))
+            trial.choose(index, present)
+            yield moves
 
     def _repair_kind(self, trial: _Trial, kind: str) -> None:
         error = self.target - trial.removed()
@@ -168,6 +232,10 @@ class _Trial:
         self.choices[index] = pick
         self.counts, self.blocks = left_by(self.slots, self.choices)
         self._work_out(changed)
+
+    def choose_all(self, picks: Iterable[Choice]) -> None:
+        for index, pick in enumerate(picks):
+            self.choose(index, pick)
 
     def removed(self) -> float:
         return float(np.add.accumulate(self.terms)[-1])  # np.sum would add in another order

@@ -12,9 +12,10 @@ import torch
 from fxprune.passes.select.base import Option, Rounding, make_slots, protected_blocks
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import fx
+from torch import fx, nn
 from torch.fx import Interpreter
 
+import fxprune
 from fxprune.axes import Factor, product
 from fxprune.data.calibration import Calibration, Sample
 from fxprune.discovery.groups import Group, Member
@@ -548,6 +549,44 @@ def test_a_ratio_between_two_layers_is_reached_as_near_as_can_be_and_noted(dense
     state = select(dense, kinds=("layer",), ratio=0.2, protect=())
     assert len(state.removed_blocks) == 2
     assert [note for note in facts_of(dense)[Notes].lines if "instead of 20.00%" in note and "too large" in note]
+
+
+@pytest.mark.parametrize("ranking", ["local", "global", "auto"])
+def test_a_ratio_of_large_units_is_met_by_the_nearest_combination(ranking: str) -> None:
+    """Whole key/value heads of some layers beside query heads of others: any multiple of what a query head costs."""
+    graph = discover(tiny("llama", num_hidden_layers=4))
+    one = removed_part(graph, select(graph, kinds=("head",), ratio=0.2, protect=())) / 8
+    for ratio in np.arange(0.02, 0.2, 0.005):
+        state = select(graph, kinds=("head",), ratio=float(ratio), ranking=ranking, protect=())
+        assert abs(removed_part(graph, state) - ratio) <= one / 2 + 0.0025, ratio
+
+
+@pytest.mark.parametrize(
+    ("ratio", "achieved"), [(0.1, 0.1848), (0.2, 0.1848), (0.3, 0.2663), (0.35, 0.3696), (0.4, 0.4022), (0.5, 0.4946)]
+)
+@pytest.mark.parametrize("ranking", ["local", "global", "auto"])
+def test_a_ratio_of_groups_of_channels_that_share_weights_is_met_by_the_nearest_combination(
+    ranking: str, ratio: float, achieved: float
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 20, 3, groups=4), nn.GroupNorm(2, 20), nn.ReLU())
+    model.append(nn.Conv2d(20, 8, 1, groups=2))
+    result = fxprune.prune(
+        model.eval(),
+        example_inputs={"input": torch.randn(2, 3, 8, 8)},
+        recipe="llm-pruner",
+        importance="l2",
+        ratio=ratio,
+        ranking=ranking,
+        protect=(),
+    )
+    assert result.report.achieved == pytest.approx(achieved, abs=0.0001)
+
+
+def test_a_note_on_a_missed_ratio_names_the_whole_one(calibrated: fx.GraphModule) -> None:
+    facts_of(calibrated).put(Notes())
+    choose_width(calibrated, kinds=("head", "channel"), ratio=0.12, width=(0.5,), round_to={"channel": 64, "head": 4})
+    notes = [line for line in facts_of(calibrated)[Notes].lines if "instead of" in line]
+    assert notes and all("instead of 12.00%" in line for line in notes)
 
 
 @pytest.mark.parametrize("kinds", [("head",), BOTH])
