@@ -21,8 +21,8 @@ from fxprune.checkpoint.low_memory import load_mapped, request_key, resumable_fo
 from fxprune.checkpoint.read import load_model, load_tokenizer
 from fxprune.checkpoint.write import check_request
 from fxprune.data.built_in import can_generate
-from fxprune.data.calibration import Calibration
-from fxprune.data.samples import check_tokens, read_token_rows
+from fxprune.data.calibration import BATCH, Calibration, fixed_tokens, most_positions
+from fxprune.data.samples import check_tokens, is_in_memory, read_token_rows, token_rows
 from fxprune.data.text import is_text
 from fxprune.discovery.groups import as_kinds, bare_kind
 from fxprune.emit.emitted import PLAN_DIGEST
@@ -490,7 +490,8 @@ def _check_samples(pipeline: Pipeline, model: Any) -> None:
     for step in readers:
         data, file = getattr(step, "data", None), getattr(step, "file", "")
         if is_text(data):
-            data = step.given()
+            most = most_positions(model) or step.tokens
+            data = replace(step, tokens=min(step.tokens, most)).given()
         if data is not None or file:
             check_tokens(read_token_rows(file) if data is None else data, rows, can_generate(model))
 
@@ -501,16 +502,34 @@ def prune_traced(graph_module: fx.GraphModule, model: nn.Module, calibration: An
     return _run(_pipeline(calibration, values), model, values, graph_module)
 
 
-def trace_for(model: nn.Module, example_inputs: Mapping[str, Any] | None, data: Any) -> fx.GraphModule:
-    """The graph of a model for inputs like calibration data, unless the caller gives others."""
+def trace_for(model: nn.Module, example_inputs: Mapping[str, Any] | None, pipeline: Pipeline) -> fx.GraphModule:
+    """The graph of a model for inputs like the samples of a pipeline, unless the caller gives others."""
+    readers: list[Any] = [step for step in pipeline.leaves() if Calibration in step.gives]
+    data = next((step.data for step in readers if getattr(step, "data", None) is not None), None)
     like = inputs_like(model, data) if example_inputs is None else None
     try:
-        return trace(model, example_inputs if like is None else like).graph_module
+        traced = trace(model, example_inputs if like is None else like).graph_module
     except ArgumentError as error:
         if like is None:
             raise
         remedy = "Pass samples that the model itself runs on"
         raise CalibrationError(error.what, where="calibration sample 0", remedy=remedy) from error
+    fixed = fixed_tokens(traced)
+    if fixed is None or example_inputs is not None or not readers:
+        return traced
+    tokens = _sample_tokens(readers[0], most_positions(model)) or fixed
+    return traced if tokens == fixed else trace(model, {"input_ids": torch.zeros(BATCH, tokens).long()}).graph_module
+
+
+def _sample_tokens(step: Any, most: int | None) -> int | None:
+    """Tokens of the first sample that a pass reads, of a model of ``most`` positions; None if it is not known yet."""
+    data, file = getattr(step, "data", None), getattr(step, "file", "")
+    if is_text(data) or (data is None and not file):
+        tokens = getattr(step, "tokens", None)
+    else:
+        data = read_token_rows(file) if data is None else data
+        tokens = next(token_rows(data, None, next_token=False)).shape[1] if is_in_memory(data) else None
+    return tokens if tokens is None or most is None else min(tokens, most)
 
 
 def _run(
@@ -538,9 +557,7 @@ def _run_passes(
 ) -> Result:
     start = time.perf_counter()
     if graph_module is None:
-        readers: list[Any] = [step for step in pipeline.leaves() if Calibration in step.gives]
-        data = next((step.data for step in readers if getattr(step, "data", None) is not None), None)
-        graph_module = trace_for(model, values["example_inputs"], data)
+        graph_module = trace_for(model, values["example_inputs"], pipeline)
         release_freed()
         _LOGGER.info("trace: %.1f s", time.perf_counter() - start)
     try:
@@ -580,13 +597,13 @@ def _with_quality(result: Result, dense: Callable[..., Any], model: nn.Module, v
                 dense_tokenizer=None if result.tokenizer is None else values["tokenizer"],
                 speakers=None if result.model is None or values["device"] else (model, result.model),
                 pruned=result.graph_module,
-                window=window_of(model),
+                window=window_of(model, result.graph_module),
                 track=values["track"] or no_progress,
             )
         except (FxpruneError, MemoryError, torch.OutOfMemoryError) as error:  # the prune itself is done
             why = str(error)
     _LOGGER.info("quality: %.1f s", time.perf_counter() - start)
-    return replace(result, report=replace(result.report, quality=quality, unmeasured=why))
+    return replace(result, report=result.report.with_quality(quality, why))
 
 
 def _unmeasured(slim: fx.GraphModule, values: Mapping[str, Any]) -> str:

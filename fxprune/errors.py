@@ -30,16 +30,20 @@ class FxpruneError(Exception):
         what: the problem.
         where: the node, parameter or argument concerned.
         remedy: the next step for the caller.
+        shell: the same on the command line, where it is more than another spelling; empty if it is not.
         argument: the name of the argument at fault; empty if it is none.
         value: the value of that argument.
     """
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "", argument: str = "", value: Any = None) -> None:
+    def __init__(
+        self, what: str, *, where: str = "", remedy: str = "", shell: str = "", argument: str = "", value: Any = None
+    ) -> None:
         what, where = (" ".join(part.splitlines()) for part in (what, where))
         if len(where) > _LONGEST_PLACE:  # a text that was passed as a path
             where = f"{where[:_LONGEST]}..."
         self.what = what if what.endswith("...") else what.removesuffix(".")
         self.where, self.remedy, self.argument, self.value = where, remedy, argument, value
+        self.shell = shell or remedy
         super().__init__(self.render())
 
     def render(self, spell: Callable[[str], str] = str) -> str:
@@ -93,6 +97,10 @@ class EvaluationError(FxpruneError, ValueError):
     """A measurement is impossible: an unknown task, a text too short, a missing package."""
 
 
+class PositionsError(EvaluationError):
+    """A model has fewer positions than the tokens that it is to read or write."""
+
+
 class RecoveryError(FxpruneError, RuntimeError):
     """Training cannot start or go on: it diverged, or its folder belongs to another run."""
 
@@ -125,14 +133,15 @@ class UnknownNameError(FxpruneError, ValueError):
         name: the value given.
         known: the valid names; the nearest one is suggested, and the first few are listed.
         argument: the name of the argument at fault; empty if it is none.
+        why: what the name is instead, if that is known.
     """
 
-    def __init__(self, kind: str, name: object, known: Iterable[str], *, argument: str = "") -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], *, argument: str = "", why: str = "") -> None:
         names, given = sorted(map(str, known)), str(name)
         near = difflib.get_close_matches(given[:_LONGEST], names, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         listed = f"Known: {', '.join(names[:_LISTED])}{more}" if names else f"There is no {kind} here"
         shown = repr(name) if len(given) <= _LONGEST else f"{given[:_LONGEST]!r}..."
-        what = f"unknown {kind} {shown}"
+        what = f"unknown {kind} {shown}{f': {why}' if why else ''}"
         super().__init__(what, where=kind, remedy=f"{hint}{listed}", argument=argument, value=name)

@@ -141,7 +141,7 @@ class Result:
         options["speakers"] = None if self.model is None else (dense, self.model)
         options["dense_tokenizer"] = None if self.tokenizer is None else tokenizer
         quality = measure_quality(dense, slim, self.tokenizer or tokenizer, text, **options)
-        return replace(self, report=replace(self.report, quality=quality, unmeasured=""))
+        return replace(self, report=self.report.with_quality(quality))
 
     def push_to_hub(self, repository: str, tokenizer: Any = None, *, private: bool | None = None) -> str:
         """Save the slim model with its plan, report and card, and upload it; returns the address.

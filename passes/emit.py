@@ -78,10 +78,12 @@ class MakeReportPass(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         facts = facts_of(graph_module)
         work, removal = facts[Work], facts[Removed].removal
-        verified, emitted, notes = facts.get(Verified), facts.get(Emitted), facts.get(Notes)
+        verified, notes = facts.get(Verified), facts.get(Notes)
+        unasked = Emitted(None, ("the recipe has no emit-model, the pass that builds the slim model",))
+        emitted = facts.get(Emitted) or unasked
         traced, cache = facts.get(Fidelity) or Fidelity(None), facts.get(CacheSize)
         calibration, reads_tokens = facts.get(Calibration), token_input(graph_module) is not None
-        generates = emitted is None or emitted.model is None or emitted.model.can_generate()
+        generates = emitted.model is None or emitted.model.can_generate()
         groups, keep, blocks = removal.groups, removal.keep, removal.removed_blocks
         widths, sizes = group_widths(groups, keep), group_sizes(groups, keep, blocks)
         renormalised = {one.name: one.renormalised for one in groups if one.renormalised and one.name in widths}
@@ -105,7 +107,7 @@ class MakeReportPass(Pass):
             verification_error=None if verified is None else verified.error,
             fidelity=traced.error,
             gradient_fidelity=traced.gradients,
-            model_reasons=() if emitted is None or emitted.model is not None else emitted.reasons,
+            model_reasons=() if emitted.model is not None else emitted.reasons,
             notes=tuple(lines),
             model=work.model,
             memory=(work.memory, count_bytes(graph_module)),

@@ -21,8 +21,18 @@ from fxprune.data.built_in import (
     generation_rounds,
     rows_at_once,
 )
-from fxprune.data.calibration import Calibration, Sample, embedding_rows, plain_tokens, spread, token_input
-from fxprune.data.samples import DECODER, LABELS, check_samples, read_calibration, read_token_rows
+from fxprune.data.calibration import (
+    Calibration,
+    Sample,
+    batched,
+    clear_sample_errors,
+    embedding_rows,
+    most_positions,
+    plain_tokens,
+    spread,
+    token_input,
+)
+from fxprune.data.samples import DECODER, LABELS, check_samples, positions_note, read_calibration, read_token_rows
 from fxprune.data.text import MOST_SAMPLES, check_tokenizer, is_text, opening_tokens, text_samples
 from fxprune.discovery.dependency import Dependencies, dependency_graph
 from fxprune.discovery.groups import Groups, find_groups
@@ -30,7 +40,8 @@ from fxprune.errors import CalibrationError, FxpruneError, PassError
 from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
-from fxprune.graph.tensors import device_of, require_weights, weight_bytes
+from fxprune.graph.tensors import device_of, has_meta_weights, require_weights, weight_bytes
+from fxprune.masking.masked_run import UntouchedRun
 from fxprune.masking.objective import Objective, own_loss, predicts_next
 from fxprune.offload.files import cached_tensors, is_offloading, write_cached_tensors
 from fxprune.offload.prefetch import autocast, use_bf16
@@ -171,19 +182,25 @@ class CalibratePass(Pass):
         return text_samples(self.data, self.tokenizer, None, self.tokens, most)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        data, written = self.given(), 0
+        found = facts_of(graph_module).get(Source)
+        positions = None if found is None else most_positions(found.model)
+        short = self if positions is None else replace(self, tokens=min(self.tokens, positions))
+        data, written = short.given(), 0
         source = getattr(data, "source", Calibration.source)
         if data is None and self.file:
             data, source = read_token_rows(self.file), Path(self.file).name
         elif data is None:
-            data, written = broadcast_object(self._substitutes(graph_module))  # written by one machine
+            data, written = broadcast_object(short._substitutes(graph_module))  # written by one machine
             source = "built-in text and text that the model wrote" if written else "built-in text"
-        next_token, found = predicts_next(graph_module), facts_of(graph_module).get(Source)
+        if short.tokens < self.tokens and not self.file and (self.data is None or is_text(self.data)):
+            add_note(graph_module, positions_note(positions))
+        next_token = predicts_next(graph_module)
         shift = None if found is None else partial(shifted_right, found.model)
         shift = shift if DECODER in {str(n.target) for n in graph_module.graph.nodes if n.op == "placeholder"} else None
         others = () if found is None or not is_hugging_face(found.model) else find_labels(type(found.model))
-        form = Objective(next_token, None, shift, tuple(dict.fromkeys((LABELS, *others))))
-        read = read_calibration(data, graph_module, next_token=next_token, shift=shift, named=form.named)
+        form = Objective(next_token, None, shift, tuple(dict.fromkeys((LABELS, *others))), positions)
+        options: dict[str, Any] = {"next_token": next_token, "shift": shift, "named": form.named}
+        read = read_calibration(data, graph_module, **options, most=positions)
 
         def digests() -> dict[str, list[str]]:
             leaves = tree_leaves([(dict(one.inputs), one.labels, dict(one.own or {})) for one in read])
@@ -191,6 +208,7 @@ class CalibratePass(Pass):
 
         check_same(digests, where="calibration")
         samples = spread(read, self.samples)
+        self._try_longest(graph_module, samples)
         self._check_opening(graph_module, samples)
         if self.added and next_token and not self.substitutes:
             samples, written = self._with_added(graph_module, samples)
@@ -208,6 +226,14 @@ class CalibratePass(Pass):
         except FxpruneError as error:
             add_note(graph_module, f"labels are ignored, and the loss is the divergence from the dense model: {error}")
             return None
+
+    def _try_longest(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> None:
+        """Refuse samples of more tokens than the graph can run on, before criteria, teacher or fits run on them."""
+        if is_offloading() or has_meta_weights(graph_module):
+            return
+        longest = max(samples, key=lambda sample: sample.labels.numel())
+        with torch.no_grad(), clear_sample_errors(longest.inputs):
+            UntouchedRun(graph_module).run(*batched([longest], graph_module).values())
 
     def _check_opening(self, graph_module: fx.GraphModule, samples: tuple[Sample, ...]) -> None:
         """Add a note if no sample begins as the tokenizer begins a text."""

@@ -22,14 +22,14 @@ from fxprune.emit.layout import stock_class
 from fxprune.emit.snapshot import configs_of
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph.context import Refusal, attempt, default_modes, eval_mode, preserve_rng, quiet
-from fxprune.graph.tensors import copy_with_hooks, set_tensor
+from fxprune.graph.tensors import as_parameter, copy_with_hooks, set_tensor
 from fxprune.masking.compare import ROUGH, TOLERANCE
 from fxprune.masking.masked_run import output_tensors
 from fxprune.offload.ranks import input_device, is_sharded
 from fxprune.pipeline.arguments import MANIFEST as MANIFEST
 from fxprune.removal.plan import Plan
 from fxprune.report.report import Report, package_versions
-from fxprune.trace.inputs import default_inputs, hooks_left_out, without_cache
+from fxprune.trace.inputs import default_inputs, hooks_left_out, private_parameters, without_cache
 
 T = TypeVar("T")
 
@@ -55,6 +55,8 @@ class Forward:
 def run_forward(model: PreTrainedModel, inputs: Shapes | None = None) -> Forward | Refusal:
     """Run a copy of a model that shares its parameters and hooks, in evaluation mode, on a few random tokens.
 
+    Parameters that it writes to are copied, so that the model itself stays as it is.
+
     A model that cannot be copied, such as a sharded one, is run itself. ``inputs`` are recorded ones; None for the
     first that the model accepts.
     """
@@ -68,7 +70,11 @@ def run_forward(model: PreTrainedModel, inputs: Shapes | None = None) -> Forward
                 given[name] = torch.randint(entry["below"], entry["shape"], generator=generator).to(device)
             else:
                 given[name] = torch.randn(entry["shape"], generator=generator).to(device, model.dtype)
-        parameters = {id(tensor): tensor for tensor in model.parameters()}
+        written = frozenset[str]() if dispatched or is_sharded(model) else private_parameters(model, given)
+        parameters = {
+            id(tensor): as_parameter(tensor.detach().clone(), tensor) if name in written else tensor
+            for name, tensor in model.named_parameters()
+        }
         twin = None if dispatched else attempt(copy_with_hooks, model, parameters)
         runs = twin if isinstance(twin, type(model)) else model
         options = without_cache(runs) if runs is twin else {}
@@ -174,7 +180,7 @@ def check_written(model: PreTrainedModel, own: Forward | Refusal, loaded: PreTra
 
 
 def _changed(fault: str) -> CheckpointError:
-    remedy = "Undo what was changed beside weights and config; save_pretrained(verify=False) saves it without"
+    remedy = "Undo what was changed beside weights and config; Python saves it without by save_pretrained(verify=False)"
     return CheckpointError(f"the checkpoint would not be this model: {fault}", where="model", remedy=remedy)
 
 
@@ -207,6 +213,10 @@ PAGE = "report.html"
 """For people, like the card: both may be edited or deleted."""
 PLAN = "plan.json"
 REPORT = "report.json"
+GRAPH = "model.pt2"
+"""The graph of a result for which there is no slim model of its class; its folder has no manifest."""
+RUN_FILES = ("run.yaml", "recovery.json")
+"""What the commands write beside a result; no manifest lists them, since they may be edited."""
 _FORMAT = 3
 """Counted up when an earlier release could no longer read the file, or would miss something that it must check."""
 _LOADED_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".py")
@@ -345,16 +355,25 @@ def other_files(folder: Path) -> dict[str, str]:
     return {path.name: _digest(path) for path in found if path.name != MANIFEST}
 
 
-def foreign_files(folder: Path) -> list[Path]:
-    """Files and folders that a user put into a checkpoint and no loader looks for.
+def result_files(folder: Path) -> set[str]:
+    """Names of the files that an earlier result consists of: a checkpoint, or a graph; empty if there is none."""
+    if (folder / MANIFEST).is_file():
+        manifest = _earlier_manifest(folder)
+        listed = () if manifest is None else (*manifest.weights, *manifest.files)
+        return {MANIFEST, *RUN_FILES, *listed}
+    is_graph = (folder / GRAPH).is_file() and (folder / PLAN).is_file()
+    return {GRAPH, PLAN, REPORT, PAGE, *RUN_FILES} if is_graph else set()
 
-    All that no loader looks for, if there is no manifest that can be read.
+
+def foreign_files(folder: Path) -> list[Path]:
+    """Files and folders that a user put beside a result and no loader looks for.
+
+    All that no loader looks for, if there is no result.
     """
     if not folder.is_dir():
         return []
-    manifest = _earlier_manifest(folder)
-    known = set() if manifest is None else {*manifest.weights, *manifest.files}
-    return sorted(p for p in folder.iterdir() if p.name not in {MANIFEST, *known} and not _is_loaded(p.name))
+    known = result_files(folder)
+    return sorted(p for p in folder.iterdir() if p.name not in known and not _is_loaded(p.name))
 
 
 def has_user_card(folder: Path) -> bool:

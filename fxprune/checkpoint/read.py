@@ -296,7 +296,8 @@ def _classes(path: Path, model_class: type[PreTrainedModel] | None) -> tuple[typ
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         what = f"not a config that can be loaded: {error!r}"
         remedy = "Pass model_class= where the class is not one of transformers' own"
-        raise CheckpointError(what, where=str(file), remedy=remedy) from error
+        shell = "Copy the folder again; a class that is not one of transformers' own is loaded in Python alone"
+        raise CheckpointError(what, where=str(file), remedy=remedy, shell=shell) from error
 
 
 def _check_plan(path: Path, model_class: type[PreTrainedModel] | None, manifest: Manifest) -> None:

@@ -41,6 +41,7 @@ from fxprune.checkpoint.manifest import (
     has_user_card,
     other_files,
     read_manifest,
+    result_files,
     run_forward,
     weight_files,
 )
@@ -440,11 +441,12 @@ def check_place(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
             raise CheckpointError("is a file", where=str(target), remedy="Choose a new folder")
         if force or not target.is_dir() or not holds_files(target):
             return target
-        if not (target / MANIFEST).is_file():
+        if not (earlier := result_files(target)):
             remedy = "Choose a new folder, or empty this one"
             raise CheckpointError("holds files that are not an fxprune checkpoint", where=str(target), remedy=remedy)
         try:
-            read_manifest(target)
+            if MANIFEST in earlier:
+                read_manifest(target)
         except CheckpointError as error:
             what = f"holds an earlier checkpoint whose {MANIFEST} cannot be read: {error.what}"
             remedy = "Choose a new folder, or pass $force to write over this one"

@@ -43,7 +43,7 @@ def apply(
     text.check()
     check_model(model, gguf_file, with_weights=True)
     check_quantization(quantization, out)
-    check_output(out, model, force=force)
+    force = check_output(out, model, force=force)
     as_device(device)
     to_gguf = out.suffix == ".gguf"
     if to_gguf:

@@ -186,6 +186,7 @@ class Command(TyperCommand):
             def spell(name: str) -> str:
                 return option_name(name) if name in options or name == "offload" else name
 
+            error.remedy = error.shell
             raise typer.Exit(_report(error.render(spell))) from error
         except OSError as error:  # before the base class takes a broken pipe for the end of the output
             raise typer.Exit(_report(_describe(error))) from error

@@ -153,10 +153,12 @@ def estimate(
         flops += 2 * sum(report.macs) / worked * WINDOW * WINDOWS
     free = free_bytes(torch.device("cpu"))
     read, written = _disk_traffic(costs, (dense, slim), report.parameters[1]) if low_memory else (0.0, 0.0)
+    groups = fxprune.facts_of(traced)[Groups].all
+    gone = {one.name: (1, 0) for one in groups if one.factor is None and one.block in report.removed_blocks}
     return dict(
         parameters=report.parameters,
-        widths=dict(report.widths),
-        groups=dict(Counter(group.kind for group in fxprune.facts_of(traced)[Groups].all)),
+        widths={**report.widths, **gone},
+        groups=dict(Counter(group.kind for group in groups)),
         frozen=len(report.frozen),
         reachable=reachable,
         memory=peak_memory(costs, tokens, sizes, (dense, slim), in_place=in_place, on_disk=low_memory, free=free),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxprune.cli import options as flags
-from fxprune.cli.console import MeasuringCommand, app, console, keep_freed, print_json, progress, working
-from fxprune.cli.models import check_models, load_pair, load_words, locate_model
+from fxprune.cli.console import MeasuringCommand, app, console, keep_freed, print_json, print_lines, progress, working
+from fxprune.cli.models import check_models, check_predicts, load_pair, load_words, locate_model
 from fxprune.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -79,18 +79,22 @@ def evaluate(
     with tempfile.TemporaryDirectory() if low_memory else nullcontext() as place:
         work = None if place is None else Path(broadcast_object(place))
         columns = _measure(compared, loading, options, work, has_reference=compare is not None)
+        if low_memory and compare is not None:
+            note = f"predictions and answers are not compared with those of {columns[0].name}: leave --low-memory out"
+            noted = (replace(one, evaluation=replace(one.evaluation, notes=(note,))) for one in columns[1:])
+            columns = (columns[0], *noted)
         comparison = Comparison(columns, settings)
     if write and is_first():  # processes that share the windows compute the same
         dense, *others = columns
         for column in others:
             folder, measured = compared[column.name], Comparison((dense, column), settings)
-            figures = {"quality": quality_of(dense.evaluation, column.evaluation), "unmeasured": ""}
-            rows = (("", "dense", "slim"), *measured.rows())
-            replace_report(folder, replace(reports[folder], measured=rows, **figures))
+            report = reports[folder].with_quality(quality_of(dense.evaluation, column.evaluation))
+            replace_report(folder, replace(report, measured=(("", "dense", "slim"), *measured.rows())))
     if as_json:
         print_json(comparison.to_dict())
     else:
         console.print(comparison.table())
+        print_lines(f"note: {note}" for note in comparison.notes)
 
 
 def _check_low_memory(dtype: str | None, device: str | None, tasks: str | None, answers: bool | None) -> None:
@@ -121,6 +125,9 @@ def _print_agreement(
     dense = load(compare, **loading)
     samples = [{name: value.to(dense.device) for name, value in sample.items()} for sample in samples]
     others = {name: place for name, place in compared.items() if place != compare}
+    if not others:
+        remedy = "Name the dense model with --compare"
+        raise EvaluationError("it would be compared with itself", where=compare, remedy=remedy)
     found = {name: agreement(dense, load(place, **loading), samples) for name, place in others.items()}
     if as_json:
         print_json({name: asdict(one) for name, one in found.items()})
@@ -184,6 +191,7 @@ def _measure(
             folder.mkdir(exist_ok=True)  # processes share it
             with working(f"loading {place}"):
                 model = load_mapped(locate_model(place), folder)
+                check_predicts(place, model)
         tokenizer = own or tokenizer
         columns.append(as_column(name, model, evaluate(model, tokenizer, reference=reference, **options)))
         if has_reference and work is None and reference is None:

@@ -10,8 +10,8 @@ import typer
 
 from fxprune.cli import options as flags
 from fxprune.cli.console import Command, MeasuringCommand, app, console, print_json, print_lines
-from fxprune.cli.models import check_model, check_models, load, load_pair, load_words
-from fxprune.errors import ArgumentError, FxpruneError
+from fxprune.cli.models import check_model, check_models, load_pair, load_predictor, load_words
+from fxprune.errors import ArgumentError, CheckpointError, FxpruneError
 
 
 @app.command(cls=MeasuringCommand)
@@ -31,8 +31,6 @@ def generate(
     """Print how MODEL, dense or slim, continues PROMPT; a model with a chat template answers it."""
     import torch
 
-    from fxprune.checkpoint.read import readable
-
     if not math.isfinite(temperature):
         raise ArgumentError(f"is {temperature}", where="--temperature", remedy="Give a finite number")
     if not prompt.strip():
@@ -48,10 +46,9 @@ def generate(
         if raw or not tokenizer.chat_template:
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         else:
-            inputs = _turns(tokenizer, [{"role": "user", "content": prompt}])
+            inputs = _turns(place, tokenizer, [{"role": "user", "content": prompt}])
         torch.manual_seed(seed)
-        with readable(place, "cannot generate", "Check its weights for values that are not finite, and --temperature"):
-            texts[name] = _generate(loaded, tokenizer, inputs, streams=not as_json, **options)
+        texts[name] = _generate(place, loaded, tokenizer, inputs, streams=not as_json, **options)
     if as_json:
         print_json(texts)
 
@@ -71,7 +68,7 @@ def chat(
     if not tokenizer.chat_template:
         remedy = "`fxprune generate` continues a text"
         raise FxpruneError("its tokenizer has no chat template", where=model, remedy=remedy)
-    loaded = load(model, dtype=dtype, device=device)
+    loaded = load_predictor(model, dtype=dtype, device=device)
     messages = [] if system is None else [{"role": "system", "content": system}]
     while True:
         try:
@@ -81,23 +78,46 @@ def chat(
         if not text:
             continue
         messages.append({"role": "user", "content": text})
-        inputs = _turns(tokenizer, messages)
-        answer = _generate(loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
+        inputs = _turns(model, tokenizer, messages)
+        answer = _generate(model, loaded, tokenizer, inputs, streams=True, max_new_tokens=max_new_tokens)
         messages.append({"role": "assistant", "content": answer})
     print_lines([""])
 
 
-def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+def _turns(place: str, tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    from fxprune.checkpoint.read import readable
+
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    remedy = "Correct the template, or use `fxprune generate` with --raw"
+    with readable(place, "its chat template refuses the messages", remedy):
+        return tokenizer.apply_chat_template(messages, **options)
 
 
-def _generate(model: Any, tokenizer: Any, inputs: Any, *, streams: bool, **options: Any) -> str:
-    """The text that a model generates; ``streams`` to print it as it comes."""
+def _generate(place: str, model: Any, tokenizer: Any, inputs: Any, *, streams: bool, **options: Any) -> str:
+    """The text that the model of a folder generates; ``streams`` to print it as it comes."""
     from transformers import TextStreamer
 
+    from fxprune.checkpoint.read import readable
+    from fxprune.evaluation.perplexity import positions_named
     from fxprune.graph.context import quiet
 
+    def check(_: Any, logits: Any) -> Any:
+        if not logits.amax(-1).isfinite().all():  # some of them may be -inf
+            raise CheckpointError("cannot generate: its logits are not finite", where=place, remedy=weights)
+        return logits
+
+    ids, weights = inputs["input_ids"], "Check its weights for values that are not finite"
+    if not ids.numel():
+        remedy = "Give a text of words that it knows"
+        raise ArgumentError(f"the tokenizer of {place} makes no token of it", where="PROMPT", remedy=remedy)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    with quiet(logging.WARNING):
-        ids = model.generate(**inputs.to(model.device), **options, streamer=streamer)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    most = ids.shape[1] + options["max_new_tokens"]
+    fewer = "Give a shorter prompt, or fewer --max-new-tokens"
+    unsafe = [] if options.get("do_sample") else [check]  # torch itself refuses to sample from such logits
+    with (
+        readable(place, "cannot generate", f"{weights}{', and --temperature' if options.get('temperature') else ''}"),
+        positions_named((model,), most, place, fewer, [int(ids.max())]),
+        quiet(logging.WARNING),
+    ):
+        found = model.generate(**inputs.to(model.device), **options, streamer=streamer, logits_processor=unsafe)
+    return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))

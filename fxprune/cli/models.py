@@ -144,9 +144,22 @@ def _read_config(model: str) -> dict[str, Any]:
 
 
 def load_pair(model: str, *, needed: bool = True, **options: Any) -> tuple[Any, Any]:
-    """Load a model and its tokenizer."""
+    """Load a model that predicts the next token, and its tokenizer."""
     tokenizer = load_words(model, needed=needed)  # refused before the model is loaded
-    return load(model, **options), tokenizer
+    return load_predictor(model, **options), tokenizer
+
+
+def load_predictor(model: str, **options: Any) -> Any:
+    """Load a model, and refuse one that does not predict the next token."""
+    loaded = load(model, **options)
+    check_predicts(model, loaded)
+    return loaded
+
+
+def check_predicts(model: str, loaded: Any) -> None:
+    """Refuse a loaded model that does not predict the next token."""
+    if loaded.config.is_encoder_decoder or not loaded.can_generate():
+        raise _other_class(model, type(loaded).__name__)
 
 
 @cache
@@ -237,9 +250,16 @@ def _check_folder(folder: Path, *, any_class: bool) -> None:
     if any_class or (folder / MANIFEST).is_file() or config.get("auto_map") or not (other or encodes):
         return
     name = classes[0] if classes else "AutoModel"
-    what = f"it holds a {name} ({config['model_type']}); this command is for models that predict the next token"
-    remedy = "`fxprune prune` takes it, and `fxprune eval` with --data"
-    raise UnsupportedModelError(what, where=str(folder), remedy=remedy)
+    raise _other_class(str(folder), f"{name} ({config['model_type']})")
+
+
+def _other_class(model: str, name: str) -> UnsupportedModelError:
+    what = f"it holds a {name}; this command is for models that predict the next token"
+    remedy = (
+        "`fxprune prune` takes it with weights in memory, and `fxprune eval` compares it with its dense model: give "
+        "--compare, and --data with images, sounds or rows in .jsonl"
+    )
+    return UnsupportedModelError(what, where=model, remedy=remedy)
 
 
 def _advice(folder: Path) -> str:

@@ -26,8 +26,11 @@ _FILES = (".bin", ".ckpt", ".h5", ".json", ".pt", ".pth", ".safetensors", ".tar"
 """Suffixes of files that this package does not write; names of folders may have dots in them."""
 
 
-def check_output(out: Path, model: str, *, force: bool) -> None:
-    """Refuse an output that is not writable, is the model itself or, without ``force``, holds other files."""
+def check_output(out: Path, model: str, *, force: bool) -> bool:
+    """Refuse an output that is not writable, is the model itself or, without ``force``, holds other files.
+
+    Returns ``force``, or True for what an earlier run wrote.
+    """
     near = out.suffix[1:].isalpha() and difflib.get_close_matches(out.suffix.lower(), SUFFIXES, cutoff=0.7)
     if not is_file(out) and (out.suffix.lower() in (*SUFFIXES, *_FILES) or near):
         raise UnknownNameError("suffix", out.suffix, SUFFIXES)
@@ -46,6 +49,7 @@ def check_output(out: Path, model: str, *, force: bool) -> None:
     elif out.exists() and not run_file(out).exists() and not force:
         what = "the file is there, without a run of this command beside it"
         raise CheckpointError(what, where=str(out), remedy="Choose another name, or replace it with --force")
+    return force or run_file(out).is_file()
 
 
 def _check_name(out: Path) -> None:
@@ -67,13 +71,14 @@ def _check_name(out: Path) -> None:
 def _check_folder(out: Path, *, force: bool) -> None:
     if out.is_file():
         raise CheckpointError("is a file", where=str(out), remedy="Choose a folder, or a name that ends in .gguf")
+    from fxprune.checkpoint.manifest import result_files
     from fxprune.offload.atomic import holds_files
 
     if (out / MANIFEST).is_file() and not force:
         from fxprune.checkpoint.write import check_place
 
         check_place(out)
-    if not out.is_dir() or (out / MANIFEST).is_file() or run_file(out).is_file() or not holds_files(out):
+    if not out.is_dir() or result_files(out) or run_file(out).is_file() or not holds_files(out):
         return
     if not force:
         remedy = "Choose a new folder, or write into this one with --force"
@@ -120,6 +125,7 @@ def write_result(
 
     ``options`` are of :func:`fxprune.export_model`, for a file; ``run`` is by :func:`~fxprune.cli.config.format_run`.
     """
+    from fxprune.checkpoint.manifest import GRAPH
     from fxprune.checkpoint.write import write_folder
     from fxprune.export.program import COMPANIONS
     from fxprune.offload.atomic import atomic_path
@@ -141,9 +147,9 @@ def write_result(
             run_on_first(write_file, FxpruneError)
         return runners(out)
     if result.model is None:
-        write = partial(write_folder, out, lambda work: write_beside(work / "model.pt2", work.joinpath), force=force)
+        write = partial(write_folder, out, lambda work: write_beside(work / GRAPH, work.joinpath), force=force)
         run_on_first(write, FxpruneError)
-        return "there is no slim model of this class, torch.export.load runs model.pt2"
+        return "there is no slim model, torch.export.load runs model.pt2"
     structure = result.save_pretrained(
         out, tokenizer, force=force, also=lambda folder: write_run(run, folder / "run.yaml")
     )

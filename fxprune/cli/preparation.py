@@ -79,8 +79,12 @@ def prepare(
     *,
     needs_tokenizer: bool,
     dry_run: bool,
+    needs_model: bool = False,
 ) -> Prepared:
-    """Build the passes of a prune, and load tokenizer and samples; in a dry run a bare config needs no tokenizer."""
+    """Build the passes of a prune, and load tokenizer and samples; in a dry run a bare config needs no tokenizer.
+
+    Without ``needs_model`` a recipe may end with a graph.
+    """
     import torch
 
     from fxprune.checkpoint.read import load_processor
@@ -88,7 +92,7 @@ def prepare(
     from fxprune.recipes.recipe import needs_samples
 
     bare = fxprune.prune_pipeline(None, **options).passes  # only a file in the recipe gives these samples
-    for stage in ("select", "shrink"):
+    for stage in ("select", "shrink", *(["emit"] if needs_model else [])):
         if all(step.stage != stage for step in bare):
             remedy = "Add one; `fxprune recipes fast` prints a whole pipeline"
             raise ArgumentError(f"it has no pass of the stage {stage}", where="--recipe", remedy=remedy)

@@ -11,7 +11,7 @@ import typer
 import fxprune
 from fxprune.cli import console, output
 from fxprune.cli import options as flags
-from fxprune.cli.config import format_run, is_file, run_file
+from fxprune.cli.config import format_run, is_file
 from fxprune.cli.console import ONE_OF_TWO, option_name, run_progress, working
 from fxprune.cli.models import check_model, hide_bars, is_gguf, load, locate_model, model_class
 from fxprune.cli.preparation import CalibrationText, Prepared, prepare
@@ -64,7 +64,7 @@ def prune(
     if push_to_hub is not None:
         output.check_push(push_to_hub, out)
     if out is not None:
-        output.check_output(out, model, force=force)
+        force = output.check_output(out, model, force=force)
     text.check()
     as_device(device)
     if low_memory:
@@ -73,7 +73,8 @@ def prune(
         options = {"eval_text": calibration, **options}
     effective = {"memory": "low", **options} if low_memory else options
     needs_tokenizer = (to_gguf and not is_gguf(model)) or has_vocab(options)
-    prepared = prepare(model, gguf_file, text, effective, needs_tokenizer=needs_tokenizer, dry_run=dry_run)
+    needs = {"needs_tokenizer": needs_tokenizer, "needs_model": low_memory or to_gguf}
+    prepared = prepare(model, gguf_file, text, effective, dry_run=dry_run, **needs)
     if dry_run:
         from fxprune.cli.dry_run import estimate, print_estimate
 
@@ -82,7 +83,6 @@ def prune(
         return
     assert out is not None
     run = format_run(call)
-    force = force or run_file(out).is_file()
     if low_memory:
         source = locate_model(model) if gguf_file is None else Path(model).expanduser() / gguf_file
         hide_bars()

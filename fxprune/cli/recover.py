@@ -54,7 +54,7 @@ def recover(
         raise ArgumentError(what, where="--device", remedy=remedy)
     if is_file(out):
         raise ArgumentError(f"{out} is a file", where="--out", remedy="Name a folder; `fxprune export` writes files")
-    check_output(out, model, force=force)
+    force = check_output(out, model, force=force)
     if folder is None and world_size() > 1:
         remedy = "Give --folder, one that all of them can write to"
         raise ArgumentError("several processes need one folder", where="--folder", remedy=remedy)

@@ -23,6 +23,7 @@ from fxprune.cli.models import check_model, is_gguf, load, load_words
 from fxprune.cli.output import check_quantization, gguf_options
 from fxprune.errors import ArgumentError, FxpruneError
 
+_CONTEXT = "Tokens of a request and its answer together."
 _DRAFT = (
     "Smaller model with the same tokens, such as MODEL pruned, for speculative decoding; the answers stay the same."
 )
@@ -33,7 +34,7 @@ def serve(
     model: flags.Folder,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    context: Annotated[int, typer.Option(min=16, help="Tokens of a request and its answer together.")] = 4096,
+    context: Annotated[int, typer.Option(min=16, max=2**31 - 1, help=_CONTEXT)] = 4096,
     draft: Annotated[str | None, typer.Option(help=_DRAFT)] = None,
     quantization: flags.Quantization = None,
     quiet: flags.Quiet = False,
@@ -97,7 +98,7 @@ def start_server(package: str, path: Path, draft: Path | None = None, *, host: s
     try:
         return engine.Server(settings)
     except RuntimeError as error:
-        remedy = "Choose another --port, or a file of an architecture that the engine knows"
+        remedy = "Choose another --host or --port, or a file of an architecture that the engine knows"
         raise FxpruneError(f"it cannot be served: {error}", where=path.name, remedy=remedy) from error
 
 

@@ -109,7 +109,7 @@ def clear_sample_errors(inputs: Mapping[str, Any]) -> Iterator[None]:
             f"{name} {tuple(value.shape)}" for name, value in inputs.items() if isinstance(value, torch.Tensor)
         )
         what = f"the model cannot compute a sample of {shapes}: {Refusal(error)}"
-        remedy = "Pass samples that the model itself accepts, no longer than its positions"
+        remedy = "Pass samples that the model itself accepts, no longer than its positions: of text, fewer $tokens"
         raise CalibrationError(what, where="calibration", remedy=remedy) from error
 
 
@@ -139,6 +139,23 @@ def embedding_rows(graph_module: fx.GraphModule) -> dict[str, int]:
 def token_input(graph_module: fx.GraphModule) -> str | None:
     """Name of the input that holds token ids: the first that is looked up in an embedding; None without one."""
     return next(iter(embedding_rows(graph_module)), None)
+
+
+def most_positions(model: Any) -> int | None:
+    """Tokens of the longest sequence that a model was made for; None if its config does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 1 else None  # some say -1 for any number
+
+
+def fixed_tokens(graph_module: fx.GraphModule) -> int | None:
+    """The one number of tokens that a graph runs on; None if it takes any, or no token ids alone."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if [str(node.target) for node in placeholders] != [token_input(graph_module)]:
+        return None
+    shape = placeholders[0].meta["val"].shape
+    return None if len(shape) != 2 or is_free(shape[1]) else int(shape[1])
 
 
 def batch_indices(samples: Sequence[Sample], graph_module: fx.GraphModule, most: int) -> Iterator[tuple[int, ...]]:

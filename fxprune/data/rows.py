@@ -171,8 +171,9 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _open(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix not in ROW_SUFFIXES:
-        raise DataError(f"a {path.suffix or 'suffixless'} file", where=str(path), remedy=f"Give one of {ROW_SUFFIXES}")
+    if path.suffix not in ROW_SUFFIXES or path.is_dir():
+        what = "it is a folder" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
+        raise DataError(what, where=str(path), remedy=f"Give one of {ROW_SUFFIXES}")
     if not os.path.isfile(path):
         raise DataError("there is no such file", where=str(path), remedy=f"Give the path of one of {ROW_SUFFIXES}")
     if path.suffix == ".parquet":

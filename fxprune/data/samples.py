@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxprune.data.rows import json_lines
 from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.graph.compat import is_free, size_hint, tree_leaves
 from fxprune.graph.context import Refusal
+from fxprune.graph.facts import add_note
 from fxprune.pipeline.arguments import format_value
 
 Tensors = Mapping[str, torch.Tensor]
@@ -30,7 +31,10 @@ DECODER = "decoder_input_ids"
 
 _WANTED = "Pass token ids as a LongTensor (samples, tokens), a list of tokenised dicts or a DataLoader"
 _NO_DATA = "Choose an importance that needs no data, such as l1 or l2"
-_TOKENISE = "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids"
+_TOKENISE = (
+    "Tokenise the text first, as in tokenizer(text, return_tensors='pt').input_ids; on the command line, --calibration "
+    "takes text"
+)
 
 
 def check_samples(name: str, data: Any) -> Any:
@@ -66,6 +70,7 @@ def read_calibration(
     next_token: bool = True,
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None,
     named: Sequence[str] = (LABELS,),
+    most: int | None = None,
 ) -> tuple[Sample, ...]:
     """Samples of calibration data: one for each row, without padding.
 
@@ -73,6 +78,7 @@ def read_calibration(
         next_token: whether labels are those of next tokens; if not, they may have any form.
         named: the names that labels of any form may have.
         shift: makes the tokens that a decoder reads, if a sample has none, from its labels, or from its tokens.
+        most: most tokens of a sample; the rest of longer ones is left out, with a note. None for any number.
         data: token ids ``(samples, tokens)``; a batch by name of the input, as tokenizers return it; a list of
             tokenised dicts with ``input_ids`` and, if padded, ``attention_mask`` and, if given, ``labels``; or any
             iterable of such batches (a DataLoader). If the graph takes the mask and a fixed number of tokens, padding
@@ -84,10 +90,19 @@ def read_calibration(
     """
     inputs, others = _inputs(graph_module)
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return tuple(
+    reader = _Reader(inputs, next_token, shift, named, most)
+    samples = tuple(
         replace(sample, inputs={name: sample.inputs.get(name, others.get(name)) for name in names})
-        for sample in _Reader(inputs, next_token, shift, named).samples(data)
+        for sample in reader.samples(data)
     )
+    if reader.cut:
+        add_note(graph_module, positions_note(most))
+    return samples
+
+
+def positions_note(most: int | None) -> str:
+    """A note that samples were made shorter, since the model has no more positions."""
+    return f"samples have at most {most:,} tokens, as many as the model has positions"
 
 
 def check_tokens(data: Any, rows: int | None, next_token: bool = True) -> None:
@@ -158,6 +173,9 @@ class _Reader:
     next_token: bool = True
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None
     named: Sequence[str] = (LABELS,)
+    most: int | None = None
+    cut: set[int] = field(default_factory=set)
+    """Numbers of tokens of the samples that had more than ``most``."""
 
     @property
     def first(self) -> _Input:
@@ -240,7 +258,21 @@ class _Reader:
                     raise _error(what, where, "Pass 1 for tokens and 0 for padding")
                 keep = mask[0].bool()
                 row = {key: value[:, keep] if value.shape == shape else value for key, value in row.items()}
-            yield row
+            yield self._shortened(row)
+
+    def _shortened(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a sample, those of tokens cut off after :attr:`most`."""
+        ids = row[self.first.name]
+        if self.most is None or self.first.rows is None or ids.dim() != 2:
+            return row
+        long = [
+            key
+            for key, value in row.items()
+            if (value.shape == ids.shape or (key in (LABELS, DECODER) and value.dim() == 2))
+            and value.shape[1] > self.most
+        ]
+        self.cut.update(row[key].shape[1] for key in long)
+        return {key: value[:, : self.most] if key in long else value for key, value in row.items()}
 
     def _sample(self, row: dict[str, torch.Tensor], where: str) -> Sample:
         first = self.first
@@ -338,12 +370,13 @@ def _checked(value: torch.Tensor, known: _Input, where: str) -> torch.Tensor:
     fits = value.dim() == len(wanted) and all(w in (None, n) for n, w in zip(value.shape[1:], wanted[1:], strict=False))
     if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in known.shape)
-        remedy = "Pass samples of that shape, or one sample as example_inputs, to trace the model with its shape"
+        remedy = "Pass samples of that shape alone: a model is traced at that of the first, unless it was given another"
         raise _error(f"{name} is {format_value(value)}, the model takes ({sizes})", where, remedy)
     if value.is_floating_point() and not bool(value.isfinite().all()):
         raise _error(f"{name} has values that are not finite", where, "Clean the data")
     if known.rows is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < known.rows:
         bad = int(value.max()) if int(value.max()) >= known.rows else int(value.min())
         what = f"{name} holds {bad}, the model knows 0 to {known.rows - 1}"
-        raise _error(what, where, "Tokenise with the tokenizer of this model")
+        remedy, shell = "Tokenise with the tokenizer of this model", "Save the model's own tokenizer in its folder"
+        raise CalibrationError(what, where=where, remedy=remedy, shell=shell)
     return value.long() if known.rows is not None else value

@@ -241,3 +241,13 @@ def _hashes(ids: torch.Tensor, length: int) -> torch.Tensor:
     """A number of 64 bits for each run of ``length`` token ids ``(..., tokens)``: ``(..., tokens - length + 1)``."""
     factors = torch.randint(2**62, (length,), generator=torch.Generator().manual_seed(0))
     return (ids.cpu().long().unfold(-1, length, 1) * factors).sum(-1)
+
+
+def unknown_token(token: int, rows: int) -> DataError:
+    """The error for a token id of a tokenizer that is none of the ``rows`` of a model's embedding."""
+    return DataError(
+        f"the tokenizer gives {token}, the model knows 0 to {rows - 1}",
+        where="tokenizer",
+        remedy="Pass the tokenizer of this model",
+        shell="Save the model's own tokenizer in its folder, in place of the one there",
+    )

@@ -135,7 +135,8 @@ def explain(graph: nx.Graph[Axis], member: Axis | tuple[str, int], group: Group 
     if chosen is None or chosen.factor is None or chosen.trigger is None or chosen.factor not in factors(expr):
         reason = next((str(axes.frozen[f]) for f in factors(expr) if f in axes.frozen), "it holds no removable unit")
         remedy = "Ask for an axis of one of fxprune.find_groups(graph), and of this graph"
-        raise FxpruneError(f"axis {target.dim} is in no such group: {reason}", where=target.tensor, remedy=remedy)
+        what = f"axis {target.dim} is in no such group: {reason}"
+        raise FxpruneError(what, where=target.tensor, remedy=remedy, shell="`fxprune graph` lists the groups")
     inside = graph.subgraph(axes_by_factor(graph)[chosen.factor])
     steps = []
     for source, reached in itertools.pairwise(nx.shortest_path(inside, chosen.trigger, target)):

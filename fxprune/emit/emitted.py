@@ -331,6 +331,7 @@ class Emitted(Fact):
                 f"there is no slim model to save: {'; '.join(self.reasons[:3])}",
                 where="model",
                 remedy="Export the graph instead: result.export('model.pt2')",
+                shell="Leave --low-memory out, and the graph is written instead",
             )
         return self.model
 

@@ -178,6 +178,7 @@ def _built(model: PreTrainedModel, data: Mapping[str, Any]) -> nn.Module:
             f"its class cannot be built from its config: {twin}",
             where=type(model).__name__,
             remedy="Export the graph instead: result.export('model.pt2')",
+            shell="Write the graph instead: let --out end in .pt2",
         ) from twin.error
     return twin
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,10 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from fxprune.data.built_in import can_generate, offline_docstrings
-from fxprune.data.calibration import Calibration, HeldOut, batched, token_input
+from fxprune.data.calibration import Calibration, HeldOut, batched, fixed_tokens, most_positions, token_input
 from fxprune.data.samples import read_calibration
 from fxprune.data.text import calibration_text, text_source
-from fxprune.errors import EvaluationError
+from fxprune.errors import EvaluationError, PositionsError
 from fxprune.evaluation.generation import (
     Answers,
     Generation,
@@ -32,7 +31,6 @@ from fxprune.evaluation.generation import (
 from fxprune.evaluation.perplexity import (
     Perplexity,
     load_corpus,
-    most_positions,
     named_corpora,
     paired_perplexities,
     text_perplexity,
@@ -56,12 +54,13 @@ from fxprune.vocabulary.alignment import has_other_tokens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model: perplexity by text, accuracy by task, and its greedy answers."""
+    """Quality of a model: perplexity by text, accuracy by task, and greedy answers; ``notes`` say what is left out."""
 
     perplexities: Mapping[str, Perplexity] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     generation: Generation | None = None
     answers: Answers | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def average(self) -> float | None:
@@ -84,6 +83,7 @@ class Evaluation:
             "average": self.average,
             "generation": generation,
             "answers": answers,
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -109,7 +109,7 @@ class Reference:
         if words is not tokenizer and has_other_tokens(tokenizer, words):
             rows = words(list(answers.texts), add_special_tokens=False, verbose=False)["input_ids"]
             answers = replace(answers, ids=tuple(map(tuple, rows)))
-        return compare_answers(answers, self._answers)
+        return compare_answers(answers.without(self._answers.too_long), self._answers.without(answers.too_long))
 
 
 @wrap_errors("evaluate", "Pass a language model, its own tokenizer, and texts or tasks", EvaluationError)
@@ -175,9 +175,25 @@ def evaluate(
     scores = zero_shot(model, tokenizer, asked, limit=questions, batch=batch) if asked else {}
     if not generate:
         return Evaluation(perplexities, scores)
-    answers = answer_questions(model, tokenizer, batch=batch, track=track)
-    compared = compare_answers(answers) if reference is None else other.compare(answers, tokenizer, batch, track)
-    return Evaluation(perplexities, scores, compared, answers)
+    try:
+        answers = answer_questions(model, tokenizer, batch=batch, track=track)
+        compared = compare_answers(answers) if reference is None else other.compare(answers, tokenizer, batch, track)
+    except PositionsError as error:
+        if not perplexities and not scores:
+            raise
+        return Evaluation(perplexities, scores, notes=(_unanswered(error),))
+    return Evaluation(perplexities, scores, compared, answers, tuple(_notes_of(answers)))
+
+
+def _unanswered(error: EvaluationError) -> str:
+    return f"no question is answered: {error.what}"
+
+
+def _notes_of(answers: Answers) -> Iterator[str]:
+    """Yield a remark if a model had too few positions to answer all questions."""
+    if left := len(answers.too_long):
+        every = left + len(answers.questions)
+        yield f"{left:,} of {every:,} questions are left out: the model has too few positions for them"
 
 
 @dataclass(frozen=True)
@@ -317,6 +333,11 @@ class Comparison:
         """The table in Markdown; a value after ± is one standard error."""
         return figures_markdown(self._head, self.rows())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out of a column, after its name."""
+        return tuple(f"{column.name}: {note}" for column in self.columns for note in column.evaluation.notes)
+
     def table(self, title: str = "") -> Table:
         """The table for a terminal."""
         return figures_table(self._head, self.rows(), title)
@@ -447,6 +468,9 @@ WINDOW = 256
 WINDOWS = 12
 """Windows of a text: three thousand tokens tell a good result from a bad one, and take seconds."""
 
+_FEWEST = 4
+"""Windows below which errors are not known."""
+
 ANSWER = 24
 """Tokens of the greedy answer."""
 
@@ -501,17 +525,27 @@ def measure_quality(
     options["reference_tokenizer"] = dense_tokenizer
     name = BUILT_IN if text is None else text_source(text)
     found: tuple[Perplexity, Perplexity] | None = None
+    answers: tuple[GreedyAnswer, ...] = ()
+    notes = []
     with preserve_rng():
         if text is not None:
-            with suppress(EvaluationError):  # it is too short, or all of it was used
+            try:
                 content = calibration_text(text, tokenizer)
                 found = paired_perplexities(slim, dense, tokenizer, content, **options)
-        if found is None or found[0].windows < 4:  # fewer tell nothing about errors
+                why = f"{found[0].windows:,} windows are left that the prune did not use, and {_FEWEST} are needed"
+            except EvaluationError as error:  # it is too short, or all of it was used
+                why = error.what
+        if found is None or found[0].windows < _FEWEST:
+            notes += [] if text is None else [f"quality was measured on {BUILT_IN} in place of {name}: {why}"]
             name = BUILT_IN
             found = paired_perplexities(slim, dense, tokenizer, offline_docstrings(), **options)
         tokenizers = (dense_tokenizer or tokenizer, tokenizer)
-        answers = () if speakers is None else _answers(*zip(speakers, tokenizers, strict=True))
-    return Quality((_text_quality(name, *found),), answers)
+        if speakers is not None:
+            try:
+                answers = _answers(*zip(speakers, tokenizers, strict=True))
+            except EvaluationError as error:
+                notes.append(_unanswered(error))
+    return Quality((_text_quality(name, *found),), answers, tuple(notes))
 
 
 def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
@@ -521,9 +555,13 @@ def _samples_used(graph_module: fx.GraphModule) -> list[Tensor]:
     return [sample.inputs[name] for fact in known for sample in fact.samples] if name else []
 
 
-def window_of(model: Any) -> int:
-    """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter."""
-    return min(WINDOW, most_positions(model) or WINDOW)
+def window_of(model: Any, graph_module: fx.GraphModule | None = None) -> int:
+    """Tokens of a window: :data:`WINDOW`, or the longest sequence that a model takes if that is shorter.
+
+    A graph, if it is measured in place of the model, may run on one number of tokens alone, which it then is.
+    """
+    fixed = None if graph_module is None else fixed_tokens(graph_module)
+    return fixed or min(WINDOW, most_positions(model) or WINDOW)
 
 
 def quality_of(dense: Evaluation, slim: Evaluation) -> Quality:
@@ -533,9 +571,11 @@ def quality_of(dense: Evaluation, slim: Evaluation) -> Quality:
         for name, value in slim.perplexities.items()
         if value.divergence is not None
     )
+    notes = tuple(dict.fromkeys((*dense.notes, *slim.notes)))
     if dense.answers is None or slim.answers is None:
-        return Quality(texts, ())
-    return Quality(texts, _first_answer(dense.answers, slim.answers))
+        return Quality(texts, (), notes)
+    pair = dense.answers.without(slim.answers.too_long), slim.answers.without(dense.answers.too_long)
+    return Quality(texts, _first_answer(*pair), notes)
 
 
 def _text_quality(text: str, dense: Perplexity, slim: Perplexity) -> TextQuality:
@@ -574,6 +614,8 @@ def token_twin(model: Any) -> Any:
 
 
 def _first_answer(dense: Answers, slim: Answers) -> tuple[GreedyAnswer, ...]:
-    """The first answers, as a report can show them: without line breaks and control characters."""
+    """The first answers, as a report can show them: without line breaks and control characters; empty if none."""
+    if not dense.questions:
+        return ()
     shown = ("".join(sign if sign.isprintable() else " " for sign in one.texts[0]) for one in (dense, slim))
     return (GreedyAnswer(dense.questions[0], *(" ".join(text.split()) for text in shown)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import takewhile
@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from fxprune.data.text import common_prefix
-from fxprune.errors import EvaluationError
+from fxprune.errors import EvaluationError, PositionsError
 from fxprune.evaluation.perplexity import positions_named
 from fxprune.graph.context import eval_mode, quiet, replaced, wrap_errors
 from fxprune.pipeline.arguments import refuse, whole_number
@@ -32,11 +32,21 @@ def plain_questions() -> list[str]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers to questions: as text, and as the token ids that were generated."""
+    """Greedy answers to questions: as text, and as the token ids that were generated.
+
+    ``too_long`` are the questions that were not answered, since the model has too few positions for their answers.
+    """
 
     questions: tuple[str, ...]
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
+    too_long: tuple[str, ...] = ()
+
+    def without(self, questions: Collection[str]) -> Answers:
+        """The answers to other questions than these."""
+        kept = [i for i, question in enumerate(self.questions) if question not in questions]
+        texts, ids = (tuple(row[i] for i in kept) for row in (self.texts, self.ids))
+        return Answers(tuple(self.questions[i] for i in kept), texts, ids, self.too_long)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,9 @@ def answer_questions(
         questions: None for :func:`plain_questions`.
         tokens: most tokens of an answer.
         batch: questions per call, padded on the left.
+
+    Raises:
+        EvaluationError: the model generates no text; a PositionsError if it has too few positions for any answer.
     """
     asked = tuple(plain_questions() if questions is None else questions)
     if not asked or not all(isinstance(question, str) for question in asked):
@@ -94,14 +107,7 @@ def answer_questions(
     if not callable(can_generate) or not can_generate():
         remedy = "Pass a decoder of transformers, or leave the answers out"
         raise EvaluationError(f"a {type(model).__name__} generates no text", where="answers", remedy=remedy)
-    prompts: list[list[int]] = []
-    for question in asked:
-        if getattr(tokenizer, "chat_template", None):
-            chat = [{"role": "user", "content": question}]
-            encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        else:
-            encoded = tokenizer(f"Question: {question}\nAnswer:", verbose=False)
-        prompts.append(list(encoded["input_ids"]))
+    prompts = [_prompt(tokenizer, question) for question in asked]
     own_ends: Any = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list | tuple) else [own_ends])} - {None}
     fill = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
@@ -109,20 +115,48 @@ def answer_questions(
         do_sample=False, max_new_tokens=tokens, use_cache=True, pad_token_id=fill, eos_token_id=sorted(ends) or None
     )
     plain = transformers.GenerationConfig()
-    found: list[tuple[int, ...]] = []
+    found: dict[int, tuple[int, ...]] = {}
+    too_long: dict[int, PositionsError] = {}
+    generate: Any = model.generate
+
+    def answer(numbers: Sequence[int]) -> None:
+        rows = [prompts[number] for number in numbers]
+        width = max(map(len, rows))
+        ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        try:
+            remedy, largest = "Ask for fewer tokens, or for no answers", [int(ids.max())]
+            with positions_named((model,), width + tokens, "answers", remedy, largest):
+                out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+        except PositionsError as error:
+            if len(numbers) == 1:
+                too_long[numbers[0]] = error
+                return
+            for number in numbers:  # shorter ones may fit
+                answer([number])
+            return
+        for number, row in zip(numbers, out, strict=True):
+            found[number] = tuple(takewhile(lambda token: token not in ends, row[width:].tolist()))
+
     with replaced(model, generation_config=plain), eval_mode(model), torch.no_grad(), quiet(logging.WARNING):
         starts = range(0, len(prompts), batch)
-        generate: Any = model.generate
         for start in track(starts, "answers", len(starts)):
-            rows = prompts[start : start + batch]
-            width = max(map(len, rows))
-            ids = torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=model.device)
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-            with positions_named((model,), width + tokens, "answers", "Ask for fewer tokens, or for no answers"):
-                out = generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
-            found += [tuple(takewhile(lambda token: token not in ends, row[width:].tolist())) for row in out]
-    texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in found)
-    return Answers(asked, texts, tuple(found))
+            answer(range(len(prompts))[start : start + batch])
+    if not found:
+        raise next(iter(too_long.values()))
+    texts = tuple(tokenizer.decode(row, skip_special_tokens=True).strip() for row in found.values())
+    answered = tuple(asked[number] for number in found)
+    return Answers(answered, texts, tuple(found.values()), tuple(asked[number] for number in too_long))
+
+
+def _prompt(tokenizer: Any, question: str) -> list[int]:
+    """Token ids of a question, in the chat template of a tokenizer that has one."""
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": question}]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    else:
+        encoded = tokenizer(f"Question: {question}\nAnswer:", verbose=False)
+    return list(encoded["input_ids"])
 
 
 def compare_answers(answers: Answers, reference: Answers | None = None) -> Generation:

@@ -15,10 +15,11 @@ import torch
 import transformers
 from torch import Tensor, fx, nn
 
+from fxprune.data.calibration import most_positions
 from fxprune.data.named import CORPORA, ROW_SUFFIXES, is_data_set, load_named, unused_name
-from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text, unseen
-from fxprune.errors import EvaluationError, FxpruneError, UnknownNameError
-from fxprune.graph.context import eval_mode, silence_stderr, wrap_errors
+from fxprune.data.text import calibration_text, is_text, opening_tokens, read_text, unknown_token, unseen
+from fxprune.errors import EvaluationError, FxpruneError, PositionsError, UnknownNameError
+from fxprune.graph.context import attempt, eval_mode, silence_stderr, wrap_errors
 from fxprune.masking.parts import PartwiseModel
 from fxprune.offload.ranks import all_reduce, input_device, is_sharded, shard_indices
 from fxprune.pipeline.arguments import format_value, function, instance, refuse, whole_number
@@ -59,16 +60,18 @@ def load_corpus(source: Any) -> str:
         return calibration_text(source)
     if _is_text_itself(source):
         return str(source)
-    if not os.path.isfile(source):
-        raise UnknownNameError("corpus", str(source), CORPORA)
     path = Path(source)
+    if not os.path.isfile(path):
+        is_path = path.suffix or path.name != str(source)
+        why = "it is a folder" if os.path.isdir(path) else "there is no such file" if is_path else ""
+        raise UnknownNameError("corpus", str(source), CORPORA, why=why)
     return read_text(path) if path.suffix in ROW_SUFFIXES else calibration_text(path)
 
 
 def _is_text_itself(source: str | Path) -> bool:
-    """Whether a source is neither a path nor a name: it has a blank or a line break, and no file is called so."""
+    """Whether a source is neither a path nor a name: it has a blank or a line break, and nothing is called so."""
     has_breaks = isinstance(source, str) and (" " in source or "\n" in source)
-    return has_breaks and Path(source).suffix not in ROW_SUFFIXES and not os.path.isfile(source)
+    return has_breaks and Path(source).suffix not in ROW_SUFFIXES and not os.path.exists(source)
 
 
 _REMEDY = "Pass a language model that takes input_ids, and its own tokenizer"
@@ -209,13 +212,14 @@ def paired_perplexities(
     counts = window - first
     start = places.gather(1, (first - len(opening))[:, None]).flatten()
     stop = places[:, -1] + 1
-    aligned = None
-    words = reference_tokenizer
-    if reference is not None and words is not None and has_other_tokens(tokenizer, words):
+    aligned, words = None, reference_tokenizer
+    others = reference is not None and words is not None and has_other_tokens(tokenizer, words)
+    if others:
         aligned = _align_windows(places, start, len(opening), text, offsets, tokenizer, words)
         counts = torch.stack([each.theirs[-1] - each.theirs[0] for each in aligned])
         start, stop = (torch.stack([each.ours[end] for each in aligned]) + stop - window for end in (0, -1))
-    sums, apart = _measure_windows(model, windows, first, batch, reference, track, aligned)
+    padded = words is not None and not others
+    sums, apart = _measure_windows(model, windows, first, batch, reference, track, aligned, padded=padded)
     counts, read = counts.double(), (size[stop] - size[start]).double()
     step = window - len(opening) if stride is None else stride
 
@@ -393,11 +397,14 @@ def _measure_windows(
     reference: Callable[..., Any] | None,
     track: Track,
     aligned: Sequence[_Aligned] | None = None,
+    *,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sums ``(4, windows)`` and divergences ``(windows, window - 1)`` as by :func:`_measure_logits`.
 
-    They are of positions from ``first`` on; with ``aligned``, the reference has other tokens. Several processes share
-    the windows; all of them must call this function.
+    They are of positions from ``first`` on; with ``aligned``, the reference has other tokens; with ``padded``, it has
+    the same, and logits of none behind them may be more or fewer. Several processes share the windows; all of them must
+    call this function.
     """
     for name, given in (("model", model), ("reference", reference)):
         if isinstance(given, type) or not (callable(given) or (name == "reference" and given is None)):
@@ -412,7 +419,8 @@ def _measure_windows(
     divergences = torch.zeros(len(ids) if compared else 0, tokens, dtype=torch.double, device=device)
     shares = shard_indices(len(parts))
     chunks = [parts[turn % len(parts)][0].to(device) for turn in shares]
-    enough = positions_named((model, reference), ids.shape[1], "window", "Give a shorter $window")
+    largest = [int(given.max()) for given in (ids, torch.cat([one.ids for one in aligned]) if aligned else ids)]
+    enough = positions_named((model, reference), ids.shape[1], "window", "Give a shorter $window", largest)
     with contextlib.ExitStack() as modes, enough:
         modules = [each for each in (model, reference) if isinstance(each, nn.Module)]
         # gathering sharded weights needs version counters, which tensors made in inference mode do not have
@@ -431,7 +439,8 @@ def _measure_windows(
                 continue
             counted = torch.arange(1, chunk.shape[1])[None].to(chunk.device) >= parts[turn][1].to(chunk.device)[:, None]
             rows = slice(turn * batch, turn * batch + len(chunk))
-            found, apart = _measure_outputs(output, theirs, chunk, counted, None if aligned is None else aligned[turn])
+            places = None if aligned is None else aligned[turn]
+            found, apart = _measure_outputs(output, theirs, chunk, counted, places, padded=padded)
             sums[:, rows] = found.to(device)
             if compared:
                 divergences[rows] = apart.to(device)
@@ -439,29 +448,34 @@ def _measure_windows(
     return sums.cpu(), divergences.cpu()
 
 
-def most_positions(model: Any) -> int | None:
-    """Tokens of the longest sequence that a model was made for; None if its config does not say."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(text, "max_position_embeddings", None)
-    return most if isinstance(most, int) else None
-
-
 @contextlib.contextmanager
-def positions_named(models: Iterable[Any], tokens: int, where: str, remedy: str) -> Iterator[None]:
-    """Explain an error of models that run on more tokens than one of them has positions."""
+def positions_named(
+    models: Sequence[Any], tokens: int, where: str, remedy: str, largest: Sequence[int]
+) -> Iterator[None]:
+    """Explain an error of models that run on more tokens than one has positions, or on tokens that one does not know.
+
+    ``largest`` is the largest token id that each of them is given.
+    """
     try:
         yield
     except (IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, FxpruneError | torch.OutOfMemoryError):
+            raise
+        for model, token in zip(models, largest, strict=True):
+            table: Any = (
+                attempt(model.get_input_embeddings) if isinstance(model, transformers.PreTrainedModel) else None
+            )
+            if hasattr(table, "weight") and token >= (rows := len(table.weight)):
+                raise unknown_token(token, rows) from error
         most = min((number for number in map(most_positions, models) if number), default=tokens)
-        if tokens <= most or isinstance(error, FxpruneError | torch.OutOfMemoryError):
+        if tokens <= most:
             raise
         what = f"{tokens} tokens at once, and the model has {most} positions"
-        raise EvaluationError(what, where=where, remedy=remedy) from error
+        raise PositionsError(what, where=where, remedy=remedy) from error
 
 
 def _measure_outputs(
-    output: Any, theirs: Any, ids: Tensor, counted: Tensor, aligned: _Aligned | None
+    output: Any, theirs: Any, ids: Tensor, counted: Tensor, aligned: _Aligned | None, *, padded: bool
 ) -> tuple[Tensor, Tensor]:
     """Sums and divergences as by :func:`_measure_logits`, from the outputs of a model and of a reference or None."""
     logits, target = logits_of(output)[:, :-1], ids[:, 1:]
@@ -469,7 +483,7 @@ def _measure_outputs(
         return _measure_logits(logits, None, target, counted)
     expected = logits_of(theirs)[:, :-1].to(logits.device)
     if aligned is None:
-        if expected.shape != logits.shape:
+        if expected.shape[:2] != logits.shape[:2] or not (padded or expected.shape == logits.shape):
             what = f"its logits are of shape {tuple(expected.shape)}, and those of the model of {tuple(logits.shape)}"
             remedy = "Compare models that have the same tokens, or give the tokenizer of the reference, too"
             raise EvaluationError(what, where="reference", remedy=remedy)
@@ -496,7 +510,8 @@ def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, cou
     as a draft; without a reference only the first is known.
 
     Args:
-        logits: ``(windows, tokens, vocabulary)``; ``expected`` are those of the reference.
+        logits: ``(windows, tokens, vocabulary)``; ``expected`` are those of the reference. Where one has more at the
+            end, they are compared over those that both have.
         target: next tokens ``(windows, tokens)``; ``counted`` are those of them that are predicted.
     """
     sums = torch.zeros(4, len(target), dtype=torch.double, device=logits.device)
@@ -508,6 +523,8 @@ def _measure_logits(logits: Tensor, expected: Tensor | None, target: Tensor, cou
         if expected is not None:
             wanted = expected[:, part].float()
             sums[1] += _cross_entropies(wanted, target[:, part], counted[:, part])
+            shared = min(ours.shape[-1], wanted.shape[-1])
+            ours, wanted = ours[..., :shared], wanted[..., :shared]
             sums[2] += ((ours.argmax(-1) == wanted.argmax(-1)) & counted[:, part]).double().sum(dim=1)
             divergences, accepted = _divergences(ours, wanted)
             sums[3] += (accepted * counted[:, part]).sum(dim=1)

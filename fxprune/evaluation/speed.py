@@ -333,10 +333,13 @@ def read_widths(device: torch.device) -> Widths:
     kept = _load_widths(path).get(name)
     if kept is None:
         raise ArgumentError(
-            f"round_to='auto' needs widths measured on {name}, and {path} has none",
+            f"$round_to='auto' needs widths measured on {name}, and {path} has none",
             where="round_to",
+            argument="round_to",
+            value="auto",
             remedy="Call fxprune.evaluation.write_widths(fxprune.evaluation.measure_widths(hidden, width)), or name a "
             "multiple such as 32",
+            shell="Name a multiple such as 32, or measure in Python: fxprune.evaluation.write_widths keeps the widths",
         )
     return Widths(name, kept)
 

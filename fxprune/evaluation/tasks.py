@@ -321,7 +321,8 @@ def _with_end(tokenizer: Any, model: Any) -> Any:
     if end is None:
         what = "it has no token for the end of a text, nor for its beginning, and lm-eval needs one"
         remedy = "Set tokenizer.eos_token to the token that ended texts in training"
-        raise EvaluationError(what, where="tokenizer", remedy=remedy)
+        shell = "Set eos_token in its tokenizer_config.json to the token that ended texts in training"
+        raise EvaluationError(what, where="tokenizer", remedy=remedy, shell=shell)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 

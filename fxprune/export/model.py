@@ -84,16 +84,16 @@ class _Step(nn.Module):
         embedding: Any = model.get_input_embeddings()
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(len(embedding.weight), (2, 7), generator=generator).to(model.device)
-        remedy = "Export the plain forward, with cache=False"
+        remedy, shell = "Export the plain forward, with cache=False", "Leave --cache out"
         cache: Any = transformers.DynamicCache()
         with torch.no_grad(), quiet(logging.ERROR):
             whole = attempt(model, input_ids=self.ids, past_key_values=cache, use_cache=True)
         if isinstance(whole, Refusal):
             what = f"the model does not run with keys and values alone: {whole}"
-            raise ExportError(what, where="cache", remedy=remedy) from whole.error
+            raise ExportError(what, where="cache", remedy=remedy, shell=shell) from whole.error
         self.blocks = [number for number, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
         if not self.blocks:
-            raise ExportError("keeps no keys and values", where="cache", remedy=remedy)
+            raise ExportError("keeps no keys and values", where="cache", remedy=remedy, shell=shell)
         kept = [(cache.layers[number].keys, cache.layers[number].values) for number in self.blocks]
         self.empty: Past = [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in kept]
         with torch.no_grad(), quiet(logging.ERROR), wrap_export_errors():
@@ -101,7 +101,7 @@ class _Step(nn.Module):
             rest = self(self.ids[:, 4:], first["present"])
         if not outputs_agree(whole.logits, torch.cat([first["logits"], rest["logits"]], dim=1)):
             what = "the model keeps more between calls than keys and values, such as the state of a recurrence"
-            raise ExportError(what, where="cache", remedy=remedy)
+            raise ExportError(what, where="cache", remedy=remedy, shell=shell)
 
     def forward(self, input_ids: torch.Tensor, past: Past) -> dict[str, Any]:
         cache: Any = transformers.DynamicCache()

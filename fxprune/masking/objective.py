@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,6 @@ from torch import fx, nn
 from fxprune.data.calibration import (
     Sample,
     clear_sample_errors,
-    embedding_rows,
     make_inputs,
     next_token_loss,
     require_logits,
@@ -25,7 +24,7 @@ from fxprune.graph.compat import tree_leaves
 from fxprune.graph.context import Refusal, attempt
 from fxprune.graph.facts import Fact, Source, facts_of
 from fxprune.graph.tensors import get_tensor, has_meta_weights, map_tensors, upstream
-from fxprune.masking.masked_run import UntouchedRun, output_tensors
+from fxprune.masking.masked_run import PreciseRun, output_tensors
 from fxprune.offload.files import is_offloading
 from fxprune.trace.capture import trace
 from fxprune.trace.inputs import is_hugging_face
@@ -41,6 +40,7 @@ class Objective(Fact):
             read from the model.
         shift: makes what a decoder reads from labels; None if the graph reads no such input.
         named: the names that the model has for labels.
+        positions: most tokens that the model takes; None if its config does not say.
     """
 
     open: ClassVar[bool] = True
@@ -49,6 +49,7 @@ class Objective(Fact):
     own: fx.GraphModule | None = None
     shift: Callable[[torch.Tensor], torch.Tensor] | None = None
     named: tuple[str, ...] = (LABELS,)
+    positions: int | None = None
 
 
 def predicts_next(graph_module: fx.GraphModule) -> bool:
@@ -68,26 +69,54 @@ def predicts_next(graph_module: fx.GraphModule) -> bool:
     ids = inputs[name]
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
         return True
-    changed = ids.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % embedding_rows(graph_module)[name]
-    found = []
-    with torch.no_grad():
-        for values in (inputs, {**inputs, name: changed}):
-            output = attempt(UntouchedRun(graph_module).run, *values.values())
-            if isinstance(output, Refusal):
-                return True
-            found.append(next(iter(output_tensors(output)), ids))
-    before, after = found
-    if before.dim() != 3 or before.shape[:2] != ids.shape:
+
+    def first_output(given: Mapping[str, Any]) -> torch.Tensor:
+        return next(iter(output_tensors(PreciseRun(graph_module).run(*given.values()))), ids)
+
+    found = attempt(reads_no_later_tokens, first_output, inputs, (name,))
+    return True if isinstance(found, Refusal) else found
+
+
+_ROUNDING = 1e-6
+"""Some steps of float32: a smaller part of the largest output may be rounded differently."""
+
+_LEAST_INFLUENCE = 1e-3
+"""Of a token on outputs before it, relative to that on outputs after it, from which on it is no rounding either."""
+
+
+@torch.no_grad()
+def reads_no_later_tokens(
+    run: Callable[[Mapping[str, Any]], torch.Tensor], inputs: Mapping[str, Any], names: Sequence[str]
+) -> bool:
+    """Whether an output at each token, ``(batch, tokens, ...)``, does not depend on later tokens.
+
+    The last token is changed, and the first one, by which rounding is told from influence: with random weights a token
+    may move the outputs of others by a ten-thousandth alone.
+
+    Args:
+        run: computes the output in float32 from inputs like these.
+        names: the inputs that hold tokens ``(batch, tokens)``.
+    """
+
+    def with_other(place: int) -> torch.Tensor:
+        changed = {name: inputs[name].clone() for name in names}
+        for ids in changed.values():
+            ids[:, place] = (ids[:, place] + 1) % (ids.max() + 1).clamp_min(2)
+        return run({**inputs, **changed})
+
+    output = run(inputs)
+    if output.dim() != 3 or output.shape[:2] != inputs[names[0]].shape:
         return False
-    # kernels and sizes are the same: less than that is no change
-    return not bool((before - after)[:, :-1].abs().max() > 1e-3 * before.abs().max())
+    before = (with_other(-1) - output)[:, :-1].abs().max()
+    after = (with_other(0) - output)[:, 1:].abs().max()
+    return not bool(before > _ROUNDING * output.abs().max() and before > _LEAST_INFLUENCE * after)
 
 
 def read_heldout(data: Any, graph_module: fx.GraphModule) -> tuple[Sample, ...]:
     """Held-out samples, with labels of the form that the calibration samples have."""
     form = facts_of(graph_module).get(Objective) or Objective()
-    return read_calibration(data, graph_module, next_token=form.next_token, shift=form.shift, named=form.named)
+    options: dict[str, Any] = {"next_token": form.next_token, "shift": form.shift, "named": form.named}
+    return read_calibration(data, graph_module, **options, most=form.positions)
 
 
 def own_loss(model: nn.Module, sample: Sample) -> fx.GraphModule:

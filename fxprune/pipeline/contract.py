@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from operator import is_
 from typing import Any, ClassVar, Self, TypeVar, get_args
 
@@ -141,17 +141,24 @@ class Pass(Arguments, PassBase):
     """Classes of facts about the graph or weights that still hold after its change; all others are dropped."""
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Refuse a class that is no dataclass: nothing would check its arguments."""
+        """Refuse a class with arguments that is no dataclass: nothing would check them."""
         if any(isinstance(value, Field) for value in vars(cls).values()):
             remedy = "Decorate it with @dataclass(frozen=True, eq=False)"
-            raise PassError("its class is no dataclass", where=f"pass {cls.name}", remedy=remedy)
-        return super().__new__(cls)
+            where = f"pass {getattr(cls, 'name', cls.__name__)}"
+            raise PassError("its class is no dataclass", where=where, remedy=remedy)
+        made = super().__new__(cls)
+        if not is_dataclass(cls):  # which calls no `__post_init__`
+            made._check_declarations()
+        return made
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_declarations()
+
+    def _check_declarations(self) -> None:
         if not isinstance(getattr(self, "name", None), str):
             remedy = "Give its class a `name`, as in `name: ClassVar[str] = 'my-pass'`"
             raise PassError("it has no name", where=type(self).__name__, remedy=remedy)
-        super().__post_init__()
         where = f"pass {self.name}"
         for word, known in (("stage", ("", *STAGES)), ("changes", get_args(Change))):
             if getattr(self, word) not in known:

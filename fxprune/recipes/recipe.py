@@ -16,7 +16,7 @@ from fxprune.pipeline.arguments import invalid, read_spelling, refuse, spelled_f
 from fxprune.pipeline.contract import STAGES, Pass
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.pipeline.registry import load_pass, parse_pass, pass_names
-from fxprune.recipes.texts import SUFFIX, comments_of, recipe_text
+from fxprune.recipes.texts import SUFFIX, comments_of, recipe_names, recipe_text
 
 NONE = "none"
 """Spelling of a stage left out."""
@@ -180,7 +180,13 @@ def as_recipe(value: Any) -> Recipe:
             raise FxpruneError(f"cannot be read: {reason}", where=str(path), remedy=f"Pass {_WANTED}") from error
     if not isinstance(value, str):
         raise refuse("recipe", value, _WANTED)
-    return Recipe("", value) if "\n" in value or "," in value else read_recipe(value)
+    if "\n" in value or "," in value:
+        return Recipe("", value)
+    if value not in recipe_names() and (os.path.exists(value) or os.sep in value):
+        what = f"it does not end in {SUFFIX}" if os.path.isfile(value) else "there is no such file"
+        what = "it is a folder" if os.path.isdir(value) else what
+        raise FxpruneError(what, where=value, remedy=f"Pass {_WANTED}")
+    return read_recipe(value)
 
 
 def made_for(stage: str, choice: Any, **defaults: Any) -> Pass | None:

@@ -203,7 +203,7 @@ def read_training_data(data: Any, tokenizer: Any, settings: RecoverySettings) ->
     held_out += formatter.pack(back)
     if not train or not held_out:
         what = f"{len(train)} samples to train on and {len(held_out)} held out"
-        remedy = "Give more rows, or set held_out to a number of samples that leaves some on both sides"
+        remedy = "Give more rows, or set $held_out to a number of samples that leaves some on both sides"
         raise DataError(what, where="data", remedy=remedy)
     samples, digest = (*train, *held_out), hashlib.sha256()
     for example in samples:

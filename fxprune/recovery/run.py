@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerState, set_seed
 
-from fxprune.errors import DataError, RecoveryError, UnsupportedModelError, VerificationError
+from fxprune.data.calibration import most_positions
+from fxprune.data.samples import positions_note
+from fxprune.data.text import unknown_token
+from fxprune.errors import RecoveryError, UnsupportedModelError, VerificationError
 from fxprune.graph.context import preserve_rng, quiet, wrap_errors
 from fxprune.graph.facts import fork
 from fxprune.graph.tensors import get_tensor, names_by_identity, set_tensor, weights
 from fxprune.masking.compare import TOLERANCE
-from fxprune.offload.atomic import LOCK, locked, write_file
+from fxprune.offload.atomic import LOCK, locked, wrap_disk_errors, write_file
 from fxprune.offload.distributed import is_fully_sharded
 from fxprune.offload.prefetch import has_bf16
 from fxprune.offload.ranks import check_unsharded, run_on_first, world_size
@@ -130,6 +133,10 @@ def recover(
     if distil is not None:
         distil = distil.check(source, tokenizer)
     targets = find_targets(source, plan if result is None else result.plan)
+    known = map(most_positions, (source, None if distil is None else distil.teacher))
+    most = min((*filter(None, known), chosen.max_tokens))
+    shortened = [positions_note(most)] if most < chosen.max_tokens else []
+    chosen = dataclasses.replace(chosen, max_tokens=most)
     samples = read_training_data(data, tokenizer, chosen)
     _check_ids(source, samples)
     model, result = (source, result) if inplace else copy_for_training(source, result)
@@ -147,7 +154,7 @@ def recover(
     if result is not None:
         report = report_after_training(result.report)
         result = result if report is result.report else dataclasses.replace(result, report=report)
-    notes = (*samples.report.notes(), *outcome.pop("notes"))
+    notes = (*shortened, *samples.report.notes(), *outcome.pop("notes"))
     return Recovery(model, result, targets=targets, data=samples.report, settings=chosen, notes=notes, **outcome)
 
 
@@ -177,8 +184,7 @@ def _check_ids(model: PreTrainedModel, samples: TrainingData) -> None:
     rows = len(embedding.weight)
     largest = max(max(example.ids) for example in (*samples.train, *samples.held_out))
     if largest >= rows:
-        what = f"the tokenizer gives {largest}, the model knows 0 to {rows - 1}"
-        raise DataError(what, where="tokenizer", remedy="Pass the tokenizer of this model")
+        raise unknown_token(largest, rows)
 
 
 def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
@@ -187,7 +193,9 @@ def _check_options(plan: Any, distil: Any, folder: Any, arguments: Any) -> None:
     if distil is not None and not isinstance(distil, Distillation | PreTrainedModel):
         raise refuse("distil", distil, "the dense model, a Distillation, or None", RecoveryError)
     if folder is not None:
-        as_path("folder", folder, error=RecoveryError)
+        path = Path(as_path("folder", folder, error=RecoveryError))
+        if path.is_file():
+            raise RecoveryError("it is a file", where=str(path), remedy="Name a folder, in which checkpoints are kept")
     named = isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
     if arguments is not None and not named:
         raise refuse("arguments", arguments, "arguments of TrainingArguments by name, or None", RecoveryError)
@@ -249,7 +257,7 @@ def checkpoint_folder(folder: str | Path | None) -> Iterator[Path]:
     """Yield a folder for checkpoints: the caller's, or a temporary one, which several processes cannot share."""
     if folder is not None:
         path = Path(folder).expanduser()
-        with wrap_errors(str(path), "Pass a folder that can be made and written to", RecoveryError):
+        with wrap_disk_errors(path, RecoveryError):
             path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fxprune.data.calibration import IGNORED, has_stalled
+from fxprune.data.text import unknown_token
 from fxprune.errors import RecoveryError
 from fxprune.graph.context import eval_mode
 from fxprune.offload.distributed import is_fully_sharded, reshard
@@ -66,10 +67,11 @@ class Distillation(Arguments):
                 raise RecoveryError(what, where="teacher", remedy="Pass it whole")
             return AlignedDistillation(**vars(self), words=tokenizer, common=common_ids(tokenizer, self.tokenizer))
         sizes = [vocabulary_of(model) for model in (self.teacher, student)]
-        if sizes[0] != sizes[1]:
+        if self.tokenizer is None and sizes[0] != sizes[1]:  # with the same tokens, some rows are of none
             what = f"the teacher knows {sizes[0]} tokens, the student {sizes[1]}"
             remedy = "Pass Distillation(teacher, tokenizer=...) with the tokenizer of the teacher"
-            raise RecoveryError(what, where="teacher", remedy=remedy)
+            shell = "Save the tokenizer of the teacher in its folder"
+            raise RecoveryError(what, where="teacher", remedy=remedy, shell=shell)
         if self.teacher is student:
             raise RecoveryError("the teacher is the student", where="teacher", remedy="Pass the dense model")
         return self
@@ -85,8 +87,9 @@ class Distillation(Arguments):
             ).logits
         reshard(self.teacher)
         counted = inputs["labels"][:, 1:] != IGNORED
+        shared = min(logits.shape[-1], theirs.shape[-1])
         ours, theirs = logits[:, :-1][counted], theirs[:, :-1][counted.to(device)].to(logits.device)
-        return distillation_sum(ours, theirs, self.temperature)
+        return distillation_sum(ours[:, :shared], theirs[:, :shared], self.temperature)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class AlignedDistillation(Distillation):
             if found is None:
                 continue
             other, places = found
+            if (largest := int(other.max())) >= (rows := len(self.teacher.get_input_embeddings().weight)):
+                raise unknown_token(largest, rows)
             next_is_counted = labels[places.ours.clamp(max=length - 1).to(labels.device)].cpu() != IGNORED
             used = next_is_counted & (places.ours > 0) & (places.theirs > 0) & (places.ours < length)
             with torch.no_grad(), eval_mode(self.teacher):
@@ -231,11 +236,11 @@ class _EarlyStopping(TrainerCallback):
 
     def _diverged(self, what: str, step: int) -> RecoveryError:
         rate, precision = self.settings.learning_rate, self.settings.precision
-        further = "" if precision == "float32" else ", train in float32 (precision='float32')"
+        further = "" if precision == "float32" else ", train with $precision=float32"
         return RecoveryError(
             f"training diverged: {what}",
             where=f"step {step}",
-            remedy=f"Lower learning_rate (now {rate:g}; try {rate / 10:g}), lengthen warmup (now "
+            remedy=f"Lower $learning_rate (now {rate:g}; try {rate / 10:g}), lengthen $warmup (now "
             f"{self.settings.warmup:g}){further}, and start in a new folder",
         )
 

@@ -92,7 +92,8 @@ class Scores(Fact):
                 units = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             remedy = "Use a file that Scores.save wrote"
-            raise PlanError(f"cannot be read: {error}", where=path, remedy=remedy) from error
+            reason = "it is a folder" if os.path.isdir(path) else error
+            raise PlanError(f"cannot be read: {reason}", where=path, remedy=remedy) from error
         return cls(units, metadata.get("source", ""))
 
     def spread(self, groups: Iterable[Group]) -> Scores:

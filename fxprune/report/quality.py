@@ -61,16 +61,20 @@ class GreedyAnswer:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of a slim model beside the dense one: predictions on texts, and greedy answers to questions."""
+    """Quality of a slim model beside the dense one: predictions on texts, and greedy answers to questions.
+
+    ``notes`` say what was measured otherwise than asked, or left out.
+    """
 
     texts: tuple[TextQuality, ...]
     answers: tuple[GreedyAnswer, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Quality:
         """The quality from plain data with tuples for lists."""
         texts = tuple(TextQuality(**text) for text in data["texts"])
-        return cls(texts, tuple(GreedyAnswer(**answer) for answer in data["answers"]))
+        return cls(texts, tuple(GreedyAnswer(**answer) for answer in data["answers"]), data.get("notes", ()))
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield rows of text: a name, and the values of the dense and of the slim model."""

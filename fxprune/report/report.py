@@ -240,6 +240,12 @@ class Report(Fact):
         dense, slim = self.parameters
         return 1 - slim / dense
 
+    def with_quality(self, quality: Quality | None, unmeasured: str = "") -> Report:
+        """The report with a quality and its notes, or with the reason why there is none."""
+        notes = () if quality is None else quality.notes
+        every = tuple(dict.fromkeys((*self.notes, *notes)))
+        return dataclasses.replace(self, quality=quality, unmeasured=unmeasured, notes=every)
+
     def headlines(self) -> tuple[Headline, ...]:
         """The sizes that a reader asks for first."""
         work = f"MACs at {self.tokens} tokens" if self.tokens else "MACs of a sample"

@@ -135,7 +135,7 @@ def check_sweep(ratio: Any, recipe: Any, keep: Any, options: Mapping[str, Any]) 
     one_of("keep", keep, KEEP)
     for name in ("inplace", "offload", "group_ratio"):  # it needs the dense model, in memory, and ratios of its own
         if options.get(name):
-            remedy = f"Leave ${name} out, or call `fxprune.prune`"
+            remedy = f"Leave ${name} out, or prune without a sweep"
             raise invalid(name, options[name], f"a sweep does not take ${name}", remedy)
     if options.get("eval") is False:
         raise invalid("eval", False, "a sweep compares by quality", "Leave $eval out")
@@ -227,9 +227,11 @@ def _prunes(
     bench: bool,
 ) -> Iterator[tuple[SweepRow, Result]]:
     """Yield the row and the result of each prune asked for, all of one traced graph."""
-    traced = trace_for(model, given.get("example_inputs"), calibration) if asked else None
+    traced = None
     for name, own in asked.items():
-        assert traced is not None
+        if traced is None:
+            pipeline = prune_pipeline(calibration, **{**given, **own})
+            traced = trace_for(model, given.get("example_inputs"), pipeline)
         start = time.perf_counter()
         result = prune_traced(traced, model, calibration, {**given, **own})  # type: ignore[typeddict-item]
         row = partial(_row, name, keys[name], own, result, model if bench else None, time.perf_counter() - start)
@@ -242,7 +244,7 @@ def _row(
 ) -> SweepRow:
     report = result.report
     if report.quality is None:
-        remedy = "Prune it with `fxprune.prune`"
+        remedy = "Prune it without a sweep"
         raise EvaluationError(f"its quality was not measured: {report.unmeasured}", where=name, remedy=remedy)
     (text,) = report.quality.texts
     found = None if dense is None else measure_speed({"dense": dense, "slim": result.model})

@@ -225,7 +225,8 @@ def _trace_error(
         )
     assert failure is not None
     check_copies(model)
-    remedy = "Rewrite that line without data-dependent Python, or pass other example_inputs"
+    shell = "Rewrite that line without data-dependent Python"
+    remedy = f"{shell}, or pass other example_inputs"
     where = f"forward of {name}"
     frames = traceback.extract_tb(failure.__traceback__)
     for frame in frames:
@@ -233,12 +234,12 @@ def _trace_error(
         if not builtin and not re.search("/torch/|/fxprune/|^<", frame.filename):
             where = f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     if any(re.search("/torch/(_higher_order_ops|nn/attention)/", frame.filename) for frame in frames):
-        remedy = PLAIN_OPS
+        remedy = shell = PLAIN_OPS
     elif example_inputs is not None and not any(parameter.is_meta for parameter in model.parameters()):
         found = attempt(check_runs, model, example_inputs, refusals=(ArgumentError,))
         if isinstance(found, Refusal) and isinstance(found.error, ArgumentError):
             remedy = "The model itself does not run on these example_inputs: pass others"
-    error = TraceError(f"{name} cannot be traced: {_first_line(failure)}", where=where, remedy=remedy)
+    error = TraceError(f"{name} cannot be traced: {_first_line(failure)}", where=where, remedy=remedy, shell=shell)
     error.__cause__ = failure
     return error
 

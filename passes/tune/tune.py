@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from fxprune.data.calibration import IGNORED, has_stalled
 from fxprune.errors import ArgumentError, CalibrationError, FxpruneError
 from fxprune.graph.facts import Change, Fact, Runnable, Shaped, Source, add_note, facts_of
 from fxprune.graph.tensors import device_of, require_weights, weights
-from fxprune.masking.compare import TOLERANCE
-from fxprune.masking.objective import gives_classes
+from fxprune.masking.masked_run import PreciseRun
+from fxprune.masking.objective import gives_classes, reads_no_later_tokens
 from fxprune.masking.parts import Part, output_numel, parts_to_run_again
 from fxprune.masking.teacher import (
     TeacherBatch,
@@ -295,15 +294,11 @@ class Training:
         ]
         if not read:
             return False
-        other = {name: batch.inputs[name].clone() for name in read}
-        for value in other.values():
-            value[:, -1] = torch.where(value[:, -1] == value[:, 0], value[:, -2], value[:, 0])
-        with torch.no_grad():
-            logits = self._logits(batch)
-            changed = self._logits(dataclasses.replace(batch, inputs={**batch.inputs, **other}))
-        if logits.shape[:2] != counted.shape:
-            return False
-        return bool((logits - changed)[:, :-1].abs().max() <= TOLERANCE * logits.abs().max())
+
+        def logits(inputs: Mapping[str, Any]) -> torch.Tensor:
+            return run_logits(PreciseRun(self.graph_module).in_step(), inputs)
+
+        return reads_no_later_tokens(logits, batch.inputs, read)
 
     def _logits(self, batch: TeacherBatch) -> torch.Tensor:
         parts = self.parts if torch.is_grad_enabled() else ()

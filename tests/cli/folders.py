@@ -16,9 +16,13 @@ from tests.models import tiny
 def save_tiny(folder: Path) -> None:
     """Save a tiny model with a tokenizer of three words."""
     tiny("llama").save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "red": 1, "green": 2, "blue": 3}, unk_token="<unk>"))
+    _words({"<unk>": 0, "red": 1, "green": 2, "blue": 3}).save_pretrained(folder)
+
+
+def _words(ids: dict[str, int]) -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
 def _write_wrong_models(folder: Path) -> None:
@@ -32,6 +36,7 @@ def _write_wrong_models(folder: Path) -> None:
         "shapes": {**others, name: torch.zeros(3, 3)},
         "nan": {**others, name: torch.full_like(weights[name], torch.nan)},
         "no-tokens": weights,
+        "foreign": weights,
         "no-size": weights,
         "no-heads": weights,
     }
@@ -40,6 +45,7 @@ def _write_wrong_models(folder: Path) -> None:
         (folder / place).mkdir()
         (folder / place / "config.json").write_text(json.dumps({**config, **changed.get(place, {})}))
         save_file(tensors, folder / place / "model.safetensors", metadata={"format": "pt"})
+    _words({"<unk>": 9999, "red": 1}).save_pretrained(folder / "foreign")
     shutil.copytree(good, folder / "cut")
     (folder / "cut/model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:5000])
     for file in good.glob("token*"):
@@ -91,6 +97,7 @@ def fill_with_wrong_things(folder: Path) -> None:
         "other.json": '[{"question": "?"}]',
         "other.jsonl": '{"text": "red"}\n{"question": "?"}\n',
         "numbers.json": "[3]",
+        "pairs.json": json.dumps([{"instruction": word, "output": "red"} for word in ("red", "green", "blue")]),
         "none.json": "[]",
         "list.yaml": "- model\n",
         "broken.yaml": "model: [\n",

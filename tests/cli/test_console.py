@@ -17,6 +17,8 @@ from rich.console import Console
 
 import fxprune
 from fxprune.cli import console
+from fxprune.errors import FxpruneError
+from fxprune.recipes import recipe_names
 from fxprune.report.quality import figures_table
 from tests.cli.running import invoked, output_of, refused, run
 from tests.export.small import tokenizer
@@ -71,6 +73,18 @@ def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr(console, "notes", terminal)
     with console.working("loading slim[/v2]"):
         assert list(console.progress([1], "perplexity of slim[/v2]", 1)) == [1]
+
+
+def test_a_remedy_is_that_of_the_face(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    """Shells were told to pass Python's arguments."""
+    error = FxpruneError("no", remedy="Pass like='dense.gguf'", shell="Give a GGUF file")
+    assert str(error) == "no. Pass like='dense.gguf'"
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fxprune.cli.export.check_model", fail)
+    assert refused("export", models / "dense", "slim.pt2") == "no. Give a GGUF file"
 
 
 def test_quiet_leaves_the_result_of_a_measurement(models: Path, story: tuple[object, ...]) -> None:
@@ -150,6 +164,19 @@ def test_passes_are_listed_in_the_order_of_a_pipeline() -> None:
     for pair in ("calibrate find-groups", "slice-parameters propagate-shapes", "shrink emit-model"):
         first, then = pair.split()
         assert output.index(f"│ {first} │") < output.index(f"│ {then} │")
+
+
+def test_passes_and_recipes_are_listed_as_json() -> None:
+    passes, recipes = (json.loads(output_of(command, "--json")) for command in ("passes", "recipes"))
+    assert [one["name"] for one in recipes] == list(recipe_names()) and all(one["costs"] for one in recipes)
+    assert {one["name"] for one in passes} == set(fxprune.pass_names())
+    assert {"name": "shrink", "stage": "shrink"}.items() <= next(x for x in passes if x["name"] == "shrink").items()
+    found = json.loads(output_of("passes", "select-by-ratio", "--json"))
+    assert found["stage"] == "select" and found["gives"] == ["Removal"]
+    assert {"name": "ratio", "default": "0.2"}.items() <= next(
+        one for one in found["arguments"] if one["name"] == "ratio"
+    ).items()
+    assert "find-groups" in json.loads(output_of("recipes", "fast", "--json"))["text"]
 
 
 def test_a_pass_is_described() -> None:

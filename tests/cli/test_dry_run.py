@@ -177,3 +177,11 @@ def test_a_tokenizer_counts_the_samples_of_a_text(tmp_path: Path) -> None:
         file.unlink()
     assert prepared().samples is None, "a config alone has no tokenizer"
     assert _count_samples(prepared(), text)[1] == 128
+
+
+def test_layers_that_go_are_listed(config: Path) -> None:
+    """The table was empty where layers alone went."""
+    options = ("prune", config, "--dry-run", "--recipe", "llm-pruner", "--kinds", "layer", "--ratio", "0.2")
+    assert "│ layer │ 1 │ 1 │ 0 │" in output_of(*options)
+    (gone,) = json.loads(output_of(*options, "--json"))["widths"].items()
+    assert gone[0].endswith("layer") and gone[1] == [1, 0]

@@ -1,5 +1,6 @@
 """Saved models measured, timed, swept, trained and served, and text from them."""
 
+import copy
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fxprune
@@ -21,7 +24,9 @@ import fxprune.data.built_in
 from fxprune.checkpoint.manifest import read_manifest
 from fxprune.cli import serve
 from tests.cli.running import COMMAND, output_of, refused, run
-from tests.models import token_ids
+from tests.export.small import tokenizer
+from tests.models import tiny, token_ids
+from tests.tokens import TEMPLATE
 
 
 def test_slim_stands_beside_dense(models: Path, story: tuple[object, ...]) -> None:
@@ -44,6 +49,15 @@ def test_weights_stay_on_disk_where_that_is_asked(models: Path, story: tuple[obj
         output = output_of("eval", models / "slim", "--compare", models / "dense", *story, "--json", *option)
         found.append([c["evaluation"]["perplexities"]["story"]["value"] for c in json.loads(output)["columns"]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_what_is_not_compared_is_told(models: Path, story: tuple[object, ...]) -> None:
+    """Comparisons were left out in silence where weights are on disk."""
+    command = ("eval", models / "slim", "--compare", models / "dense", "--low-memory", "--windows", 1, *story)
+    note = "predictions and answers are not compared with those of dense: leave --low-memory out"
+    assert output_of(*command).endswith(f"note: slim: {note}")
+    dense, slim = json.loads(output_of(*command, "--json"))["columns"]
+    assert (dense["evaluation"]["notes"], slim["evaluation"]["notes"]) == ([], [note])
 
 
 def test_built_in_text_is_taken_in_part(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +321,60 @@ def test_a_model_without_a_template_does_not_chat(models: Path, tmp_path: Path) 
     shutil.copytree(models / "dense", tmp_path / "plain")
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     assert "its tokenizer has no chat template. `fxprune generate` continues" in refused("chat", tmp_path / "plain")
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_slim_model_that_predicts_no_next_token_generates_none(
+    family: str, models: Path, tmp_path: Path, story: tuple[object, ...]
+) -> None:
+    """It was run all the same, and ended in advice about weights that are not finite, or in a perplexity."""
+    sizes: dict[str, dict[str, int]] = {
+        "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+        "t5": {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 8, "d_kv": 8},
+    }
+    classes = {
+        "bert": (transformers.BertConfig, transformers.BertForMaskedLM),
+        "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    }
+    config, model = classes[family]
+    fxprune.save_pretrained(model(config(vocab_size=512, **sizes[family])).eval(), tmp_path / "it", tokenizer())
+    words = f"it: it holds a {model.__name__}; this command is for models that predict the next token. `fxprune prune`"
+    rows = tmp_path / "rows.txt"
+    rows.write_text("so it")
+    for command in (
+        ("generate", tmp_path / "it", "so it"),
+        ("eval", tmp_path / "it", *story),
+        ("eval", tmp_path / "it", *story, "--low-memory"),
+        ("eval", models / "dense", *story, "--compare", tmp_path / "it"),
+        ("recover", tmp_path / "it", "--data", rows, "--out", tmp_path / "out"),
+    ):
+        assert words in refused(*command), command
+
+
+def test_a_generation_beyond_the_positions_of_a_model_is_refused(tmp_path: Path) -> None:
+    """It ended in an IndexError, with advice about weights that are not finite; a chat in a traceback."""
+    chats = copy.copy(tokenizer())
+    chats.chat_template = TEMPLATE
+    model = tiny("gpt2", n_positions=16, n_layer=1, vocab_size=len(chats))
+    model.generation_config.eos_token_id = None
+    for saved in (model, chats):
+        saved.save_pretrained(tmp_path / "it")
+    words = "tokens at once, and the model has 16 positions. Give a shorter prompt, or fewer --max-new-tokens"
+    asked = ("generate", tmp_path / "it", "so it", "--raw", "--json", "--max-new-tokens")
+    assert words in refused(*asked, 40) and json.loads(output_of(*asked, 4))
+    result = CliRunner().invoke(COMMAND, ["chat", str(tmp_path / "it")], input="so it\n")
+    assert result.exit_code == 2 and words in " ".join(result.stderr.split())
+
+
+def test_a_chat_with_weights_that_are_not_finite_is_refused(models: Path, tmp_path: Path) -> None:
+    """It answered with the first tokens of the vocabulary, and generate ended well."""
+    shutil.copytree(models / "dense", tmp_path / "it")
+    weights = load_file(tmp_path / "it/model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, tmp_path / "it/model.safetensors", metadata={"format": "pt"})
+    result = CliRunner().invoke(COMMAND, ["chat", str(tmp_path / "it")], input="so it\n")
+    words = "cannot generate: its logits are not finite. Check its weights for values that are not finite"
+    assert result.exit_code == 2 and words in " ".join(result.stderr.split())
 
 
 def greedy(folder: Path, prompt: str, tokens: int) -> str:

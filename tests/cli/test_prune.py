@@ -109,6 +109,40 @@ def test_without_a_slim_model_the_graph_is_saved(folder: Path, out: Path) -> Non
     }
 
 
+CUT = "find-groups,l2,select-by-ratio{ratio=0.1},shrink"
+
+
+def test_a_result_leaves_nothing_of_an_earlier_one_of_another_form(folder: Path, out: Path) -> None:
+    """A model.pt2 stayed beside the checkpoint that took its place, and a run.yaml that did not give what is there."""
+    graph = {*("model.pt2", "plan.json", "report.json", "report.html", "run.yaml")}
+    mine = {"notes.txt", "README.md"}
+    output_of("prune", folder, "--out", out, "--recipe", CUT, "--no-eval")
+    assert {path.name for path in out.iterdir()} == graph
+    for name in mine:
+        (out / name).write_text("mine")
+    output_of("prune", folder, "--out", out, "--recipe", f"{CUT},emit-model", "--no-eval")
+    checkpoint = {path.name for path in out.iterdir()}
+    assert "model.pt2" not in checkpoint and checkpoint > {*mine, "model.safetensors", "fxprune.json", "run.yaml"}
+    assert fxprune.from_pretrained(out).num_parameters() < tiny("llama").num_parameters()
+    output_of("prune", folder, "--out", out, "--recipe", CUT, "--no-eval")
+    assert {path.name for path in out.iterdir()} == graph | mine
+    plan = out.with_name("plan.json")
+    plan.write_text((out / "plan.json").read_text())
+    output_of("apply", folder, plan, "--out", out)
+    assert {path.name for path in out.iterdir()} == checkpoint - {"run.yaml"}
+    assert all((out / name).read_text() == "mine" for name in mine)
+
+
+def test_a_recipe_without_a_slim_model_is_not_blamed_on_the_class(folder: Path, out: Path) -> None:
+    """The output said that there is no slim model of this class, and weights on disk were pruned before the refusal."""
+    output = output_of("prune", folder, "--out", out, "--recipe", CUT, "--no-eval")
+    assert "note: the recipe has no emit-model, the pass that builds the slim model" in output
+    assert "there is no slim model, torch.export.load runs model.pt2" in output
+    for options in (("--out", out, "--low-memory"), ("--out", out.with_suffix(".gguf"))):
+        line = refused("prune", folder, "--recipe", CUT, *options)
+        assert line.startswith("--recipe: it has no pass of the stage emit. Add one"), line
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_samples_come_from_a_file(folder: Path, out: Path, suffix: str, seen: dict[str, Any]) -> None:
     lines = ["red green blue"] * 8

@@ -18,6 +18,7 @@ from fxprune.evaluation import Evaluation
 from fxprune.evaluation.comparison import Reference, evaluate
 from fxprune.evaluation.generation import Answers, answer_questions, compare_answers, word_overlap
 from fxprune.evaluation.perplexity import load_corpus, named_corpora, perplexity, sliding_windows, text_perplexity
+from fxprune.pipeline.contract import no_progress
 from tests.evaluation.samples import TEXT, TOKENIZER
 from tests.models import tiny
 from tests.tokens import character_tokenizer
@@ -195,6 +196,35 @@ def test_more_tokens_than_a_model_has_positions_are_named() -> None:
         answer_questions(short, TOKENIZER, ["Why?"])
     assert len(answer_questions(short, TOKENIZER, ["Why?"], tokens=4).ids) == 1
     assert text_perplexity(short, TOKENIZER, TEXT, window=32).windows > 1
+
+
+def test_a_question_that_is_too_long_is_left_out_alone() -> None:
+    """It took all answers with it, and the perplexities measured before them."""
+    short, long = tiny("gpt2", n_layer=1, n_positions=32), "Why, and since when, and for how long?"
+    found = answer_questions(short, TOKENIZER, ["Why?", long, "How?"], tokens=4)
+    assert found.questions == ("Why?", "How?") and len(found.ids) == len(found.texts) == 2 and found.too_long == (long,)
+    alone = [answer_questions(short, TOKENIZER, [question], tokens=4).ids[0] for question in ("Why?", "How?")]
+    assert list(found.ids) == alone
+    (other,) = answer_questions(tiny("gpt2", n_layer=1), TOKENIZER, [long], tokens=4).ids
+    whole = Answers(("Why?", long, "How?"), ("", "", ""), (alone[0], other, alone[1]))
+    compared = Reference(None, whole).compare(found, TOKENIZER, 8, no_progress)
+    assert (compared.questions, compared.same) == (2, 1.0)
+
+
+def test_questions_that_are_left_out_are_told() -> None:
+    short = tiny("gpt2", n_layer=1, n_positions=110)
+    options: dict[str, Any] = {"window": 32, "texts": {"text": TEXT}, "generate": True}
+    found = evaluate(short, TOKENIZER, **options)
+    assert found.answers is not None and 0 < len(found.answers.questions) < 60 and "text" in found.perplexities
+    left = 60 - len(found.answers.questions)
+    note = f"{left} of 60 questions are left out: the model has too few positions for them"
+    assert found.notes == (note,) and found.to_dict()["notes"] == [note]
+    none = evaluate(tiny("gpt2", n_layer=1, n_positions=32), TOKENIZER, **options)
+    assert none.answers is None and "text" in none.perplexities
+    (note,) = none.notes
+    assert note.startswith("no question is answered: ") and note.endswith(
+        "tokens at once, and the model has 32 positions"
+    )
 
 
 def answers(*rows: tuple[int, ...]) -> Answers:

@@ -95,8 +95,37 @@ def test_a_text_of_the_user_is_measured_where_it_was_not_used(model: PreTrainedM
         result = fxprune.prune(model, rows, tokenizer=TOKENIZER, eval_text=tmp_path / "mine.txt", **WEIGHTS)
         (found,) = result.report.quality.texts  # type: ignore[union-attr]
         assert (found.text, found.windows) == (name, 12)
+        told = [note for note in result.report.notes if "mine.txt" in note]
+        assert bool(told) == (name == BUILT_IN), "it was replaced in silence"
     with pytest.raises(CalibrationError, match="it is a folder"):
         fxprune.prune(model, tokenizer=TOKENIZER, eval_text=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("count", "why"),
+    [
+        (3, "a text of 38 tokens holds no window of 256"),
+        (60, "3 windows are left that the prune did not use, and 4 are needed"),
+    ],
+)
+def test_a_text_that_is_too_short_is_told(model: PreTrainedModel, tmp_path: Path, count: int, why: str) -> None:
+    (tmp_path / "mine.txt").write_text(words(count))
+    result = fxprune.prune(model, tokenizer=TOKENIZER, eval_text=tmp_path / "mine.txt", **WEIGHTS)
+    note = f"quality was measured on {BUILT_IN} in place of mine.txt: {why}"
+    assert note in result.report.notes and result.report.quality is not None
+    again = Report.from_dict(result.report.to_dict())
+    assert again.quality == result.report.quality and again.quality.notes == (note,)
+
+
+def test_a_model_of_too_few_positions_for_an_answer_has_figures() -> None:
+    """The perplexities went with the answer."""
+    short = tiny("gpt2", n_layer=2, n_positions=48)
+    result = fxprune.prune(short, tokenizer=TOKENIZER, **WEIGHTS)
+    quality = result.report.quality
+    assert quality is not None and quality.texts[0].window == 48 and quality.answers == (), result.report.unmeasured
+    (note,) = quality.notes
+    assert note.startswith("no question is answered: ") and note in result.report.notes
+    assert note.endswith(" tokens at once, and the model has 48 positions")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import fxprune
 from fxprune.axes import Keep
@@ -20,7 +21,15 @@ from fxprune.graph.tensors import weights
 from fxprune.masking import teacher as masking_teacher
 from fxprune.masking.compare import compare
 from fxprune.masking.masked_run import GatedRun, MaskedRun, PreciseRun, UntouchedRun, spread_gates
-from fxprune.masking.objective import Objective, drawn_divergence, gives_classes, own_loss, predicts_next, sample_loss
+from fxprune.masking.objective import (
+    Objective,
+    drawn_divergence,
+    gives_classes,
+    own_loss,
+    predicts_next,
+    reads_no_later_tokens,
+    sample_loss,
+)
 from fxprune.masking.teacher import (
     TeacherBatch,
     TeacherBatches,
@@ -52,6 +61,31 @@ def test_a_model_predicts_next_tokens_if_no_output_reads_later_ones(bert: fx.Gra
     """A masked language model was scored on the next token, which it sees."""
     assert predicts_next(grouped("llama")) and not predicts_next(bert)
     assert gives_classes(bert)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.02, 0.002])
+def test_a_fresh_model_that_reads_later_tokens_does_not_predict(dtype: torch.dtype, spread: float) -> None:
+    """With random weights a token moves the outputs of others by a thousandth or less, which passed for rounding."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 1, "num_attention_heads": 4}
+    named = {"vocab_size": 131, "initializer_range": spread, **sizes}
+    masked = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **named)).eval().to(dtype)
+    causal = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=True, **named)).eval().to(dtype)
+    assert not predicts_next(trace(masked, check=False).graph_module)
+    assert predicts_next(trace(causal, check=False).graph_module)
+
+
+def test_rounding_by_a_later_token_is_no_influence() -> None:
+    def run(before: float, after: float) -> bool:
+        def output(given: Any) -> torch.Tensor:
+            ids = given["ids"][..., None].float()
+            return 1 + before * ids.flip(1).cumsum(1).flip(1) + after * ids.cumsum(1)
+
+        return reads_no_later_tokens(output, {"ids": IDS}, ("ids",))
+
+    assert run(0, 0) and run(0, 1e-3) and run(1e-8, 1e-3) and run(1e-8, 0)
+    assert not run(1e-4, 1e-3) and not run(1e-4, 0)
 
 
 def test_vectors_are_no_predictions() -> None:

@@ -11,11 +11,14 @@ from fxprune.passes.prepare import CalibratePass
 from tokenizers import processors
 from torch import fx, nn
 
+import fxprune
+from fxprune.api import trace_for
 from fxprune.data.built_in import general_samples
-from fxprune.data.calibration import Calibration
+from fxprune.data.calibration import Calibration, fixed_tokens
 from fxprune.data.samples import FileSamples
 from fxprune.emit.emitted import Emitted
 from fxprune.errors import CalibrationError, CheckpointError, PassError
+from fxprune.evaluation.comparison import window_of
 from fxprune.graph.facts import Notes, Source, facts_of, fork
 from fxprune.offload.files import offload_to
 from fxprune.pipeline.pipeline import Pipeline
@@ -139,6 +142,80 @@ def test_a_model_that_cannot_generate_gets_the_built_in_text(
     assert "calibrated on built-in text" in note and "the model generated none: RuntimeError" in note
     monkeypatch.setattr(kind, "can_generate", classmethod(lambda _: False))
     assert "the model cannot generate text" in _calibrated(graph_module, written=5)[1]
+
+
+def _short(positions: int = 32) -> fx.GraphModule:
+    """A model of few positions, which raises an index error beyond them."""
+    short = tiny("gpt2", vocab_size=300, n_layer=1, n_positions=positions)
+    return trace(short, {"input_ids": token_ids(2, 8)}).graph_module
+
+
+def _read(step: CalibratePass, graph_module: fx.GraphModule) -> tuple[set[tuple[int, ...]], tuple[str, ...]]:
+    facts = facts_of(step(fork(graph_module)).graph_module)
+    shapes = {tuple(sample.inputs["input_ids"].shape) for sample in facts[Calibration].samples}
+    return shapes, (facts.get(Notes) or Notes()).lines
+
+
+def test_samples_have_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    """Each recipe that reads samples ended in an index error of torch."""
+    dense, letters = _short(), character_tokenizer()
+    note = "samples have at most 32 tokens, as many as the model has positions"
+    (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"input_ids": {row}}}' for row in token_ids(3, 40).tolist()))
+    for step in (
+        CalibratePass(data=token_ids(3, 40)),
+        CalibratePass(data=[{"input_ids": token_ids(1, 40), "labels": token_ids(1, 40)}]),
+        CalibratePass(file=str(tmp_path / "rows.jsonl")),
+        CalibratePass(tokenizer=letters, written=3),
+        CalibratePass(data=["So it goes, and so it went. " * 9], tokenizer=letters),
+    ):
+        shapes, notes = _read(step, dense)
+        assert shapes == {(1, 32)} and note in notes, step
+    assert _read(CalibratePass(data=["So it goes, once. " * 2], tokenizer=letters), dense)[0] == {(1, 32)}
+    for step in (
+        CalibratePass(data=token_ids(3, 32)),
+        CalibratePass(data=["So it goes. " * 9], tokenizer=letters, tokens=32),
+    ):
+        shapes, notes = _read(step, dense)
+        assert shapes == {(1, 32)} and note not in notes, step
+
+
+def test_labels_that_all_lie_beyond_the_positions_are_refused() -> None:
+    labels = torch.full((1, 40), -100)
+    labels[:, 36:] = 5
+    with pytest.raises(CalibrationError, match="all labels are -100"):
+        CalibratePass(data=[{"input_ids": token_ids(1, 40), "labels": labels}])(_short())
+
+
+@pytest.mark.parametrize("importance", ["wanda", "taylor"])
+def test_samples_that_a_model_has_no_positions_for_are_refused_where_its_config_does_not_say(importance: str) -> None:
+    def forward(net: Net, ids: torch.Tensor) -> torch.Tensor:
+        x = net.table(ids) + net.places(torch.arange(ids.shape[1]))
+        return net.head(net.down(net.up(x).relu()))
+
+    parts: dict[str, nn.Module] = {"table": nn.Embedding(131, 8), "places": nn.Embedding(16, 8)}
+    parts |= {"up": nn.Linear(8, 12), "down": nn.Linear(12, 8), "head": nn.Linear(8, 131)}
+    net, example = Net(forward, **parts).eval(), {"x": token_ids(2, 8)}
+    options: dict[str, Any] = {"recipe": "llm-pruner", "importance": importance, "kinds": "mlp", "ratio": 0.05}
+    fxprune.prune(net, token_ids(3, 16), example_inputs=example, **options)
+    remedy = "no longer than its positions: of text, fewer tokens"
+    with pytest.raises(CalibrationError, match=rf"cannot compute a sample of x \(1, 20\).*{remedy}"):
+        fxprune.prune(net, token_ids(3, 20), example_inputs=example, **options)
+
+
+def test_a_model_that_runs_at_one_length_alone_is_traced_at_that_of_the_samples() -> None:
+    """It was traced at seven tokens, and all samples were refused, with a remedy that no shell has."""
+    model = tiny("mamba", hidden_size=16, num_hidden_layers=1, state_size=2, time_step_rank=2)
+    texts = ["So it goes, and so it went on."]
+    pipeline = fxprune.prune_pipeline(texts, tokenizer=character_tokenizer(), recipe=FIVE_TOKENS)
+    dense = trace_for(model, None, pipeline)
+    assert fixed_tokens(dense) == 5 == window_of(model, dense) and window_of(model) == 256
+    slim = pipeline(dense).graph_module
+    assert fixed_tokens(slim) == 5 and len(facts_of(slim)[Calibration].samples) == 2
+    with pytest.raises(CalibrationError, match="Pass samples of that shape alone"):
+        CalibratePass(data=token_ids(2, 6))(fork(dense))
+
+
+FIVE_TOKENS = "calibrate{tokens=5, samples=2}, find-groups, wanda, select-by-ratio{ratio=0.05}, shrink, make-report"
 
 
 def test_calibration_tells_its_source(graph_module: fx.GraphModule, tmp_path: Path) -> None:

@@ -356,6 +356,10 @@ def test_declarations_that_are_none_are_refused_as_the_pass_is_made() -> None:
             made()
     with pytest.raises(PassError, match="WrongPass: it has no name"):
         declaring(name=None)()
+    for words, says in (({"changes": "all"}, "`changes` is 'all'"), ({"needs": Groups}, "`needs` is the class Groups")):
+        undecorated = type("WrongPass", (Pass,), {"name": "wrong", "call": lambda _, graph_module: None, **words})
+        with pytest.raises(PassError, match=f"pass wrong: {says}"):
+            undecorated()
     assert declaring(needs=[Groups])()
 
 

@@ -80,6 +80,15 @@ def test_the_held_out_loss_falls(recovered: Recovery) -> None:
     assert recovered.result.report.unmeasured == "it was trained after the prune"
 
 
+def test_samples_have_no_more_tokens_than_model_and_teacher_have_positions() -> None:
+    """It was an index error of torch, with the advice to check tokenizer and settings."""
+    rows = [{"text": f"So it goes, and it went on {i} times. " * 3} for i in range(12)]
+    short, teacher = (tiny("gpt2", n_layer=1, n_positions=positions) for positions in (48, 40))
+    found = fxprune.recover(short, rows, TOKENIZER, settings=replace(QUICK, epochs=1), distil=teacher)
+    assert found.settings.max_tokens == 40
+    assert "samples have at most 40 tokens, as many as the model has positions" in found.notes
+
+
 def test_only_the_weights_of_the_planned_projections_change(pruned: fxprune.Result, recovered: Recovery) -> None:
     slim, after = pruned.model, recovered.model
     assert type(after) is type(slim) and sum(p.numel() for p in after.parameters()) == pruned.report.parameters[1]

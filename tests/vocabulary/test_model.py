@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import fxprune
@@ -23,9 +24,11 @@ from fxprune.vocabulary.model import find_rows, ids_in_settings, trimmed_model
 from fxprune.vocabulary.prune import DenseTeacher, measure_use, size_after, trim
 from tests.models import VOCABULARY, tiny
 from tests.tiers import tiers
+from tests.tokens import character_tokenizer
 from tests.vocabulary.small import ENGLISH, lines, tokenizer
 from tests.vocabulary.test_prune import TEXT, model_for
 
+ENGLISH_LINE = " ".join(ENGLISH[:8])
 KEPT = (0, 1, 2, *range(5, 94, 2), 111, 130)
 _WIDTHS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 111}
 _BART = {"d_model": 48, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56}
@@ -155,6 +158,38 @@ def test_models_with_other_tokens_are_compared_on_the_same_text() -> None:
             assert apart.ratio == pytest.approx(found.value / dense.value, rel=1e-4) and apart.ratio < 1
         else:
             assert apart.mean > 0 and found.predicted < alone.predicted
+
+
+def test_rows_of_no_token_are_left_out_of_comparisons() -> None:
+    """Where rows of padding alone had gone, measuring and distillation refused to compare: the tokens were the same."""
+    model, words = tiny("llama", num_hidden_layers=1), character_tokenizer()
+    ids = torch.tensor(words(ENGLISH_LINE)["input_ids"])[None]
+    for tokens in (len(words), VOCABULARY + 9):
+        other = tiny("llama", num_hidden_layers=1)
+        other.resize_token_embeddings(tokens)
+        options: dict[str, Any] = {"window": ids.shape[1], "reference": model}
+        found = text_perplexity(other, words, ENGLISH_LINE, reference_tokenizer=character_tokenizer(), **options)
+        with torch.no_grad():
+            ours, theirs = (each(input_ids=ids).logits[0, :-1] for each in (other, model))
+        shared = min(tokens, VOCABULARY)
+        losses = [F.cross_entropy(each, ids[0, 1:]) for each in (ours, theirs)]
+        q, p = ours[:, :shared].log_softmax(-1), theirs[:, :shared].log_softmax(-1)
+        assert found.value == pytest.approx(math.exp(losses[0]), rel=1e-4) and found.divergence is not None
+        assert found.divergence.ratio == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-4)
+        assert found.divergence.mean == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)
+        teacher = Distillation(model, temperature=1.0, tokenizer=character_tokenizer()).check(other, words)
+        batch = {"input_ids": ids, "labels": ids}
+        apart = teacher.divergence_sum(batch, other(input_ids=ids).logits).detach()
+        assert float(apart) == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-4)
+        with pytest.raises(EvaluationError, match="its logits are of shape"):
+            text_perplexity(other, words, ENGLISH_LINE, **options)
+
+
+def test_a_prune_of_padding_alone_is_measured() -> None:
+    result = fxprune.prune(tiny("llama"), tokenizer=character_tokenizer(), kinds="vocab", ratio=0.04)
+    assert result.report.vocabulary == (VOCABULARY, 100) and result.report.quality is not None, result.report.unmeasured
+    (text,) = result.report.quality.texts
+    assert text.divergence[0] == pytest.approx(0, abs=1e-6) and text.agreement[0] == 1
 
 
 def test_losses_over_other_tokens_are_those_of_a_brute_force_computation() -> None:

@@ -138,8 +138,9 @@ def _epsilon(model: nn.Module) -> float:
     }
     if len(set(found.values())) > 1:
         what = f"normalisations differ in epsilon: {sorted(set(found.values()))}"
-        remedy = f"{_REMEDY}; a prune with norm='sliced' leaves them as they were"
-        raise ExportError(what, where=next(iter(found)), remedy=remedy)
+        spellings = ("norm='sliced'", "--norm sliced")
+        remedy, shell = (f"{_REMEDY}; a prune with {how} leaves them as they were" for how in spellings)
+        raise ExportError(what, where=next(iter(found)), remedy=remedy, shell=shell)
     return next(iter(found.values()), 1e-5)
 
 

@@ -199,5 +199,7 @@ def find_contents(decoder: Decoder, tolerance: float) -> Contents:
             reason = reason or f"architecture {arch.name} computes something else, by {difference:.1e}"
         reasons.append(reason)
     what = f"the format cannot express this model: {'; '.join(dict.fromkeys(reasons))}"
-    remedy = "Prune to equal blocks with uniform=True, or export a .pt2 or .onnx file"
-    raise ExportError(what, where=model_type, remedy=remedy)
+    remedy, shell = (
+        f"Prune to equal blocks with {how}, or export a .pt2 or .onnx file" for how in ("uniform=True", "--uniform")
+    )
+    raise ExportError(what, where=model_type, remedy=remedy, shell=shell)

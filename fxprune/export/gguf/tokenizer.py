@@ -15,7 +15,14 @@ from fxprune.errors import ExportError
 from fxprune.export.gguf.format import load_data
 
 _OWN = "Pass the tokenizer that the model was trained with, or a GGUF file that holds it"
+_OWN_IN_SHELL = (
+    "Save the model's own tokenizer in its folder, or run `fxprune export` with --like and a GGUF file that holds it"
+)
 _REMEDY = "Pass like='dense.gguf', a GGUF file of the dense model, and its entries are copied"
+_SHELL = (
+    "`fxprune export` with --like and a GGUF file of the dense model copies its entries; `fxprune prune` "
+    "writes the folder to export"
+)
 _PREFIX = "tokenizer."
 
 
@@ -44,7 +51,7 @@ def copy_tokenizer(path: str | os.PathLike[str], rows: int) -> list[Entry]:
     tokens = next((len(entry.value) for entry in found if entry.key == f"{_PREFIX}ggml.tokens"), None)
     if tokens != rows:
         has = "no tokens" if tokens is None else f"{tokens:,} tokens"
-        raise ExportError(f"has {has}, and the model {rows:,}", where=os.fspath(path), remedy=_OWN)
+        raise ExportError(f"has {has}, and the model {rows:,}", where=os.fspath(path), remedy=_OWN, shell=_OWN_IN_SHELL)
     return found
 
 
@@ -60,10 +67,12 @@ def describe_tokenizer(tokenizer: Any, rows: int) -> list[Entry]:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ExportError(f"{type(tokenizer).__name__} is not a fast tokenizer", where="tokenizer", remedy=_REMEDY)
+        raise ExportError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer", where="tokenizer", remedy=_REMEDY, shell=_SHELL
+        )
     spec = json.loads(backend.to_str())
     if spec["model"]["type"] != "BPE":
-        raise ExportError(f"is of the kind {spec['model']['type']}", where="tokenizer", remedy=_REMEDY)
+        raise ExportError(f"is of the kind {spec['model']['type']}", where="tokenizer", remedy=_REMEDY, shell=_SHELL)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
     byte_level = next((step for step in _pre_tokenizers(spec) if step["type"] == "ByteLevel"), None)
     if byte_level is not None:
@@ -119,7 +128,7 @@ def _check_changes(changes: list[str]) -> None:
     """
     if changes:
         what = f"changes a text before it is split, for which the format has no name: {', '.join(changes)}"
-        raise ExportError(what, where="tokenizer", remedy=_REMEDY)
+        raise ExportError(what, where="tokenizer", remedy=_REMEDY, shell=_SHELL)
 
 
 def _pre_name(spec: Mapping[str, Any], last: Mapping[str, Any]) -> str:
@@ -144,13 +153,15 @@ def _pre_name(spec: Mapping[str, Any], last: Mapping[str, Any]) -> str:
         if found == {"ignore_merges": False} | {key: value for key, value in way.items() if key != "name"}:
             return str(name)
     what = f"splits text in a way that has no name here: {patterns}"
-    raise ExportError(what, where="tokenizer", remedy=_REMEDY)
+    raise ExportError(what, where="tokenizer", remedy=_REMEDY, shell=_SHELL)
 
 
 def _with_byte_fallback(spec: Mapping[str, Any], merges: Iterable[str]) -> dict[str, Any]:
     """Entries of byte pair encoding over characters; the score of a token is the negative rank of its merge."""
     if not spec["model"].get("byte_fallback"):
-        raise ExportError("neither encodes bytes nor falls back to them", where="tokenizer", remedy=_REMEDY)
+        raise ExportError(
+            "neither encodes bytes nor falls back to them", where="tokenizer", remedy=_REMEDY, shell=_SHELL
+        )
     scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
@@ -173,7 +184,9 @@ def _tokens(tokenizer: Any, spec: Mapping[str, Any], rows: int) -> tuple[list[st
     by_number = {number: text for text, number in tokenizer.get_vocab().items()}
     highest = max(by_number)
     if highest >= rows:
-        raise ExportError(f"has {highest + 1:,} tokens, and the model {rows:,}", where="tokenizer", remedy=_OWN)
+        raise ExportError(
+            f"has {highest + 1:,} tokens, and the model {rows:,}", where="tokenizer", remedy=_OWN, shell=_OWN_IN_SHELL
+        )
     types = {number: kinds.NORMAL for number in by_number}
     if spec["model"].get("byte_fallback"):
         types |= {number: kinds.BYTE for number, text in by_number.items() if re.fullmatch("<0x..>", text)}

@@ -142,7 +142,9 @@ def export_gguf(
     path, kind = Path(path), quantization_named(quantization)
     if like is None and tokenizer is None:
         what = "a GGUF file holds its tokenizer, and none is given"
-        raise ExportError(what, where="tokenizer", remedy="Pass tokenizer=, or like= and a GGUF file to copy from")
+        shell = "Save the model's own tokenizer in its folder, or run `fxprune export` with --like and a GGUF file"
+        remedy = "Pass tokenizer=, or like= and a GGUF file to copy from"
+        raise ExportError(what, where="tokenizer", remedy=remedy, shell=shell)
     contents, entries = check_gguf(model, tokenizer=tokenizer, like=like)
     shapes = {name: tuple(tensor.shape) for name, tensor in contents.tensors.items()}
     types = tensor_types(kind, shapes, contents.keys["block_count"])
