@@ -20,10 +20,11 @@ from torch import fx
 
 from fxprune.axes import Expr, Factor, Index, Product, beside, factors, unit_index
 from fxprune.discovery.dependency import AxisMap, axis_map
+from fxprune.errors import ArgumentError
 from fxprune.graph.context import defer_gc
 from fxprune.graph.facts import Change, Fact
 from fxprune.graph.tensors import producer_of, starred, tensor_name, upstream
-from fxprune.pipeline.arguments import EXACT, KINDS, Kind, invalid, one_of, refuse
+from fxprune.pipeline.arguments import EXACT, KINDS, VOCAB, Kind, invalid, one_of, refuse
 from fxprune.pipeline.pipeline import html_table
 from fxprune.rules.apply import apply_rule_alone
 from fxprune.rules.registry import Values, values_of
@@ -43,8 +44,18 @@ def as_kinds(name: str, kinds: Any) -> tuple[str, ...]:
     named = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not named:
         raise invalid(name, kinds, f"${name} is empty", f"Name one or more of {', '.join(KINDS)}")
+    if VOCAB in map(bare_kind, named):
+        raise ArgumentError(
+            "the kind vocab has no groups, which passes choose from",
+            where=name,
+            remedy="Remove tokens by fxprune.prune(model, kinds='vocab', tokenizer=tokenizer)",
+            shell="Remove tokens by --kinds vocab",
+            argument=name,
+            value=kinds,
+        )
+    known = (*KINDS, VOCAB)  # which fxprune.prune takes out before
     # no norm runs over a layer, so that the prefix makes no difference there
-    return tuple("layer" if one_of("kind", bare_kind(kind), KINDS) == "layer" else str(kind) for kind in named)
+    return tuple("layer" if one_of("kind", bare_kind(kind), known) == "layer" else str(kind) for kind in named)
 
 
 def bare_kind(kind: Any) -> Any:

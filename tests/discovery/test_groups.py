@@ -300,3 +300,12 @@ def test_explain_takes_short_names_and_groups_are_found_by_the_end_of_theirs(loo
     assert find_group(groups, names[0]).name == names[0]
     with pytest.raises(UnknownNameError, match="Did you mean"):
         find_group(groups, names[0][:-1] + "x")
+
+
+def test_the_kind_of_tokens_leads_to_what_removes_them() -> None:
+    """It was an unknown kind, and missing among those listed."""
+    for kinds in ("vocab", ["mlp", "vocab"], "exact-vocab"):
+        with pytest.raises(ArgumentError, match=r"vocab has no groups.*fxprune.prune\(model, kinds='vocab', token"):
+            fxprune.load_pass("l2", kinds=kinds)
+    with pytest.raises(UnknownNameError, match=r"unknown kind 'vokab'. Did you mean 'vocab'\? Known: channel.*, vocab"):
+        fxprune.load_pass("l2", kinds="vokab")
