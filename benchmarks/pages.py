@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
 from benchmarks.quality.rows import QualityRow
-from benchmarks.quality.tables import Section, known_tasks, retained, sections, task_rows, type_error
+from benchmarks.quality.tables import Section, known_tasks, retained, sections, task_rows, type_error, whole_texts
 from fxprune.cli.demo import demo_entry
 
 DOCS = ROOT / "docs"
@@ -120,6 +120,7 @@ def quality_page(
         processor=processors[0],
         other_processors={cpu: entries for cpu, entries in elsewhere.items() if entries},
         models=[found for _, found in models],
+        whole=[section for each, _ in models for section in whole_texts(each)],
         type_error=type_error(data, first.protocol),
         tasks=tasks,
         task_rows=task_rows(tasks, first.rows) if tasks else (),

@@ -222,23 +222,42 @@ def _bits(found: Sequence[Perplexity]) -> str:
 
 
 def sections(data: Mapping[str, Any]) -> list[Section]:
-    """Sections of a file of results, the most thorough protocol first; rows that it has anew are left out of others."""
-    rows = read_rows(data)
-    protocols = sorted(dict.fromkeys(row.protocol for row in rows), key=_thoroughness, reverse=True)
+    """Sections of a file of results, the most thorough protocol first; rows that it has anew are left out of others.
+
+    Rows of whole texts are left to :func:`whole_texts` where the beginnings of texts were measured too.
+    """
+    beginnings, whole = _by_reach(data)
     known: set[tuple[str, float]] = set()
     found = []
-    for protocol in protocols:
-        own = [row for row in rows if row.protocol == protocol]
-        dense = next(row for row in own if row.entry == DENSE)
-        rest = tuple(row for row in own if row.entry != DENSE and (row.entry, row.ratio) not in known)
+    for section in sorted(beginnings or whole, key=lambda section: _thoroughness(section.protocol), reverse=True):
+        rest = tuple(row for row in section.rows if (row.entry, row.ratio) not in known)
         known.update((row.entry, row.ratio) for row in rest)
         if rest:
-            found.append(Section(protocol, dense, rest))
+            found.append(replace(section, rows=rest))
     return found
 
 
-def _thoroughness(protocol: Protocol) -> tuple[bool, bool, int, int]:
-    return protocol.kept_back > 0, protocol.windows is None, len(protocol.lengths), protocol.windows or 0
+def whole_texts(data: Mapping[str, Any]) -> list[Section]:
+    """Sections of a file of results by whole texts, if others have the same by beginnings of texts."""
+    beginnings, whole = _by_reach(data)
+    return whole if beginnings else []
+
+
+def _by_reach(data: Mapping[str, Any]) -> tuple[list[Section], list[Section]]:
+    """Sections with rows beside the dense one, by protocol: those of beginnings of texts, and those of whole texts."""
+    rows = read_rows(data)
+    found = []
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        own = [row for row in rows if row.protocol == protocol]
+        rest = tuple(row for row in own if row.entry != DENSE)
+        if rest:
+            found.append(Section(protocol, next(row for row in own if row.entry == DENSE), rest))
+    whole = [section for section in found if section.protocol.windows is None]
+    return [section for section in found if section not in whole], whole
+
+
+def _thoroughness(protocol: Protocol) -> tuple[bool, int, int]:
+    return protocol.kept_back > 0, len(protocol.lengths), protocol.windows or 0
 
 
 def type_error(data: Mapping[str, Any], protocol: Protocol) -> tuple[str, float] | None:

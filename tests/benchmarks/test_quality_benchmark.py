@@ -376,6 +376,18 @@ def test_rows_of_another_protocol_stand_apart_unless_they_were_measured_by_both(
     assert "| fast | x1.30 ± 0.02 |" in others and "| balanced | x1.20" not in others
 
 
+def test_rows_on_whole_texts_stand_beside_those_on_their_beginnings() -> None:
+    whole = replace(PROTOCOL, windows=None)
+    beginnings = row("dense", 0, 10.0), row("fast", 0, 13.0), row("balanced", 0, 14.0)
+    further = [replace(each, protocol=whole) for each in (row("dense", 0, 10.0), row("fast", 0, 12.5))]
+    page = quality_page(as_data(*beginnings, *further))
+    ours, _, more = page.partition("## m on whole texts")
+    assert "### m, 20% removed, on whole texts" in ours and "| fast | x1.30 ± 0.02 |" in ours, "not taken over"
+    assert "| fast | x1.25 ± 0.02 |" in more and "| balanced | x" not in more and "text 2." in more
+    alone = quality_page(as_data(*(replace(each, protocol=whole) for each in beginnings)))
+    assert "| balanced | x1.40 ± 0.02 |" in alone and "on whole texts" not in alone
+
+
 def test_rows_of_an_earlier_version_of_a_recipe_are_marked() -> None:
     dense, fast, best, changed = (row(name, 0, 12.0) for name in ("dense", "fast", "best", "fast, heads too"))
     earlier = [replace(best, passes=passes) for passes in (fast.passes, best.passes + "\nof-once", "l2{of_once=1}")]
