@@ -38,6 +38,7 @@ from fxprune.graph.shapes import ShapedCalls, calls_of, change_dtype
 from fxprune.graph.tensors import has_meta_weights, is_input, map_tensors, names_by_identity, weights
 from fxprune.pipeline.arguments import flag
 from fxprune.pipeline.pipeline import html_table
+from fxprune.rules.registry import written_sources
 from fxprune.trace.canonical import canonicalize, fold_constants, move_constants, remove_in_place_ops
 from fxprune.trace.fidelity import Fidelity, compare_with_module, input_sizes, limit_sizes, pin_sizes
 from fxprune.trace.inputs import (
@@ -196,6 +197,7 @@ def _graph_of(
     fold_constants(graph_module, model)
     canonicalize(graph_module)
     move_constants(graph_module, model)
+    _refuse_writes_to_parameters(graph_module)
     sizes = input_sizes(graph_module.graph)
     graph_module.graph.eliminate_dead_code(is_impure)
     if not graph_module.graph.output_node().all_input_nodes:  # all of it would be dead code
@@ -210,6 +212,20 @@ def _graph_of(
     limits += [f"holds for {limit}" for limit in limit_sizes(graph_module, sizes)]
     graph_module.graph.eliminate_dead_code(is_impure)
     return graph_module, limits
+
+
+def _refuse_writes_to_parameters(graph_module: fx.GraphModule) -> None:
+    """Raise if the graph changes a parameter in each run, as of a model that rescales its weights in the first one."""
+    parameters = {name for name, tensor in weights(graph_module) if isinstance(tensor, nn.Parameter)}
+    written = sorted(parameters & written_sources(graph_module.graph))
+    if written:
+        remedy = "If it does so in its first run alone, run the model once before"
+        raise TraceError(
+            "forward changes parameters in place",
+            where=", ".join(written[:3]),
+            remedy=remedy,
+            shell=f"{remedy}, and prune it from Python",
+        )
 
 
 def _trace_error(

@@ -237,3 +237,27 @@ def test_tokens_never_keep_their_values() -> None:
     """A graph that holds for one text alone is of no use."""
     with pytest.raises(TraceError):
         fxprune.trace(ListNet().eval(), {"input_ids": torch.tensor([[1, 2, 3]])})
+
+
+def test_a_module_that_rescales_its_weights_in_its_first_run_is_traced_after_that_run() -> None:
+    class Rescaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.rescaled = nn.Linear(6, 8), nn.Linear(8, 6), False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.rescaled:
+                with torch.no_grad():
+                    self.down.weight.div_(2)
+                self.rescaled = True
+            y: torch.Tensor = self.down(self.up(x).relu())
+            return y
+
+    model, inputs = Rescaled(), {"x": torch.randn(2, 6)}
+    before = model.down.weight.detach().clone()
+    with pytest.raises(TraceError, match="run the model once before") as caught:
+        fxprune.trace(model, inputs)
+    assert "from Python" in caught.value.shell and torch.equal(model.down.weight, before)
+    with torch.no_grad():
+        model(**inputs)
+    assert fxprune.trace(model, inputs).graph_module is not None
