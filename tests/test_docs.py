@@ -250,15 +250,22 @@ def test_the_changelog_lists_the_deprecated_options_with_what_replaces_them() ->
         assert read_spelling(spelling)[0] in pass_names(stage)
 
 
+def table_under(page: str, heading: str) -> dict[str, str]:
+    """Lines of the first table under a heading, or a part of one, by their first cell."""
+    table = text_of(page).partition(heading)[2].partition("\n###")[0]
+    return {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+
+
 def test_the_figures_of_the_readme_are_those_of_the_page_of_quality() -> None:
     """The default recipe and the paper's method at 20%: perplexity over dense, and how often tokens agree."""
-    table = text_of("docs/quality.md").partition("### ")[2].partition("\n###")[0]
-    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    rows = table_under("docs/quality.md", "### ")
     readme = " ".join(text_of("README.md").split())
     for name in ("balanced", "llm-pruner"):
         mean, same = re.findall(r"x[\d.]+(?= ±)|\d+%(?= \|$)", rows[name])
         assert mean in readme and same in readme, f"{name}: {mean}, {same}"
     assert re.findall(r"x[\d.]+ to x[\d.]+", rows["balanced"])[0] in readme
+    mean = re.findall(r"x[\d.]+(?= ±)", table_under("docs/quality.md", "20% removed, on whole texts")["balanced"])[0]
+    assert f"{mean} over the whole of them" in readme
 
 
 def test_tables_of_options_passes_and_facts_are_those_declared() -> None:
