@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -112,10 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = chosen.types or [name for name in every if not chosen.classes or name.partition("/")[0] in chosen.classes]
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows: dict[str, Row] = {row["type"]: row for row in known}
+    registered = Counter(name.rpartition("/")[0] or "AutoModelForCausalLM" for name in every)
     names = [] if chosen.page else [name for name in wanted if not (chosen.rest and name in rows)]
     for row in rows_of(names, chosen.workers, chosen.seconds):
         rows[row["type"]] = row
-        data = {"environment": environment(), "rows": [rows[name] for name in every if name in rows]}
+        data = {"environment": environment(), "registered": registered, "rows": [rows[n] for n in every if n in rows]}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         print(f"{row['type']}: {row['stage']} {row['error']} ({row.get('seconds', 0):.0f} s)", flush=True)
     PAGE.write_text(page(*(json.loads(file.read_text()) for file in (DATA, OTHER))), encoding="utf-8")

@@ -44,6 +44,9 @@ _WORKED_OUT = {"_can_set_attn_implementation_cached_value", "__slotnames__"}
 _WHENCE = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
 """Where a model was read from, which no forward asks."""
 
+_LOCAL_CLASSES: dict[int, type] = {}
+"""Classes made within functions, as those of ``kernels`` around the functions of transformers, each by its identity."""
+
 _LARGEST = 2_000_000
 """Parameters of a model whose weights are read to recognise it."""
 
@@ -273,9 +276,15 @@ class _Writer(pickle.Pickler):
         return *told, obj.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     def reducer_override(self, obj: Any) -> Any:
-        """Modules and configs with all their state, but where they were read from; classes and functions are noted."""
+        """Modules and configs with all their state, but where they were read from; classes and functions are noted.
+
+        A class without a name that a pickle could write is known by its identity, and kept, so that no other has it.
+        """
         if isinstance(obj, type | FunctionType):
             self.code[id(obj)] = obj
+        if isinstance(obj, type) and "<locals>" in obj.__qualname__:
+            _LOCAL_CLASSES[id(obj)] = obj
+            return _LOCAL_CLASSES.get, (id(obj),)
         if isinstance(obj, nn.Module | PreTrainedConfig):  # what else their classes write may leave something out
             self.code[id(type(obj))] = type(obj)
             state = {name: value for name, value in vars(obj).items() if name not in _WHENCE}
