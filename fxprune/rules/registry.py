@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -423,11 +423,17 @@ def alias_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return root
 
 
-def written_sources(graph: fx.Graph) -> set[str]:
-    """Names of the inputs and weights of a graph that some op writes to, directly or through a view."""
+def written_sources(graph: fx.Graph, besides: Container[OpOverload] = ()) -> set[str]:
+    """Names of the inputs and weights of a graph that some op writes to, directly or through a view.
+
+    Args:
+        besides: ops whose writes do not count.
+    """
     root = alias_roots(graph)
     written: set[str] = set()
     for node in filter(writes, graph.nodes):
+        if node.target in besides:
+            continue
         for value in written_arguments(node.target, node.args, node.kwargs):
             if isinstance(value, fx.Node) and root[value].op in ("placeholder", "get_attr"):
                 written.add(str(root[value].target))

@@ -215,9 +215,12 @@ def _graph_of(
 
 
 def _refuse_writes_to_parameters(graph_module: fx.GraphModule) -> None:
-    """Raise if the graph changes a parameter in each run, as of a model that rescales its weights in the first one."""
+    """Raise if the graph changes a parameter in each run, as of a model that rescales its weights in the first one.
+
+    The bound on the norm of an embedding's rows is left: repeated, it changes nothing.
+    """
     parameters = {name for name, tensor in weights(graph_module) if isinstance(tensor, nn.Parameter)}
-    written = sorted(parameters & written_sources(graph_module.graph))
+    written = sorted(parameters & written_sources(graph_module.graph, {torch.ops.aten.embedding_renorm_.default}))
     if written:
         remedy = "If it does so in its first run alone, run the model once before"
         raise TraceError(

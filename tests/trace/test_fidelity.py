@@ -261,3 +261,11 @@ def test_a_module_that_rescales_its_weights_in_its_first_run_is_traced_after_tha
     with torch.no_grad():
         model(**inputs)
     assert fxprune.trace(model, inputs).graph_module is not None
+
+
+def test_a_bound_on_the_rows_of_a_table_is_traced() -> None:
+    """It writes to the table in each run, and changes nothing when repeated."""
+    model = nn.Sequential(nn.Embedding(9, 6, max_norm=0.5), nn.Linear(6, 8)).eval()
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    graph_module = fxprune.trace(model, {"input": x}).graph_module
+    assert torch.equal(graph_module(x), model(x))

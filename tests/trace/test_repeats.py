@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 
@@ -124,7 +126,8 @@ def copied_stack(body: Callable[..., Any], call: Callable[[Any, torch.Tensor], A
     return copied(Stack(body, call).eval(), X, dynamic)
 
 
-# one family of each structure: rotary, two kinds of blocks, learnt positions, alibi, experts, groups of unequal size
+# one family of each structure: rotary, two kinds of blocks, learnt positions, alibi, experts, groups of unequal size;
+# until transformers 5.25, Falcon's blocks made tensors of numbers
 FAMILIES: dict[str, tuple[dict[str, Any], bool, int]] = {
     "llama": ({"num_hidden_layers": 4}, False, 2),
     "gemma3_text": ({"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}, True, 2),
@@ -132,7 +135,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool, int]] = {
     "bloom": ({"n_layer": 4}, True, 2),
     "mixtral": ({"num_hidden_layers": 4}, True, 2),
     "smollm3": ({"num_hidden_layers": 7, "no_rope_layers": [1, 1, 1, 1, 0, 0, 0]}, True, 3),
-    "falcon": ({"num_hidden_layers": 4}, False, 0),  # its blocks make tensors of numbers
+    "falcon": ({"num_hidden_layers": 4}, False, 2 if Version(transformers.__version__) >= Version("5.25") else 0),
 }
 
 
@@ -235,6 +238,30 @@ def test_blocks_with_thresholds_or_weights_of_others_are_not_alike() -> None:
     for i, (block, other) in enumerate(zip(model.blocks, reading.blocks, strict=True)):
         block.limit, other.other = 100 + (7 * i) % 4, [reading.blocks[0].a]
     assert copied(model, X) == copied(reading, X) == 0
+
+
+def test_modules_that_blocks_hold_as_plain_attributes_are_compared() -> None:
+    """Transformers holds modules around functions this way, one in each block."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return mlp(m, x) * m.held["scale"].factor
+
+    class Scale(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+    def held(*factors: float) -> nn.Module:
+        model = Stack(body).eval()
+        for block, factor in zip(model.blocks, factors, strict=True):
+            vars(block)["held"] = {"scale": Scale(factor)}
+        return model
+
+    assert copied(held(*[2.0] * DEPTH), X) == DEPTH - 3
+    model = held(*[2.0] * DEPTH)
+    vars(model.blocks[3])["held"]["scale"].limit = 100
+    assert copied(model, X) == DEPTH - 4
+    assert copied(held(*range(DEPTH)), X) == 0
 
 
 def test_weights_that_blocks_share_are_shared_in_the_graph() -> None:

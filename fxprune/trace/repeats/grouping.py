@@ -338,7 +338,7 @@ _HELD = {"_parameters", "_buffers", "_modules", "forward"}
 """Attributes of modules that are compared in other ways."""
 
 
-def _equal(one: Any, other: Any, numbers: tuple[int | None, ...], depth: int = 4) -> bool:
+def _equal(one: Any, other: Any, numbers: tuple[int | None, ...], depth: int = 6) -> bool:
     """Whether two attributes are equal, or are the ``numbers`` of their blocks, down to some depth."""
     if one is other or (type(one) is int and (one, other) == numbers):
         return True
@@ -353,7 +353,8 @@ def _equal(one: Any, other: Any, numbers: tuple[int | None, ...], depth: int = 4
         return one.func is other.func and _equal(bound, other_bound, numbers, depth - 1)
     if isinstance(one, _COMPARED):
         return bool(one == other)
-    return hasattr(one, "__dict__") and not callable(one) and _equal(vars(one), vars(other), numbers, depth - 1)
+    is_compared = hasattr(one, "__dict__") and (isinstance(one, nn.Module) or not callable(one))
+    return is_compared and _equal(vars(one), vars(other), numbers, depth - 1)
 
 
 _COMPARED = (int, float, str, bytes, complex, set, frozenset, torch.dtype, torch.device)
