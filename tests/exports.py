@@ -244,6 +244,10 @@ def _bound(traced: Traced, model: nn.Module | None, example_inputs: Any) -> Trac
     return Traced(copied, owner, traced.notes)
 
 
+def _local_class(identity: int) -> type:
+    return _LOCAL_CLASSES[identity]
+
+
 class _Writer(pickle.Pickler):
     """Writes modules with their state, fake tensors as shapes, other tensors with their values.
 
@@ -284,7 +288,7 @@ class _Writer(pickle.Pickler):
             self.code[id(obj)] = obj
         if isinstance(obj, type) and "<locals>" in obj.__qualname__:
             _LOCAL_CLASSES[id(obj)] = obj
-            return _LOCAL_CLASSES.get, (id(obj),)
+            return _local_class, (id(obj),)
         if isinstance(obj, nn.Module | PreTrainedConfig):  # what else their classes write may leave something out
             self.code[id(type(obj))] = type(obj)
             state = {name: value for name, value in vars(obj).items() if name not in _WHENCE}

@@ -98,6 +98,16 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
+def test_a_local_class_seen_before_does_not_count() -> None:
+    class Local(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    before = key(small())
+    assert key(Local()) is None, "code of one test is exported as ever"
+    assert before is not None and key(small()) == before
+
+
 def test_configs_and_the_state_of_every_part_count() -> None:
     first, second = small(), small()
     nn.init.normal_(second.lm_head.weight)
