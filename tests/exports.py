@@ -244,10 +244,6 @@ def _bound(traced: Traced, model: nn.Module | None, example_inputs: Any) -> Trac
     return Traced(copied, owner, traced.notes)
 
 
-def _local_class(identity: int) -> type:
-    return _LOCAL_CLASSES[identity]
-
-
 class _Writer(pickle.Pickler):
     """Writes modules with their state, fake tensors as shapes, other tensors with their values.
 
@@ -261,7 +257,13 @@ class _Writer(pickle.Pickler):
         self._order: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
-        """A tensor: its shape and type, its values if it has any, and which of them it is, since some are tied."""
+        """A tensor: its shape and type, its values if it has any, and which of them it is, since some are tied.
+
+        A class without a name that a pickle could write is known by its identity, and kept, so that no other has it.
+        """
+        if isinstance(obj, type) and "<locals>" in obj.__qualname__:
+            self.code[id(obj)] = _LOCAL_CLASSES[id(obj)] = obj
+            return "class", id(obj)
         if not isinstance(obj, torch.Tensor):
             return None
         place = self._order.setdefault(id(obj), len(self._order))
@@ -280,15 +282,9 @@ class _Writer(pickle.Pickler):
         return *told, obj.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
     def reducer_override(self, obj: Any) -> Any:
-        """Modules and configs with all their state, but where they were read from; classes and functions are noted.
-
-        A class without a name that a pickle could write is known by its identity, and kept, so that no other has it.
-        """
+        """Modules and configs with all their state, but where they were read from; classes and functions are noted."""
         if isinstance(obj, type | FunctionType):
             self.code[id(obj)] = obj
-        if isinstance(obj, type) and "<locals>" in obj.__qualname__:
-            _LOCAL_CLASSES[id(obj)] = obj
-            return _local_class, (id(obj),)
         if isinstance(obj, nn.Module | PreTrainedConfig):  # what else their classes write may leave something out
             self.code[id(type(obj))] = type(obj)
             state = {name: value for name, value in vars(obj).items() if name not in _WHENCE}
