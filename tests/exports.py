@@ -1,4 +1,4 @@
-"""One trace a session for each model that is the same, and one ``torch.export`` for those of other weights.
+"""One trace a run of pytest for each model that is the same, and one ``torch.export`` for those of other weights.
 
 A program depends on the code of a module, on its state and on what it is called with, and only on the shapes of its
 weights, which are fake by then; and on modes of torch. All of that makes up the key. Two modules share a program if

@@ -353,8 +353,8 @@ def _equal(one: Any, other: Any, numbers: tuple[int | None, ...], depth: int = 6
         return one.func is other.func and _equal(bound, other_bound, numbers, depth - 1)
     if isinstance(one, _COMPARED):
         return bool(one == other)
-    is_compared = hasattr(one, "__dict__") and (isinstance(one, nn.Module) or not callable(one))
-    return is_compared and _equal(vars(one), vars(other), numbers, depth - 1)
+    has_state = isinstance(one, nn.Module) or (hasattr(one, "__dict__") and not callable(one))
+    return has_state and _equal(vars(one), vars(other), numbers, depth - 1)
 
 
 _COMPARED = (int, float, str, bytes, complex, set, frozenset, torch.dtype, torch.device)
