@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxprune.cli import options as flags
-from fxprune.cli.console import MeasuringCommand, app, console, keep_freed, print_json, print_lines, progress, working
+from fxprune.cli.console import (
+    ONE_OF_TWO,
+    MeasuringCommand,
+    app,
+    console,
+    is_given,
+    keep_freed,
+    option_name,
+    print_json,
+    print_lines,
+    progress,
+    working,
+)
 from fxprune.cli.models import check_models, check_predicts, load_pair, load_words, locate_model
 from fxprune.errors import EvaluationError
 
@@ -35,6 +47,7 @@ _WRITE = "Write the figures into the folders of MODELS: report, its page, and mo
 
 @app.command("eval", cls=MeasuringCommand)
 def evaluate(
+    call: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Model folders, hub ids, or GGUF files.")],
     text: Annotated[list[str] | None, typer.Option(help=_TEXT)] = None,
     tasks: Annotated[str | None, typer.Option(help=_TASKS)] = None,
@@ -62,6 +75,7 @@ def evaluate(
         _check_low_memory(dtype, device, tasks, answers)
     loading: dict[str, Any] = {"dtype": dtype, "device": device}
     if data is not None:
+        _check_data(call)
         _print_agreement(data, models, compare, loading, as_json=as_json)
         return
     compared = check_models([*([compare] if compare else []), *models])
@@ -107,6 +121,14 @@ def _check_low_memory(dtype: str | None, device: str | None, tasks: str | None, 
     ):
         if value is not None:
             raise EvaluationError(reason, where=f"--low-memory with {option}", remedy="Leave one of them out")
+
+
+def _check_data(call: typer.Context) -> None:
+    """Refuse options of texts, tasks and answers beside samples of a model of another class."""
+    for name in ("text", "tasks", "answers", "window", "windows", "questions", "batch", "low_memory", "write"):
+        if is_given(call, name):
+            where = f"--data with {option_name(name)}"
+            raise EvaluationError("models are compared on its samples alone", where=where, remedy=ONE_OF_TWO)
 
 
 def _print_agreement(

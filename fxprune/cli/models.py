@@ -119,7 +119,7 @@ def model_class(model: str) -> Any:
     from fxprune.checkpoint.read import class_of
     from fxprune.graph.context import Refusal, attempt
 
-    if model == DEMO or Path(model).expanduser().is_file():
+    if _is_of_gguf(model):
         return None
     config = attempt(_read_config, model)
     found = None if isinstance(config, Refusal) else class_of(config)
@@ -132,8 +132,13 @@ def load_samples(source: str, model: str, most: int | None = None) -> tuple[list
     from fxprune.data.processed import processed_samples
 
     processor = load_processor(locate_model(model)) or load_words(model, needed=False)
-    classes = dict(_read_config(model).get("label2id") or {})
+    classes = {} if _is_of_gguf(model) else dict(_read_config(model).get("label2id") or {})
     return processed_samples(source, processor, classes, most), processor
+
+
+def _is_of_gguf(model: str) -> bool:
+    """Whether a model is a GGUF file, or made of one as the demo model is: a causal language model without classes."""
+    return model == DEMO or is_gguf(model)
 
 
 def _read_config(model: str) -> dict[str, Any]:

@@ -55,6 +55,15 @@ def test_a_quiet_command_shows_no_bar_of_another_package(tmp_path: Path, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
+def test_rows_are_read_with_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
+    """Its config was looked up on a hub, for the names of classes: a file has none."""
+    path, rows = tmp_path / "dense.gguf", tmp_path / "rows.jsonl"
+    fxprune.export_model(tiny("llama", num_hidden_layers=1), path, tokenizer=tokenizer())
+    rows.write_text('{"text": "so it"}\n{"text": "and so on"}\n')
+    samples, words = found.load_samples(str(rows), str(path))
+    assert [sample["input_ids"].tolist()[0] for sample in samples] == words(["so it", "and so on"]).input_ids
+
+
 def test_a_model_has_the_dtype_and_the_device_asked_for(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     model, words = found.load_pair(str(tmp_path), dtype="bfloat16", device="cpu")
