@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.common import RESULTS, ROOT
 from benchmarks.latency.measure import HEADING, LatencyRow, read_rows
-from benchmarks.quality.rows import QualityRow
+from benchmarks.quality.rows import over_dense
 from benchmarks.quality.tables import Section, known_tasks, retained, sections, task_rows, type_error, whole_texts
 from fxprune.cli.demo import demo_entry
 
@@ -110,15 +110,11 @@ def quality_page(
     counts = Counter(row.cpu for _, found in models for section in found for row in section.rows)
     processors = [cpu for cpu, _ in counts.most_common()]
     first = models[0][1][0]
-    elsewhere = {
-        cpu: list(dict.fromkeys(_place_of(row, first.rows) for row in first.rows if row.cpu == cpu))
-        for cpu in processors[1:]
-    }
     return _render(
         "quality",
         environment=data["environment"],
         processor=processors[0],
-        other_processors={cpu: entries for cpu, entries in elsewhere.items() if entries},
+        other_processors=first.places(lambda row: row.cpu, processors[0]),
         models=[found for _, found in models],
         whole=[section for each, _ in models for section in whole_texts(each)],
         type_error=type_error(data, first.protocol),
@@ -126,13 +122,6 @@ def quality_page(
         task_rows=task_rows(tasks, first.rows) if tasks else (),
         metrics=_metrics(tasks) if tasks else {},
     )
-
-
-def _place_of(row: QualityRow, rows: Sequence[QualityRow]) -> str:
-    """The entry and ratio of a row, with the draw if others of the entry ran on other processors."""
-    alike = [one for one in rows if (one.entry, one.ratio) == (row.entry, row.ratio)]
-    draw = f", draw {row.draw}" if any(one.cpu != row.cpu for one in alike) else ""
-    return f"{row.entry} at {row.ratio:.0%}{draw}"
 
 
 def _metrics(tasks: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -236,9 +225,11 @@ def _points(section: Section, text: str, name: str) -> Iterator[tuple[float, flo
     dense = section.dense.at(length)[text]
     own = [row for row in section.rows if row.entry == name and text in row.at(length)]
     for count in sorted({row.parameters for row in own}, reverse=True):
-        over = [row.at(length)[text].value / dense.value for row in own if row.parameters == count]
-        mean = fmean(over)
-        yield 100 * count / section.dense.parameters, mean, mean - min(over), max(over) - mean
+        found = [over_dense(row.at(length)[text], dense) for row in own if row.parameters == count]
+        over = [each[0] for each in found if each is not None]
+        if over:
+            mean = fmean(over)
+            yield 100 * count / section.dense.parameters, mean, mean - min(over), max(over) - mean
 
 
 def main() -> None:

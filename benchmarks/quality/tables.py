@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from statistics import fmean
@@ -22,7 +22,11 @@ _MARK = " †"
 
 @dataclass(frozen=True)
 class Section:
-    """Rows of one model that were measured by one protocol: the dense one, and the others."""
+    """Rows of one model that were measured by one protocol: the dense one, and the others.
+
+    Rows measured in another type stand among them: the perplexity over dense, the divergence and the agreement of each
+    compare it with the dense model in its own type. The protocol and the dense row are those of the type of most rows.
+    """
 
     protocol: Protocol
     dense: QualityRow
@@ -44,6 +48,21 @@ class Section:
         changed = {(row.entry, row.ratio) for row in self.rows if is_ablation(row.entry)}
         kept = changed | {(_unchanged(name), ratio) for name, ratio in changed}
         return replace(self, rows=tuple(row for row in self.rows if (row.entry, row.ratio) in kept))
+
+    @property
+    def other_types(self) -> dict[str, list[str]]:
+        """Entries and ratios by the type they were measured in, if it is not that of the protocol."""
+        return self.places(lambda row: row.protocol.measured_in, self.protocol.measured_in)
+
+    def places(self, setting: Callable[[QualityRow], str], usual: str) -> dict[str, list[str]]:
+        """Entries and ratios by a setting, where it is not the usual one; with the draw if draws differ in it."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.rows:
+            if setting(row) != usual:
+                alike = [one for one in self.rows if (one.entry, one.ratio) == (row.entry, row.ratio)]
+                draw = f", draw {row.draw}" if any(setting(one) != setting(row) for one in alike) else ""
+                found.setdefault(setting(row), {})[f"{row.entry} at {row.ratio:.0%}{draw}"] = None
+        return {each: list(names) for each, names in found.items()}
 
     def texts(self, length: int) -> list[str]:
         """Names of the texts that were measured on in windows of a length."""
@@ -247,11 +266,17 @@ def _by_reach(data: Mapping[str, Any]) -> tuple[list[Section], list[Section]]:
     """Sections with rows beside the dense one, by protocol: those of beginnings of texts, and those of whole texts."""
     rows = read_rows(data)
     found = []
-    for protocol in dict.fromkeys(row.protocol for row in rows):
-        own = [row for row in rows if row.protocol == protocol]
-        rest = tuple(row for row in own if row.entry != DENSE)
+    for untyped in dict.fromkeys(replace(row.protocol, measured_in="") for row in rows):
+        own = [row for row in rows if replace(row.protocol, measured_in="") == untyped]
+        rest = [row for row in own if row.entry != DENSE]
         if rest:
-            found.append(Section(protocol, next(row for row in own if row.entry == DENSE), rest))
+            (protocol, _), *_ = Counter(row.protocol for row in rest).most_common()
+            rest.sort(key=lambda row: (not _is_current([row]), row.protocol != protocol))
+            once: dict[tuple[str, float, int], QualityRow] = {}
+            for row in rest:
+                once.setdefault((row.entry, row.ratio, row.draw), row)
+            dense = next(row for row in own if row.entry == DENSE and row.protocol == protocol)
+            found.append(Section(protocol, dense, tuple(once.values())))
     whole = [section for section in found if section.protocol.windows is None]
     return [section for section in found if section not in whole], whole
 

@@ -376,6 +376,20 @@ def test_rows_of_another_protocol_stand_apart_unless_they_were_measured_by_both(
     assert "| fast | x1.30 ± 0.02 |" in others and "| balanced | x1.20" not in others
 
 
+def test_rows_measured_in_another_type_stand_beside_the_others() -> None:
+    """Each compares its model with the dense one in its own type; of a key the row of today's recipe counts."""
+    single = [replace(row(name, draw, 14.0), protocol=replace(PROTOCOL, measured_in="bfloat16")) for name, draw in (
+        ("dense", 0), ("balanced", 0), ("balanced", 1), ("fast", 0), ("best", 0))]  # fmt: skip
+    single[-1] = replace(single[-1], passes="an earlier version")
+    others = row("dense", 0, 10.0), row("balanced", 1, 11.0), row("balanced", 2, 17.0), row("best", 0, 12.0)
+    page = quality_page(as_data(*single, *others))
+    assert "| balanced | 3 | x1.50 ± 0.02 | - | x1.40 to x1.70 |" in page and "another protocol" not in page
+    assert "| best | 1 | x1.20 ± 0.02 |" in page and "| fast | 1 | x1.40 ± 0.02 |" in page
+    assert "text 14.0. Measured in float32, beside the dense model in that type: " in page
+    assert page.partition("dense model in that type: ")[2].startswith("balanced at 20%, draw 2, best at 20%.")
+    assert "in float32 the dense model's perplexity differs by at most" in page
+
+
 def test_rows_on_whole_texts_stand_beside_those_on_their_beginnings() -> None:
     whole = replace(PROTOCOL, windows=None)
     beginnings = row("dense", 0, 10.0), row("fast", 0, 13.0), row("balanced", 0, 14.0)
