@@ -26,7 +26,7 @@ from fxprune.evaluation.comparison import Column, Comparison, as_column
 from fxprune.evaluation.tasks import Task, named_tasks
 from fxprune.graph.facts import facts_of
 from fxprune.offload.atomic import atomic_path
-from fxprune.offload.files import offload_to
+from fxprune.offload.files import offload_to, trim_heap
 from fxprune.pipeline.pipeline import Pipeline
 from fxprune.removal.plan import Plan
 from fxprune.removal.removal import Removal
@@ -51,6 +51,7 @@ class _Costs:
         self._clock = time.process_time if threads == 1 else time.perf_counter
         there = self._file is not None and self._file.exists()
         seconds, peak = json.loads(self._file.read_text()) if self._file is not None and there else (0.0, 0.0)
+        trim_heap()  # what an earlier prune freed would count as memory of this one
         reset_peak_memory()
         self._begin, self._peak = self._clock() - seconds, float(peak)
 

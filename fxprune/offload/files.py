@@ -147,14 +147,20 @@ def uncache(name: str) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def release_freed() -> None:
-    """Give memory that was freed back to the system, inside :func:`offload_to` and where the allocator can.
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, where the allocator can.
 
     glibc keeps what tensors of up to 32 MB took, such as the gradients of a trace: as much as all weights.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if is_offloading() and os.name == "posix" else None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system, as :func:`trim_heap`, inside :func:`offload_to` only."""
+    if is_offloading():
+        trim_heap()
 
 
 @cache

@@ -1,6 +1,7 @@
 """Test the quality benchmark: its entries, resumed runs, questions and the page."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fxprune
+from benchmarks.common import memory_bytes
 from benchmarks.pages import quality_page
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import entries as entries_module
@@ -186,6 +188,16 @@ def test_a_prune_that_was_interrupted_resumes_where_models_are_kept(
     assert "tuning" in seen and "wanda" not in seen and "dense model" not in seen
     row = found_rows()[-1]
     assert 1000 < row["seconds"] < 1600 and row["peak_gb"] > 0.1 and not list(kept.glob("unfinished-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
+def test_memory_that_an_earlier_prune_freed_is_not_counted() -> None:
+    """The allocator keeps small tensors that were freed: rows of a later prune had gigabytes of an earlier one."""
+    parts = [torch.ones(2**16) for _ in range(1024)]
+    last, before = parts[-1], memory_bytes("VmRSS")
+    del parts
+    _, gigabytes = measure._Costs(None, 1).so_far()
+    assert last.sum() == 2**16 and gigabytes < (before - 2e8) / 1e9
 
 
 def test_rows_of_the_calibration_text_are_kept_back(small: Path) -> None:
